@@ -1,0 +1,1 @@
+"""What the four scripts share and no paper is about. Nothing here imports a script."""

@@ -1,0 +1,159 @@
+"""torchrun set-up, seeds, DDP and exact reductions. Every call works on one process without torchrun, too."""
+
+import os
+import random
+import zlib
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from common.runs import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """Who we are among the processes, and where our tensors live."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def share(self, batch_size: int, multiple: int = 1) -> int:
+        """This process's part of a global batch; `multiple` when partners must lie in one process."""
+        if batch_size % (self.size * multiple):
+            even = f"an even number on each of {self.size} processes" if multiple == 2 else f"{self.size} processes"
+            step = self.size * multiple
+            below, above = batch_size // step * step, (batch_size // step + 1) * step
+            ways = f"{above}" if below == 0 else f"{below} or {above}"
+            raise UserError(f"--batch-size {batch_size} is global and does not divide into {even}; take {ways}.")
+        return batch_size // self.size
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of `tensor` over all processes (a new tensor)."""
+        if self.size == 1:
+            return tensor
+        tensor = tensor.detach().clone()
+        dist.all_reduce(tensor)
+        return tensor
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes divided by their number.
+
+        DDP averages gradients, so a local loss divided by the mean of a count is the global loss."""
+        return self.sum(tensor) / self.size
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """(B, ...) of this process -> (size * B, ...), in rank order. Equal shapes on all processes."""
+        if self.size == 1:
+            return tensor
+        tensor = tensor.contiguous()
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(parts, tensor)
+        return torch.cat(parts)
+
+    def gather_objects(self, thing) -> list:
+        """A small picklable object of every process, in rank order."""
+        if self.size == 1:
+            return [thing]
+        things: list = [None] * self.size
+        dist.all_gather_object(things, thing)
+        return things
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+def launched() -> World:
+    """The world that torchrun describes in the environment, before joining it: to check settings against."""
+    rank, size, local_rank = (int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    return World(rank, size, local_rank)
+
+
+def start(device: str = "auto") -> World:
+    """Join the group that torchrun describes in the environment; a world of one without it.
+
+    `device`: auto (GPUs when there are any), cpu, cuda, mps. GPUs talk by NCCL, processors by gloo."""
+    rank, size, local_rank = (w := launched()).rank, w.size, w.local_rank
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise UserError(f"--device {device}: this PyTorch sees no GPU; use --device cpu or install a CUDA build.")
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"Process {local_rank} of this machine has no GPU of its own: {torch.cuda.device_count()} "
+                            f"GPU(s) seen; lower --nproc_per_node or use --device cpu.")
+        device = f"cuda:{local_rank}" if device == "cuda" else device
+        torch.cuda.set_device(device)
+    if size > 1:
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo",
+                                    timeout=timedelta(minutes=60))
+        except RuntimeError as error:                                # DistNetworkError is a RuntimeError
+            if "address already in use" in str(error).lower():
+                raise UserError(f"Port {os.environ.get('MASTER_PORT')} is in use on this machine; give torchrun "
+                                f"another one, for example --master_port 29501.") from None
+            raise
+    return World(rank, size, local_rank, torch.device(device))
+
+
+def stop() -> None:
+    """Leave the process group, so that no process lingers."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def key(*parts: int | str) -> list[int]:
+    """Seed material from names and numbers, the same on every platform and in every process."""
+    return [zlib.crc32(p.encode()) if isinstance(p, str) else int(p) for p in parts]
+
+
+def rng(*parts: int | str) -> np.random.Generator:
+    """A generator that depends on its arguments alone: rng(seed, "crop", step, sample)."""
+    return np.random.default_rng(key(*parts))
+
+
+def seed_torch(*parts: int | str) -> None:
+    """Seed what layers draw from (initial weights, dropout) from names and numbers alone."""
+    seed = int(np.random.SeedSequence(key(*parts)).generate_state(1, np.uint64)[0] >> 1)
+    torch.manual_seed(seed)
+    random.seed(seed)
+
+
+def sync_batchnorm(network: nn.Module, world: World) -> nn.Module:
+    """SyncBatchNorm on GPUs with several processes. On CPUs `average_buffers` keeps the statistics equal instead."""
+    if world.size > 1 and world.device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    return network
+
+
+@torch.no_grad()
+def average_buffers(world: World, *networks: nn.Module) -> None:
+    """Make running statistics equal on all processes where SyncBatchNorm cannot (CPU tensors)."""
+    if world.size == 1 or world.device.type == "cuda":
+        return
+    buffers = [b for net in networks for b in net.buffers() if b.is_floating_point()]
+    if not buffers:
+        return
+    flat = world.mean(torch.cat([b.flatten() for b in buffers]))
+    for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
+        buffer.copy_(mean.view_as(buffer))
+
+
+def parallel(network: nn.Module, world: World) -> nn.Module:
+    """The callable for training forward passes: DDP on several processes, the network itself on one.
+
+    Keep the bare network for everything else (EMA, checkpoints, evaluation)."""
+    if world.size == 1:
+        return network
+    ids = [world.device] if world.device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(network, device_ids=ids, broadcast_buffers=False)

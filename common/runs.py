@@ -1,0 +1,337 @@
+"""The run folder: settings, log, progress, atomic checkpoints, resume, signals, weight files, errors for the user."""
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import pickle
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+FREE_TO_CHANGE = {"resume", "workers", "device", "log_every", "save_every", "compile", "eval", "predict"}
+
+
+class UserError(Exception):
+    """Something the user can mend. The message is one sentence: what, where, what to do."""
+
+
+def cli(args_type: type, preset: Callable, main: Callable, choosers: tuple[str, ...] = ("dataset",),
+        argv: list[str] | None = None) -> None:
+    """Parse the command line over a preset and run `main(args)`; a UserError leaves with one sentence and code 2.
+
+    `choosers` are the flags that pick the defaults: `preset(dataset="shapes")` returns the settings that
+    every other flag then overrides, so that --help shows the numbers which will be used."""
+    import tyro
+
+    argv = sys.argv[1:] if argv is None else argv
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in choosers:
+        first.add_argument(f"--{name}", default=argparse.SUPPRESS)
+    try:
+        try:
+            default = preset(**vars(first.parse_known_args(argv)[0]))
+        except KeyError:
+            default = preset()                                       # an unknown name: tyro lists those that exist
+        main(tyro.cli(args_type, default=default, args=argv, config=(tyro.conf.FlagCreatePairsOff,)))
+    except Stopped as stopped:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"\n{stopped}", flush=True)
+        leave(0)
+    except Exception as error:                                       # noqa: BLE001 (only those with a sentence stay)
+        sentence = user_sentence(error)
+        if sentence is None:
+            raise
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0 or isinstance(error, RankError):
+            print(f"error: {sentence}", file=sys.stderr, flush=True)
+        leave(2)
+
+
+def leave(code: int) -> None:
+    """Exit at once: no waiting for loader processes, or for other processes in a collective call."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+class RankError(UserError):
+    """A UserError that only one process met, so that this process must say it."""
+
+
+def user_sentence(error: BaseException) -> str | None:
+    """The sentence for the user, or None when this is a defect of ours and deserves its traceback."""
+    text = str(error)
+    if isinstance(error, UserError):                                 # a DataLoader worker wraps it in its traceback
+        for mark in ("RankError: ", "UserError: "):
+            if mark in text:
+                return text.rsplit(mark, 1)[-1].strip()
+        return text
+    if isinstance(error, OSError) and error.errno == 28:
+        return f"No space left on the disk while writing {error.filename or 'the run folder'}; the last checkpoint " \
+               f"is whole, so free some space and continue with --resume."
+    if "out of memory" in text.lower() and isinstance(error, torch.OutOfMemoryError):
+        return "The GPU ran out of memory; use a smaller --batch-size or --crop-size, or more GPUs."
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------- run folder
+def open_run(out: Path, script: str, args, resume: bool, main: bool) -> bool:
+    """Check and make the run folder; True when there is a checkpoint to continue from.
+
+    Raises UserError when the folder holds another run, or the same run with other settings."""
+    config, last = out / "config.json", out / "last.pt"
+    settings = json.loads(json.dumps(dataclasses.asdict(args), default=str))
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; name a folder.")
+    if last.exists() or config.exists():
+        if not resume:
+            raise UserError(f"{out} holds another run; continue it with --resume, or name a new folder with --out.")
+        try:
+            old = json.loads(config.read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise UserError(f"{config} cannot be read ({error}); start again with another --out.") from None
+        if old.get("script") != script:
+            raise UserError(f"{out} holds a run of {old.get('script')}, not of {script}; name another --out.")
+        then = old.get("settings", {})
+        differ = [f"{k} ({then.get(k)} then, {settings.get(k)} now)" for k in sorted(then.keys() | settings.keys())
+                  if k not in FREE_TO_CHANGE and then.get(k) != settings.get(k)]
+        if differ:
+            raise UserError(f"--resume with other settings than {out} was started with: {', '.join(differ)}; "
+                            f"use the old ones, or another --out.")
+    elif main:
+        if resume:
+            print(f"--resume: nothing in {out} yet, so this run starts afresh.")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"The run folder {out} cannot be made ({error.strerror}); name another --out.") from None
+    return last.exists()
+
+
+def write_config(out: Path, script: str, args, world, extra: dict) -> None:
+    """config.json: settings, versions, commit, devices, and what the run decided by itself (`extra`)."""
+    device = torch.cuda.get_device_name() if world.device.type == "cuda" else platform.processor() or "cpu"
+    record = {"script": script, "settings": dataclasses.asdict(args), **extra, "processes": world.size,
+              "device": device, "threads": torch.get_num_threads(), "python": platform.python_version(),
+              "torch": torch.__version__, "commit": commit(), "command": " ".join(sys.argv),
+              "started": time.strftime("%Y-%m-%d %H:%M:%S")}
+    write_text(out / "config.json", json.dumps(record, indent=1, default=str))
+
+
+def commit() -> str:
+    """The commit of this source tree, with a plus sign when it was changed; empty outside git."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        here = Path(__file__).resolve().parent
+        run = dict(cwd=here, capture_output=True, text=True, timeout=10, check=True)
+        head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **run).stdout.strip()
+        dirty = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **run).stdout.strip()
+        return head + ("+" if dirty else "")
+    return ""
+
+
+def write_bytes(path: Path, data: bytes | memoryview) -> None:
+    """Write to a temporary file, flush it to the disk, rename: a reader sees the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    write_bytes(path, text.encode())
+
+
+class Log:
+    """log.jsonl, one object a line, and TensorBoard events when it is installed. Only the main process writes."""
+
+    def __init__(self, out: Path, main: bool, step: int = 0):
+        self.path, self.writer, self.file = out / "log.jsonl", None, None
+        if not main:
+            return
+        if self.path.exists():                                       # cut back to the checkpoint we continue from
+            kept = [line for line in self.path.read_text().splitlines() if parse_line(line).get("step", step + 1) <= step]
+            write_text(self.path, "".join(line + "\n" for line in kept))
+        self.file = open(self.path, "a", buffering=1)
+        with contextlib.suppress(ImportError):
+            from torch.utils.tensorboard import SummaryWriter
+            self.writer = SummaryWriter(str(out), purge_step=step + 1)
+
+    def __call__(self, step: int, **values) -> None:
+        if self.file is None:
+            return
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            if self.writer is not None and isinstance(value, (int, float)):
+                self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+        if self.writer is not None:
+            self.writer.close()
+
+
+def parse_line(line: str) -> dict:
+    """One line of a log; {} when a crash left it torn."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return {}
+
+
+def read_log(path: Path) -> list[dict]:
+    return [record for line in path.read_text().splitlines() if (record := parse_line(line))]
+
+
+def progress(steps: Iterable[int], start: int, total: int, main: bool):
+    """A progress bar over the steps of a run, with the time left; a line a minute where there is no terminal."""
+    from tqdm import tqdm
+    return tqdm(steps, initial=start, total=total, disable=not main, dynamic_ncols=True, smoothing=0.05, unit="step",
+                mininterval=0.5 if sys.stderr.isatty() else 60)
+
+
+class Watch:
+    """Remembers, without waiting for the device, at which step a loss first stopped being finite."""
+
+    def __init__(self):
+        self.first: dict[str, Tensor] = {}
+
+    def __call__(self, step: int, values: dict[str, Tensor]) -> None:
+        for name in (n for n in values if n.startswith("loss")):
+            old = self.first.get(name, torch.full((), -1, device=values[name].device))
+            self.first[name] = torch.where((old < 0) & ~torch.isfinite(values[name]), step, old)
+
+    def check(self, out: str | Path) -> None:
+        for name, step in self.first.items():
+            if step.item() >= 0:
+                raise RankError(f"{name} is not finite since step {step.item()}, so training stops; the last good checkpoint "
+                                f"stays in {out}. Try a lower --lr, or --precision fp32.")
+
+
+def median(path: Path, name: str) -> float | None:
+    """The middle value that a log holds of `name`."""
+    values = sorted(r[name] for r in read_log(path) if name in r)
+    return values[len(values) // 2] if values else None
+
+
+class Stopped(Exception):
+    """A run that was asked to leave and has saved its state."""
+
+
+class Stop:
+    """SIGTERM and Ctrl-C ask the loop to save and leave; a second Ctrl-C leaves at once."""
+
+    def __init__(self):
+        self.asked = ""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with contextlib.suppress(ValueError):                    # not the main thread (tests): no signals
+                signal.signal(number, self.ask)
+
+    def ask(self, number, frame) -> None:
+        self.asked = signal.Signals(number).name
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def agreed(self, step: int, world) -> str:
+        """The signal that some process got, or ''. Several processes agree on every fifth step only (a wait)."""
+        if world.size == 1:
+            return self.asked
+        if step % 5:
+            return ""
+        number = world.sum(torch.tensor([float(bool(self.asked))], device=world.device))
+        return (self.asked or "a signal to another process") if number.item() else ""
+
+
+# ---------------------------------------------------------------------------------------------------- checkpoints
+def save_checkpoint(path: Path, script: str, state: dict) -> None:
+    """torch.save, atomically. `state` holds tensors, numbers, strings, lists and dicts only."""
+    buffer = io.BytesIO()
+    torch.save({"script": script, **state}, buffer)
+    write_bytes(path, buffer.getbuffer())
+
+
+def load_checkpoint(path: Path, script: str) -> dict:
+    """Read what `save_checkpoint` wrote; UserError for a missing, broken or foreign file."""
+    if not path.is_file():
+        raise UserError(f"There is no checkpoint {path}.")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                                       # noqa: BLE001 (zip, pickle, runtime errors)
+        raise UserError(f"{path} is not a readable checkpoint ({type(error).__name__}); "
+                        f"use another one, or start again with another --out.") from None
+    if not isinstance(state, dict) or "script" not in state:
+        raise UserError(f"{path} is a file of weights, not a checkpoint of {script}; give it to --weights.")
+    if state["script"] != script:
+        raise UserError(f"{path} is a checkpoint of {state['script']}, not of {script}.")
+    return state
+
+
+class ArraysOnly(pickle.Unpickler):
+    """Detectron2 and Caffe2 .pkl files: dicts of numpy arrays and nothing else may be built."""
+
+    ALLOWED = {("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"),
+               ("numpy", "ndarray"), ("numpy", "dtype"), ("collections", "OrderedDict"), ("_codecs", "encode")}
+
+    def find_class(self, module: str, name: str):
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a weight file")
+        return super().find_class(module, name)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """A flat dict of tensors from .pth/.pt/.bin (weights_only), .safetensors or .pkl, without wrappers' prefixes."""
+    if not path.is_file():
+        raise UserError(f"--weights {path}: no such file; give imagenet, none or a file.")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+            weights = load_file(str(path))
+        elif path.suffix == ".pkl":
+            with open(path, "rb") as file:
+                weights = ArraysOnly(file, encoding="latin1").load()
+        else:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                                       # noqa: BLE001 (each format has its own)
+        raise UserError(f"--weights {path} cannot be read as weights ({type(error).__name__}: {str(error)[:120]}); "
+                        f"save it again as a plain state dict.") from None
+    for wrapper in ("model", "state_dict", "teacher", "student"):
+        if isinstance(weights, dict) and isinstance(weights.get(wrapper), dict):
+            weights = weights[wrapper]
+    weights = {k: torch.as_tensor(v) for k, v in weights.items() if hasattr(v, "shape")}
+    while weights and all(k.startswith("module.") for k in weights):
+        weights = {k.removeprefix("module."): v for k, v in weights.items()}
+    if not weights:
+        raise UserError(f"--weights {path} holds no tensors.")
+    return weights
+
+
+def load_matching(network: nn.Module, weights: dict[str, Tensor], what: str) -> list[str]:
+    """Load every tensor whose name and shape fit; return lines that report each one that did not.
+
+    Raises UserError when nothing fits."""
+    own = network.state_dict()
+    fits = {k: v for k, v in weights.items() if k in own and own[k].shape == v.shape}
+    if not any(v.dim() > 1 for v in fits.values()):
+        raise UserError(f"None of the {len(weights)} tensors of {what} fits this --backbone "
+                        f"(for example {next(iter(weights))}).")
+    network.load_state_dict(fits, strict=False)
+    wrong = [k for k in weights if k in own and k not in fits]
+    fresh = [k for k in own if k not in fits and not k.endswith("num_batches_tracked")]
+    unused = [k for k in weights if k not in own]
+    return [f"{label} ({len(keys)}): {', '.join(keys)}" for label, keys in
+            [("of another shape, left fresh", wrong), ("not in the file, left fresh", fresh),
+             ("in the file, not in the network", unused)] if keys]

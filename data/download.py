@@ -1,0 +1,461 @@
+"""Fetch data sets and published label lists:  python -m data.download {voc,splits,cityscapes} [--root DIR]
+
+voc         VOC 2012 and SBD from their official hosts, the 10,582 + 1,449 masks in SegmentationClassAug, the lists.
+splits      only the published lists of --dataset, into <root>/splits.
+cityscapes  what to do by hand (the site asks for a login), and the lists; unpacks the two zips once they are there.
+
+Every step skips what is already there and right, so a command that was stopped is simply given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import gzip
+import hashlib
+import http.client
+import os
+import re
+import shutil
+import stat
+import sys
+import tarfile
+import time
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from PIL import Image
+from scipy.io import loadmat
+from tqdm import tqdm
+
+from data.splits import PUBLISHED, TRAIN, SplitError, fingerprint, folder_name, read_list, read_s4gan, short_id
+
+VOC_URLS = ("http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
+            "https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar")
+VOC_MD5 = "6cd6e144f989b92b3379bac3b3de84fd"  # as torchvision publishes it
+VOC_FILES = {"JPEGImages/*.jpg": 17125, "SegmentationClass/*.png": 2913, "ImageSets/Segmentation/*.txt": 3}
+SBD_URL = "https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours/benchmark.tgz"
+SBD_MD5 = "82b4d87ceb2ed10f6038a1cba92111cb"  # as torchvision publishes it
+SBD_FILES = {"cls/*.mat": 11355, "*.txt": 2}
+CITYSCAPES_FILES = {"leftImg8bit": ("leftImg8bit_trainvaltest.zip", "11 GB", "leftImg8bit/train/*/*_leftImg8bit.png"),
+                    "gtFine": ("gtFine_trainvaltest.zip", "241 MB", "gtFine/train/*/*_gtFine_labelIds.png")}
+
+ATTEMPTS = 4  # per address, when a connection breaks
+WAIT_S = 2.0
+TIMEOUT_S = 30.0
+CHUNK = 1 << 20
+
+
+class DownloadError(RuntimeError):
+    """One sentence for the user: what could not be fetched or unpacked, why, and what to do."""
+
+
+class _Interrupted(Exception):
+    """The connection broke; what has arrived is kept and the next attempt goes on from there."""
+
+
+# --------------------------------------------------------------------------------------------------------- one file
+
+
+def fetch(url: str | Sequence[str], path: str | Path, sha256: str | None = None, size: int | None = None,
+          md5: str | None = None) -> Path:
+    """Download one file, resuming from PATH.part, and put it in place only when it is complete and right.
+
+    url: one address, or several that hold the same file. sha256, md5: hex digests; size: bytes. A file that is there
+    and right (or there, when nothing is known to check) is left alone. Raises DownloadError.
+    """
+    path = Path(path)
+    urls = [url] if isinstance(url, str) else list(url)
+    if path.is_file() and not _wrong(path, sha256, size, md5):
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    failures = []
+    for address in urls:
+        try:
+            _transfer_with_retries(address, part, size)
+        except DownloadError as error:
+            failures.append(str(error))
+            continue
+        wrong = _wrong(part, sha256, size, md5)
+        if not wrong:
+            os.replace(part, path)
+            return path
+        part.unlink()
+        failures.append(f"{address} is not the file that was expected ({wrong}); what came was removed")
+    raise DownloadError("; ".join(failures))
+
+
+def _wrong(path: Path, sha256: str | None, size: int | None, md5: str | None) -> str | None:
+    """What is wrong with the file, or None."""
+    if size is not None and path.stat().st_size != size:
+        return f"{path.stat().st_size} bytes instead of {size}"
+    for name, expected in (("sha256", sha256), ("md5", md5)):
+        if expected is None:
+            continue
+        digest = hashlib.new(name, usedforsecurity=False)
+        with open(path, "rb") as file:
+            while block := file.read(CHUNK):
+                digest.update(block)
+        if digest.hexdigest() != expected:
+            return f"{name} {digest.hexdigest()[:12]}... instead of {expected[:12]}..."
+    return None
+
+
+def _transfer_with_retries(url: str, part: Path, size: int | None) -> None:
+    for attempt in range(ATTEMPTS):
+        try:
+            return _transfer(url, part, size)
+        except _Interrupted as error:
+            failure = error
+            if attempt + 1 < ATTEMPTS:
+                time.sleep(WAIT_S * (attempt + 1))
+    kept = part.stat().st_size if part.exists() else 0
+    raise DownloadError(f"the connection to {url} broke ({failure}); {kept} bytes are kept, "
+                        f"give the same command again")
+
+
+def _transfer(url: str, part: Path, size: int | None) -> None:
+    """One attempt: ask for what is missing in `part` and append it; start over when the server sends the whole file."""
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0 (python -m data.download)"})
+    if have:
+        request.add_header("Range", f"bytes={have}-")
+    try:
+        response = urllib.request.urlopen(request, timeout=TIMEOUT_S)
+    except urllib.error.HTTPError as error:
+        if error.code == 416 and have:  # nothing left to send: `part` is the whole file, or not of this file
+            if error.headers.get("Content-Range", "").endswith(f"/{have}"):
+                return
+            part.unlink()
+            raise _Interrupted("the part on disk does not fit the file") from error
+        if error.code in (408, 429) or error.code >= 500:
+            raise _Interrupted(f"HTTP {error.code}") from error
+        raise DownloadError(f"{url} answers HTTP {error.code} {error.reason}; fetch it by other means and put it at "
+                            f"{part.with_suffix('')}, or try later") from error
+    except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
+        reason = getattr(error, "reason", None) or error
+        if isinstance(reason, (ConnectionResetError, ConnectionAbortedError, TimeoutError, http.client.HTTPException)):
+            raise _Interrupted(reason) from error
+        raise DownloadError(f"cannot reach {url} ({reason}); is there a network here? If not, fetch it elsewhere and "
+                            f"put it at {part.with_suffix('')}") from error
+    with response:
+        start = 0
+        if response.status == 206:
+            span = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
+            start = int(span.group(1)) if span else -1
+            if start != have:
+                part.unlink()
+                raise _Interrupted("the server sent another range than it was asked for")
+        left = int(response.headers.get("Content-Length") or -1)
+        total = start + left if left >= 0 else size
+        _check_space(part.parent, left, url)
+        bar = tqdm(desc=part.with_suffix("").name, initial=start, total=total, unit="B", unit_scale=True,
+                   disable=total is not None and total < 10 * CHUNK)
+        try:
+            with bar, open(part, "ab" if start else "wb") as file:
+                for block in _blocks(response):
+                    file.write(block)
+                    bar.update(len(block))
+        except OSError as error:
+            raise _disk_error(error, part) from error
+    got = part.stat().st_size
+    if total is not None and got < total:
+        raise _Interrupted(f"it ended after {got} of {total} bytes")
+
+
+def _blocks(response: http.client.HTTPResponse) -> Iterator[bytes]:
+    while True:
+        try:
+            block = response.read(CHUNK)
+        except (http.client.HTTPException, OSError) as error:
+            raise _Interrupted(error) from error
+        if not block:
+            return
+        yield block
+
+
+def _check_space(folder: Path, needed: int, what: object) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise DownloadError(f"no disk space: {what} needs {needed / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB "
+                            f"left; free some, or choose another --root")
+
+
+def _disk_error(error: OSError, path: Path) -> DownloadError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DownloadError(f"no disk space left while writing {path}; free some and give the same command again")
+    return DownloadError(f"cannot write {path}: {error.strerror or error}")
+
+
+# ---------------------------------------------------------------------------------------------------------- archives
+
+
+def extract(archive: str | Path, target: str | Path) -> None:
+    """Unpack a tar (any compression) or zip into `target`: everything, or nothing when a member is refused.
+
+    Raises DownloadError for a damaged archive, a full disk, and any member that would leave the target: absolute paths,
+    "..", links to the outside, devices. Files appear in `target` by renaming, so each one there is whole.
+    """
+    archive, target = Path(archive), Path(target)
+    target.mkdir(parents=True, exist_ok=True)
+    staging = target / f".{archive.name}.unpacking"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    try:
+        if zipfile.is_zipfile(archive):
+            _extract_zip(archive, staging)
+        else:
+            _extract_tar(archive, staging)
+        for folder, folders, files in os.walk(staging):
+            place = target / os.path.relpath(folder, staging)
+            place.mkdir(parents=True, exist_ok=True)
+            for name in files + [name for name in folders if os.path.islink(os.path.join(folder, name))]:
+                os.replace(os.path.join(folder, name), place / name)
+    except (tarfile.ReadError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise DownloadError(f"{archive} is damaged ({error}); remove it and fetch it again") from error
+    except tarfile.TarError as error:  # the data filter's refusals
+        raise DownloadError(f"{archive} is refused: {error}") from error
+    except OSError as error:
+        raise _disk_error(error, target) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _refuse_outside(name: str, archive: Path) -> None:
+    path = PurePosixPath(name.replace("\\", "/"))
+    if path.is_absolute() or ".." in path.parts or re.match(r"[A-Za-z]:", name):
+        raise DownloadError(f"{archive} is refused: {name!r} in it would be written outside the target folder")
+
+
+def _extract_tar(archive: Path, target: Path) -> None:
+    safe = hasattr(tarfile, "data_filter")  # the first releases of Python 3.10 and 3.11 lack it
+    with tarfile.open(archive) as tar:
+        for member in tqdm(tar, desc=f"unpacking {archive.name}", unit=" files"):
+            _refuse_outside(member.name, archive)
+            link = member.issym() or member.islnk()
+            if not (member.isfile() or member.isdir() or link) or (link and not safe):
+                raise DownloadError(f"{archive} is refused: {member.name!r} in it is a link or a device")
+            tar.extract(member, target, **({"filter": "data"} if safe else {}))
+
+
+def _extract_zip(archive: Path, target: Path) -> None:
+    with zipfile.ZipFile(archive) as file:
+        members = file.infolist()
+        for member in members:
+            _refuse_outside(member.filename, archive)
+            if stat.S_ISLNK(member.external_attr >> 16):
+                raise DownloadError(f"{archive} is refused: {member.filename!r} in it is a link")
+        _check_space(target, sum(member.file_size for member in members), archive)
+        for member in tqdm(members, desc=f"unpacking {archive.name}", unit=" files"):
+            file.extract(member, target)
+
+
+# --------------------------------------------------------------------------------------------------------------- VOC
+
+
+def voc(root: Path) -> None:
+    """VOC 2012 with SBD's masks and the published lists below `root`. Raises DownloadError, SplitError."""
+    base = root if (root / "JPEGImages").is_dir() else root / "VOCdevkit" / "VOC2012"
+    if not _complete(base, VOC_FILES):
+        archive = fetch(VOC_URLS, root / "VOCtrainval_11-May-2012.tar", md5=VOC_MD5)
+        extract(archive, root)
+        base = root / "VOCdevkit" / "VOC2012"
+    sbd = root / "benchmark_RELEASE" / "dataset"
+    if not _masks_done(base):
+        if not _complete(sbd, SBD_FILES):
+            extract(fetch(SBD_URL, root / "benchmark.tgz", md5=SBD_MD5), root)
+        augmented_masks(base, sbd, *TRAIN["voc"])
+    splits(root, "voc")
+    print(f"VOC 2012 is complete in {base}; {root / 'benchmark_RELEASE'} and the two archives in {root}, "
+          f"if they are there, are no longer needed.")
+
+
+def _complete(folder: Path, files: dict[str, int]) -> bool:
+    return all(sum(1 for _ in folder.glob(pattern)) >= number for pattern, number in files.items())
+
+
+def _masks_done(base: Path) -> bool:
+    """Whether an earlier call finished: the list of train images is right and all masks are there."""
+    listed = base / "ImageSets" / "Segmentation" / "train_aug.txt"
+    if not listed.is_file():
+        return False
+    ids = _ids(listed)
+    there = {path.stem for path in (base / "SegmentationClassAug").glob("*.png")}
+    return fingerprint(ids) == TRAIN["voc"][1] and there.issuperset(ids + _ids(listed.with_name("val.txt")))
+
+
+def _ids(path: Path) -> list[str]:
+    return [short_id(image, "voc") for image, _ in read_list(path)]
+
+
+def augmented_masks(voc_folder: str | Path, sbd_folder: str | Path, expected: int = TRAIN["voc"][0],
+                    ids_sha256: str | None = TRAIN["voc"][1]) -> list[str]:
+    """Write SegmentationClassAug (index PNG (H, W), 255 = ignore) and train_aug.txt -> the train ids, sorted.
+
+    Train is VOC's train and SBD's train and val without VOC's val. An image with a mask of VOC's own keeps it, the
+    others take SBD's `cls/ID.mat`. Masks that are there stay. expected: number of train ids; ids_sha256: their
+    `fingerprint`, None to skip that check. Raises DownloadError when either differs, or a file is missing or wrong.
+    """
+    voc_folder, sbd_folder = Path(voc_folder), Path(sbd_folder)
+    lists = voc_folder / "ImageSets" / "Segmentation"
+    val = _ids(lists / "val.txt")
+    train = sorted({*_ids(lists / "train.txt"), *_ids(sbd_folder / "train.txt"), *_ids(sbd_folder / "val.txt")}
+                   - set(val))
+    if len(train) != expected or (ids_sha256 and fingerprint(train) != ids_sha256):
+        raise DownloadError(f"{lists} and {sbd_folder} give {len(train)} train images where the published {expected} "
+                            f"are expected; remove both folders and fetch them again")
+    missing = [name for name in train + val if not (voc_folder / "JPEGImages" / f"{name}.jpg").is_file()]
+    if missing:
+        raise DownloadError(f"{len(missing)} images are missing in {voc_folder / 'JPEGImages'}, for example "
+                            f"{missing[0]}.jpg; remove that folder and give the same command again")
+    target = voc_folder / "SegmentationClassAug"
+    target.mkdir(exist_ok=True)
+    for name in tqdm(train + val, desc="SegmentationClassAug", unit=" masks"):
+        if not (target / f"{name}.png").exists():
+            mask = _read_mask(voc_folder / "SegmentationClass" / f"{name}.png", sbd_folder / "cls" / f"{name}.mat")
+            part = target / f".{name}.part"
+            try:
+                Image.fromarray(mask).save(part, format="PNG")
+                os.replace(part, target / f"{name}.png")
+            except OSError as error:
+                raise _disk_error(error, part) from error
+    _write_list(lists / "train_aug.txt", train)
+    return train
+
+
+def _read_mask(own: Path, sbd: Path) -> np.ndarray:
+    """Class indices (H, W) uint8 of one image: from VOC's PNG when it exists, else from SBD's .mat."""
+    path = own if own.is_file() else sbd
+    try:
+        if path is own:
+            with Image.open(own) as image:
+                if image.mode not in ("P", "L"):
+                    raise ValueError(f"it is a {image.mode} picture, not an index map")
+                mask = np.array(image)  # indices, also of a palette PNG
+        else:
+            mask = loadmat(sbd)["GTcls"]["Segmentation"][0, 0]
+    except Exception as error:  # a damaged file can raise nearly anything
+        raise DownloadError(f"cannot read the mask {path} ({error}); remove it and fetch it again") from error
+    if mask.ndim != 2 or not np.isin(mask, [*range(21), 255]).all():
+        raise DownloadError(f"the mask {path} does not hold class indices 0..20 and 255")
+    return mask.astype(np.uint8)
+
+
+# ------------------------------------------------------------------------------------------------------------- lists
+
+
+def splits(root: Path, dataset: str) -> None:
+    """Published lists of a data set into `<root>/splits/<family>`, each checked. Raises DownloadError, SplitError."""
+    folder = root / "splits"
+    table = {key[1:]: item for key, item in PUBLISHED.items() if key[0] == dataset}
+    for (family, name), item in table.items():
+        if family == "s4gan":
+            continue
+        if name in ("val", "COCO_supervision"):
+            fetch(item.url, folder / family / f"{name}.txt", item.sha256)
+            continue
+        labeled = fetch(item.url, folder / family / folder_name(name) / "labeled.txt", item.sha256)
+        if family == "gta_seg":  # published without a hash, but with the labeled ids they must give all train images
+            unlabeled = fetch(item.url.replace("labeled.txt", "unlabeled.txt"), labeled.with_name("unlabeled.txt"))
+            if not _is_train_set(dataset, labeled, unlabeled):
+                unlabeled.unlink()
+                raise DownloadError(f"{unlabeled} was not the published list and is removed; "
+                                    f"give the same command again")
+    if dataset == "voc":
+        _s4gan(folder, table["s4gan", "1/8"].url, table["s4gan", "1/8"].sha256)
+    print(f"The published lists for {dataset} are in {folder}.")
+
+
+def _is_train_set(dataset: str, *paths: Path) -> bool:
+    try:
+        ids = [short_id(image, dataset) for path in paths for image, _ in read_list(path)]
+    except SplitError:
+        return False
+    return (len(ids), fingerprint(ids)) == TRAIN[dataset]
+
+
+def _s4gan(folder: Path, url: str, sha256: str) -> None:
+    """S4GAN's lists: labeled.txt of each ratio, and permutation.txt, of which each is the beginning."""
+    ids_path, order = folder / "s4gan" / "train_aug.txt", folder / "s4gan" / "split_0.pkl"
+    any_list = folder / "gta_seg" / "92"
+    _write_list(ids_path, sorted(_ids(any_list / "labeled.txt") + _ids(any_list / "unlabeled.txt")))
+    fetch(url, order, sha256)
+    _write_list(folder / "s4gan" / "permutation.txt", read_s4gan(order, ids_path, "all"))
+    for name in [key[2] for key in PUBLISHED if key[1] == "s4gan"]:
+        _write_list(folder / "s4gan" / folder_name(name) / "labeled.txt", read_s4gan(order, ids_path, name))
+
+
+def _write_list(path: Path, ids: Iterable[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text("".join(f"{name}\n" for name in ids), encoding="utf-8", newline="\n")
+    os.replace(part, path)
+
+
+# -------------------------------------------------------------------------------------------------------- Cityscapes
+
+
+def cityscapes(root: Path) -> None:
+    """Unpack the two zips when they lie in `root`, else say how to get them; fetch the lists. Raises DownloadError."""
+    absent = {}
+    for folder, (archive, size, pattern) in CITYSCAPES_FILES.items():
+        files = {pattern: TRAIN["cityscapes"][0]}
+        if _complete(root, files):
+            continue
+        if not (root / archive).is_file():
+            absent[folder] = f"{archive} ({size})"
+            continue
+        extract(root / archive, root)
+        if not _complete(root, files):
+            raise DownloadError(f"{root / archive} does not hold the {TRAIN['cityscapes'][0]} files {pattern}; "
+                                f"remove it and download it again")
+    if absent:
+        zips = "\n".join(f"     {archive}" for archive in absent.values())
+        print(f"Cityscapes needs an account; its terms do not allow others to hand it on.\n"
+              f"  1. Register and log in at https://www.cityscapes-dataset.com\n"
+              f"  2. Download there\n{zips}\n     and put them into {root}\n"
+              f"  3. Give this command again. It unpacks them to {' and '.join(str(root / name) for name in absent)}.\n"
+              f"     The labelIds and instanceIds in gtFine are read as they are; nothing is to be converted.")
+    else:
+        print(f"Cityscapes is complete in {root}.")
+    splits(root, "cityscapes")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m data.download", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("voc", "splits", "cityscapes"))
+    parser.add_argument("--root", type=Path, help="where to put it; default datasets/<data set>")
+    parser.add_argument("--dataset", choices=("voc", "cityscapes", "coco"), default="voc",
+                        help="for splits: whose lists")
+    args = parser.parse_args(argv)
+    dataset = args.dataset if args.what == "splits" else args.what
+    root = args.root or Path("datasets") / dataset
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        if args.what == "voc":
+            voc(root)
+        elif args.what == "cityscapes":
+            cityscapes(root)
+        else:
+            splits(root, dataset)
+    except (DownloadError, SplitError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename or root}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; give the same command again to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

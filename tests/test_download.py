@@ -1,0 +1,565 @@
+"""data/download.py against a local HTTP server, hostile archives and a tiny VOC + SBD tree."""
+
+import errno
+import hashlib
+import io
+import os
+import shutil
+import stat
+import tarfile
+import threading
+import zipfile
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.io import savemat
+
+from data import download, splits
+from data.download import DownloadError
+
+REPO = Path(__file__).resolve().parents[1]
+LISTS = (REPO / os.environ.get("TEST_DATA", "../shared/data")).resolve() / "splits"
+published = pytest.mark.skipif(not LISTS.is_dir(), reason=f"no published lists in TEST_DATA ({LISTS})")
+CONTENT = np.random.default_rng(0).bytes(3_000_000)
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+MD5 = hashlib.md5(CONTENT).hexdigest()
+
+
+class Server(ThreadingHTTPServer):
+    """Serves `files` (path -> bytes); `asked` holds (path, Range header or None) of every request."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files: dict[str, bytes] = {}
+        self.asked: list[tuple[str, str | None]] = []
+        self.ranges = True
+        self.break_after: list[int] = []  # bytes after which the next connections are cut
+        self.statuses: list[int] = []  # answers to the next requests instead of the file
+
+    def handle_error(self, request, client_address):
+        """A client that goes away in the middle is part of these tests."""
+
+    def url(self, path: str) -> str:
+        return f"http://127.0.0.1:{self.server_port}{path}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self):
+        span = self.headers.get("Range")
+        self.server.asked.append((self.path, span))
+        content = self.server.files.get(self.path)
+        if self.server.statuses or content is None:
+            self.send_error(self.server.statuses.pop(0) if self.server.statuses else 404)
+            return
+        start = int(span[6:-1]) if span and self.server.ranges else 0
+        if start and start >= len(content):
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(content)}")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        self.send_response(206 if start else 200)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        self.send_header("Content-Length", str(len(content) - start))
+        self.end_headers()
+        body = content[start:]
+        if self.server.break_after:
+            body = body[: self.server.break_after.pop(0)]
+            self.close_connection = True
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(download, "WAIT_S", 0.0)
+    server = Server()
+    server.files["/file.bin"] = CONTENT
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+# -------------------------------------------------------------------------------------------------------------- fetch
+
+
+def test_fetch_checks_places_and_then_skips(server, tmp_path):
+    path = tmp_path / "deep" / "file.bin"
+    for _ in range(2):
+        assert download.fetch(server.url("/file.bin"), path, SHA256, len(CONTENT), MD5) == path
+    assert path.read_bytes() == CONTENT
+    assert server.asked == [("/file.bin", None)]
+    assert os.listdir(path.parent) == ["file.bin"]
+
+
+def test_fetch_replaces_a_wrong_file(server, tmp_path):
+    path = tmp_path / "file.bin"
+    path.write_bytes(CONTENT[:-1] + b"?")
+    download.fetch(server.url("/file.bin"), path, SHA256)
+    assert path.read_bytes() == CONTENT
+
+
+def test_fetch_goes_on_where_a_broken_connection_ended(server, tmp_path):
+    server.break_after = [1_000_000, 1_500_000]
+    download.fetch(server.url("/file.bin"), tmp_path / "file.bin", SHA256)
+    assert (tmp_path / "file.bin").read_bytes() == CONTENT
+    assert [span for _, span in server.asked] == [None, "bytes=1000000-", "bytes=2500000-"]
+
+
+def test_fetch_keeps_the_part_for_the_next_command(server, tmp_path):
+    path, part = tmp_path / "file.bin", tmp_path / "file.bin.part"
+    server.break_after = [500_000] * download.ATTEMPTS
+    with pytest.raises(DownloadError, match="2000000 bytes are kept, give the same command again"):
+        download.fetch(server.url("/file.bin"), path, SHA256)
+    assert part.read_bytes() == CONTENT[:2_000_000] and not path.exists()
+    server.asked.clear()
+    download.fetch(server.url("/file.bin"), path, SHA256)
+    assert server.asked == [("/file.bin", "bytes=2000000-")]
+    assert path.read_bytes() == CONTENT and not part.exists()
+
+
+def test_fetch_starts_over_when_the_server_ignores_range(server, tmp_path):
+    server.ranges = False
+    (tmp_path / "file.bin.part").write_bytes(CONTENT[:1_000_000])
+    download.fetch(server.url("/file.bin"), tmp_path / "file.bin", SHA256)
+    assert server.asked == [("/file.bin", "bytes=1000000-")]
+    assert (tmp_path / "file.bin").read_bytes() == CONTENT
+
+
+def test_fetch_takes_a_part_that_was_already_whole(server, tmp_path):
+    (tmp_path / "file.bin.part").write_bytes(CONTENT)
+    download.fetch(server.url("/file.bin"), tmp_path / "file.bin", SHA256)
+    assert server.asked == [("/file.bin", f"bytes={len(CONTENT)}-")]
+    assert (tmp_path / "file.bin").read_bytes() == CONTENT
+
+
+def test_fetch_drops_a_part_that_is_longer_than_the_file(server, tmp_path):
+    (tmp_path / "file.bin.part").write_bytes(CONTENT + b"more")
+    download.fetch(server.url("/file.bin"), tmp_path / "file.bin", SHA256)
+    assert (tmp_path / "file.bin").read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("wrong", [{"sha256": "0" * 64}, {"md5": "0" * 32}, {"size": 2_999_999}])
+def test_fetch_refuses_another_file_and_removes_it(server, tmp_path, wrong):
+    with pytest.raises(DownloadError, match="not the file that was expected"):
+        download.fetch(server.url("/file.bin"), tmp_path / "file.bin", **wrong)
+    assert os.listdir(tmp_path) == []
+
+
+def test_fetch_tries_the_next_address(server, tmp_path):
+    server.files["/other.bin"] = b"another file"
+    urls = [server.url(path) for path in ("/absent.bin", "/other.bin", "/file.bin")]
+    download.fetch(urls, tmp_path / "file.bin", SHA256)
+    assert (tmp_path / "file.bin").read_bytes() == CONTENT
+    assert [path for path, _ in server.asked] == ["/absent.bin", "/other.bin", "/file.bin"]
+
+
+def test_fetch_names_what_is_not_found(server, tmp_path):
+    with pytest.raises(DownloadError, match=r"/absent.bin answers HTTP 404 Not Found; .* put it at .*file\.bin"):
+        download.fetch(server.url("/absent.bin"), tmp_path / "file.bin")
+    assert len(server.asked) == 1 and os.listdir(tmp_path) == []
+
+
+def test_fetch_asks_again_when_the_server_is_busy(server, tmp_path):
+    server.statuses = [503, 429]
+    download.fetch(server.url("/file.bin"), tmp_path / "file.bin", SHA256)
+    assert len(server.asked) == 3
+
+
+def test_fetch_without_a_network(server, tmp_path):
+    closed = server.url("/file.bin")
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(DownloadError, match="cannot reach .*file.bin .*is there a network"):
+        download.fetch(closed, tmp_path / "file.bin")
+
+
+def test_fetch_looks_at_the_disk_space_first(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
+    with pytest.raises(DownloadError, match="no disk space"):
+        download.fetch(server.url("/file.bin"), tmp_path / "file.bin", SHA256)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_fetch_says_when_the_disk_is_full(server, tmp_path):
+    (tmp_path / "file.bin.part").symlink_to("/dev/full")
+    with pytest.raises(DownloadError, match="no disk space left while writing"):
+        download.fetch(server.url("/file.bin"), tmp_path / "file.bin", SHA256)
+    assert download._disk_error(OSError(errno.EACCES, "Permission denied"), tmp_path).args[0].endswith("denied")
+
+
+# ----------------------------------------------------------------------------------------------------------- archives
+
+
+def tar_of(path: Path, *members: tuple[str, bytes | str], kind: bytes = tarfile.REGTYPE, mode: str = "w") -> Path:
+    """Members are (name, bytes) or, for links, (name, link target)."""
+    with tarfile.open(path, mode) as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            if isinstance(content, str):
+                info.type, info.linkname = (kind if kind != tarfile.REGTYPE else tarfile.SYMTYPE), content
+                tar.addfile(info)
+            else:
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+@pytest.mark.parametrize("suffix, mode", [(".tar", "w"), (".tgz", "w:gz")])
+def test_extract_tar(tmp_path, suffix, mode):
+    archive = tar_of(tmp_path / f"a{suffix}", ("top/sub/x.txt", b"x"), ("top/y.txt", b"new"), mode=mode)
+    (tmp_path / "out" / "top").mkdir(parents=True)
+    (tmp_path / "out" / "top" / "y.txt").write_bytes(b"old")
+    (tmp_path / "out" / "top" / "z.txt").write_bytes(b"mine")
+    download.extract(archive, tmp_path / "out")
+    found = {str(p.relative_to(tmp_path / "out")): p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    assert found == {"top/sub/x.txt": b"x", "top/y.txt": b"new", "top/z.txt": b"mine"}
+
+
+def test_extract_zip(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+        file.writestr("top/sub/x.txt", "x")
+    download.extract(tmp_path / "a.zip", tmp_path / "out")
+    assert (tmp_path / "out/top/sub/x.txt").read_text() == "x"
+    assert os.listdir(tmp_path / "out") == ["top"]
+
+
+OUTSIDE = ["../evil.txt", "a/../../evil.txt", "/tmp/evil_of_this_test.txt", "..\\evil.txt", "C:/evil.txt"]
+
+
+def nothing_came_out(tmp_path: Path) -> bool:
+    return not any(p.name.startswith("evil") for p in tmp_path.rglob("*")) and os.listdir(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_extract_refuses_tar_members_outside(tmp_path, name):
+    archive = tar_of(tmp_path / "a.tar", ("good.txt", b"1"), (name, b"2"))
+    with pytest.raises(DownloadError, match="refused: .*outside"):
+        download.extract(archive, tmp_path / "out")
+    assert nothing_came_out(tmp_path) and not Path("/tmp/evil_of_this_test.txt").exists()
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_extract_refuses_zip_members_outside(tmp_path, name):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+        file.writestr("good.txt", "1")
+        info = zipfile.ZipInfo("x")
+        info.filename = name  # as written, without ZipInfo's own cleaning
+        file.writestr(info, "2")
+    with pytest.raises(DownloadError, match="refused: .*outside"):
+        download.extract(tmp_path / "a.zip", tmp_path / "out")
+    assert nothing_came_out(tmp_path) and not Path("/tmp/evil_of_this_test.txt").exists()
+
+
+@pytest.mark.parametrize("data_filter", [True, False])
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
+@pytest.mark.parametrize("target", ["../../secret.txt", "/etc/hostname"])
+def test_extract_refuses_links_to_the_outside(tmp_path, monkeypatch, kind, target, data_filter):
+    if not data_filter:
+        monkeypatch.delattr(tarfile, "data_filter", raising=False)
+    (tmp_path / "secret.txt").write_text("secret")
+    archive = tar_of(tmp_path / "a.tar", ("x", target), kind=kind)
+    with pytest.raises(DownloadError, match="refused"):
+        download.extract(archive, tmp_path / "out")
+    assert nothing_came_out(tmp_path)
+
+
+def test_extract_refuses_a_file_through_a_link(tmp_path):
+    archive = tar_of(tmp_path / "a.tar", ("x", ".."), ("x/evil.txt", b"1"))
+    with pytest.raises(DownloadError, match="refused"):
+        download.extract(archive, tmp_path / "out")
+    assert nothing_came_out(tmp_path)
+
+
+def test_extract_refuses_devices_and_links_in_zips(tmp_path):
+    archive = tar_of(tmp_path / "a.tar", ("pipe", ""), kind=tarfile.FIFOTYPE)
+    with pytest.raises(DownloadError, match="refused: 'pipe'"):
+        download.extract(archive, tmp_path / "out")
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+        info = zipfile.ZipInfo("link")
+        info.external_attr = (stat.S_IFLNK | 0o777) << 16
+        file.writestr(info, "/etc/hostname")
+    with pytest.raises(DownloadError, match="refused: 'link'"):
+        download.extract(tmp_path / "a.zip", tmp_path / "out")
+    assert nothing_came_out(tmp_path)
+
+
+def test_extract_works_without_the_data_filter(tmp_path, monkeypatch):
+    monkeypatch.delattr(tarfile, "data_filter", raising=False)
+    download.extract(tar_of(tmp_path / "a.tar", ("top/x.txt", b"x")), tmp_path / "out")
+    assert (tmp_path / "out/top/x.txt").read_bytes() == b"x"
+
+
+@pytest.mark.parametrize("name, mode", [("a.tar", "w"), ("a.tgz", "w:gz")])
+def test_extract_says_when_an_archive_is_damaged(tmp_path, name, mode):
+    archive = tar_of(tmp_path / name, ("x.txt", CONTENT[:200_000]), mode=mode)
+    archive.write_bytes(archive.read_bytes()[:100_000])
+    with pytest.raises(DownloadError, match="is damaged"):
+        download.extract(archive, tmp_path / "out")
+    archive.write_bytes(b"<html>not found</html>")
+    with pytest.raises(DownloadError, match="is damaged"):
+        download.extract(archive, tmp_path / "out")
+    assert os.listdir(tmp_path / "out") == []
+
+
+# ---------------------------------------------------------------------------------------------------------------- VOC
+
+TRAIN, VAL = ["2007_000001", "2007_000002"], ["2007_000003"]
+SBD_TRAIN, SBD_VAL = ["2008_000004"], ["2007_000003", "2008_000005"]
+
+
+@pytest.fixture
+def trees(tmp_path) -> tuple[Path, Path]:
+    """VOC with palette masks of classes 1, 2, 15 and border 255; SBD with other classes, also for a VOC image."""
+    voc, sbd = tmp_path / "VOC2012", tmp_path / "sbd"
+    for folder in (voc / "JPEGImages", voc / "SegmentationClass", voc / "ImageSets" / "Segmentation", sbd / "cls"):
+        folder.mkdir(parents=True)
+    palette = np.random.default_rng(1).integers(0, 256, 768).tolist()
+    for name in {*TRAIN, *VAL, *SBD_TRAIN, *SBD_VAL}:
+        Image.fromarray(np.zeros((6, 8, 3), np.uint8)).save(voc / "JPEGImages" / f"{name}.jpg")
+    for name in TRAIN + VAL:
+        image = Image.fromarray(own_mask())
+        image.putpalette(palette)
+        assert image.mode == "P"
+        image.save(voc / "SegmentationClass" / f"{name}.png")
+    for name in ["2007_000001", *SBD_TRAIN, *SBD_VAL]:
+        savemat(sbd / "cls" / f"{name}.mat", {"GTcls": {"Segmentation": sbd_mask(), "Boundaries": np.zeros(3)}})
+    for path, names in ((voc / "ImageSets/Segmentation/train.txt", TRAIN), (sbd / "val.txt", SBD_VAL),
+                        (voc / "ImageSets/Segmentation/val.txt", VAL), (sbd / "train.txt", SBD_TRAIN)):
+        path.write_text("\n".join(names) + "\n")
+    return voc, sbd
+
+
+def own_mask() -> np.ndarray:
+    return np.repeat(np.array([0, 1, 2, 15, 20, 255], np.uint8)[:, None], 8, 1)
+
+
+def sbd_mask() -> np.ndarray:
+    return np.tile(np.arange(8, dtype=np.uint8), (6, 1))
+
+
+def aug(voc: Path, name: str) -> np.ndarray:
+    with Image.open(voc / "SegmentationClassAug" / f"{name}.png") as image:
+        assert image.mode == "L"
+        return np.array(image)
+
+
+def test_masks_keep_indices_and_prefer_vocs_own(trees):
+    voc, sbd = trees
+    ids = download.augmented_masks(voc, sbd, expected=4, ids_sha256=None)
+    assert ids == ["2007_000001", "2007_000002", "2008_000004", "2008_000005"]
+    assert (voc / "ImageSets/Segmentation/train_aug.txt").read_text() == "".join(f"{name}\n" for name in ids)
+    assert sorted(os.listdir(voc / "SegmentationClassAug")) == sorted(f"{name}.png" for name in ids + VAL)
+    for name in TRAIN + VAL:
+        np.testing.assert_array_equal(aug(voc, name), own_mask())
+    for name in ("2008_000004", "2008_000005"):
+        np.testing.assert_array_equal(aug(voc, name), sbd_mask())
+
+
+def test_masks_go_on_after_a_stop(trees, monkeypatch):
+    voc, sbd = trees
+    read, opened = download._read_mask, []
+
+    def stops_at_third(own, mat):
+        if len(opened) == 2:
+            raise KeyboardInterrupt
+        opened.append(own.stem)
+        return read(own, mat)
+
+    monkeypatch.setattr(download, "_read_mask", stops_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        download.augmented_masks(voc, sbd, 4, None)
+    assert len(os.listdir(voc / "SegmentationClassAug")) == 2
+    assert not (voc / "ImageSets/Segmentation/train_aug.txt").exists()
+    first = list(opened)
+    monkeypatch.setattr(download, "_read_mask", lambda own, mat: opened.append(own.stem) or read(own, mat))
+    download.augmented_masks(voc, sbd, 4, None)
+    assert len(opened) == len(set(opened)) == 5 and opened[:2] == first
+
+
+def test_masks_need_the_expected_train_set(trees):
+    voc, sbd = trees
+    ids = ["2007_000001", "2007_000002", "2008_000004", "2008_000005"]
+    with pytest.raises(DownloadError, match="give 4 train images where the published 10582"):
+        download.augmented_masks(voc, sbd)
+    with pytest.raises(DownloadError, match="give 4 train images"):
+        download.augmented_masks(voc, sbd, 4, splits.fingerprint(ids[:3]))
+    assert not (voc / "SegmentationClassAug").exists()
+    assert download.augmented_masks(voc, sbd, 4, splits.fingerprint(ids)) == ids
+
+
+def test_masks_name_what_is_missing_or_wrong(trees):
+    voc, sbd = trees
+    (voc / "JPEGImages/2008_000005.jpg").rename(voc / "moved.jpg")
+    with pytest.raises(DownloadError, match="1 images are missing in .*2008_000005.jpg"):
+        download.augmented_masks(voc, sbd, 4, None)
+    (voc / "moved.jpg").rename(voc / "JPEGImages/2008_000005.jpg")
+    (sbd / "cls/2008_000005.mat").write_bytes(b"broken")
+    with pytest.raises(DownloadError, match="cannot read the mask .*2008_000005.mat"):
+        download.augmented_masks(voc, sbd, 4, None)
+    savemat(sbd / "cls/2008_000005.mat", {"GTcls": {"Segmentation": np.full((6, 8), 21, np.uint8)}})
+    with pytest.raises(DownloadError, match="2008_000005.mat does not hold class indices"):
+        download.augmented_masks(voc, sbd, 4, None)
+    savemat(sbd / "cls/2008_000005.mat", {"GTcls": {"Segmentation": sbd_mask()}})
+    Image.fromarray(np.zeros((6, 8, 3), np.uint8)).save(voc / "SegmentationClass/2007_000003.png")
+    with pytest.raises(DownloadError, match="2007_000003.png .*RGB picture, not an index map"):
+        download.augmented_masks(voc, sbd, 4, None)
+
+
+def test_voc_from_the_archives_to_masks(server, tmp_path, trees, monkeypatch):
+    """The whole command on tiny archives; a second call asks for nothing, even when SBD was removed."""
+    voc, sbd = trees
+    (voc / "ImageSets/Segmentation/trainval.txt").write_text("")
+    for source, top, mode, name in ((voc, "VOCdevkit/VOC2012", "w", "voc.tar"),
+                                    (sbd, "benchmark_RELEASE/dataset", "w:gz", "sbd.tgz")):
+        with tarfile.open(tmp_path / name, mode) as tar:
+            tar.add(source, top)
+        server.files[f"/{name}"] = (tmp_path / name).read_bytes()
+    ids = ["2007_000001", "2007_000002", "2008_000004", "2008_000005"]
+    monkeypatch.setattr(download, "VOC_URLS", (server.url("/gone.tar"), server.url("/voc.tar")))
+    monkeypatch.setattr(download, "SBD_URL", server.url("/sbd.tgz"))
+    monkeypatch.setattr(download, "VOC_MD5", hashlib.md5(server.files["/voc.tar"]).hexdigest())
+    monkeypatch.setattr(download, "SBD_MD5", hashlib.md5(server.files["/sbd.tgz"]).hexdigest())
+    monkeypatch.setattr(download, "VOC_FILES", {"JPEGImages/*.jpg": 5, "ImageSets/Segmentation/*.txt": 3})
+    monkeypatch.setattr(download, "SBD_FILES", {"cls/*.mat": 4, "*.txt": 2})
+    monkeypatch.setitem(download.TRAIN, "voc", (4, splits.fingerprint(ids)))
+    monkeypatch.setattr(download, "splits", lambda root, dataset: None)
+    root = tmp_path / "root"
+    assert download.main(["voc", "--root", str(root)]) == 0
+    base = root / "VOCdevkit" / "VOC2012"
+    assert (base / "ImageSets/Segmentation/train_aug.txt").read_text().split() == ids
+    np.testing.assert_array_equal(aug(base, "2007_000003"), own_mask())
+    assert [path for path, _ in server.asked] == ["/gone.tar", "/voc.tar", "/sbd.tgz"]
+    shutil.rmtree(root / "benchmark_RELEASE")
+    (root / "benchmark.tgz").unlink()
+    assert download.main(["voc", "--root", str(root)]) == 0
+    assert len(server.asked) == 3
+
+
+# ----------------------------------------------------------------------------------------- lists, Cityscapes, command
+
+
+@pytest.fixture
+def published_lists(server, monkeypatch):
+    """The server stands for raw.githubusercontent.com with the copies in TEST_DATA."""
+    def local(url):
+        path = url.removeprefix("https://raw.githubusercontent.com")
+        _, owner, name, _, rest = path.split("/", 4)
+        place = {"GTA-Seg": f"gta_seg/{rest}", "semisup-semseg": f"s4gan/{rest.removeprefix('splits/')}",
+                 "GuidedDistillation": f"guided_distillation/{rest}", "unbiased-teacher": f"unbiased_teacher/{rest}"}
+        server.files[path] = (LISTS / place[name]).read_bytes()
+        return server.url(path)
+
+    table = {}
+    for key, item in splits.PUBLISHED.items():
+        if key[1] == "gta_seg" and key[2] != "val":
+            local(item.url.replace("labeled.txt", "unlabeled.txt"))
+        table[key] = replace(item, url=local(item.url))
+    monkeypatch.setattr(download, "PUBLISHED", table)
+    return server
+
+
+@published
+def test_splits_for_voc(published_lists, tmp_path):
+    assert download.main(["splits", "--root", str(tmp_path)]) == 0
+    folder = tmp_path / "splits"
+    for dataset, family, name in splits.PUBLISHED:
+        if dataset == "voc" and name != "val":
+            ids = [splits.short_id(image, "voc")
+                   for image, _ in splits.read_list(folder / family / splits.folder_name(name) / "labeled.txt")]
+            assert splits.published_name(ids) == f"voc {family} {name}"
+    assert len(splits.read_list(folder / "gta_seg/183/unlabeled.txt")) == 10399
+    assert len(splits.read_list(folder / "gta_seg/val.txt")) == 1449
+    assert (folder / "s4gan/train_aug.txt").read_bytes() == (LISTS / "s4gan/voc/train_aug.txt").read_bytes()
+    assert (folder / "s4gan/permutation.txt").read_bytes() == (LISTS / "s4gan/voc/permutation.txt").read_bytes()
+    assert not list(folder.rglob("*.part"))
+    asked = len(published_lists.asked)
+    assert download.main(["splits", "--root", str(tmp_path)]) == 0
+    assert len(published_lists.asked) == asked
+
+
+@published
+@pytest.mark.parametrize("content", [b"<html>\nsign in to the network\n</html>\n", b"2007_000001\n"])
+def test_splits_refuse_a_wrong_unlabeled_list_and_recover(published_lists, tmp_path, capsys, content):
+    path = next(path for path in published_lists.files if path.endswith("/pascal/366/unlabeled.txt"))
+    good, published_lists.files[path] = published_lists.files[path], content
+    assert download.main(["splits", "--root", str(tmp_path)]) == 2
+    assert "366/unlabeled.txt was not the published list" in capsys.readouterr().err
+    assert not (tmp_path / "splits/gta_seg/366/unlabeled.txt").exists()
+    published_lists.files[path] = good
+    assert download.main(["splits", "--root", str(tmp_path)]) == 0
+
+
+@published
+def test_splits_for_coco(published_lists, tmp_path):
+    assert download.main(["splits", "--dataset", "coco", "--root", str(tmp_path)]) == 0
+    written = tmp_path / "splits/unbiased_teacher/COCO_supervision.txt"
+    assert written.read_bytes() == (LISTS / "unbiased_teacher/dataseed/COCO_supervision.txt").read_bytes()
+
+
+@published
+def test_cityscapes_says_what_to_do_then_unpacks(published_lists, tmp_path, capsys, monkeypatch):
+    assert download.main(["cityscapes", "--root", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    for part in ("www.cityscapes-dataset.com", "leftImg8bit_trainvaltest.zip (11 GB)",
+                 "gtFine_trainvaltest.zip (241 MB)", str(tmp_path / "leftImg8bit"), str(tmp_path / "gtFine")):
+        assert part in said
+    lists = sorted(str(p.relative_to(tmp_path / "splits")) for p in (tmp_path / "splits").rglob("*.txt"))
+    assert lists == sorted([*(f"gta_seg/{n}/{kind}.txt" for n in (100, 186, 372, 744, 1488)
+                              for kind in ("labeled", "unlabeled")), "gta_seg/val.txt",
+                            *(f"guided_distillation/{p}pc/labeled.txt" for p in (5, 10, 20, 30))])
+    monkeypatch.setattr(download, "splits", lambda root, dataset: None)
+    monkeypatch.setitem(download.TRAIN, "cityscapes", (1, ""))
+    with zipfile.ZipFile(tmp_path / "leftImg8bit_trainvaltest.zip", "w") as file:
+        file.writestr("leftImg8bit/train/ulm/ulm_000079_000019_leftImg8bit.png", "image")
+    assert download.main(["cityscapes", "--root", str(tmp_path)]) == 0
+    assert (tmp_path / "leftImg8bit/train/ulm/ulm_000079_000019_leftImg8bit.png").is_file()
+    said = capsys.readouterr().out
+    assert "gtFine_trainvaltest.zip" in said and "leftImg8bit_trainvaltest.zip" not in said
+    with zipfile.ZipFile(tmp_path / "gtFine_trainvaltest.zip", "w") as file:
+        file.writestr("gtFine/train/ulm/ulm_000079_000019_gtFine_color.png", "label")
+    assert download.main(["cityscapes", "--root", str(tmp_path)]) == 2
+    assert "does not hold the 1 files gtFine" in capsys.readouterr().err
+    with zipfile.ZipFile(tmp_path / "gtFine_trainvaltest.zip", "w") as file:
+        file.writestr("gtFine/train/ulm/ulm_000079_000019_gtFine_labelIds.png", "label")
+    assert download.main(["cityscapes", "--root", str(tmp_path)]) == 0
+    assert "Cityscapes is complete" in capsys.readouterr().out
+
+
+def one_sentence(text: str) -> bool:
+    return text.startswith("error: ") and text.count("\n") == 1 and "Traceback" not in text
+
+
+def test_errors_are_one_sentence_and_exit_code_2(server, tmp_path, capsys, monkeypatch):
+    key = ("cityscapes", "gta_seg", "100")
+    item = replace(splits.PUBLISHED[key], url=server.url("/absent/labeled.txt"))
+    monkeypatch.setattr(download, "PUBLISHED", {key: item})
+    assert download.main(["splits", "--dataset", "cityscapes", "--root", str(tmp_path / "a")]) == 2
+    said = capsys.readouterr().err
+    assert one_sentence(said) and "404" in said
+    (tmp_path / "file").write_text("")
+    assert download.main(["splits", "--root", str(tmp_path / "file" / "b")]) == 2
+    said = capsys.readouterr().err
+    assert one_sentence(said) and "Not a directory" in said
+    monkeypatch.setattr(download, "splits", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert download.main(["splits", "--root", str(tmp_path)]) == 130
+    with pytest.raises(SystemExit) as caught:
+        download.main(["imagenet"])
+    assert caught.value.code == 2
