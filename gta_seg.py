@@ -29,9 +29,8 @@ Lines marked DEPARTS[name] leave the paper or decide what it leaves open; docs/g
     python gta_seg.py --dataset shapes                      # embedded data, no download, CPU, minutes
 """
 
-import copy
+import itertools
 import json
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -43,10 +42,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import datasets, distributed, metrics, plots, runs, transforms
-from common.datasets import Batch
+from common import backbones, datasets, distributed, metrics, plots, runs, transforms
+from common.datasets import Batch, Segmentation
 from common.distributed import World, rng
 from common.runs import UserError
+from data import find
 
 SCRIPT, IGNORE = "gta_seg.py", 255
 
@@ -140,92 +140,24 @@ def preset(dataset: str = "voc", recipe: str = "paper", **overrides: Any) -> Arg
 
 # ============================================================================================== network
 class Backbone(nn.Module):
-    """An ImageNet classifier cut into stages: (B, 3, H, W) -> maps of stride 4, of the last stage but one, of the last.
+    """An ImageNet classifier: (B, 3, H, W) -> its maps of stride 4, of the last stage but one, and of the last.
 
-    At `stride` 8 or 16 later strides become dilations; bottleneck ResNets at stride 8 get multi-grid (4, 8, 16)."""
+    Bottleneck ResNets at stride 8 get multi-grid dilations (4, 8, 16) in the last stage. DEPARTS[open]"""
 
-    def __init__(self, name: str, stride: int, weights: str):
+    def __init__(self, args: Args):
         super().__init__()
-        self.body, self.picks = build_body(name, stride, pretrained=weights == "imagenet")
-        pool = getattr(self.body, "maxpool", None)
-        if isinstance(pool, nn.MaxPool2d):
-            pool.ceil_mode = True                       # DEPARTS[open] as in the ImageNet network of the released code
-        if name.startswith("resnet") and stride == 8 and hasattr(self.body.layer4[0], "conv3"):
-            for block, dilation in zip(self.body.layer4, (4, 8, 16), strict=True):
-                block.conv2.dilation = block.conv2.padding = (dilation, dilation)
+        self.body, reduction, channels = backbones.build(args.backbone, args.output_stride, args.weights == "imagenet")
+        self.picks = max((i for i, r in enumerate(reduction) if r <= 4), default=0), len(channels) - 2, len(channels) - 1
+        self.channels = [channels[i] for i in self.picks]
+        if args.backbone.startswith("resnet"):
+            self.body.maxpool.ceil_mode = True
+            if args.output_stride == 8 and hasattr(self.body.layer4[0], "conv3"):
+                for block, dilation in zip(self.body.layer4, (4, 8, 16), strict=True):
+                    block.conv2.dilation = block.conv2.padding = (dilation, dilation)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, images: Tensor) -> list[Tensor]:
         maps = self.body(images)
-        low, third, last = (maps[i] for i in self.picks)
-        return low, third, last
-
-
-class Stages(nn.Module):
-    """A torchvision network with a `features` sequence (MobileNet, EfficientNet, ...) -> the last map of each stage."""
-
-    def __init__(self, features: nn.Sequential, stride: int):
-        super().__init__()
-        self.features, self.ends = features, {}                      # stage -> (layer, reduction, channels)
-        done, stage, x = 1, 0, torch.zeros(1, 3, 64, 64)
-        for i, layer in enumerate(features):
-            for conv in [m for m in layer.modules() if isinstance(m, nn.Conv2d)]:
-                dilation = 2**stage // done
-                if conv.stride[0] > 1:
-                    stage += 1
-                    if done == stride:                               # stride becomes dilation from here on
-                        conv.stride = (1, 1)
-                    else:
-                        done *= 2
-                half = conv.kernel_size[0] // 2
-                conv.dilation, conv.padding = (dilation,) * 2, (dilation * half,) * 2
-            with torch.no_grad():
-                x = layer.eval()(x)
-            self.ends[stage] = (i, done, x.shape[1])
-        self.train()
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        maps, ends = [], {layer for layer, _, _ in self.ends.values()}
-        for i, layer in enumerate(self.features):
-            x = layer(x)
-            if i in ends:
-                maps.append(x)
-        return maps
-
-
-def build_body(name: str, stride: int, pretrained: bool) -> tuple[nn.Module, tuple[int, int, int]]:
-    """The network and which of its maps are the stride-4 one, the last but one and the last."""
-    import timm
-    import torchvision
-
-    try:
-        if timm.is_model(name):
-            try:
-                body = timm.create_model(name, features_only=True, output_stride=stride, pretrained=pretrained)
-            except (NotImplementedError, TypeError, ValueError):     # transformers have one stride and take any size
-                body = timm.create_model(name, features_only=True, pretrained=pretrained, dynamic_img_size=True,
-                                         dynamic_img_pad=True)
-            reduction, channels = body.feature_info.reduction(), body.feature_info.channels()
-        elif name in torchvision.models.list_models():
-            network = torchvision.models.get_model(name, weights="DEFAULT" if pretrained else None)
-            body = Stages(network.features, stride)
-            reduction, channels = ([end[i] for end in body.ends.values()] for i in (1, 2))
-        else:
-            close = ", ".join(timm.list_models(f"*{name[:6]}*")[:5])
-            raise UserError(f"--backbone {name} is neither a timm nor a torchvision network"
-                            f"{f'; did you mean {close}?' if close else '; see timm.list_models().'}")
-    except UserError:
-        raise
-    except AttributeError:
-        raise UserError(f"--backbone {name} of torchvision has no `features` to cut into stages; take a timm name.") \
-            from None
-    except Exception as error:  # noqa: BLE001 (hub, network and file errors have no common class)
-        if not pretrained:
-            raise
-        raise UserError(f"The ImageNet weights of {name} could not be fetched ({type(error).__name__}); give a file of "
-                        f"them with --weights FILE, or start from random weights with --weights none.") from None
-    low = max((i for i, r in enumerate(reduction) if r <= 4), default=0)
-    body.channels = [channels[i] for i in (low, len(channels) - 2, len(channels) - 1)]
-    return body, (low, len(channels) - 2, len(channels) - 1)
+        return [maps[i] for i in self.picks]
 
 
 def conv_bn(inputs: int, outputs: int, kernel: int, dilation: int = 1, bias: bool = False) -> nn.Sequential:
@@ -251,8 +183,8 @@ class Features(nn.Module):
 
     def __init__(self, args: Args):
         super().__init__()
-        self.backbone = Backbone(args.backbone, args.output_stride, args.weights)
-        low, self.third_channels, last = self.backbone.body.channels
+        self.backbone = Backbone(args)
+        low, self.third_channels, last = self.backbone.channels
         self.aspp = ASPP(last, args.width, args.aspp_rates)
         self.head = nn.Sequential(*conv_bn(5 * args.width, args.width, 3), nn.Dropout2d(0.1))
         self.low = conv_bn(low, args.width, 1, bias=True)
@@ -301,11 +233,6 @@ def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 # ============================================================================================== equations
-def same(x: Tensor) -> Tensor:
-    """What stands for a sum over processes when there is one."""
-    return x
-
-
 def confidence(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Eq. 1: logits (B, K, H, W) -> confidence c (B, H, W) in [0, 1] and its class (B, H, W)."""
     conf, label = logits.softmax(dim=1).max(dim=1)
@@ -328,7 +255,7 @@ def pseudo_label(label: Tensor, conf: Tensor, valid: Tensor, gamma: Tensor | flo
     return label.masked_fill(~(valid & (conf > gamma)), IGNORE)
 
 
-def reweight(conf: Tensor, keep: Tensor, tau: float, total: Callable[[Tensor], Tensor] = same) -> Tensor:
+def reweight(conf: Tensor, keep: Tensor, tau: float, total: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
     """Eq. 6: weights (B, H, W) in proportion to c + tau on kept pixels, 0 elsewhere; they sum to the kept count.
 
     `total` sums a tensor over all processes, so that the weights belong to the global batch."""
@@ -336,7 +263,7 @@ def reweight(conf: Tensor, keep: Tensor, tau: float, total: Callable[[Tensor], T
     return raw * (total(keep.sum()) / total(raw.sum()).clamp(min=1e-12))
 
 
-def unsupervised_loss(logits: Tensor, label: Tensor, weight: Tensor, share: Callable[[Tensor], Tensor] = same) -> Tensor:
+def unsupervised_loss(logits: Tensor, label: Tensor, weight: Tensor, share: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
     """Eq. 7 divided by the number of kept pixels. DEPARTS[mean] logits (B, K, H, W); label, weight (B, H, W) -> ().
 
     `share` averages a count over processes, as DDP averages gradients: together they make the global mean."""
@@ -344,14 +271,14 @@ def unsupervised_loss(logits: Tensor, label: Tensor, weight: Tensor, share: Call
     return (weight * loss).sum() / share((label != IGNORE).sum()).clamp(min=1e-6)
 
 
-def supervised_loss(logits: Tensor, label: Tensor, share: Callable[[Tensor], Tensor] = same) -> Tensor:
+def supervised_loss(logits: Tensor, label: Tensor, share: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
     """Eq. 10 divided by the number of labeled pixels. DEPARTS[mean] logits (B, K, H, W), label (B, H, W) -> ()."""
     loss = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="none")
     return loss.sum() / share((label != IGNORE).sum()).clamp(min=1e-6)
 
 
 def hard_pixels(logits: Tensor, label: Tensor, thresh: float, min_kept: int,
-                gather: Callable[[Tensor], Tensor] = same) -> Tensor:
+                gather: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
     """OHEM: the label with easy pixels ignored. A pixel is hard when the probability of its true class is at most
     `thresh`, or among the `min_kept` smallest of the batch; fewer valid pixels than that are all kept."""
     valid = label != IGNORE
@@ -414,22 +341,22 @@ class State:
     """All that training changes (saved whole), and the forward passes that DDP wraps."""
 
     student: SegNet
-    teacher: SegNet | None                  # mt, gta, unbiased-st: no gradients, eval mode
-    gta: nn.Module | None                   # the assistant; in unbiased-st the student's f with a second g
+    teacher: SegNet | None                          # no gradients, eval mode
+    gta: SegNet | None                              # the assistant
     opt_student: torch.optim.Optimizer
     opt_gta: torch.optim.Optimizer | None
     forward_student: Callable
     forward_gta: Callable | None
     transfer: list[tuple[nn.Module, nn.Module]]     # (of the student, of the assistant): what Eq. 9 averages
-    warmup: int                             # steps on labels alone
-    epoch: int                              # steps per pass over the unlabeled images
+    warmup: int                                     # steps on labels alone
+    epoch: int                                      # steps per pass over the unlabeled images
     step: int = 0
     last: dict = field(default_factory=dict)        # network -> its newest score
     best: dict = field(default_factory=dict)        # network -> its best one
 
     def networks(self) -> dict[str, SegNet]:
         every = {"student": self.student, "teacher": self.teacher, "gta": self.gta}
-        return {name: net for name, net in every.items() if isinstance(net, SegNet)}
+        return {name: net for name, net in every.items() if net is not None}
 
 
 class Pseudo(NamedTuple):
@@ -444,8 +371,8 @@ class Pseudo(NamedTuple):
 def train_step(s: State, labeled: Batch, unlabeled: Batch, args: Args, world: World) -> dict[str, Tensor]:
     """Algorithm 1, lines 3 to 12."""
     n = s.step - s.warmup
-    # Step 1: the teacher labels the unlabeled images; weights by Eq. 6
-    pseudo = teach(s.teacher, unlabeled, args, s.step, world)
+    # Step 1: the teacher labels the unlabeled images and weighs its labels
+    pseudo = teach(s.teacher, unlabeled, args, s.step, world)                                   # Eqs. 1, 2, 6
     # Step 2: the assistant, and nobody else, learns from them, and hands over its feature extractor
     loss_u = loss_on(args.gta_data, s.forward_gta, labeled, pseudo, args, world)                # Eq. 7
     update(s.opt_gta, loss_u)                                                                   # Eq. 8
@@ -462,21 +389,17 @@ def train_step(s: State, labeled: Batch, unlabeled: Batch, args: Args, world: Wo
 def teach(teacher: SegNet, unlabeled: Batch, args: Args, step: int, world: World) -> Pseudo:
     """Step 1: Eq. 1 on clean images, CutMix, Eq. 2, Eq. 6."""
     conf, label = confidence(upsample(teacher(unlabeled.images)[0], unlabeled.images.shape[-2:]))          # Eq. 1
-    images, valid, label, conf, truth = mix(args.cutmix, "u", args, step, world, unlabeled.images, unlabeled.valid, label,
-                                            conf, unlabeled.label)
+    images, valid, label, conf, truth = mix(args.cutmix, "u", args, step, world, unlabeled.images, unlabeled.valid,
+                                            label, conf, unlabeled.label)
     gamma = args.threshold or drop_threshold(world.gather(conf), world.gather(valid), args.drop)
     label = pseudo_label(label, conf, valid, gamma)                                                        # Eq. 2
     keep = label != IGNORE
-    weight = {"laplace": partial(reweight, tau=args.tau, total=world.sum),
-              "conf": partial(reweight, tau=0.0, total=world.sum),
-              "none": lambda conf, keep: keep.float()}[args.reweight](conf, keep)                          # Eq. 6
-    log = {"conf": (conf * valid).sum() / valid.sum().clamp(min=1), "kept": keep.sum() / valid.sum().clamp(min=1),
-           "gamma": torch.as_tensor(gamma, device=conf.device)}
+    tau = {"laplace": args.tau, "conf": 0.0, "none": None}[args.reweight]
+    weight = keep.float() if tau is None else reweight(conf, keep, tau, world.sum)                         # Eq. 6
+    log = {"conf": (conf * valid).sum() / valid.sum().clamp(min=1), "kept": keep.sum() / valid.sum().clamp(min=1)}
     if args.monitor_labels:                                          # watched, never learned from
-        seen = keep & (truth != IGNORE)
-        thing = seen & ((truth > 0) | (label > 0))
-        log |= {"pseudo_acc": ((label == truth) & seen).sum() / seen.sum().clamp(min=1),
-                "pseudo_acc_objects": ((label == truth) & thing).sum() / thing.sum().clamp(min=1)}
+        thing = keep & (truth != IGNORE) & ((truth > 0) | (label > 0))
+        log["pseudo_acc"] = ((label == truth) & thing).sum() / thing.sum().clamp(min=1)
     return Pseudo(images, label, weight, log)
 
 
@@ -489,7 +412,7 @@ def loss_on(data: str, forward: Callable, labeled: Batch, pseudo: Pseudo | None,
     b, size = len(labeled.images), labeled.images.shape[-2:]
     loss = logits.new_zeros(()) if aux is None else 0 * aux.sum()
     if use_l:
-        for z, weight in [(logits, 1.0)] + ([(aux, args.aux)] if aux is not None else []):
+        for z, weight in [(logits, 1.0), (aux, args.aux)][:1 if aux is None else 2]:
             z, label = upsample(z[:b], size), labeled.label
             if args.ohem:                                            # DEPARTS[cityscapes]
                 label = hard_pixels(z.detach(), label, args.ohem, 50_000 * args.batch_size, world.gather)
@@ -516,36 +439,10 @@ def warmup_step(s: State, labeled: Batch, args: Args, world: World) -> dict[str,
 def mean_teacher_step(s: State, labeled: Batch, unlabeled: Batch, args: Args, world: World) -> dict[str, Tensor]:
     """Table 4, row 2 (Sec. 3.1, Fig. 1b): the student learns from labels and pseudo labels, Eqs. 2 to 5."""
     pseudo = teach(s.teacher, unlabeled, args, s.step, world)
-    loss = loss_on("both", s.forward_student, labeled, pseudo, args, world)
-    update(s.opt_student, loss)
-    ema_update(s.teacher, s.student, ema_decay(s.step - s.warmup, args.alpha_teacher), buffers=True)
+    loss = loss_on("both", s.forward_student, labeled, pseudo, args, world)                     # Eq. 3
+    update(s.opt_student, loss)                                                                 # Eq. 4
+    ema_update(s.teacher, s.student, ema_decay(s.step - s.warmup, args.alpha_teacher), buffers=True)        # Eq. 5
     return {"loss": loss.detach(), **pseudo.log}
-
-
-class TwoHeads(nn.Module):
-    """Debiased self-training (Chen et al. 2022): the student's f, its g for labels, a second g for pseudo labels."""
-
-    def __init__(self, student: SegNet):
-        super().__init__()
-        self.student, self.second = student, copy.deepcopy(student.predictor.classifier)
-
-    def forward(self, images_l: Tensor, images_u: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        net, b = self.student, len(images_l)
-        with torch.autocast(images_l.device.type, dtype=torch.bfloat16, enabled=net.bf16):
-            features, third = net.features(torch.cat([images_l, images_u]))
-            (logits_l, aux), logits_u = net.predictor(features[:b], third[:b]), self.second(features[b:])
-        return logits_l.float(), None if aux is None else aux.float(), logits_u.float()
-
-
-def unbiased_step(s: State, labeled: Batch, unlabeled: Batch, args: Args, world: World) -> dict[str, Tensor]:
-    """Table 5, Unbiased ST, our port: f learns from both, g from labels only. DEPARTS[unbiased-st]"""
-    pseudo = teach(s.teacher, unlabeled, args, s.step, world)
-    logits_l, aux, logits_u = s.forward_gta(labeled.images, pseudo.images)
-    loss_l = loss_on("labeled", lambda _: (logits_l, aux), labeled, None, args, world)
-    loss_u = unsupervised_loss(upsample(logits_u, labeled.images.shape[-2:]), pseudo.label, pseudo.weight, world.mean)
-    update(s.opt_student, loss_l + args.mu * loss_u)
-    ema_update(s.teacher, s.student, ema_decay(s.step - s.warmup, args.alpha_teacher), buffers=True)
-    return {"loss_l": loss_l.detach(), "loss_u": loss_u.detach(), **pseudo.log}
 
 
 # ------------------------------------------------------------------- the released loop, beside the paper's
@@ -556,19 +453,18 @@ def train_step_released(s: State, labeled: Batch, unlabeled: Batch, args: Args, 
         alias(s.gta, s.student)
         alias(s.teacher, s.student)
     with torch.no_grad():
-        label = confidence(upsample(s.teacher(unlabeled.images)[0], size))[1]                   # Eq. 1, first pass
+        label = confidence(upsample(s.teacher(unlabeled.images)[0], size))[1]                   # first pass: labels
         images_u, label = mix(args.cutmix, "u", args, s.step, world, unlabeled.images, label)
         both = torch.cat([labeled.images, images_u])
-        s.teacher.train()                           # second pass, batch statistics and dropout on: only its confidence
+        s.teacher.train()                           # second pass, batch statistics and dropout on: confidence
         conf = confidence(upsample(s.teacher(both)[0][b:], size))[0]
         s.teacher.eval()
-        everywhere = torch.ones_like(conf, dtype=torch.bool)        # padding counts, and the threshold is per process
+        everywhere = torch.ones_like(conf, dtype=torch.bool)        # padding counts; the threshold is per process
         label = pseudo_label(label, conf, everywhere, drop_threshold(conf, everywhere, args.drop))
         keep = label != IGNORE
-        raw = (conf * keep + args.tau)              # dropped pixels stay in the denominator of Eq. 6 with tau
+        raw = conf * keep + args.tau                # dropped pixels stay in the denominator of Eq. 6 with tau
         weight = raw / raw.sum() * keep.sum()
-    logits_u = upsample(s.forward_gta(both)[0][b:], size)
-    loss_u = unsupervised_loss(logits_u, label, weight * keep)
+    loss_u = unsupervised_loss(upsample(s.forward_gta(both)[0][b:], size), label, weight)
     update(s.opt_gta, loss_u)
     ema_rebind(s.student.features, s.gta.features, ema_decay(n, args.alpha_gta))
     loss_l = supervised_loss(upsample(s.forward_student(both)[0][:b], size), labeled.label)
@@ -604,14 +500,14 @@ def ema_rebind(target: nn.Module, source: nn.Module, decay: float) -> None:
 def mix(probability: float, name: str, args: Args, step: int, world: World, *maps: Tensor) -> tuple[Tensor, ...]:
     """CutMix a batch with `probability`, one coin per step for all processes. DEPARTS[cutmix]
 
-    Coins and boxes depend on (seed, step, sample) alone. The partner of image i is its neighbour in the pair (i xor 1),
-    on any number of processes; the released recipe takes the next image of the process."""
+    Coins and boxes depend on (seed, step, sample) alone. The partner of image i is its neighbour in the pair
+    (i xor 1), on any number of processes; in the released recipe it is the next image of the process."""
     if rng(args.seed, "cutmix", name, step).random() >= probability:
         return maps
-    b = len(maps[0])
+    b, device = len(maps[0]), maps[0].device
     boxes = cutmix_boxes(maps[0].shape[-2:], [rng(args.seed, "box", name, step, world.rank * b + i) for i in range(b)])
     partner = torch.arange(b).roll(-1) if args.recipe == "released" else torch.arange(b) ^ 1
-    return cutmix(boxes.to(maps[0].device, non_blocking=True), partner.to(maps[0].device, non_blocking=True), *maps)
+    return cutmix(boxes.to(device, non_blocking=True), partner.to(device, non_blocking=True), *maps)
 
 
 def prepare(batch: Batch, args: Args, world: World, step: int, mixed: float = 0) -> Batch:
@@ -623,15 +519,18 @@ def prepare(batch: Batch, args: Args, world: World, step: int, mixed: float = 0)
 
 
 def augment(args: Args, image: Tensor, label: Tensor | None, generator: np.random.Generator) -> tuple:
-    """Sec. 4.2 names none; scaling, flip and crop as in the released code. DEPARTS[open], DEPARTS[padding]"""
+    """The paper names none; scaling, flip and crop as in the released code. DEPARTS[open], DEPARTS[padding]"""
     image, label = transforms.random_scale(image, label, *args.scale, generator)
     image, label = transforms.random_flip(image, label, generator)
-    return transforms.random_crop(image, label, args.crop_size, generator, pad_label=0 if args.recipe == "released" else IGNORE)
+    pad = 0 if args.recipe == "released" else IGNORE
+    return transforms.random_crop(image, label, args.crop_size, generator, pad)
 
 
-def sgd(modules: list[tuple[nn.Module, float]], args: Args, world: World) -> torch.optim.SGD:
-    """SGD as in Sec. 4.2; `modules` pairs each part with its multiple of the learning rate."""
-    groups = [{"params": list(part.parameters()), "lr": args.lr * m, "initial_lr": args.lr * m} for part, m in modules]
+def sgd(net: SegNet, args: Args, world: World) -> torch.optim.SGD:
+    """SGD as in Sec. 4.2; everything behind the backbone learns `decoder_lr` times faster."""
+    f = net.features
+    parts = [(f.backbone, 1.0)] + [(m, args.decoder_lr) for m in (f.aspp, f.head, f.low, net.predictor)]
+    groups = [{"params": list(m.parameters()), "lr": args.lr * x, "initial_lr": args.lr * x} for m, x in parts]
     return torch.optim.SGD(groups, momentum=0.9, weight_decay=args.weight_decay, fused=world.device.type == "cuda")
 
 
@@ -642,13 +541,11 @@ def set_lr(optimizer: torch.optim.Optimizer | None, factor: float) -> None:
 
 def build(args: Args, num_classes: int, world: World, epoch: int = 1, train: bool = True) -> tuple[State, list[str]]:
     """Networks, optimizers and forward passes of a method; also lines on weights that did not load."""
-    bf16 = args.precision == "bf16" or (args.precision == "auto" and world.device.type == "cuda"
-                                        and torch.cuda.is_bf16_supported())
-    weights, notes = load_weights(args) if train and args.weights not in ("imagenet", "none") else None, []
+    weights, notes = backbones.read(args.weights, args.backbone, args.root) if train else None, []
 
     def network(name: str) -> SegNet:
         distributed.seed_torch(args.seed, name)
-        net = SegNet(args if train else replace(args, weights="none"), num_classes, bf16)
+        net = SegNet(args if train else replace(args, weights="none"), num_classes, world.bf16(args.precision))
         if weights is not None:
             notes[:] = runs.load_matching(net.features.backbone.body, weights, args.weights)
         net = distributed.sync_batchnorm(net, world).to(world.device, memory_format=torch.channels_last)
@@ -656,76 +553,60 @@ def build(args: Args, num_classes: int, world: World, epoch: int = 1, train: boo
             net.compile()
         return net
 
-    own = "gta" if args.recipe == "released" else "student"          # released: three initialisations, tied later
+    released = args.recipe == "released"                             # three initialisations, tied later
     student = network("student")
-    teacher = network("teacher" if own == "gta" else own) if args.method != "suponly" else None
-    gta = {"gta": lambda: network(own), "unbiased-st": lambda: TwoHeads(student)}.get(args.method, lambda: None)()
+    teacher = network("teacher" if released else "student") if args.method != "suponly" else None
+    gta = network("gta" if released else "student") if args.method in ("gta", "unbiased-st") else None
+    transfer = []
     if teacher is not None:
         teacher.requires_grad_(False).eval()
-    if args.method == "gta":
-        gta.predictor.aux = None                    # the assistant learns from pseudo labels only. DEPARTS[cityscapes]
-        if args.share_predictor:                    # DEPARTS[share-predictor]
+    if gta is not None:
+        gta.predictor.aux = None                                     # it sees pseudo labels only. DEPARTS[cityscapes]
+        parts = {"features": ["features"], "all": ["features", "predictor.classifier"], "none": []}[args.transfer]
+        transfer = [(student.get_submodule(p), gta.get_submodule(p)) for p in parts]
+        if args.share_predictor:                                     # DEPARTS[share-predictor]
             alias(gta.predictor.classifier, student.predictor.classifier)
-
-    def groups(net: SegNet) -> list[tuple[nn.Module, float]]:
-        f, m = net.features, args.decoder_lr
-        return [(f.backbone, 1.0), (f.aspp, m), (f.head, m), (f.low, m), (net.predictor, m)]
-
-    parts = {"features": ["features"], "all": ["features", "predictor.classifier"], "none": []}[args.transfer]
-    second = [(gta.second, args.decoder_lr)] if isinstance(gta, TwoHeads) else []
+        if args.method == "unbiased-st":                             # one f, two g: no EMA. DEPARTS[unbiased-st]
+            alias(gta.features, student.features)
+            transfer = []
+    parallel = partial(distributed.parallel, world=world) if train else lambda net: net
     return State(
-        student=student, teacher=teacher, gta=gta,
-        opt_student=sgd(groups(student) + second, args, world),
-        opt_gta=sgd(groups(gta), args, world) if args.method == "gta" else None,
-        forward_student=distributed.parallel(student, world) if train else student,
-        forward_gta=None if gta is None else distributed.parallel(gta, world) if train else gta,
-        transfer=[(student.get_submodule(p), gta.get_submodule(p)) for p in parts] if args.method == "gta" else [],
-        warmup=round(args.warmup_epochs * epoch) if args.method != "suponly" else args.steps, epoch=epoch), notes
-
-
-def load_weights(args: Args) -> dict[str, Tensor]:
-    if args.weights == "shapes":
-        from data import shapes
-        return runs.read_weights(shapes.pretrain(Path(args.root), args.backbone))
-    return runs.read_weights(Path(args.weights))
+        student=student, teacher=teacher, gta=gta, transfer=transfer, epoch=epoch,
+        opt_student=sgd(student, args, world), opt_gta=None if gta is None else sgd(gta, args, world),
+        forward_student=parallel(student), forward_gta=None if gta is None else parallel(gta),
+        warmup=args.steps if args.method == "suponly" else round(args.warmup_epochs * epoch)), notes
 
 
 def end_of_warmup(s: State, args: Args) -> None:
     """Assistant and teacher start as copies, by value, of the warmed-up student. DEPARTS[warmup]
 
     The released loop ties parameters in its own step and never copies the statistics."""
-    if args.recipe == "paper":
-        weights = s.student.state_dict()
-        s.teacher.load_state_dict(weights)
-        if isinstance(s.gta, TwoHeads):
-            s.gta.second.load_state_dict(s.student.predictor.classifier.state_dict())
-        elif s.gta is not None:
-            s.gta.load_state_dict({k: v for k, v in weights.items() if k in s.gta.state_dict()})
+    for net in (s.teacher, s.gta) if args.recipe == "paper" else ():
+        if net is not None:
+            net.load_state_dict({k: v for k, v in s.student.state_dict().items() if k in net.state_dict()})
 
 
 # ============================================================================================== evaluation
 @torch.no_grad()
-def evaluate(networks: dict[str, SegNet], data: datasets.Segmentation, args: Args, world: World,
-             previews: int = 0) -> tuple[dict[str, Tensor], list[list[np.ndarray]]]:
-    """Confusion counts (K, K) of each network, and rows of preview pictures (image, label, predictions).
+def evaluate(networks: dict[str, SegNet], data: Segmentation, args: Args, world: World) -> tuple[dict[str, Tensor], list]:
+    """Confusion counts (K, K) of each network, and rows of six preview pictures (image, label, predictions).
 
-    Sec. 4.2. Single scale, no flip, every image once on any number of processes; absent classes do not enter the mean.
+    Sec. 4.2. Single scale, no flip, every image once on any number of processes; absent classes stay out of the mean.
     VOC and others: whole images, no padding scored. DEPARTS[whole-image] Cityscapes: sliding window, mean of logits."""
     counts = {name: torch.zeros(len(data.classes), len(data.classes), dtype=torch.int64) for name in networks}
-    rows = []
-    modes = {net: net.training for net in networks.values()}
-    for index, image, label in datasets.score_loader(data.val, data, world, args.workers):
+    rows, modes = [], {net: net.training for net in networks.values()}
+    for _, image, label in datasets.score_loader(data.val, data, world, args.workers):
         valid = None
         if args.recipe == "released" and args.dataset == "voc":      # centre crop, padding scored as background
             (h, w), c = label.shape, args.crop_size
             image, label, valid = transforms.crop(image, label, (h - c) // 2, (w - c) // 2, c, c, pad_label=0)
-        images = transforms.normalize(image[None].to(world.device), None if valid is None else valid[None].to(world.device))
-        pictures = []
+            valid = valid[None].to(world.device)
+        images, pictures = transforms.normalize(image[None].to(world.device), valid), []
         for name, net in networks.items():
             prediction = predict_logits(net.eval(), images, args.window).argmax(1)[0]
             counts[name] += metrics.confusion(prediction, label.to(prediction.device), len(data.classes))
-            pictures.append(plots.colour(prediction))
-        if len(rows) < previews and world.main:
+            pictures.append(plots.colour(prediction) if len(rows) < 6 else None)
+        if len(rows) < 6:
             rows.append([image.permute(1, 2, 0).numpy(), plots.colour(label), *pictures])
     for net, training in modes.items():
         net.train(training)
@@ -735,226 +616,134 @@ def evaluate(networks: dict[str, SegNet], data: datasets.Segmentation, args: Arg
 def predict_logits(net: SegNet, images: Tensor, window: int = 0) -> Tensor:
     """Normalised images (1, 3, H, W) -> logits (1, K, H, W): whole, or the mean over windows two thirds apart."""
     size = images.shape[-2:]
-    if not window or (size[0] <= window and size[1] <= window):
+    if not window or max(size) <= window:
         return upsample(net(images)[0], size)
     stride, total, count = -(-window * 2 // 3), 0, images.new_zeros(1, 1, *size)
-    spans = [[min(i * stride, max(n - window, 0)) for i in range(max(-(-(n - window) // stride), 0) + 1)] for n in size]
-    for top in spans[0]:
-        for left in spans[1]:
-            part = images[:, :, top:top + window, left:left + window]
-            logits = upsample(net(part)[0], part.shape[-2:])
-            if isinstance(total, int):
-                total = logits.new_zeros(1, logits.shape[1], *size)
-            total[:, :, top:top + window, left:left + window] += logits
-            count[:, :, top:top + window, left:left + window] += 1
+    tops, lefts = ([min(i * stride, max(n - window, 0)) for i in range(max(-(-(n - window) // stride), 0) + 1)] for n in size)
+    for top, left in itertools.product(tops, lefts):
+        part = images[:, :, top:top + window, left:left + window]
+        after = (left, size[1] - left - part.shape[-1], top, size[0] - top - part.shape[-2])
+        total = total + F.pad(upsample(net(part)[0], part.shape[-2:]), after)
+        count[:, :, top:top + window, left:left + window] += 1
     return total / count
 
 
 # ============================================================================================== main
-FOR_METHODS = {"alpha_gta": ["gta"], "gta_data": ["gta"], "student_data": ["gta"], "transfer": ["gta"], "gta_lr": ["gta"],
-               "share_predictor": ["gta"], "joint_bn": ["gta", "mt"]} | dict.fromkeys(
-    ["alpha_teacher", "mu", "tau", "reweight", "drop", "threshold", "cutmix", "monitor_labels"], ["gta", "mt", "unbiased-st"])
+ONLY_FOR = {"gta": ["alpha_gta", "gta_data", "student_data", "transfer", "share_predictor"],
+            "gta unbiased-st": ["gta_lr"], "gta mt": ["joint_bn"],
+            "gta mt unbiased-st": ["alpha_teacher", "mu", "tau", "reweight", "drop", "threshold", "cutmix", "monitor_labels"]}
 NOT_RELEASED = ["gta_data", "student_data", "transfer", "reweight", "threshold", "mu", "aux", "ohem", "joint_bn",
                 "share_predictor", "monitor_labels"]
+RANGES = {"alpha_gta": (0, 1), "alpha_teacher": (0, 1), "drop": (0, 0.999), "threshold": (0, 1), "cutmix": (0, 1),
+          "cutmix_labeled": (0, 1), "lr": (0, 1e3), "mu": (0, 1e3), "tau": (0, 1e6), "crop_size": (16, 1e5),
+          "scale": (0.01, 100), "width": (4, 4096), "warmup_epochs": (0, 1e6), "epochs": (0, 1e6), "ohem": (0, 1), "aux": (0, 1e3)}
 
 
-def check(args: Args, world: World, chosen: datasets.Chosen | None = None) -> None:
+def check(args: Args, world: World) -> None:
     """Refuse, before any work, what cannot run and flags that the method would ignore."""
+    runs.check_ranges(args, RANGES)
+    world.share(args.batch_size, multiple=1 if args.recipe == "released" else 2)                # CutMix pairs neighbours
     base = preset(args.dataset, args.recipe)
-    for name, methods in FOR_METHODS.items():
-        if args.method not in methods and getattr(args, name) != getattr(base, name):
-            raise UserError(f"--{name.replace('_', '-')} has no meaning for --method {args.method}, only for "
-                            f"{', '.join(methods)}; leave it out.")
-    if args.recipe == "released" and args.method == "gta":
-        for name in NOT_RELEASED:
-            if getattr(args, name) != getattr(base, name):
-                raise UserError(f"--{name.replace('_', '-')} belongs to --recipe paper; the released loop has its own "
-                                f"behaviour there, so leave one of the two out.")
+    changed = {name for name in vars(args) if getattr(args, name) != getattr(base, name)}
+    for methods, names in ONLY_FOR.items():
+        for name in changed.intersection(names if args.method not in methods.split() else ()):
+            raise UserError(f"--{name.replace('_', '-')} has no meaning for --method {args.method}; leave it out.")
+    for name in changed.intersection(NOT_RELEASED if args.recipe == "released" and args.method == "gta" else ()):
+        raise UserError(f"--{name.replace('_', '-')} is a switch of --recipe paper; the released loop has its own way there.")
     if args.tau != 1 and args.reweight != "laplace":
         raise UserError(f"--tau is the smoothing of --reweight laplace; --reweight {args.reweight} ignores it.")
-    for name, low, high in [("alpha_gta", 0, 1), ("alpha_teacher", 0, 1), ("drop", 0, 0.999), ("threshold", 0, 1),
-                            ("cutmix", 0, 1), ("cutmix_labeled", 0, 1), ("lr", 0, 1e3), ("mu", 0, 1e3), ("tau", 0, 1e6),
-                            ("batch_size", 2, 1e6), ("crop_size", 16, 1e5), ("width", 4, 4096), ("steps", 0, 1e9),
-                            ("warmup_epochs", 0, 1e6), ("log_every", 1, 1e9), ("workers", 0, 1024), ("epochs", 0, 1e6)]:
-        if not low <= getattr(args, name) <= high:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is outside {low:g} to {high:g}.")
-    if not 0 < args.scale[0] <= args.scale[1]:
-        raise UserError(f"--scale {args.scale[0]} {args.scale[1]}: give a low and a high factor, both positive.")
-    world.share(args.batch_size, multiple=1 if args.recipe == "released" else 2)         # CutMix pairs neighbours
-    if args.batch_size // world.size < 2:
-        raise UserError(f"--batch-size {args.batch_size} leaves one image to each of {world.size} processes; BatchNorm "
-                        f"and CutMix need two.")
-    if chosen is not None and not chosen.unlabeled and args.method != "suponly":
-        raise UserError(f"--split {args.split} leaves no unlabeled image; take a smaller one, name some with "
-                        f"--unlabeled, or use --method suponly.")
-
-
-def find_data(args: Args) -> datasets.Segmentation:
-    root = Path(args.root)
-    if args.dataset == "shapes":
-        from data import shapes
-        root = shapes.make_voc(root / "voc")
-    return datasets.find(args.dataset, root, args.val)
 
 
 def train(args: Args) -> dict:
     """One run, from the start or from its checkpoint, to results.json, whose contents are returned."""
-    data = find_data(args)
-    chosen = datasets.choose(data, args.split, args.split_seed, args.unlabeled, "gta_seg")
+    data = find.find(args.dataset, Path(args.root), args.val)
+    chosen = find.choose(data, args.split, args.split_seed, args.unlabeled, "gta_seg", args.method != "suponly")
     epoch = max(len(chosen.unlabeled) // args.batch_size, 1)
-    split = Path(args.split).stem if Path(args.split).is_file() else args.split.removeprefix("random:")
-    split = split.replace("/", "-of-").replace("%", "pc")
-    args = replace(args, steps=args.steps or round(args.epochs * epoch), eval_every=args.eval_every or epoch,
-                   out=args.out or f"runs/gta_seg-{args.dataset}-{split}-d{args.split_seed}-s{args.seed}")
-    out, launched = Path(args.out), distributed.launched()
-    check(args, launched, chosen)
-    resuming = runs.open_run(out, SCRIPT, args, args.resume, launched.main)
+    out = runs.default_out(SCRIPT, args)
+    args = replace(args, steps=args.steps or round(args.epochs * epoch), eval_every=args.eval_every or epoch, out=str(out))
+    check(args, distributed.launched())
+    resuming = runs.open_run(out, SCRIPT, args, args.resume, distributed.launched().main)
     world = distributed.start(args.device)
-    if world.device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.benchmark = True
-
     s, notes = build(args, len(data.classes), world, epoch)
-    seconds = 0.0
+    state = runs.load_checkpoint(out / "last.pt", SCRIPT) if resuming else {"seconds": 0.0}
     if resuming:
-        state = runs.load_checkpoint(out / "last.pt", SCRIPT)
         restore(s, state, args)
-        seconds = state["seconds"]
-    networks = s.networks()
-    result = "student" if args.method == "suponly" else "teacher"    # Algorithm 1, "Output: Teacher Model"
-    world.barrier()                                                  # all have looked into the folder before it is written
-    log = runs.Log(out, world.main, s.step)
+    networks, result = s.networks(), "student" if args.method == "suponly" else "teacher"      # Algorithm 1, Output
+    run = runs.Run(out, SCRIPT, args, world, s.step, state["seconds"], {
+        "classes": data.classes, "images": chosen.text, "split_fingerprint": chosen.fingerprint, "weights_notes": notes})
     if world.main:
-        runs.write_config(out, SCRIPT, args, world, {"classes": data.classes, "images": chosen.text,
-                                                     "split_fingerprint": chosen.fingerprint, "weights_notes": notes})
-        print(f"{chosen.text}; scored on {len(data.val)}.\n{args.method} ({args.recipe} recipe): {args.steps} steps of "
-              f"{args.batch_size} labeled images{'' if args.method == 'suponly' else ' and as many unlabeled ones'}, "
-              f"{s.warmup} of them warm-up, {epoch} to an epoch; {world.size} process(es) on {world.device}, run folder {out}")
-        for note in notes:
-            print(f"weights {note}")
-        if args.dataset == "voc" and args.batch_size != preset("voc", args.recipe).batch_size:
-            print(f"note: the learning rate stays {args.lr}; scaled linearly from the preset's batch it would be "
-                  f"{args.lr * args.batch_size / preset('voc', args.recipe).batch_size:g}")
-        if resuming:
-            print(f"continuing at step {s.step}" if s.step < args.steps else f"this run is finished ({s.step} steps)")
+        print(f"{chosen.text}; scored on {len(data.val)}", f"{args.method}, {args.recipe} recipe: steps {s.step} to {args.steps}, "
+              f"{s.warmup} of them warm-up, {epoch} to an epoch; {world.size} process(es) on {world.device}; folder {out}",
+              *(f"weights {note}" for note in notes), sep="\n")
 
-    sets = [datasets.Pictures(pictures, data, labels, partial(augment, args), args.seed, name) for pictures, labels, name in
-            [(chosen.labeled, True, "labeled"), (chosen.unlabeled, args.monitor_labels, "unlabeled")]]
-
-    def stream(which: int, start: int):
-        return iter(datasets.loader(sets[which], args.batch_size, start, args.steps, world, args.workers))
-
-    step_of = {"gta": train_step_released if args.recipe == "released" else train_step, "mt": mean_teacher_step,
-               "unbiased-st": unbiased_step, "suponly": None}[args.method]
-    warm = warmup_step_released if args.recipe == "released" and args.method == "gta" else warmup_step
-    stop, watch, labeled_stream, unlabeled_stream = runs.Stop(), runs.Watch(), None, None
-    clock, seen, skipped = time.perf_counter(), 0, 0
-
+    streams = [datasets.Pictures(pictures, data, labels, partial(augment, args), args.seed, name) for pictures, labels, name
+               in [(chosen.labeled, True, "labeled"), (chosen.unlabeled, args.monitor_labels, "unlabeled")]]
+    streams = [iter(datasets.loader(x, args.batch_size, start, args.steps, world, args.workers)) if start < args.steps
+               else None for x, start in zip(streams, (s.step, max(s.step, s.warmup)), strict=True)]
+    released = args.recipe == "released" and args.method == "gta"
+    warm = warmup_step_released if released else warmup_step
+    step_of = mean_teacher_step if args.method == "mt" else train_step_released if released else train_step
     s.student.train()
-    if isinstance(s.gta, nn.Module):
-        s.gta.train()
-    for step in runs.progress(range(s.step, args.steps), s.step, args.steps, world.main):
+    for step in run.steps(s.step, args.steps):
         distributed.seed_torch(args.seed, "step", step, world.rank)  # dropout: from (seed, step, process)
         set_lr(s.opt_student, poly(step, args.steps))
-        set_lr(s.opt_gta, poly(step, args.steps) if args.gta_lr == "poly" else 1)        # DEPARTS[gta-lr]
-        labeled_stream = labeled_stream or stream(0, step)
-        labeled = prepare(next(labeled_stream), args, world, step, args.cutmix_labeled)
+        set_lr(s.opt_gta, poly(step, args.steps) if args.gta_lr == "poly" else 1)               # DEPARTS[gta-lr]
+        labeled = prepare(next(streams[0]), args, world, step, args.cutmix_labeled)
         if step < s.warmup:
-            values = warm(s, labeled, args, world)
+            run.tally(step, warm(s, labeled, args, world), args.batch_size, labeled.skipped)
         else:
             if step == s.warmup:
                 end_of_warmup(s, args)
-            unlabeled_stream = unlabeled_stream or stream(1, step)
-            unlabeled = prepare(next(unlabeled_stream), args, world, step)
-            values = step_of(s, labeled, unlabeled, args, world)
-            seen, skipped = seen + args.batch_size, skipped + unlabeled.skipped.sum()
+            unlabeled = prepare(next(streams[1]), args, world, step)
+            run.tally(step, step_of(s, labeled, unlabeled, args, world), 2 * args.batch_size, labeled.skipped,
+                      unlabeled.skipped)
         distributed.average_buffers(world, *networks.values())
-        s.step, seen, skipped = step + 1, seen + args.batch_size, skipped + labeled.skipped.sum()
-        watch(step, values)
+        s.step = step + 1
 
-        asked = stop.agreed(s.step, world)
-        scoring = s.step % args.eval_every == 0 or s.step == args.steps
-        if s.step % args.log_every == 0 or s.step == args.steps or scoring:
-            watch.check(args.out)
-            means = world.mean(torch.stack([v.float() for v in values.values()])).tolist()
-            elapsed = time.perf_counter() - clock
-            extra = {"skipped": int(skipped)} if int(skipped) else {}
-            if isinstance(s.gta, SegNet) and step >= s.warmup:       # how far the student's f is from the assistant's
-                extra["f_distance"] = distance(s.student.features, s.gta.features)
-            log(s.step, lr=s.opt_student.param_groups[0]["lr"], **dict(zip(values, means, strict=True)), **extra,
-                images_per_second=round(seen / elapsed, 2))
-            seconds, clock, seen = seconds + elapsed, time.perf_counter(), 0
+        asked, scoring = run.asked(s.step), s.step % args.eval_every == 0 or s.step == args.steps
+        if s.step % args.log_every == 0 or scoring:
+            far = {"f_distance": metrics.distance(s.student.features, s.gta.features)} if s.gta is not None else {}
+            run.log(s.step, lr=s.opt_student.param_groups[0]["lr"], **far)
         if step == 0 and world.main and world.device.type == "cuda":
             print(f"peak GPU memory after one step: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
         if scoring:
-            counts, rows = evaluate(networks, data, args, world, previews=6)
-            records = {name: {"step": s.step, **metrics.iou_record(c, data.classes)} for name, c in counts.items()}
-            log(s.step, **{f"miou_{name}": r["miou"] for name, r in records.items()})
-            better = {name for name, r in records.items() if r["miou"] > s.best.get(name, {"miou": -1.0})["miou"]}
-            s.best |= {name: records[name] for name in better}
-            s.last = records
+            counts, rows = evaluate(networks, data, args, world)
+            s.last = {name: {"step": s.step, **metrics.iou_record(c, data.classes)} for name, c in counts.items()}
+            better = [n for n, r in s.last.items() if n not in s.best or r["miou"] > s.best[n]["miou"]]
+            s.best |= {name: s.last[name] for name in better}
+            run.write(s.step, **{f"miou_{name}": r["miou"] for name, r in s.last.items()})
             if world.main:
                 plots.strip(rows, ["image", "label", *networks], out / "previews" / f"{s.step:07d}.png")
-                if result in better:
-                    runs.save_checkpoint(out / "best.pt", SCRIPT, snapshot(s, args, data, seconds, whole=False))
-            clock = time.perf_counter()
+            if result in better:
+                run.save("best.pt", snapshot(s, args, data, optimizers=False))
         if scoring or asked or (args.save_every and s.step % args.save_every == 0):
-            watch.check(args.out)
-            if world.main:
-                runs.save_checkpoint(out / "last.pt", SCRIPT, snapshot(s, args, data, seconds))
+            run.save("last.pt", snapshot(s, args, data))
         if asked and s.step < args.steps:
-            world.barrier()
-            log.close()
-            raise runs.Stopped(f"Stopped by {asked} after step {s.step} of {args.steps}; {out / 'last.pt'} is saved, "
-                               f"continue with --resume.")
+            run.leave(s.step)
 
-    log.close()
-    results = {name: {"last": s.last[name], "best": s.best[name]} for name in networks} | {
-        "dataset": args.dataset, "split": args.split, "split_seed": args.split_seed, "val": args.val,
-        "split_fingerprint": chosen.fingerprint, "method": args.method, "recipe": args.recipe, "seed": args.seed,
-        "seconds": round(seconds, 1), "images_per_second": runs.median(out / "log.jsonl", "images_per_second") if world.main
-        else None}
-    if world.main:
-        runs.write_text(out / "results.json", json.dumps(results, indent=1))
-        plots.curves(runs.read_log(out / "log.jsonl"), {
-            "losses": ["loss", "loss_l", "loss_u"], "mIoU on the scored images (%)": [f"miou_{n}" for n in networks],
-            "pseudo labels": ["conf", "kept", "pseudo_acc", "pseudo_acc_objects"],
-            "distance of the student's f to the assistant's": ["f_distance"], "learning rate": ["lr"]},
-            out / "curves.png", f"{args.method}, {chosen.text.split(' (')[0]}")
-        r = results[result]
-        print(f"\n{result}: mIoU {r['last']['miou']:.2f} at the end (best {r['best']['miou']:.2f} at step "
-              f"{r['best']['step']}); " + ", ".join(f"{n} {results[n]['last']['miou']:.2f}" for n in networks if n != result)
-              + f"\n{out}/results.json, curves.png, previews/{s.step:07d}.png, last.pt, best.pt")
-    return results
+    return run.finish(
+        {name: {"last": s.last[name], "best": s.best[name]} for name in networks},
+        {"method": args.method, "recipe": args.recipe, "val": args.val, "split_fingerprint": chosen.fingerprint},
+        {"losses": ["loss", "loss_l", "loss_u"], "mIoU on the scored images (%)": [f"miou_{n}" for n in networks],
+         "pseudo labels (pseudo_acc: on objects)": ["conf", "kept", "pseudo_acc"],
+         "distance of the student's f to the assistant's": ["f_distance"], "learning rate": ["lr"]}, result, "miou")
 
 
-@torch.no_grad()
-def distance(a: nn.Module, b: nn.Module) -> float:
-    """Relative distance of two networks' parameters: |a - b| / |b|."""
-    pairs = list(zip(a.parameters(), b.parameters(), strict=True))
-    apart = torch.stack(torch._foreach_norm([x - y for x, y in pairs])).norm()
-    return (apart / torch.stack(torch._foreach_norm([y for _, y in pairs])).norm()).item()
-
-
-def snapshot(s: State, args: Args, data: datasets.Segmentation, seconds: float, whole: bool = True) -> dict:
-    """What a checkpoint holds. best.pt (not `whole`) has the networks without optimizers: to score and to predict."""
-    modules = {"student": s.student, "teacher": s.teacher, "gta": s.gta}
-    state = {"settings": json.loads(json.dumps(vars(args))), "classes": data.classes, "step": s.step, "best": s.best,
-             "networks": {name: m.state_dict() for name, m in modules.items() if m is not None}}
-    if whole:
-        optimizers = {"opt_student": s.opt_student, "opt_gta": s.opt_gta}
-        state |= {name: o.state_dict() for name, o in optimizers.items() if o is not None}
-        state |= {"last": s.last, "seconds": seconds}
-    return state
+def snapshot(s: State, args: Args, data: Segmentation, optimizers: bool = True) -> dict:
+    """What a checkpoint holds. best.pt has the networks without `optimizers`: to score and to predict."""
+    state = {"settings": json.loads(json.dumps(vars(args))), "classes": data.classes, "step": s.step, "last": s.last,
+             "best": s.best, "networks": {name: net.state_dict() for name, net in s.networks().items()}}
+    both = {"opt_student": s.opt_student, "opt_gta": s.opt_gta} if optimizers else {}
+    return state | {name: o.state_dict() for name, o in both.items() if o is not None}
 
 
 def restore(s: State, state: dict, args: Args) -> None:
     """The reverse of `snapshot`, in place, so that shared storage stays shared."""
-    s.step, s.best, s.last = state["step"], state["best"], state.get("last", {})
-    if args.recipe == "released" and args.method == "gta" and s.step > s.warmup:
+    s.step, s.last, s.best = state["step"], state["last"], state["best"]
+    if args.recipe == "released" and s.gta is not None and s.step > s.warmup:
         alias(s.gta.predictor, s.student.predictor)                  # tied in the first epoch, and so it stays
     for name, weights in state["networks"].items():
-        getattr(s, name).load_state_dict(weights)
+        s.networks()[name].load_state_dict(weights)
     for name in ("opt_student", "opt_gta"):
         if name in state:
             getattr(s, name).load_state_dict(state[name])
@@ -972,56 +761,39 @@ def load(path: str, args: Args) -> tuple[dict[str, SegNet], dict, World]:
 def score(args: Args) -> dict:
     """--eval: score a checkpoint's networks and write <checkpoint>.results.json."""
     networks, state, world = load(args.eval, args)
-    data = find_data(args)
+    data = find.find(args.dataset, Path(args.root), args.val)
     if data.classes != state["classes"]:
         raise UserError(f"{args.eval} knows {len(state['classes'])} classes ({', '.join(state['classes'][:3])}, ...), "
-                        f"{data.root} has {len(data.classes)}; they must be the same.")
-    counts, rows = evaluate(networks, data, args, world, previews=6)
-    results = {name: {"last": {"step": state["step"], **metrics.iou_record(c, data.classes)}} for name, c in counts.items()}
-    results |= {"dataset": args.dataset, "split": args.split, "val": args.val, "seed": args.seed,
-                "confusion": {name: c.tolist() for name, c in counts.items()}}
+                        f"{data.root} has {len(data.classes)} ({', '.join(data.classes[:3])}, ...); they must be the same.")
+    counts, rows = evaluate(networks, data, args, world)
+    scores = {name: {"last": {"step": state["step"], **metrics.iou_record(c, data.classes)}} for name, c in counts.items()}
+    facts = {"dataset": args.dataset, "split": args.split, "val": args.val, "seed": args.seed,
+             "confusion": {name: c.tolist() for name, c in counts.items()}}
     if world.main:
-        runs.write_text(Path(f"{args.eval}.results.json"), json.dumps(results))
         plots.strip(rows, ["image", "label", *networks], Path(f"{args.eval}.previews.png"))
-        for name in networks:
-            print(f"{name}: mIoU {results[name]['last']['miou']:.2f} on {len(data.val)} images of {data.root} ({args.val})")
-        print(f"{args.eval}.results.json, {args.eval}.previews.png")
-    return results
+        runs.write_scores(Path(f"{args.eval}.results.json"), scores, facts, "miou", f"{len(data.val)} images of {data.root}")
+    return scores | facts
 
 
-@torch.no_grad()
 def predict(args: Args) -> None:
     """--predict CKPT IMAGES...: index PNGs and overlays of images or folders into <checkpoint>.predictions/."""
-    if len(args.predict) < 2:
-        raise UserError("--predict needs a checkpoint and then images or folders: --predict runs/x/best.pt photos/")
-    files = [f for p in map(Path, args.predict[1:]) for f in (datasets.image_files(p) if p.is_dir() else [p])]
-    if not files:
-        raise UserError(f"There are no images in {', '.join(args.predict[1:])}.")
     networks, state, world = load(args.predict[0], args)
-    net, out = networks.get("teacher", networks["student"]), Path(f"{args.predict[0]}.predictions")
-    out.mkdir(exist_ok=True)
-    for file in files[world.rank::world.size]:
-        try:
-            image = datasets.read_image(file)
-        except datasets.BrokenImage as error:
-            raise UserError(f"{error}; leave it out.") from None
-        logits = predict_logits(net, transforms.normalize(image[None].to(world.device)), args.window)
-        label = logits.argmax(1)[0]
-        plots.save_index_png(label, out / f"{file.stem}.png")
-        plots.save_picture(plots.overlay(image, label, state["classes"]), out / f"{file.stem}_overlay.jpg")
-    if world.main:
-        print(f"{len(files)} images: {out}/*.png (class indices) and *_overlay.jpg")
+    net = networks.get("teacher", networks["student"])
+
+    @torch.no_grad()
+    def label_of(image: Tensor) -> Tensor:                           # (3, H, W) uint8 -> (H, W)
+        return predict_logits(net, transforms.normalize(image[None].to(world.device)), args.window).argmax(1)[0]
+
+    plots.predictions(args.predict[1:], Path(f"{args.predict[0]}.predictions"), state["classes"], label_of, world)
 
 
 def settings(dataset: str = "", recipe: str = "paper", eval: str = "", predict: str = "") -> Args:
     """What the command line starts from: a preset, or the settings inside a checkpoint to score or predict with."""
-    if eval or predict:
-        known = Args.__dataclass_fields__
-        saved = {k: v for k, v in runs.load_checkpoint(Path(eval or predict), SCRIPT)["settings"].items() if k in known}
-        saved |= {k: tuple(saved[k]) for k in ("aspp_rates", "scale")}
-        return Args(**saved | {"resume": False, "device": "auto", "workers": datasets.default_workers()}
-                    | ({"dataset": dataset} if dataset else {}))
-    return preset(dataset or "voc", recipe)
+    if not (eval or predict):
+        return preset(dataset or "voc", recipe)
+    saved = runs.load_checkpoint(Path(eval or predict), SCRIPT)["settings"]
+    here = {"resume": False, "device": "auto", "workers": datasets.default_workers()} | ({"dataset": dataset} if dataset else {})
+    return Args(**saved | here | {k: tuple(saved[k]) for k in ("aspp_rates", "scale")})
 
 
 def main(args: Args) -> Any:

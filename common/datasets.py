@@ -1,5 +1,5 @@
-"""What lies on disk (VOC/SBD, Cityscapes, plain folders, the embedded set), which images are labeled, and in what
-order they come. Order and augmentation depend on (seed, step, sample) alone: not on workers, processes or restarts."""
+"""What lies on disk (VOC/SBD, Cityscapes, plain folders, the embedded set), how it is read, and in what order it
+comes. Order and augmentation depend on (seed, step, sample) alone: not on workers, processes or restarts."""
 
 import os
 import warnings
@@ -15,16 +15,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from common.distributed import World, rng
-from common.runs import RankError, UserError
-from data import splits
+from common.runs import RankError
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
-               "person pottedplant sheep sofa train tvmonitor").split()
-CITYSCAPES_CLASSES = ["road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign",
-                      "vegetation", "terrain", "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle",
-                      "bicycle"]
-CITYSCAPES_IDS = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]    # labelId of trainId i
 
 
 class Picture(NamedTuple):
@@ -46,213 +39,12 @@ class Segmentation:
     to_class: np.ndarray | None = None
 
 
-# ----------------------------------------------------------------------------------------------------- on disk
-def find(name: str, root: Path, val: str = "val") -> Segmentation:
-    """The data set `name` under `root`, scored on its `val` list; UserError when it is not there."""
-    readers = {"voc": find_voc, "shapes": find_voc, "cityscapes": find_cityscapes, "folder": find_folder}
-    if not root.is_dir():
-        raise missing(name, root, "the folder itself")
-    data = readers[name](root, val)
-    data.name = name
-    if not data.val:
-        raise UserError(f"The list '{val}' of {root} is empty, so there is nothing to score on.")
-    return data
-
-
-def missing(name: str, root: Path, what: str) -> UserError:
-    where = root.resolve()
-    get = {"voc": "run `python -m data.download voc`", "folder": "see data/README.md for its layout",
-           "cityscapes": "run `python -m data.download cityscapes` for the steps"}.get(name, "see data/README.md")
-    return UserError(f"The {name} data are missing: looked for {what} in {where}; {get}, or name the folder that "
-                     f"holds them with --root (layout in data/README.md).")
-
-
-def find_voc(root: Path, val: str) -> Segmentation:
-    """PASCAL VOC 2012 with SBD: the folder that holds JPEGImages, or VOCdevkit/VOC2012 under the root."""
-    base = next((p for p in (root, root / "VOCdevkit" / "VOC2012", root / "VOC2012") if (p / "JPEGImages").is_dir()), None)
-    if base is None:
-        raise missing("voc", root, "JPEGImages or VOCdevkit/VOC2012/JPEGImages")
-    masks = next((base / m for m in ("SegmentationClassAug", "SegmentationClass") if (base / m).is_dir()), None)
-    if masks is None:
-        raise missing("voc", base, "SegmentationClassAug")
-    lists = base / "ImageSets" / "Segmentation"
-    images = {p.stem: p for p in (base / "JPEGImages").iterdir() if p.suffix.lower() in IMAGES}
-    val_names = listed(lists / f"{val}.txt", root / "splits" / "gta_seg" / f"{val}.txt")
-    train_file = next((lists / f"{n}.txt" for n in ("train_aug", "trainaug", "train") if (lists / f"{n}.txt").is_file()),
-                      None)
-    if val_names is None:
-        raise missing("voc", lists, f"{val}.txt")
-    train_names = listed(train_file) if train_file else sorted(images.keys() - set(val_names))
-    classes = root / "classes.txt"
-    return Segmentation(
-        "voc", root, read_classes(classes) if classes.is_file() else VOC_CLASSES,
-        {n: Picture(n, images[n], masks / f"{n}.png") for n in train_names if n in images},
-        [Picture(n, need(images.get(n, base / "JPEGImages" / f"{n}.jpg")), need(masks / f"{n}.png")) for n in val_names])
-
-
-def find_cityscapes(root: Path, val: str) -> Segmentation:
-    """Cityscapes with fine labels: leftImg8bit/<part>/<city>/*.png and gtFine/... with raw labelIds."""
-    def part(name: str) -> list[Picture]:
-        found = []
-        for image in sorted((root / "leftImg8bit" / name).glob("*/*_leftImg8bit.png")):
-            stem = image.name.removesuffix("_leftImg8bit.png")
-            found.append(Picture(stem, image, root / "gtFine" / name / image.parent.name / f"{stem}_gtFine_labelIds.png"))
-        return found
-
-    if not (root / "leftImg8bit").is_dir():
-        raise missing("cityscapes", root, "leftImg8bit")
-    to_class = np.full(256, 255, np.uint8)
-    to_class[CITYSCAPES_IDS] = np.arange(19)
-    train, score = part("train"), part(val)
-    if not train:
-        raise missing("cityscapes", root, "leftImg8bit/train/<city>/*_leftImg8bit.png")
-    for picture in score:
-        need(picture.label)
-    return Segmentation("cityscapes", root, CITYSCAPES_CLASSES, {p.name: p for p in train}, score, to_class=to_class)
-
-
-def find_folder(root: Path, val: str) -> Segmentation:
-    """images/{train,val,unlabeled}, labels/{train,val} (index PNG, 255 ignore), classes.txt, a class a line."""
-    def part(name: str) -> list[Picture]:
-        folder, labels = root / "images" / name, root / "labels" / name
-        return [Picture(p.stem, p, labels / f"{p.stem}.png") for p in image_files(folder)] if folder.is_dir() else []
-
-    if not (root / "images" / "train").is_dir():
-        raise missing("folder", root, "images/train")
-    if not (root / "classes.txt").is_file():
-        raise missing("folder", root, "classes.txt")
-    score = part(val)
-    if not score:
-        raise missing("folder", root, f"images/{val}")
-    for picture in score:
-        need(picture.label)
-    return Segmentation("folder", root, read_classes(root / "classes.txt"), {p.name: p for p in part("train")}, score,
-                        extra=[Picture(p.name, p.image, None) for p in part("unlabeled")])
-
-
+# ------------------------------------------------------------------------------------------------ reading
 def image_files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGES)
 
 
-def read_classes(path: Path) -> list[str]:
-    names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    if len(names) < 2 or len(names) > 255 or len(set(names)) < len(names):
-        raise UserError(f"{path} needs 2 to 255 different class names, one a line; it has {len(names)}.")
-    return names
-
-
-def listed(*paths: Path) -> list[str] | None:
-    """The ids of the first list that exists."""
-    path = next((p for p in paths if p.is_file()), None)
-    return None if path is None else [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
-
-
-def need(path: Path) -> Path:
-    if not path.is_file():
-        raise UserError(f"{path} is missing, though the data set's lists name it; see data/README.md.")
-    return path
-
-
-# ------------------------------------------------------------------------------------- labeled and unlabeled
-@dataclass
-class Chosen:
-    """Which images a run learns from. `text` says it to the user, `fingerprint` identifies the labeled list."""
-    labeled: list[Picture]
-    unlabeled: list[Picture]
-    text: str
-    fingerprint: str
-
-
-def choose(data: Segmentation, split: str, split_seed: int, unlabeled: str, family: str) -> Chosen:
-    """The labeled images that `split` names, and the unlabeled ones: all others, or what `unlabeled` names.
-
-    `split`: a published list of `family`, fetched beside the data; random:183, random:5%; a list file; all."""
-    published = data.name in ("voc", "cityscapes")
-    folder = data.root / "splits" / family / splits.folder_name(split)
-    rest: list[Picture] | None = None
-    if split == "all":
-        labeled, rest, origin = list(data.train.values()), list(data.train.values()), "all labels"
-    elif Path(split).is_file():
-        labeled, origin = pictures_of(Path(split), data), f"the list {split}"
-    elif published and not split.startswith("random:"):
-        if not (folder / "labeled.txt").is_file():
-            have = sorted(p.parent.name for p in folder.parent.glob("*/labeled.txt")) if folder.parent.is_dir() else []
-            known = sorted({n for d, f, n in splits.PUBLISHED if (d, f) == (data.name, family) and n != "val"},
-                           key=lambda n: (len(n), n))
-            fetch = f"`python -m data.download splits --dataset {data.name} --root {data.root}`"
-            raise UserError(f"There is no split '{split}' in {folder.parent} (there: {', '.join(have) or 'none'}; "
-                            f"published: {', '.join(known)}); fetch the published lists with {fetch}, draw one with "
-                            f"--split random:{split if split[:1].isdigit() else 183}, or name a list file.")
-        labeled, origin = pictures_of(folder / "labeled.txt", data), f"the published list {family}/{split}"
-        if (folder / "unlabeled.txt").is_file():
-            rest = pictures_of(folder / "unlabeled.txt", data, labels=False)
-    else:
-        try:
-            number = splits.count(split.removeprefix("random:"), len(data.train))
-        except splits.SplitError as error:
-            raise UserError(f"--split {split}: {error}") from None
-        names = splits.draw(list(data.train), number, split_seed, lambda name: classes_in(data, data.train[name]))
-        labeled, origin = [data.train[name] for name in names], f"{number} drawn with --split-seed {split_seed}"
-    for picture in labeled:
-        need(picture.label)
-    if unlabeled:
-        rest = unlabeled_pictures(unlabeled, data)
-    elif rest is None:
-        taken = {p.image for p in labeled}
-        rest = [p for p in data.train.values() if p.image not in taken] + data.extra
-    fingerprint = splits.fingerprint([p.name for p in labeled])
-    family_name = splits.published_name([p.name for p in labeled])
-    text = (f"{len(labeled)} labeled images ({origin}{f', known as {family_name}' if family_name else ''}, "
-            f"fingerprint {fingerprint[:12]}) and {len(rest)} unlabeled ones")
-    return Chosen(labeled, rest, text, fingerprint)
-
-
-def pictures_of(path: Path, data: Segmentation, labels: bool = True) -> list[Picture]:
-    """The images that a list names, as ids of the data set or as paths under its root or beside the list."""
-    try:
-        entries = splits.read_list(path)
-    except (splits.SplitError, OSError) as error:
-        raise UserError(str(error)) from None
-    found, lost = [], []
-    for entry, mask in entries:
-        name = splits.short_id(entry, data.name)
-        if mask is None and name in data.train:
-            found.append(data.train[name])
-            continue
-        bases = [data.root, path.parent, Path()]
-        image = next((b / entry for b in bases if (b / entry).is_file()), None)
-        label = next((b / mask for b in bases if (b / mask).is_file()), None) if mask else None
-        if image is None and name in data.train:                     # UniMatch names masks of SegmentationClass
-            image, label = data.train[name].image, label or data.train[name].label
-        if image is None or (labels and label is None):
-            lost.append(entry)
-        else:
-            found.append(Picture(name, image, label))
-    if lost:
-        raise UserError(f"{len(lost)} of {len(entries)} images listed in {path} are not under {data.root}, for example "
-                        f"{lost[0]}; is --root right? See data/README.md for the layout.")
-    return found
-
-
-def unlabeled_pictures(text: str, data: Segmentation) -> list[Picture]:
-    """--unlabeled: a folder of images, or a list of them."""
-    path = Path(text)
-    if path.is_dir():
-        found = [Picture(p.stem, p, None) for p in image_files(path)]
-        if not found:
-            raise UserError(f"--unlabeled {path}: no images in that folder.")
-        return found
-    if not path.is_file():
-        raise UserError(f"--unlabeled {path}: neither a folder nor a list file.")
-    return pictures_of(path, data, labels=False)
-
-
-def classes_in(data: Segmentation, picture: Picture) -> set[int]:
-    return set(np.unique(read_label(picture.label, data).numpy()).tolist()) - {255}
-
-
-# ------------------------------------------------------------------------------------------------ reading
-class BrokenImage(Exception):
+class BrokenImage(RankError):
     """An image that cannot be decoded: training skips it, evaluation stops."""
 
 
@@ -365,7 +157,7 @@ def loader(dataset: Pictures, batch_size: int, start: int, stop: int, world: Wor
 
 
 class Whole(Dataset):
-    """Whole pictures with labels for scoring; a broken one stops the evaluation."""
+    """Whole pictures with labels for scoring; a broken one stops the evaluation, which needs every image."""
 
     def __init__(self, pictures: list[Picture], data: Segmentation):
         self.pictures, self.data = pictures, data
@@ -374,10 +166,7 @@ class Whole(Dataset):
         return len(self.pictures)
 
     def __getitem__(self, index: int) -> tuple[int, Tensor, Tensor]:
-        try:
-            return (index, *load(self.pictures[index], self.data))
-        except BrokenImage as error:
-            raise RankError(f"{error}; the score needs every image, so fetch it again.") from None
+        return (index, *load(self.pictures[index], self.data))
 
 
 def score_loader(pictures: list[Picture], data: Segmentation, world: World, workers: int) -> DataLoader:

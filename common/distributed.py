@@ -27,14 +27,18 @@ class World:
     def main(self) -> bool:
         return self.rank == 0
 
+    def bf16(self, precision: str) -> bool:
+        """Whether networks run in bf16: as told, or with `auto` on GPUs that have it."""
+        return precision == "bf16" or (precision == "auto" and self.device.type == "cuda" and torch.cuda.is_bf16_supported())
+
     def share(self, batch_size: int, multiple: int = 1) -> int:
-        """This process's part of a global batch; `multiple` when partners must lie in one process."""
-        if batch_size % (self.size * multiple):
-            even = f"an even number on each of {self.size} processes" if multiple == 2 else f"{self.size} processes"
-            step = self.size * multiple
-            below, above = batch_size // step * step, (batch_size // step + 1) * step
-            ways = f"{above}" if below == 0 else f"{below} or {above}"
-            raise UserError(f"--batch-size {batch_size} is global and does not divide into {even}; take {ways}.")
+        """This process's part of a global batch: a multiple of `multiple`, and two at least (BatchNorm, mixing)."""
+        step = self.size * multiple
+        if batch_size % step or batch_size < 2 * self.size:
+            below, above = batch_size // step * step, max((batch_size // step + 1) * step, 2 * self.size)
+            parts = f"{self.size} processes" + (f" of a multiple of {multiple} images" if multiple > 1 else "")
+            raise UserError(f"--batch-size {batch_size} is global and does not divide into {parts}, two images each at least; "
+                            f"take {f'{below} or ' if below >= 2 * self.size else ''}{above}.")
         return batch_size // self.size
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -59,14 +63,6 @@ class World:
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
         dist.all_gather(parts, tensor)
         return torch.cat(parts)
-
-    def gather_objects(self, thing) -> list:
-        """A small picklable object of every process, in rank order."""
-        if self.size == 1:
-            return [thing]
-        things: list = [None] * self.size
-        dist.all_gather_object(things, thing)
-        return things
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -94,6 +90,8 @@ def start(device: str = "auto") -> World:
                             f"GPU(s) seen; lower --nproc_per_node or use --device cpu.")
         device = f"cuda:{local_rank}" if device == "cuda" else device
         torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
     if size > 1:
         try:
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo",

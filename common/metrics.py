@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def confusion(prediction: Tensor, label: Tensor, num_classes: int) -> Tensor:
@@ -39,3 +39,11 @@ def iou_record(counts: Tensor, classes: list[str]) -> dict:
     return {"miou": round(miou(counts), 4),
             "iou": {name: None if value != value else round(value, 4)
                     for name, value in zip(classes, values, strict=True)}}
+
+
+@torch.no_grad()
+def distance(a: nn.Module, b: nn.Module) -> float:
+    """Relative distance |a - b| / |b| of two networks' parameters."""
+    pairs = list(zip(a.parameters(), b.parameters(), strict=True))
+    apart = torch.stack(torch._foreach_norm([x - y for x, y in pairs])).norm()
+    return (apart / torch.stack(torch._foreach_norm([y for _, y in pairs])).norm()).item()

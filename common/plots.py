@@ -1,11 +1,15 @@
 """Pictures for people: palettes, overlays, strips of predictions, curves. Matplotlib is imported only for curves."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
+
+from common.datasets import image_files, read_image
+from common.runs import UserError
 
 
 def palette() -> np.ndarray:
@@ -84,6 +88,24 @@ def strip(rows: list[list[np.ndarray]], titles: list[str], path: Path, height: i
         x += width + gap
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
+
+
+def predictions(paths: list[str], out: Path, classes: list[str], label_of: Callable[[Tensor], Tensor], world) -> None:
+    """Index PNGs and overlays of images, or of folders of them, into `out`; `label_of` maps (3, H, W) uint8 to (H, W).
+
+    UserError when there is no image, or one cannot be read."""
+    files = [f for p in map(Path, paths) for f in (image_files(p) if p.is_dir() else [p])]
+    if not files:
+        raise UserError("--predict needs a checkpoint and then images, or folders that hold some: "
+                        "--predict runs/x/best.pt photos/")
+    out.mkdir(exist_ok=True)
+    for file in files[world.rank::world.size]:
+        image = read_image(file)
+        label = label_of(image)
+        save_index_png(label, out / f"{file.stem}.png")
+        save_picture(overlay(image, label, classes), out / f"{file.stem}_overlay.jpg")
+    if world.main:
+        print(f"{len(files)} images: {out}/*.png (class indices) and *_overlay.jpg")
 
 
 def curves(records: list[dict], panels: dict[str, list[str]], path: Path, title: str = "") -> None:

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -71,7 +71,7 @@ def user_sentence(error: BaseException) -> str | None:
     """The sentence for the user, or None when this is a defect of ours and deserves its traceback."""
     text = str(error)
     if isinstance(error, UserError):                                 # a DataLoader worker wraps it in its traceback
-        for mark in ("RankError: ", "UserError: "):
+        for mark in ("BrokenImage: ", "RankError: ", "UserError: "):
             if mark in text:
                 return text.rsplit(mark, 1)[-1].strip()
         return text
@@ -83,7 +83,25 @@ def user_sentence(error: BaseException) -> str | None:
     return None
 
 
+def check_ranges(args, limits: dict[str, tuple[float, float]]) -> None:
+    """UserError when a setting, or a pair of them, lies outside its (low, high) or is not in order."""
+    common = {"steps": (0, 1e12), "eval_every": (0, 1e12), "save_every": (0, 1e12), "log_every": (1, 1e12), "workers": (0, 1e4)}
+    for name, (low, high) in (common | limits).items():
+        values = getattr(args, name)
+        values = values if isinstance(values, tuple) else (values,)
+        if not all(low <= v <= high for v in values) or list(values) != sorted(values):
+            raise UserError(f"--{name.replace('_', '-')} {' '.join(map(str, values))} is outside {low:g} to {high:g}"
+                            f"{', or not in order' if len(values) > 1 else ''}.")
+
+
 # ---------------------------------------------------------------------------------------------------- run folder
+def default_out(script: str, args) -> Path:
+    """--out, or runs/<script>-<dataset>-<split>-d<split seed>-s<seed>."""
+    split = Path(args.split).stem if Path(args.split).is_file() else args.split.removeprefix("random:")
+    split = split.replace("/", "-of-").replace("%", "pc")
+    return Path(args.out or f"runs/{Path(script).stem}-{args.dataset}-{split}-d{args.split_seed}-s{args.seed}")
+
+
 def open_run(out: Path, script: str, args, resume: bool, main: bool) -> bool:
     """Check and make the run folder; True when there is a checkpoint to continue from.
 
@@ -156,34 +174,124 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-class Log:
-    """log.jsonl, one object a line, and TensorBoard events when it is installed. Only the main process writes."""
+class Run:
+    """A run's folder while it trains: config, log, checkpoints, progress bar, clock, signals.
 
-    def __init__(self, out: Path, main: bool, step: int = 0):
-        self.path, self.writer, self.file = out / "log.jsonl", None, None
-        if not main:
-            return
-        if self.path.exists():                                       # cut back to the checkpoint we continue from
-            kept = [line for line in self.path.read_text().splitlines() if parse_line(line).get("step", step + 1) <= step]
-            write_text(self.path, "".join(line + "\n" for line in kept))
-        self.file = open(self.path, "a", buffering=1)
-        with contextlib.suppress(ImportError):
-            from torch.utils.tensorboard import SummaryWriter
-            self.writer = SummaryWriter(str(out), purge_step=step + 1)
+    `seconds` is what training took before this start; `extra` is written into config.json. All processes make one; only
+    the main one writes. log.jsonl has one object a line (and TensorBoard the same, when it is installed)."""
 
-    def __call__(self, step: int, **values) -> None:
-        if self.file is None:
-            return
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            if self.writer is not None and isinstance(value, (int, float)):
+    def __init__(self, out: Path, script: str, args, world, step: int, seconds: float = 0, extra: dict | None = None):
+        self.out, self.script, self.args, self.world, self.seconds = out, script, args, world, seconds
+        self.first_bad, self.values, self.images, self.skipped, self.signal = {}, {}, 0, 0, ""
+        self.file = self.writer = None
+        world.barrier()                                              # all have looked into the folder before it changes
+        if world.main:
+            path = out / "log.jsonl"
+            if path.exists():                                        # cut back to the checkpoint we continue from
+                lines = [line for line in path.read_text().splitlines() if parse_line(line).get("step", step + 1) <= step]
+                write_text(path, "".join(line + "\n" for line in lines))
+            self.file = open(path, "a", buffering=1)
+            with contextlib.suppress(ImportError):
+                from torch.utils.tensorboard import SummaryWriter
+                self.writer = SummaryWriter(str(out), purge_step=step + 1)
+            write_config(out, script, args, world, extra or {})
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with contextlib.suppress(ValueError):                    # not the main thread: no signals
+                signal.signal(number, self.ask)
+        self.clock = time.perf_counter()
+
+    def ask(self, number, frame) -> None:
+        """SIGTERM or Ctrl-C: save and leave after this step; a second Ctrl-C leaves at once."""
+        self.signal = signal.Signals(number).name
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def asked(self, step: int) -> str:
+        """The signal that some process got, or "". Several processes agree on every fifth step only (it is a wait)."""
+        if self.world.size == 1 or step % 5:
+            return self.signal if self.world.size == 1 else ""
+        number = self.world.sum(torch.tensor(float(bool(self.signal)), device=self.world.device))
+        return (self.signal or "a signal to another process") if number.item() else ""
+
+    def steps(self, start: int, total: int):
+        """range(start, total) with a progress bar; a line a minute where there is no terminal."""
+        from tqdm import tqdm
+        return tqdm(range(start, total), initial=start, total=total, disable=not self.world.main, dynamic_ncols=True,
+                    smoothing=0.05, unit="step", mininterval=0.5 if sys.stderr.isatty() else 60)
+
+    def tally(self, step: int, values: dict[str, Tensor], images: int, *skipped: Tensor) -> None:
+        """Note what a step gave, without waiting for the device: also when a loss first stopped being finite."""
+        self.values, self.images = values, self.images + images
+        self.skipped = self.skipped + sum(s.sum() for s in skipped)
+        for name in (n for n in values if n.startswith("loss")):
+            old = self.first_bad.get(name, torch.full((), -1, device=values[name].device))
+            self.first_bad[name] = torch.where((old < 0) & ~torch.isfinite(values[name]), step, old)
+
+    def check(self) -> None:
+        """Raise when a loss was not finite, so that nothing is saved over the last good checkpoint."""
+        for name, step in self.first_bad.items():
+            if step.item() >= 0:
+                raise RankError(f"{name} is not finite since step {step.item()}, so training stops; the last good checkpoint "
+                                f"stays in {self.out}. Try a lower --lr, or --precision fp32.")
+
+    def log(self, step: int, **extra) -> None:
+        """One line: the last step's values as means over processes, `extra`, images per second since the last line."""
+        self.check()
+        means = self.world.mean(torch.stack([v.float() for v in self.values.values()])).tolist()
+        elapsed = time.perf_counter() - self.clock
+        if int(self.skipped):
+            extra["skipped_images"] = int(self.skipped)
+        self.write(step, **dict(zip(self.values, means, strict=True)), **extra,
+                   images_per_second=round(self.images / elapsed, 2))
+        self.seconds, self.images, self.clock = self.seconds + elapsed, 0, time.perf_counter()
+
+    def write(self, step: int, **values) -> None:
+        if self.file is not None:
+            self.file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items() if self.writer else ():
+            if isinstance(value, (int, float)):
                 self.writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
-        if self.file is not None:
-            self.file.close()
+    def save(self, name: str, state: dict) -> None:
+        """A checkpoint, atomically; restarts the clock, so that saving and scoring do not count as training."""
+        self.check()
+        if self.world.main:
+            save_checkpoint(self.out / name, self.script, {**state, "seconds": self.seconds})
+        self.clock = time.perf_counter()
+
+    def leave(self, step: int) -> None:
+        """After a signal, and after saving: say where the run stands."""
+        self.world.barrier()
+        raise Stopped(f"Stopped by {self.asked(0)} after step {step}; {self.out / 'last.pt'} is saved, continue with --resume.")
+
+    def finish(self, scores: dict, facts: dict, panels: dict[str, list[str]], headline: str, metric: str) -> dict:
+        """results.json (`scores` of each network, and `facts`) and curves.png; says what `headline` reached and where
+        everything is. Returns what results.json holds."""
+        from common import plots
+        a = self.args
+        results = scores | {"dataset": a.dataset, "split": a.split, "split_seed": a.split_seed, "seed": a.seed, **facts,
+                            "seconds": round(self.seconds, 1)}
         if self.writer is not None:
             self.writer.close()
+        if self.file is not None:
+            self.file.close()
+            records = read_log(self.out / "log.jsonl")
+            speeds = sorted(r["images_per_second"] for r in records if "images_per_second" in r)
+            results["images_per_second"] = speeds[len(speeds) // 2] if speeds else None
+            write_text(self.out / "results.json", json.dumps(results, indent=1))
+            plots.curves(records, panels, self.out / "curves.png", str(self.out))
+            said = [f"{name} {s['last'][metric]:.2f} (best {s['best'][metric]:.2f} at step {s['best']['step']})"
+                    for name, s in sorted(scores.items(), key=lambda item: item[0] != headline)]
+            print(f"\n{metric}: {', '.join(said)}\nin {self.out}: "
+                  f"{', '.join(sorted(p.name for p in self.out.iterdir() if not p.name.startswith('events')))}")
+        return results
+
+
+def write_scores(path: Path, scores: dict, facts: dict, metric: str, where: str) -> None:
+    """The results of --eval beside its checkpoint, and a line for each network."""
+    write_text(path, json.dumps(scores | facts))
+    for name, score in scores.items():
+        print(f"{name}: {metric} {score['last'][metric]:.2f} on {where}")
+    print(f"in {path}")
 
 
 def parse_line(line: str) -> dict:
@@ -198,62 +306,8 @@ def read_log(path: Path) -> list[dict]:
     return [record for line in path.read_text().splitlines() if (record := parse_line(line))]
 
 
-def progress(steps: Iterable[int], start: int, total: int, main: bool):
-    """A progress bar over the steps of a run, with the time left; a line a minute where there is no terminal."""
-    from tqdm import tqdm
-    return tqdm(steps, initial=start, total=total, disable=not main, dynamic_ncols=True, smoothing=0.05, unit="step",
-                mininterval=0.5 if sys.stderr.isatty() else 60)
-
-
-class Watch:
-    """Remembers, without waiting for the device, at which step a loss first stopped being finite."""
-
-    def __init__(self):
-        self.first: dict[str, Tensor] = {}
-
-    def __call__(self, step: int, values: dict[str, Tensor]) -> None:
-        for name in (n for n in values if n.startswith("loss")):
-            old = self.first.get(name, torch.full((), -1, device=values[name].device))
-            self.first[name] = torch.where((old < 0) & ~torch.isfinite(values[name]), step, old)
-
-    def check(self, out: str | Path) -> None:
-        for name, step in self.first.items():
-            if step.item() >= 0:
-                raise RankError(f"{name} is not finite since step {step.item()}, so training stops; the last good checkpoint "
-                                f"stays in {out}. Try a lower --lr, or --precision fp32.")
-
-
-def median(path: Path, name: str) -> float | None:
-    """The middle value that a log holds of `name`."""
-    values = sorted(r[name] for r in read_log(path) if name in r)
-    return values[len(values) // 2] if values else None
-
-
 class Stopped(Exception):
     """A run that was asked to leave and has saved its state."""
-
-
-class Stop:
-    """SIGTERM and Ctrl-C ask the loop to save and leave; a second Ctrl-C leaves at once."""
-
-    def __init__(self):
-        self.asked = ""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            with contextlib.suppress(ValueError):                    # not the main thread (tests): no signals
-                signal.signal(number, self.ask)
-
-    def ask(self, number, frame) -> None:
-        self.asked = signal.Signals(number).name
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def agreed(self, step: int, world) -> str:
-        """The signal that some process got, or ''. Several processes agree on every fifth step only (a wait)."""
-        if world.size == 1:
-            return self.asked
-        if step % 5:
-            return ""
-        number = world.sum(torch.tensor([float(bool(self.asked))], device=world.device))
-        return (self.asked or "a signal to another process") if number.item() else ""
 
 
 # ---------------------------------------------------------------------------------------------------- checkpoints

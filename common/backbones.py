@@ -1,0 +1,86 @@
+"""ImageNet backbones by name, cut into stages: timm first, then torchvision, and their weights with clear errors."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from common.runs import UserError, read_weights
+
+
+class Stages(nn.Module):
+    """A torchvision network with a `features` sequence (MobileNet, EfficientNet, ...) -> the last map of each stage.
+
+    Strides beyond `stride` become dilations."""
+
+    def __init__(self, features: nn.Sequential, stride: int):
+        super().__init__()
+        self.features, self.ends = features, {}                      # stage -> (layer, reduction, channels)
+        done, stage, x = 1, 0, torch.zeros(1, 3, 64, 64)
+        for i, layer in enumerate(features):
+            for conv in [m for m in layer.modules() if isinstance(m, nn.Conv2d)]:
+                dilation = 2**stage // done
+                if conv.stride[0] > 1:
+                    stage += 1
+                    if done == stride:
+                        conv.stride = (1, 1)
+                    else:
+                        done *= 2
+                half = conv.kernel_size[0] // 2
+                conv.dilation, conv.padding = (dilation,) * 2, (dilation * half,) * 2
+            with torch.no_grad():
+                x = layer.eval()(x)
+            self.ends[stage] = (i, done, x.shape[1])
+        self.train()
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        maps, ends = [], {layer for layer, _, _ in self.ends.values()}
+        for i, layer in enumerate(self.features):
+            x = layer(x)
+            if i in ends:
+                maps.append(x)
+        return maps
+
+
+def build(name: str, stride: int = 32, pretrained: bool = False) -> tuple[nn.Module, list[int], list[int]]:
+    """The network, which maps (B, 3, H, W) to a list of feature maps, and each map's reduction and channels.
+
+    `stride` is the smallest map's reduction where the network can be dilated (8, 16, 32); transformers keep their own.
+    Raises UserError for an unknown name or weights that cannot be fetched."""
+    import timm
+    import torchvision
+
+    try:
+        if timm.is_model(name):
+            try:
+                body = timm.create_model(name, features_only=True, output_stride=stride, pretrained=pretrained)
+            except (NotImplementedError, TypeError, ValueError):     # a transformer: one stride, any size
+                body = timm.create_model(name, features_only=True, pretrained=pretrained, dynamic_img_size=True,
+                                         dynamic_img_pad=True)
+            return body, body.feature_info.reduction(), body.feature_info.channels()
+        if name in torchvision.models.list_models():
+            network = torchvision.models.get_model(name, weights="DEFAULT" if pretrained else None)
+            if not hasattr(network, "features"):
+                raise UserError(f"--backbone {name} of torchvision has no `features` to cut; take a timm name.")
+            body = Stages(network.features, stride)
+            return body, [end[1] for end in body.ends.values()], [end[2] for end in body.ends.values()]
+    except UserError:
+        raise
+    except Exception as error:  # noqa: BLE001 (hub, network and file errors have no common class)
+        if not pretrained:
+            raise
+        raise UserError(f"The ImageNet weights of {name} could not be fetched ({type(error).__name__}); give a file of "
+                        f"them with --weights FILE, or start from random weights with --weights none.") from None
+    close = ", ".join(timm.list_models(f"*{name[:6]}*")[:5])
+    raise UserError(f"--backbone {name} is neither a timm nor a torchvision network; "
+                    + (f"did you mean {close}?" if close else "timm.list_models() lists the names."))
+
+
+def read(weights: str, backbone: str, root: str) -> dict[str, Tensor] | None:
+    """--weights: the tensors of a file, or of the embedded data's own pre-training under `root`; None for the rest."""
+    if weights in ("imagenet", "none"):
+        return None
+    if weights == "shapes":
+        from data import shapes
+        return read_weights(shapes.pretrain(Path(root), backbone))
+    return read_weights(Path(weights))
