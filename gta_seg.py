@@ -139,30 +139,22 @@ def preset(dataset: str = "voc", recipe: str = "paper", **overrides: Any) -> Arg
 
 
 # ============================================================================================== network
-class Backbone(nn.Module):
-    """An ImageNet classifier: (B, 3, H, W) -> its maps of stride 4, of the last stage but one, and of the last.
+def deeplab_resnet(body: nn.Module, stride: int) -> None:
+    """Ceil-mode pooling; bottleneck ResNets at stride 8 get multi-grid dilations (4, 8, 16) at the end. DEPARTS[open]"""
+    body.maxpool.ceil_mode = True
+    if stride == 8 and hasattr(body.layer4[0], "conv3"):
+        for block, dilation in zip(body.layer4, (4, 8, 16), strict=True):
+            block.conv2.dilation = block.conv2.padding = (dilation, dilation)
 
-    Bottleneck ResNets at stride 8 get multi-grid dilations (4, 8, 16) in the last stage. DEPARTS[open]"""
 
-    def __init__(self, args: Args):
-        super().__init__()
-        self.body, reduction, channels = backbones.build(args.backbone, args.output_stride, args.weights == "imagenet")
-        self.picks = max((i for i, r in enumerate(reduction) if r <= 4), default=0), len(channels) - 2, len(channels) - 1
-        self.channels = [channels[i] for i in self.picks]
-        if args.backbone.startswith("resnet"):
-            self.body.maxpool.ceil_mode = True
-            if args.output_stride == 8 and hasattr(self.body.layer4[0], "conv3"):
-                for block, dilation in zip(self.body.layer4, (4, 8, 16), strict=True):
-                    block.conv2.dilation = block.conv2.padding = (dilation, dilation)
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        maps = self.body(images)
-        return [maps[i] for i in self.picks]
+def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, C, h, w) -> (B, C, H, W), corners aligned as everywhere in this network."""
+    return F.interpolate(logits, size=size, mode="bilinear", align_corners=True)
 
 
 def conv_bn(inputs: int, outputs: int, kernel: int, dilation: int = 1, bias: bool = False) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(inputs, outputs, kernel, padding=dilation * (kernel // 2), dilation=dilation, bias=bias),
-                         nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+    conv = nn.Conv2d(inputs, outputs, kernel, padding=dilation * (kernel // 2), dilation=dilation, bias=bias)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
 
 
 class ASPP(nn.Module):
@@ -183,17 +175,19 @@ class Features(nn.Module):
 
     def __init__(self, args: Args):
         super().__init__()
-        self.backbone = Backbone(args)
-        low, self.third_channels, last = self.backbone.channels
-        self.aspp = ASPP(last, args.width, args.aspp_rates)
+        self.backbone, reduction, channels = backbones.build(args.backbone, args.output_stride, args.weights == "imagenet")
+        if args.backbone.startswith("resnet"):
+            deeplab_resnet(self.backbone, args.output_stride)
+        self.low_map = max((i for i, r in enumerate(reduction) if r <= 4), default=0)
+        self.third_channels = channels[-2]
+        self.aspp = ASPP(channels[-1], args.width, args.aspp_rates)
         self.head = nn.Sequential(*conv_bn(5 * args.width, args.width, 3), nn.Dropout2d(0.1))
-        self.low = conv_bn(low, args.width, 1, bias=True)
+        self.low = conv_bn(channels[self.low_map], args.width, 1, bias=True)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        low, third, last = self.backbone(images)
-        low, deep = self.low(low), self.head(self.aspp(last))
-        deep = F.interpolate(deep, size=low.shape[-2:], mode="bilinear", align_corners=True)
-        return torch.cat([low, deep], dim=1), third
+        maps = self.backbone(images)
+        low, deep = self.low(maps[self.low_map]), self.head(self.aspp(maps[-1]))
+        return torch.cat([low, upsample(deep, low.shape[-2:])], dim=1), maps[-2]
 
 
 class Predictor(nn.Module):
@@ -213,7 +207,7 @@ class Predictor(nn.Module):
 
 
 class SegNet(nn.Module):
-    """DeepLabv3+ as the paper cuts it: `features` is f, `predictor` is g; normalised images -> float32 logits (B, K, h, w)."""
+    """DeepLabv3+ as the paper cuts it, `features` f and `predictor` g: images -> float32 logits (B, K, h, w), aux or None."""
 
     def __init__(self, args: Args, num_classes: int, bf16: bool = False):
         super().__init__()
@@ -225,11 +219,6 @@ class SegNet(nn.Module):
         with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.bf16):
             logits, aux = self.predictor(*self.features(images))
         return logits.float(), None if aux is None else aux.float()
-
-
-def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """(B, K, h, w) -> (B, K, H, W), corners aligned as everywhere in this network."""
-    return F.interpolate(logits, size=size, mode="bilinear", align_corners=True)
 
 
 # ============================================================================================== equations
@@ -246,7 +235,7 @@ def drop_threshold(conf: Tensor, valid: Tensor, drop: float) -> Tensor:
     percentile rule; -1 when `drop` is 0 or nothing is valid. `conf`, `valid` (B, H, W) of the whole batch -> ()."""
     ordered = torch.where(valid, conf, torch.inf).flatten().sort().values       # no kthvalue: k stays on the device
     n = valid.sum()
-    k = (drop * (n - 1)).floor().long().clamp(min=0)
+    k = (drop * (n - 1).double()).floor().long().clamp(min=0)
     return torch.where((n > 0) & (drop > 0), ordered.gather(0, k[None])[0], torch.full_like(ordered[0], -1))
 
 
@@ -263,7 +252,8 @@ def reweight(conf: Tensor, keep: Tensor, tau: float, total: Callable[[Tensor], T
     return raw * (total(keep.sum()) / total(raw.sum()).clamp(min=1e-12))
 
 
-def unsupervised_loss(logits: Tensor, label: Tensor, weight: Tensor, share: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+def unsupervised_loss(logits: Tensor, label: Tensor, weight: Tensor,
+                      share: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
     """Eq. 7 divided by the number of kept pixels. DEPARTS[mean] logits (B, K, H, W); label, weight (B, H, W) -> ().
 
     `share` averages a count over processes, as DDP averages gradients: together they make the global mean."""
@@ -295,8 +285,8 @@ def ema_decay(n: int, alpha: float) -> float:
 
 @torch.no_grad()
 def ema_update(target: nn.Module, source: nn.Module, decay: float, buffers: bool = False) -> None:
-    """Eqs. 5, 9, 12: target <- decay * target + (1 - decay) * source, in place; with `buffers` the BatchNorm statistics,
-    too (counters are copied). DEPARTS[bn-ema]"""
+    """Eqs. 5, 9, 12: target <- decay * target + (1 - decay) * source, in place; with `buffers` BatchNorm statistics, too
+    (counters are copied). DEPARTS[bn-ema]"""
     pairs = list(zip(target.parameters(), source.parameters(), strict=True))
     if buffers:
         pairs += zip(target.buffers(), source.buffers(), strict=True)
@@ -482,14 +472,12 @@ def warmup_step_released(s: State, labeled: Batch, args: Args, world: World) -> 
     return warmup_step(s, labeled, args, world)
 
 
-@torch.no_grad()
 def alias(target: nn.Module, source: nn.Module) -> None:
     """Make the parameters of `target` share the storage of those of `source`: what `t.data = s.data` does."""
     for t, s in zip(target.parameters(), source.parameters(), strict=True):
         t.data = s.data
 
 
-@torch.no_grad()
 def ema_rebind(target: nn.Module, source: nn.Module, decay: float) -> None:
     """ema_update on parameters that assigns new tensors, and so ends an alias."""
     for t, s in zip(target.parameters(), source.parameters(), strict=True):
@@ -547,16 +535,16 @@ def build(args: Args, num_classes: int, world: World, epoch: int = 1, train: boo
         distributed.seed_torch(args.seed, name)
         net = SegNet(args if train else replace(args, weights="none"), num_classes, world.bf16(args.precision))
         if weights is not None:
-            notes[:] = runs.load_matching(net.features.backbone.body, weights, args.weights)
+            notes[:] = runs.load_matching(net.features.backbone, weights, args.weights)
         net = distributed.sync_batchnorm(net, world).to(world.device, memory_format=torch.channels_last)
         if args.compile:
             net.compile()
         return net
 
-    released = args.recipe == "released"                             # three initialisations, tied later
+    own = is_released(args)                                          # three initialisations, tied later
     student = network("student")
-    teacher = network("teacher" if released else "student") if args.method != "suponly" else None
-    gta = network("gta" if released else "student") if args.method in ("gta", "unbiased-st") else None
+    teacher = network("teacher" if own else "student") if args.method != "suponly" else None
+    gta = network("gta" if own else "student") if args.method in ("gta", "unbiased-st") else None
     transfer = []
     if teacher is not None:
         teacher.requires_grad_(False).eval()
@@ -581,14 +569,14 @@ def end_of_warmup(s: State, args: Args) -> None:
     """Assistant and teacher start as copies, by value, of the warmed-up student. DEPARTS[warmup]
 
     The released loop ties parameters in its own step and never copies the statistics."""
-    for net in (s.teacher, s.gta) if args.recipe == "paper" else ():
+    for net in (s.teacher, s.gta) if not is_released(args) else ():
         if net is not None:
             net.load_state_dict({k: v for k, v in s.student.state_dict().items() if k in net.state_dict()})
 
 
 # ============================================================================================== evaluation
 @torch.no_grad()
-def evaluate(networks: dict[str, SegNet], data: Segmentation, args: Args, world: World) -> tuple[dict[str, Tensor], list]:
+def evaluate(networks: dict[str, SegNet], data: Segmentation, args: Args, world: World) -> tuple[dict, list]:
     """Confusion counts (K, K) of each network, and rows of six preview pictures (image, label, predictions).
 
     Sec. 4.2. Single scale, no flip, every image once on any number of processes; absent classes stay out of the mean.
@@ -619,7 +607,7 @@ def predict_logits(net: SegNet, images: Tensor, window: int = 0) -> Tensor:
     if not window or max(size) <= window:
         return upsample(net(images)[0], size)
     stride, total, count = -(-window * 2 // 3), 0, images.new_zeros(1, 1, *size)
-    tops, lefts = ([min(i * stride, max(n - window, 0)) for i in range(max(-(-(n - window) // stride), 0) + 1)] for n in size)
+    tops, lefts = ([min(i, max(n - window, 0)) for i in range(0, max(n - window, 0) + stride, stride)] for n in size)
     for top, left in itertools.product(tops, lefts):
         part = images[:, :, top:top + window, left:left + window]
         after = (left, size[1] - left - part.shape[-1], top, size[0] - top - part.shape[-2])
@@ -629,27 +617,27 @@ def predict_logits(net: SegNet, images: Tensor, window: int = 0) -> Tensor:
 
 
 # ============================================================================================== main
-ONLY_FOR = {"gta": ["alpha_gta", "gta_data", "student_data", "transfer", "share_predictor"],
-            "gta unbiased-st": ["gta_lr"], "gta mt": ["joint_bn"],
-            "gta mt unbiased-st": ["alpha_teacher", "mu", "tau", "reweight", "drop", "threshold", "cutmix", "monitor_labels"]}
-NOT_RELEASED = ["gta_data", "student_data", "transfer", "reweight", "threshold", "mu", "aux", "ohem", "joint_bn",
-                "share_predictor", "monitor_labels"]
+MEANT_FOR = {"gta": "gta_data student_data transfer share_predictor", "gta released": "alpha_gta",
+             "gta released unbiased-st": "gta_lr", "gta mt": "joint_bn", "gta mt unbiased-st": "mu reweight threshold",
+             "gta released mt unbiased-st": "alpha_teacher tau drop cutmix", "suponly gta mt unbiased-st": "aux ohem"}
 RANGES = {"alpha_gta": (0, 1), "alpha_teacher": (0, 1), "drop": (0, 0.999), "threshold": (0, 1), "cutmix": (0, 1),
           "cutmix_labeled": (0, 1), "lr": (0, 1e3), "mu": (0, 1e3), "tau": (0, 1e6), "crop_size": (16, 1e5),
-          "scale": (0.01, 100), "width": (4, 4096), "warmup_epochs": (0, 1e6), "epochs": (0, 1e6), "ohem": (0, 1), "aux": (0, 1e3)}
+          "scale": (0.01, 100), "width": (4, 4096), "warmup_epochs": (0, 1e6), "epochs": (0, 1e6), "ohem": (0, 1)}
+
+
+def is_released(args: Args) -> bool:
+    return args.recipe == "released" and args.method == "gta"
 
 
 def check(args: Args, world: World) -> None:
     """Refuse, before any work, what cannot run and flags that the method would ignore."""
     runs.check_ranges(args, RANGES)
     world.share(args.batch_size, multiple=1 if args.recipe == "released" else 2)                # CutMix pairs neighbours
-    base = preset(args.dataset, args.recipe)
-    changed = {name for name in vars(args) if getattr(args, name) != getattr(base, name)}
-    for methods, names in ONLY_FOR.items():
-        for name in changed.intersection(names if args.method not in methods.split() else ()):
-            raise UserError(f"--{name.replace('_', '-')} has no meaning for --method {args.method}; leave it out.")
-    for name in changed.intersection(NOT_RELEASED if args.recipe == "released" and args.method == "gta" else ()):
-        raise UserError(f"--{name.replace('_', '-')} is a switch of --recipe paper; the released loop has its own way there.")
+    base, method = preset(args.dataset, args.recipe), "released" if is_released(args) else args.method
+    for methods, names in MEANT_FOR.items():
+        for name in names.split() if method not in methods.split() else ():
+            if getattr(args, name) != getattr(base, name):
+                raise UserError(f"--{name.replace('_', '-')} has no meaning for the {method} step; leave it out.")
     if args.tau != 1 and args.reweight != "laplace":
         raise UserError(f"--tau is the smoothing of --reweight laplace; --reweight {args.reweight} ignores it.")
 
@@ -658,8 +646,7 @@ def train(args: Args) -> dict:
     """One run, from the start or from its checkpoint, to results.json, whose contents are returned."""
     data = find.find(args.dataset, Path(args.root), args.val)
     chosen = find.choose(data, args.split, args.split_seed, args.unlabeled, "gta_seg", args.method != "suponly")
-    epoch = max(len(chosen.unlabeled) // args.batch_size, 1)
-    out = runs.default_out(SCRIPT, args)
+    epoch, out = max(len(chosen.unlabeled) // args.batch_size, 1), runs.default_out(SCRIPT, args)
     args = replace(args, steps=args.steps or round(args.epochs * epoch), eval_every=args.eval_every or epoch, out=str(out))
     check(args, distributed.launched())
     resuming = runs.open_run(out, SCRIPT, args, args.resume, distributed.launched().main)
@@ -670,19 +657,18 @@ def train(args: Args) -> dict:
         restore(s, state, args)
     networks, result = s.networks(), "student" if args.method == "suponly" else "teacher"      # Algorithm 1, Output
     run = runs.Run(out, SCRIPT, args, world, s.step, state["seconds"], {
-        "classes": data.classes, "images": chosen.text, "split_fingerprint": chosen.fingerprint, "weights_notes": notes})
-    if world.main:
-        print(f"{chosen.text}; scored on {len(data.val)}", f"{args.method}, {args.recipe} recipe: steps {s.step} to {args.steps}, "
-              f"{s.warmup} of them warm-up, {epoch} to an epoch; {world.size} process(es) on {world.device}; folder {out}",
-              *(f"weights {note}" for note in notes), sep="\n")
+        "classes": data.classes, "images": chosen.text, "fingerprint": chosen.fingerprint, "weights_notes": notes})
+    run.say(f"{chosen.text}; scored on {len(data.val)}", *(f"weights {note}" for note in notes),
+            f"{args.method}, {args.recipe} recipe: steps {s.step} to {args.steps}, {s.warmup} of them warm-up, {epoch} to "
+            f"an epoch; {world.size} process(es) on {world.device}; folder {out}")
 
-    streams = [datasets.Pictures(pictures, data, labels, partial(augment, args), args.seed, name) for pictures, labels, name
-               in [(chosen.labeled, True, "labeled"), (chosen.unlabeled, args.monitor_labels, "unlabeled")]]
-    streams = [iter(datasets.loader(x, args.batch_size, start, args.steps, world, args.workers)) if start < args.steps
-               else None for x, start in zip(streams, (s.step, max(s.step, s.warmup)), strict=True)]
-    released = args.recipe == "released" and args.method == "gta"
-    warm = warmup_step_released if released else warmup_step
-    step_of = mean_teacher_step if args.method == "mt" else train_step_released if released else train_step
+    streams = []
+    for name, pictures, labels, start in [("labeled", chosen.labeled, True, s.step),
+                                          ("unlabeled", chosen.unlabeled, args.monitor_labels, max(s.step, s.warmup))]:
+        views = datasets.Pictures(pictures, data, labels, partial(augment, args), args.seed, name)
+        streams.append(datasets.stream(views, args.batch_size, start, args.steps, world, args.workers))
+    warm = warmup_step_released if is_released(args) else warmup_step
+    step_of = train_step_released if is_released(args) else mean_teacher_step if args.method == "mt" else train_step
     s.student.train()
     for step in run.steps(s.step, args.steps):
         distributed.seed_torch(args.seed, "step", step, world.rank)  # dropout: from (seed, step, process)
@@ -704,11 +690,9 @@ def train(args: Args) -> dict:
         if s.step % args.log_every == 0 or scoring:
             far = {"f_distance": metrics.distance(s.student.features, s.gta.features)} if s.gta is not None else {}
             run.log(s.step, lr=s.opt_student.param_groups[0]["lr"], **far)
-        if step == 0 and world.main and world.device.type == "cuda":
-            print(f"peak GPU memory after one step: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
         if scoring:
             counts, rows = evaluate(networks, data, args, world)
-            s.last = {name: {"step": s.step, **metrics.iou_record(c, data.classes)} for name, c in counts.items()}
+            s.last = {name: metrics.iou_record(c, data.classes, s.step) for name, c in counts.items()}
             better = [n for n, r in s.last.items() if n not in s.best or r["miou"] > s.best[n]["miou"]]
             s.best |= {name: s.last[name] for name in better}
             run.write(s.step, **{f"miou_{name}": r["miou"] for name, r in s.last.items()})
@@ -719,7 +703,7 @@ def train(args: Args) -> dict:
         if scoring or asked or (args.save_every and s.step % args.save_every == 0):
             run.save("last.pt", snapshot(s, args, data))
         if asked and s.step < args.steps:
-            run.leave(s.step)
+            run.leave(s.step)                       # does not return
 
     return run.finish(
         {name: {"last": s.last[name], "best": s.best[name]} for name in networks},
@@ -740,7 +724,7 @@ def snapshot(s: State, args: Args, data: Segmentation, optimizers: bool = True) 
 def restore(s: State, state: dict, args: Args) -> None:
     """The reverse of `snapshot`, in place, so that shared storage stays shared."""
     s.step, s.last, s.best = state["step"], state["last"], state["best"]
-    if args.recipe == "released" and s.gta is not None and s.step > s.warmup:
+    if is_released(args) and s.step > s.warmup:
         alias(s.gta.predictor, s.student.predictor)                  # tied in the first epoch, and so it stays
     for name, weights in state["networks"].items():
         s.networks()[name].load_state_dict(weights)
@@ -763,15 +747,15 @@ def score(args: Args) -> dict:
     networks, state, world = load(args.eval, args)
     data = find.find(args.dataset, Path(args.root), args.val)
     if data.classes != state["classes"]:
-        raise UserError(f"{args.eval} knows {len(state['classes'])} classes ({', '.join(state['classes'][:3])}, ...), "
-                        f"{data.root} has {len(data.classes)} ({', '.join(data.classes[:3])}, ...); they must be the same.")
+        raise UserError(f"{args.eval} knows {len(state['classes'])} classes ({', '.join(state['classes'][:3])} ...), "
+                        f"{data.root} has {len(data.classes)} ({', '.join(data.classes[:3])} ...); they must be the same.")
     counts, rows = evaluate(networks, data, args, world)
-    scores = {name: {"last": {"step": state["step"], **metrics.iou_record(c, data.classes)}} for name, c in counts.items()}
+    scores = {name: {"last": metrics.iou_record(c, data.classes, state["step"])} for name, c in counts.items()}
     facts = {"dataset": args.dataset, "split": args.split, "val": args.val, "seed": args.seed,
              "confusion": {name: c.tolist() for name, c in counts.items()}}
     if world.main:
         plots.strip(rows, ["image", "label", *networks], Path(f"{args.eval}.previews.png"))
-        runs.write_scores(Path(f"{args.eval}.results.json"), scores, facts, "miou", f"{len(data.val)} images of {data.root}")
+        runs.write_scores(Path(f"{args.eval}.results.json"), scores, facts, "miou", f"{len(data.val)} of {data.root}")
     return scores | facts
 
 
@@ -792,8 +776,8 @@ def settings(dataset: str = "", recipe: str = "paper", eval: str = "", predict: 
     if not (eval or predict):
         return preset(dataset or "voc", recipe)
     saved = runs.load_checkpoint(Path(eval or predict), SCRIPT)["settings"]
-    here = {"resume": False, "device": "auto", "workers": datasets.default_workers()} | ({"dataset": dataset} if dataset else {})
-    return Args(**saved | here | {k: tuple(saved[k]) for k in ("aspp_rates", "scale")})
+    saved |= {"resume": False, "device": "auto", "workers": datasets.default_workers(), "dataset": dataset or saved["dataset"]}
+    return Args(**saved | {name: tuple(saved[name]) for name in ("aspp_rates", "scale")})
 
 
 def main(args: Args) -> Any:

@@ -73,8 +73,8 @@ def read_label(path: Path, data: Segmentation) -> Tensor:
         return torch.from_numpy(data.to_class[np.clip(values, 0, 255)])
     wrong = values[(values >= len(data.classes)) & (values != 255)]
     if wrong.size:
-        raise RankError(f"The label {path} holds the value {int(wrong.flat[0])}, but there are {len(data.classes)} classes "
-                        f"(0 to {len(data.classes) - 1}, 255 to ignore); correct the file or classes.txt.")
+        raise RankError(f"The label {path} holds the value {int(wrong.flat[0])}, but there are {len(data.classes)} "
+                        f"classes (0 to {len(data.classes) - 1}, 255 to ignore); correct the file or classes.txt.")
     return torch.from_numpy(values.astype(np.uint8))
 
 
@@ -92,7 +92,8 @@ class Batch(NamedTuple):
 class Pictures(Dataset):
     """Training samples by key (index, step, sample); `augment(image, label or None, rng)` -> image, label, valid."""
 
-    def __init__(self, pictures: list[Picture], data: Segmentation, labels: bool, augment: Callable, seed: int, name: str):
+    def __init__(self, pictures: list[Picture], data: Segmentation, labels: bool, augment: Callable, seed: int,
+                 name: str):
         self.pictures, self.data, self.labels, self.augment = pictures, data, labels, augment
         self.seed, self.name = seed, name
 
@@ -110,7 +111,7 @@ class Pictures(Dataset):
                 continue
             out = self.augment(image, label, rng(self.seed, self.name, step, sample))
             return Batch(out[0], out[2], out[1], torch.tensor(skipped))
-        raise RankError(f"None of the {len(self.pictures)} {self.name} images can be read, for example {picture.image}.")
+        raise RankError(f"None of the {len(self.pictures)} {self.name} images can be read, such as {picture.image}.")
 
 
 def load(picture: Picture, data: Segmentation, labels: bool = True) -> tuple[Tensor, Tensor | None]:
@@ -120,8 +121,8 @@ def load(picture: Picture, data: Segmentation, labels: bool = True) -> tuple[Ten
         return image, None
     label = read_label(picture.label, data)
     if label.shape != image.shape[-2:]:
-        raise RankError(f"{picture.image} has {image.shape[2]}x{image.shape[1]} pixels but its label {picture.label} has "
-                        f"{label.shape[1]}x{label.shape[0]}; they must agree.")
+        raise RankError(f"{picture.image} has {image.shape[2]}x{image.shape[1]} pixels but its label {picture.label} "
+                        f"has {label.shape[1]}x{label.shape[0]}; they must agree.")
     return image, label
 
 
@@ -148,12 +149,12 @@ class Stream(Sampler):
             yield keys
 
 
-def loader(dataset: Pictures, batch_size: int, start: int, stop: int, world: World, workers: int) -> DataLoader:
-    """The batches of this process for steps start..stop."""
-    stream = Stream(len(dataset), batch_size, dataset.seed, dataset.name, start, stop, world)
-    return DataLoader(dataset, batch_sampler=stream, num_workers=workers, pin_memory=world.device.type == "cuda",
-                      worker_init_fn=quiet_worker, prefetch_factor=4 if workers else None,
-                      persistent_workers=workers > 0)
+def stream(dataset: Pictures, batch_size: int, start: int, stop: int, world: World, workers: int) -> Iterator[Batch]:
+    """The batches of this process for steps start..stop; nothing is read before the first is asked for."""
+    if start < stop:
+        keys = Stream(len(dataset), batch_size, dataset.seed, dataset.name, start, stop, world)
+        yield from DataLoader(dataset, batch_sampler=keys, num_workers=workers, pin_memory=world.device.type == "cuda",
+                              worker_init_fn=quiet_worker, prefetch_factor=4 if workers else None)
 
 
 class Whole(Dataset):

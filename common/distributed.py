@@ -29,7 +29,8 @@ class World:
 
     def bf16(self, precision: str) -> bool:
         """Whether networks run in bf16: as told, or with `auto` on GPUs that have it."""
-        return precision == "bf16" or (precision == "auto" and self.device.type == "cuda" and torch.cuda.is_bf16_supported())
+        able = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return precision == "bf16" or (precision == "auto" and able)
 
     def share(self, batch_size: int, multiple: int = 1) -> int:
         """This process's part of a global batch: a multiple of `multiple`, and two at least (BatchNorm, mixing)."""
@@ -37,8 +38,8 @@ class World:
         if batch_size % step or batch_size < 2 * self.size:
             below, above = batch_size // step * step, max((batch_size // step + 1) * step, 2 * self.size)
             parts = f"{self.size} processes" + (f" of a multiple of {multiple} images" if multiple > 1 else "")
-            raise UserError(f"--batch-size {batch_size} is global and does not divide into {parts}, two images each at least; "
-                            f"take {f'{below} or ' if below >= 2 * self.size else ''}{above}.")
+            raise UserError(f"--batch-size {batch_size} is global and does not divide into {parts}, two images each at "
+                            f"least; take {f'{below} or ' if below >= 2 * self.size else ''}{above}.")
         return batch_size // self.size
 
     def sum(self, tensor: Tensor) -> Tensor:

@@ -33,10 +33,10 @@ def miou(counts: Tensor) -> float:
     return iou(counts).nanmean().item()
 
 
-def iou_record(counts: Tensor, classes: list[str]) -> dict:
-    """What results.json holds of a confusion matrix: `miou` and `iou` (class name -> percent, None when absent)."""
+def iou_record(counts: Tensor, classes: list[str], step: int) -> dict:
+    """What results.json holds of a confusion matrix: `step`, `miou`, `iou` (class name -> percent, None when absent)."""
     values = iou(counts).tolist()
-    return {"miou": round(miou(counts), 4),
+    return {"step": step, "miou": round(miou(counts), 4),
             "iou": {name: None if value != value else round(value, 4)
                     for name, value in zip(classes, values, strict=True)}}
 

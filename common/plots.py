@@ -28,8 +28,8 @@ def colour(label: Tensor) -> np.ndarray:
 
 
 def overlay(image: Tensor, label: Tensor, classes: list[str] = (), alpha: float = 0.55) -> np.ndarray:
-    """Picture (3, H, W) uint8 with its label map laid over it, a thin line where the class changes, and a legend of
-    the classes that cover most when `classes` names them -> (H', W, 3) uint8. A first class "background" stays clear."""
+    """Picture (3, H, W) uint8 with its label map laid over it, a thin line where the class changes, and a legend when
+    `classes` names them -> (H', W, 3) uint8. A first class "background" stays clear."""
     picture, label = image.permute(1, 2, 0).cpu().numpy().astype(np.float32), label.cpu()
     clear = (label == 0).numpy()[..., None] & (not classes or classes[0] == "background")
     painted = np.where(clear, picture, (1 - alpha) * picture + alpha * colour(label))

@@ -85,8 +85,8 @@ def user_sentence(error: BaseException) -> str | None:
 
 def check_ranges(args, limits: dict[str, tuple[float, float]]) -> None:
     """UserError when a setting, or a pair of them, lies outside its (low, high) or is not in order."""
-    common = {"steps": (0, 1e12), "eval_every": (0, 1e12), "save_every": (0, 1e12), "log_every": (1, 1e12), "workers": (0, 1e4)}
-    for name, (low, high) in (common | limits).items():
+    steps = dict.fromkeys(("steps", "eval_every", "save_every"), (0, 1e12))
+    for name, (low, high) in (steps | {"log_every": (1, 1e12), "workers": (0, 1e4)} | limits).items():
         values = getattr(args, name)
         values = values if isinstance(values, tuple) else (values,)
         if not all(low <= v <= high for v in values) or list(values) != sorted(values):
@@ -188,8 +188,8 @@ class Run:
         if world.main:
             path = out / "log.jsonl"
             if path.exists():                                        # cut back to the checkpoint we continue from
-                lines = [line for line in path.read_text().splitlines() if parse_line(line).get("step", step + 1) <= step]
-                write_text(path, "".join(line + "\n" for line in lines))
+                lines = path.read_text().splitlines()
+                write_text(path, "".join(x + "\n" for x in lines if parse_line(x).get("step", step + 1) <= step))
             self.file = open(path, "a", buffering=1)
             with contextlib.suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
@@ -199,6 +199,11 @@ class Run:
             with contextlib.suppress(ValueError):                    # not the main thread: no signals
                 signal.signal(number, self.ask)
         self.clock = time.perf_counter()
+
+    def say(self, *lines: str) -> None:
+        """Lines for the user, from the main process alone."""
+        if self.world.main:
+            print(*lines, sep="\n", flush=True)
 
     def ask(self, number, frame) -> None:
         """SIGTERM or Ctrl-C: save and leave after this step; a second Ctrl-C leaves at once."""
@@ -230,12 +235,14 @@ class Run:
         """Raise when a loss was not finite, so that nothing is saved over the last good checkpoint."""
         for name, step in self.first_bad.items():
             if step.item() >= 0:
-                raise RankError(f"{name} is not finite since step {step.item()}, so training stops; the last good checkpoint "
-                                f"stays in {self.out}. Try a lower --lr, or --precision fp32.")
+                raise RankError(f"{name} is not finite since step {step.item()}, so training stops; the last good "
+                                f"checkpoint stays in {self.out}. Try a lower --lr, or --precision fp32.")
 
     def log(self, step: int, **extra) -> None:
         """One line: the last step's values as means over processes, `extra`, images per second since the last line."""
         self.check()
+        if self.world.device.type == "cuda" and self.seconds == 0:
+            self.say(f"peak GPU memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
         means = self.world.mean(torch.stack([v.float() for v in self.values.values()])).tolist()
         elapsed = time.perf_counter() - self.clock
         if int(self.skipped):
@@ -261,7 +268,8 @@ class Run:
     def leave(self, step: int) -> None:
         """After a signal, and after saving: say where the run stands."""
         self.world.barrier()
-        raise Stopped(f"Stopped by {self.asked(0)} after step {step}; {self.out / 'last.pt'} is saved, continue with --resume.")
+        raise Stopped(f"Stopped by {self.asked(0)} after step {step}; {self.out / 'last.pt'} is saved, continue with "
+                      f"--resume.")
 
     def finish(self, scores: dict, facts: dict, panels: dict[str, list[str]], headline: str, metric: str) -> dict:
         """results.json (`scores` of each network, and `facts`) and curves.png; says what `headline` reached and where

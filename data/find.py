@@ -46,7 +46,8 @@ def missing(name: str, root: Path, what: str) -> UserError:
 
 def find_voc(root: Path, val: str) -> Segmentation:
     """PASCAL VOC 2012 with SBD: the folder that holds JPEGImages, or VOCdevkit/VOC2012 under the root."""
-    base = next((p for p in (root, root / "VOCdevkit" / "VOC2012", root / "VOC2012") if (p / "JPEGImages").is_dir()), None)
+    bases = (root, root / "VOCdevkit" / "VOC2012", root / "VOC2012")
+    base = next((p for p in bases if (p / "JPEGImages").is_dir()), None)
     if base is None:
         raise missing("voc", root, "JPEGImages or VOCdevkit/VOC2012/JPEGImages")
     masks = next((base / m for m in ("SegmentationClassAug", "SegmentationClass") if (base / m).is_dir()), None)
@@ -55,8 +56,8 @@ def find_voc(root: Path, val: str) -> Segmentation:
     lists = base / "ImageSets" / "Segmentation"
     images = {p.stem: p for p in (base / "JPEGImages").iterdir() if p.suffix.lower() in IMAGES}
     val_names = listed(lists / f"{val}.txt", root / "splits" / "gta_seg" / f"{val}.txt")
-    train_file = next((lists / f"{n}.txt" for n in ("train_aug", "trainaug", "train") if (lists / f"{n}.txt").is_file()),
-                      None)
+    train_lists = (lists / f"{name}.txt" for name in ("train_aug", "trainaug", "train"))
+    train_file = next((path for path in train_lists if path.is_file()), None)
     if val_names is None:
         raise missing("voc", lists, f"{val}.txt")
     train_names = listed(train_file) if train_file else sorted(images.keys() - set(val_names))
@@ -64,7 +65,8 @@ def find_voc(root: Path, val: str) -> Segmentation:
     return Segmentation(
         "voc", root, read_classes(classes) if classes.is_file() else VOC_CLASSES,
         {n: Picture(n, images[n], masks / f"{n}.png") for n in train_names if n in images},
-        [Picture(n, need(images.get(n, base / "JPEGImages" / f"{n}.jpg")), need(masks / f"{n}.png")) for n in val_names])
+        [Picture(n, need(images.get(n, base / "JPEGImages" / f"{n}.jpg")), need(masks / f"{n}.png"))
+         for n in val_names])
 
 
 def find_cityscapes(root: Path, val: str) -> Segmentation:
@@ -73,7 +75,8 @@ def find_cityscapes(root: Path, val: str) -> Segmentation:
         found = []
         for image in sorted((root / "leftImg8bit" / name).glob("*/*_leftImg8bit.png")):
             stem = image.name.removesuffix("_leftImg8bit.png")
-            found.append(Picture(stem, image, root / "gtFine" / name / image.parent.name / f"{stem}_gtFine_labelIds.png"))
+            label = root / "gtFine" / name / image.parent.name / f"{stem}_gtFine_labelIds.png"
+            found.append(Picture(stem, image, label))
         return found
 
     if not (root / "leftImg8bit").is_dir():
@@ -175,8 +178,8 @@ def choose(data: Segmentation, split: str, split_seed: int, unlabeled: str, fami
         taken = {p.image for p in labeled}
         rest = [p for p in data.train.values() if p.image not in taken] + data.extra
     if needed and not rest:
-        raise UserError(f"--split {split} leaves no unlabeled image; take a smaller one, name some with --unlabeled, or "
-                        f"learn from labels alone with --method suponly.")
+        raise UserError(f"--split {split} leaves no unlabeled image; take a smaller one, name some with --unlabeled, "
+                        f"or learn from labels alone with --method suponly.")
     fingerprint = splits.fingerprint([p.name for p in labeled])
     family_name = splits.published_name([p.name for p in labeled])
     text = (f"{len(labeled)} labeled images ({origin}{f', known as {family_name}' if family_name else ''}, "

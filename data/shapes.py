@@ -14,7 +14,6 @@ suffice, and many unlabeled pictures show which forms, patterns and hues go toge
 Every picture depends on (variant, part, index) alone. No randomness is taken from or left in global generators.
 """
 
-import argparse
 import fcntl
 import json
 import os
@@ -208,8 +207,9 @@ def once(target: Path, version: str, make) -> Path:
 
 def save_palette(index: np.ndarray, path: Path) -> None:
     """(H, W) uint8 indices as a palette PNG with VOC's colours, as the real data have it."""
-    from common.plots import save_index_png
     import torch
+
+    from common.plots import save_index_png
     save_index_png(torch.from_numpy(index), path)
 
 

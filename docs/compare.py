@@ -1,0 +1,100 @@
+"""Compare finished runs: a table of the last scores paired by label draw, and a strip of their predictions.
+
+    python docs/compare.py runs/suponly-d* runs/gta-d*                       first method named is the baseline
+    python docs/compare.py runs/suponly-d0 runs/gta-d0 --strip strip.png     pictures: image, each method, label
+
+Runs of one method and setting form a row: settings that differ from the baseline's name it. A difference is taken
+between runs on the same label draw and seed, and its spread is the sample standard deviation over the draws.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+BOOKKEEPING = {"out", "resume", "seed", "split_seed", "workers", "device", "log_every", "save_every", "eval_every",
+               "monitor_labels", "compile", "eval", "predict"}
+
+
+def read(folder: Path) -> dict:
+    """Settings and results of a finished run."""
+    missing = [name for name in ("config.json", "results.json") if not (folder / name).is_file()]
+    if missing:
+        raise SystemExit(f"{folder} is not a finished run: no {missing[0]}.")
+    config, results = (json.loads((folder / name).read_text()) for name in ("config.json", "results.json"))
+    network = "teacher" if "teacher" in results else "student"
+    return {"folder": folder, "settings": config["settings"], "results": results, "network": network}
+
+
+def label(settings: dict, base: dict) -> str:
+    """What tells a row from the baseline: method, recipe and every other setting that differs."""
+    differ = {k: v for k, v in settings.items() if k not in BOOKKEEPING | {"method", "recipe"} and v != base.get(k)}
+    words = [settings["method"]] + ([settings["recipe"]] if settings["recipe"] != "paper" else [])
+    return " ".join(words + [f"--{k.replace('_', '-')} {v}" for k, v in differ.items()])
+
+
+def table(runs: list[dict], metric: str = "miou") -> str:
+    """Markdown: a row per setting with mean, range, paired difference to the first row and its spread."""
+    base, rows = runs[0]["settings"], {}
+    for run in runs:
+        place = (run["settings"]["split_seed"], run["settings"]["seed"])
+        rows.setdefault(label(run["settings"], base), {})[place] = run
+    first = next(iter(rows.values()))
+    lines = [f"| setting | scored | {metric} last, mean (draws) | difference to the first row, mean ± spread | wins | best |",
+             "|---|---|---|---|---|---|"]
+    for name, draws in rows.items():
+        score = {p: r["results"][r["network"]]["last"][metric] for p, r in draws.items()}
+        best = [r["results"][r["network"]]["best"][metric] for r in draws.values()]
+        pairs = [score[p] - first[p]["results"][first[p]["network"]]["last"][metric] for p in score if p in first]
+        each = ", ".join(f"{score[p]:.1f}" for p in sorted(score))
+        spread = f"{statistics.mean(pairs):+.2f} ± {statistics.stdev(pairs):.2f}" if len(pairs) > 1 else \
+            f"{pairs[0]:+.2f}" if pairs else ""
+        wins = "" if draws is first else f"{sum(d > 0 for d in pairs)} of {len(pairs)}"
+        lines.append(f"| {name} | {next(iter(draws.values()))['network']} | {statistics.mean(score.values()):.2f} ({each}) | "
+                     f"{'' if draws is first else spread} | {wins} | {statistics.mean(best):.2f} |")
+    return "\n".join(lines)
+
+
+def strip(runs: list[dict], path: Path, count: int = 8) -> None:
+    """Rows of image, each run's prediction, label, on the first images of the runs' scored set (Figs. 3 and 4)."""
+    import torch
+
+    import gta_seg
+    from common import datasets, plots, transforms
+    from data import find
+
+    args = gta_seg.settings(eval=str(runs[0]["folder"] / "last.pt"))
+    data = find.find(args.dataset, Path(args.root), args.val)
+    networks = []
+    for run in runs:
+        checkpoint = str(run["folder"] / "last.pt")
+        found, _, _ = gta_seg.load(checkpoint, gta_seg.settings(eval=checkpoint))
+        networks.append((found[run["network"]], gta_seg.settings(eval=checkpoint)))
+    rows = []
+    with torch.no_grad():
+        for picture in data.val[:count]:
+            image, truth = datasets.load(picture, data)
+            x = transforms.normalize(image[None])
+            predictions = [gta_seg.predict_logits(net.cpu(), x, a.window).argmax(1)[0] for net, a in networks]
+            rows.append([image.permute(1, 2, 0).numpy(), *map(plots.colour, predictions), plots.colour(truth)])
+    names = [label(run["settings"], runs[0]["settings"]).split(" --")[0] for run in runs]
+    plots.strip(rows, ["image", *names, "label"], path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders; the first one's setting is the baseline")
+    parser.add_argument("--metric", default="miou")
+    parser.add_argument("--strip", type=Path, help="write a sheet of predictions of these runs here")
+    options = parser.parse_args()
+    runs = [read(folder) for folder in options.runs]
+    print(table(runs, options.metric))
+    if options.strip:
+        strip(runs, options.strip)
+        print(f"\npictures: {options.strip} and " + ", ".join(f"{r['folder']}/previews" for r in runs))
+
+
+if __name__ == "__main__":
+    main()
