@@ -19,8 +19,7 @@ teacher, which makes the pseudo labels and is the result, is the student's EMA.
     Sec. 4.2  poly schedule, warm-up                poly, warmup_step
     Sec. 4.2  evaluation                            evaluate
     Tables 4-9                                      flags under "the paper's tables" in Args
-
-train_step_released is the loop of the released code, which is not Algorithm 1 (docs/gta_seg.md, "Paper and release").
+    (not in the paper) the released code's loop     train_step_released, see docs/gta_seg.md
 
 Shapes: B images, K classes, H x W pixels, h x w cells of stride 4. Suffix _l labeled, _u unlabeled.
 Lines marked DEPARTS[name] leave the paper or decide what it leaves open; docs/gta_seg.md says why.
@@ -104,7 +103,7 @@ class Args:
     alpha_teacher: float = 0.99  # EMA student -> teacher, Eqs. 5 and 12, Table 8
     mu: float = 1.0  # weight of L_u, Eq. 3
     tau: float = 1.0  # Laplace smoothing, Eq. 6
-    reweight: Literal["laplace", "conf", "none"] = "laplace"  # Eq. 6, Eq. 6 with tau 0, or equal weights: Table 9
+    reweight: Literal["laplace", "none"] = "laplace"  # Eq. 6 or equal weights: Tables 4, 9 (its second row: --tau 0)
     drop: float = 0.2  # share of the least confident pixels that get no pseudo label, Sec. 4.2
     threshold: float = 0  # fixed gamma_t of Eq. 2 in place of `drop`; 0: use `drop`
     warmup_epochs: float = 1  # on labels alone, before the assistant exists, Sec. 4.2, Table 8
@@ -140,7 +139,7 @@ def preset(dataset: str = "voc", recipe: str = "paper", **overrides: Any) -> Arg
 
 # ============================================================================================== network
 def deeplab_resnet(body: nn.Module, stride: int) -> None:
-    """Ceil-mode pooling; bottleneck ResNets at stride 8 get multi-grid dilations (4, 8, 16) at the end. DEPARTS[open]"""
+    """Ceil-mode pooling; bottleneck ResNets at stride 8 end with multi-grid dilations (4, 8, 16). DEPARTS[open]"""
     body.maxpool.ceil_mode = True
     if stride == 8 and hasattr(body.layer4[0], "conv3"):
         for block, dilation in zip(body.layer4, (4, 8, 16), strict=True):
@@ -175,7 +174,8 @@ class Features(nn.Module):
 
     def __init__(self, args: Args):
         super().__init__()
-        self.backbone, reduction, channels = backbones.build(args.backbone, args.output_stride, args.weights == "imagenet")
+        pretrained = args.weights == "imagenet"
+        self.backbone, reduction, channels = backbones.build(args.backbone, args.output_stride, pretrained)
         if args.backbone.startswith("resnet"):
             deeplab_resnet(self.backbone, args.output_stride)
         self.low_map = max((i for i, r in enumerate(reduction) if r <= 4), default=0)
@@ -207,7 +207,7 @@ class Predictor(nn.Module):
 
 
 class SegNet(nn.Module):
-    """DeepLabv3+ as the paper cuts it, `features` f and `predictor` g: images -> float32 logits (B, K, h, w), aux or None."""
+    """DeepLabv3+, cut into f and g as in the paper: images -> float32 logits (B, K, h, w), auxiliary ones or None."""
 
     def __init__(self, args: Args, num_classes: int, bf16: bool = False):
         super().__init__()
@@ -224,8 +224,7 @@ class SegNet(nn.Module):
 # ============================================================================================== equations
 def confidence(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Eq. 1: logits (B, K, H, W) -> confidence c (B, H, W) in [0, 1] and its class (B, H, W)."""
-    conf, label = logits.softmax(dim=1).max(dim=1)
-    return conf, label
+    return tuple(logits.softmax(dim=1).max(dim=1))
 
 
 def drop_threshold(conf: Tensor, valid: Tensor, drop: float) -> Tensor:
@@ -285,11 +284,10 @@ def ema_decay(n: int, alpha: float) -> float:
 
 @torch.no_grad()
 def ema_update(target: nn.Module, source: nn.Module, decay: float, buffers: bool = False) -> None:
-    """Eqs. 5, 9, 12: target <- decay * target + (1 - decay) * source, in place; with `buffers` BatchNorm statistics, too
+    """Eqs. 5, 9, 12: target <- decay * target + (1 - decay) * source, in place; `buffers`: BatchNorm statistics, too
     (counters are copied). DEPARTS[bn-ema]"""
     pairs = list(zip(target.parameters(), source.parameters(), strict=True))
-    if buffers:
-        pairs += zip(target.buffers(), source.buffers(), strict=True)
+    pairs += zip(target.buffers(), source.buffers(), strict=True) if buffers else ()
     mean = [(t, s) for t, s in pairs if t.is_floating_point()]
     torch._foreach_lerp_([t for t, _ in mean], [s for _, s in mean], 1 - decay)
     for t, s in pairs:
@@ -298,11 +296,10 @@ def ema_update(target: nn.Module, source: nn.Module, decay: float, buffers: bool
 
 
 def cutmix_boxes(size: tuple[int, int], generators: list[np.random.Generator]) -> Tensor:
-    """One box of half the area per image: (B, 4) rows of top, bottom, left, right. DEPARTS[cutmix]"""
-    height, width = size
-    boxes = []
+    """A box of half the image's area from each generator: (B, 4) rows of top, bottom, left, right. DEPARTS[cutmix]"""
+    (height, width), boxes = size, []
     for g in generators:
-        w = int(g.integers(max(width // 2, 1), max(width - 1, 1) + 1))
+        w = int(g.integers(max(width // 2, 1), max(width, 2)))
         h = min(round(height * width / 2 / w), height)
         top, left = int(g.integers(0, height - h + 1)), int(g.integers(0, width - w + 1))
         boxes.append((top, top + h, left, left + w))
@@ -384,8 +381,7 @@ def teach(teacher: SegNet, unlabeled: Batch, args: Args, step: int, world: World
     gamma = args.threshold or drop_threshold(world.gather(conf), world.gather(valid), args.drop)
     label = pseudo_label(label, conf, valid, gamma)                                                        # Eq. 2
     keep = label != IGNORE
-    tau = {"laplace": args.tau, "conf": 0.0, "none": None}[args.reweight]
-    weight = keep.float() if tau is None else reweight(conf, keep, tau, world.sum)                         # Eq. 6
+    weight = reweight(conf, keep, args.tau, world.sum) if args.reweight == "laplace" else keep.float()     # Eq. 6
     log = {"conf": (conf * valid).sum() / valid.sum().clamp(min=1), "kept": keep.sum() / valid.sum().clamp(min=1)}
     if args.monitor_labels:                                          # watched, never learned from
         thing = keep & (truth != IGNORE) & ((truth > 0) | (label > 0))
@@ -507,11 +503,10 @@ def prepare(batch: Batch, args: Args, world: World, step: int, mixed: float = 0)
 
 
 def augment(args: Args, image: Tensor, label: Tensor | None, generator: np.random.Generator) -> tuple:
-    """The paper names none; scaling, flip and crop as in the released code. DEPARTS[open], DEPARTS[padding]"""
+    """Scaling, flip and crop as in the released code; the paper names none. DEPARTS[open], DEPARTS[padding]"""
     image, label = transforms.random_scale(image, label, *args.scale, generator)
     image, label = transforms.random_flip(image, label, generator)
-    pad = 0 if args.recipe == "released" else IGNORE
-    return transforms.random_crop(image, label, args.crop_size, generator, pad)
+    return transforms.random_crop(image, label, args.crop_size, generator, IGNORE if args.recipe == "paper" else 0)
 
 
 def sgd(net: SegNet, args: Args, world: World) -> torch.optim.SGD:
@@ -541,7 +536,7 @@ def build(args: Args, num_classes: int, world: World, epoch: int = 1, train: boo
             net.compile()
         return net
 
-    own = is_released(args)                                          # three initialisations, tied later
+    own = args.recipe == "released"                                          # three initialisations, tied later
     student = network("student")
     teacher = network("teacher" if own else "student") if args.method != "suponly" else None
     gta = network("gta" if own else "student") if args.method in ("gta", "unbiased-st") else None
@@ -551,12 +546,11 @@ def build(args: Args, num_classes: int, world: World, epoch: int = 1, train: boo
     if gta is not None:
         gta.predictor.aux = None                                     # it sees pseudo labels only. DEPARTS[cityscapes]
         parts = {"features": ["features"], "all": ["features", "predictor.classifier"], "none": []}[args.transfer]
-        transfer = [(student.get_submodule(p), gta.get_submodule(p)) for p in parts]
+        transfer = [(student.get_submodule(p), gta.get_submodule(p)) for p in parts if args.method == "gta"]
         if args.share_predictor:                                     # DEPARTS[share-predictor]
             alias(gta.predictor.classifier, student.predictor.classifier)
         if args.method == "unbiased-st":                             # one f, two g: no EMA. DEPARTS[unbiased-st]
             alias(gta.features, student.features)
-            transfer = []
     parallel = partial(distributed.parallel, world=world) if train else lambda net: net
     return State(
         student=student, teacher=teacher, gta=gta, transfer=transfer, epoch=epoch,
@@ -569,36 +563,26 @@ def end_of_warmup(s: State, args: Args) -> None:
     """Assistant and teacher start as copies, by value, of the warmed-up student. DEPARTS[warmup]
 
     The released loop ties parameters in its own step and never copies the statistics."""
-    for net in (s.teacher, s.gta) if not is_released(args) else ():
+    for net in (s.teacher, s.gta) if args.recipe == "paper" else ():
         if net is not None:
             net.load_state_dict({k: v for k, v in s.student.state_dict().items() if k in net.state_dict()})
 
 
 # ============================================================================================== evaluation
-@torch.no_grad()
 def evaluate(networks: dict[str, SegNet], data: Segmentation, args: Args, world: World) -> tuple[dict, list]:
-    """Confusion counts (K, K) of each network, and rows of six preview pictures (image, label, predictions).
+    """Confusion counts (K, K) of each network, and rows of preview pictures (image, label, predictions).
 
     Sec. 4.2. Single scale, no flip, every image once on any number of processes; absent classes stay out of the mean.
     VOC and others: whole images, no padding scored. DEPARTS[whole-image] Cityscapes: sliding window, mean of logits."""
-    counts = {name: torch.zeros(len(data.classes), len(data.classes), dtype=torch.int64) for name in networks}
-    rows, modes = [], {net: net.training for net in networks.values()}
-    for _, image, label in datasets.score_loader(data.val, data, world, args.workers):
-        valid = None
+    def view(image: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        (h, w), c = label.shape, args.crop_size
         if args.recipe == "released" and args.dataset == "voc":      # centre crop, padding scored as background
-            (h, w), c = label.shape, args.crop_size
-            image, label, valid = transforms.crop(image, label, (h - c) // 2, (w - c) // 2, c, c, pad_label=0)
-            valid = valid[None].to(world.device)
-        images, pictures = transforms.normalize(image[None].to(world.device), valid), []
-        for name, net in networks.items():
-            prediction = predict_logits(net.eval(), images, args.window).argmax(1)[0]
-            counts[name] += metrics.confusion(prediction, label.to(prediction.device), len(data.classes))
-            pictures.append(plots.colour(prediction) if len(rows) < 6 else None)
-        if len(rows) < 6:
-            rows.append([image.permute(1, 2, 0).numpy(), plots.colour(label), *pictures])
-    for net, training in modes.items():
-        net.train(training)
-    return {name: world.sum(c) for name, c in counts.items()}, rows
+            return transforms.crop(image, label, (h - c) // 2, (w - c) // 2, c, c, pad_label=0)
+        return image, label, None
+
+    images = datasets.score_loader(data.val, data, world, args.workers)
+    logits_of = partial(predict_logits, window=args.window)
+    return metrics.score(networks, logits_of, images, view, len(data.classes), world)
 
 
 def predict_logits(net: SegNet, images: Tensor, window: int = 0) -> Tensor:
@@ -617,29 +601,23 @@ def predict_logits(net: SegNet, images: Tensor, window: int = 0) -> Tensor:
 
 
 # ============================================================================================== main
-MEANT_FOR = {"gta": "gta_data student_data transfer share_predictor", "gta released": "alpha_gta",
-             "gta released unbiased-st": "gta_lr", "gta mt": "joint_bn", "gta mt unbiased-st": "mu reweight threshold",
+MEANT_FOR = {"gta": "gta_data student_data transfer share_predictor", "gta released": "alpha_gta", "gta mt": "joint_bn",
+             "gta released unbiased-st": "gta_lr", "gta mt unbiased-st": "mu reweight threshold monitor_labels",
              "gta released mt unbiased-st": "alpha_teacher tau drop cutmix", "suponly gta mt unbiased-st": "aux ohem"}
-RANGES = {"alpha_gta": (0, 1), "alpha_teacher": (0, 1), "drop": (0, 0.999), "threshold": (0, 1), "cutmix": (0, 1),
-          "cutmix_labeled": (0, 1), "lr": (0, 1e3), "mu": (0, 1e3), "tau": (0, 1e6), "crop_size": (16, 1e5),
-          "scale": (0.01, 100), "width": (4, 4096), "warmup_epochs": (0, 1e6), "epochs": (0, 1e6), "ohem": (0, 1)}
-
-
-def is_released(args: Args) -> bool:
-    return args.recipe == "released" and args.method == "gta"
+RANGES = dict.fromkeys("alpha_gta alpha_teacher drop threshold cutmix cutmix_labeled ohem".split(), (0, 1)) | {
+    "crop_size": (16, 1e5), "width": (4, 4096), "scale": (0.01, 100)}
 
 
 def check(args: Args, world: World) -> None:
     """Refuse, before any work, what cannot run and flags that the method would ignore."""
     runs.check_ranges(args, RANGES)
-    world.share(args.batch_size, multiple=1 if args.recipe == "released" else 2)                # CutMix pairs neighbours
-    base, method = preset(args.dataset, args.recipe), "released" if is_released(args) else args.method
-    for methods, names in MEANT_FOR.items():
-        for name in names.split() if method not in methods.split() else ():
-            if getattr(args, name) != getattr(base, name):
-                raise UserError(f"--{name.replace('_', '-')} has no meaning for the {method} step; leave it out.")
-    if args.tau != 1 and args.reweight != "laplace":
-        raise UserError(f"--tau is the smoothing of --reweight laplace; --reweight {args.reweight} ignores it.")
+    world.share(args.batch_size, multiple=1 if args.recipe == "released" else 2)     # CutMix pairs neighbours
+    if args.recipe == "released" and args.method != "gta":
+        raise UserError(f"--recipe released is a loop of --method gta; --method {args.method} has the paper's only.")
+    base, loop = preset(args.dataset, args.recipe), "released" if args.recipe == "released" else args.method
+    runs.check_meaning(args, base, loop, MEANT_FOR)
+    if args.reweight == "none" and args.tau != base.tau:
+        raise UserError("--tau smooths the weights that --reweight none switches off; leave one of them out.")
 
 
 def train(args: Args) -> dict:
@@ -647,7 +625,8 @@ def train(args: Args) -> dict:
     data = find.find(args.dataset, Path(args.root), args.val)
     chosen = find.choose(data, args.split, args.split_seed, args.unlabeled, "gta_seg", args.method != "suponly")
     epoch, out = max(len(chosen.unlabeled) // args.batch_size, 1), runs.default_out(SCRIPT, args)
-    args = replace(args, steps=args.steps or round(args.epochs * epoch), eval_every=args.eval_every or epoch, out=str(out))
+    args = replace(args, steps=args.steps or round(args.epochs * epoch), eval_every=args.eval_every or epoch,
+                   out=str(out))
     check(args, distributed.launched())
     resuming = runs.open_run(out, SCRIPT, args, args.resume, distributed.launched().main)
     world = distributed.start(args.device)
@@ -658,31 +637,28 @@ def train(args: Args) -> dict:
     networks, result = s.networks(), "student" if args.method == "suponly" else "teacher"      # Algorithm 1, Output
     run = runs.Run(out, SCRIPT, args, world, s.step, state["seconds"], {
         "classes": data.classes, "images": chosen.text, "fingerprint": chosen.fingerprint, "weights_notes": notes})
-    run.say(f"{chosen.text}; scored on {len(data.val)}", *(f"weights {note}" for note in notes),
-            f"{args.method}, {args.recipe} recipe: steps {s.step} to {args.steps}, {s.warmup} of them warm-up, {epoch} to "
-            f"an epoch; {world.size} process(es) on {world.device}; folder {out}")
+    run.say(f"{chosen.text}; scored on {len(data.val)}", *(f"weights {note}" for note in notes), f"{args.method}, "
+            f"{args.recipe} recipe: steps {s.step} to {args.steps}, warm-up {s.warmup}, {epoch} an epoch; in {out}")
 
     streams = []
     for name, pictures, labels, start in [("labeled", chosen.labeled, True, s.step),
                                           ("unlabeled", chosen.unlabeled, args.monitor_labels, max(s.step, s.warmup))]:
         views = datasets.Pictures(pictures, data, labels, partial(augment, args), args.seed, name)
         streams.append(datasets.stream(views, args.batch_size, start, args.steps, world, args.workers))
-    warm = warmup_step_released if is_released(args) else warmup_step
-    step_of = train_step_released if is_released(args) else mean_teacher_step if args.method == "mt" else train_step
+    warm, step_of = warmup_step, mean_teacher_step if args.method == "mt" else train_step
+    if args.recipe == "released":
+        warm, step_of = warmup_step_released, train_step_released
     s.student.train()
     for step in run.steps(s.step, args.steps):
         distributed.seed_torch(args.seed, "step", step, world.rank)  # dropout: from (seed, step, process)
         set_lr(s.opt_student, poly(step, args.steps))
         set_lr(s.opt_gta, poly(step, args.steps) if args.gta_lr == "poly" else 1)               # DEPARTS[gta-lr]
         labeled = prepare(next(streams[0]), args, world, step, args.cutmix_labeled)
-        if step < s.warmup:
-            run.tally(step, warm(s, labeled, args, world), args.batch_size, labeled.skipped)
-        else:
-            if step == s.warmup:
-                end_of_warmup(s, args)
-            unlabeled = prepare(next(streams[1]), args, world, step)
-            run.tally(step, step_of(s, labeled, unlabeled, args, world), 2 * args.batch_size, labeled.skipped,
-                      unlabeled.skipped)
+        unlabeled = prepare(next(streams[1]), args, world, step) if step >= s.warmup else None
+        if step == s.warmup:
+            end_of_warmup(s, args)
+        values = warm(s, labeled, args, world) if unlabeled is None else step_of(s, labeled, unlabeled, args, world)
+        run.tally(step, values, labeled, unlabeled)
         distributed.average_buffers(world, *networks.values())
         s.step = step + 1
 
@@ -705,12 +681,8 @@ def train(args: Args) -> dict:
         if asked and s.step < args.steps:
             run.leave(s.step)                       # does not return
 
-    return run.finish(
-        {name: {"last": s.last[name], "best": s.best[name]} for name in networks},
-        {"method": args.method, "recipe": args.recipe, "val": args.val, "split_fingerprint": chosen.fingerprint},
-        {"losses": ["loss", "loss_l", "loss_u"], "mIoU on the scored images (%)": [f"miou_{n}" for n in networks],
-         "pseudo labels (pseudo_acc: on objects)": ["conf", "kept", "pseudo_acc"],
-         "distance of the student's f to the assistant's": ["f_distance"], "learning rate": ["lr"]}, result, "miou")
+    facts = {"method": args.method, "recipe": args.recipe, "val": args.val, "split_fingerprint": chosen.fingerprint}
+    return run.finish({name: {"last": s.last[name], "best": s.best[name]} for name in networks}, facts, result, "miou")
 
 
 def snapshot(s: State, args: Args, data: Segmentation, optimizers: bool = True) -> dict:
@@ -724,7 +696,7 @@ def snapshot(s: State, args: Args, data: Segmentation, optimizers: bool = True) 
 def restore(s: State, state: dict, args: Args) -> None:
     """The reverse of `snapshot`, in place, so that shared storage stays shared."""
     s.step, s.last, s.best = state["step"], state["last"], state["best"]
-    if is_released(args) and s.step > s.warmup:
+    if args.recipe == "released" and s.step > s.warmup:
         alias(s.gta.predictor, s.student.predictor)                  # tied in the first epoch, and so it stays
     for name, weights in state["networks"].items():
         s.networks()[name].load_state_dict(weights)
@@ -745,10 +717,7 @@ def load(path: str, args: Args) -> tuple[dict[str, SegNet], dict, World]:
 def score(args: Args) -> dict:
     """--eval: score a checkpoint's networks and write <checkpoint>.results.json."""
     networks, state, world = load(args.eval, args)
-    data = find.find(args.dataset, Path(args.root), args.val)
-    if data.classes != state["classes"]:
-        raise UserError(f"{args.eval} knows {len(state['classes'])} classes ({', '.join(state['classes'][:3])} ...), "
-                        f"{data.root} has {len(data.classes)} ({', '.join(data.classes[:3])} ...); they must be the same.")
+    data = find.find(args.dataset, Path(args.root), args.val, state["classes"])
     counts, rows = evaluate(networks, data, args, world)
     scores = {name: {"last": metrics.iou_record(c, data.classes, state["step"])} for name, c in counts.items()}
     facts = {"dataset": args.dataset, "split": args.split, "val": args.val, "seed": args.seed,
@@ -762,22 +731,13 @@ def score(args: Args) -> dict:
 def predict(args: Args) -> None:
     """--predict CKPT IMAGES...: index PNGs and overlays of images or folders into <checkpoint>.predictions/."""
     networks, state, world = load(args.predict[0], args)
-    net = networks.get("teacher", networks["student"])
-
-    @torch.no_grad()
-    def label_of(image: Tensor) -> Tensor:                           # (3, H, W) uint8 -> (H, W)
-        return predict_logits(net, transforms.normalize(image[None].to(world.device)), args.window).argmax(1)[0]
-
-    plots.predictions(args.predict[1:], Path(f"{args.predict[0]}.predictions"), state["classes"], label_of, world)
+    logits_of = partial(predict_logits, networks.get("teacher", networks["student"]), window=args.window)
+    plots.predictions(args.predict[1:], Path(f"{args.predict[0]}.predictions"), state["classes"], logits_of, world)
 
 
-def settings(dataset: str = "", recipe: str = "paper", eval: str = "", predict: str = "") -> Args:
+def settings(dataset: str = "voc", recipe: str = "paper", eval: str = "", predict: str = "") -> Args:
     """What the command line starts from: a preset, or the settings inside a checkpoint to score or predict with."""
-    if not (eval or predict):
-        return preset(dataset or "voc", recipe)
-    saved = runs.load_checkpoint(Path(eval or predict), SCRIPT)["settings"]
-    saved |= {"resume": False, "device": "auto", "workers": datasets.default_workers(), "dataset": dataset or saved["dataset"]}
-    return Args(**saved | {name: tuple(saved[name]) for name in ("aspp_rates", "scale")})
+    return runs.saved_settings(Args, Path(eval or predict), SCRIPT) if eval or predict else preset(dataset, recipe)
 
 
 def main(args: Args) -> Any:

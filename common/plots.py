@@ -10,6 +10,7 @@ from torch import Tensor
 
 from common.datasets import image_files, read_image
 from common.runs import UserError
+from common.transforms import normalize
 
 
 def palette() -> np.ndarray:
@@ -90,10 +91,10 @@ def strip(rows: list[list[np.ndarray]], titles: list[str], path: Path, height: i
     sheet.save(path)
 
 
-def predictions(paths: list[str], out: Path, classes: list[str], label_of: Callable[[Tensor], Tensor], world) -> None:
-    """Index PNGs and overlays of images, or of folders of them, into `out`; `label_of` maps (3, H, W) uint8 to (H, W).
-
-    UserError when there is no image, or one cannot be read."""
+@torch.no_grad()
+def predictions(paths: list[str], out: Path, classes: list[str], logits_of: Callable[[Tensor], Tensor], world) -> None:
+    """Index PNGs and overlays of images, or of folders of them, into `out`; `logits_of` maps a normalised (1, 3, H, W)
+    to (1, K, H, W). UserError when there is no image, or one cannot be read."""
     files = [f for p in map(Path, paths) for f in (image_files(p) if p.is_dir() else [p])]
     if not files:
         raise UserError("--predict needs a checkpoint and then images, or folders that hold some: "
@@ -101,20 +102,22 @@ def predictions(paths: list[str], out: Path, classes: list[str], label_of: Calla
     out.mkdir(exist_ok=True)
     for file in files[world.rank::world.size]:
         image = read_image(file)
-        label = label_of(image)
+        label = logits_of(normalize(image[None].to(world.device))).argmax(1)[0]
         save_index_png(label, out / f"{file.stem}.png")
         save_picture(overlay(image, label, classes), out / f"{file.stem}_overlay.jpg")
     if world.main:
         print(f"{len(files)} images: {out}/*.png (class indices) and *_overlay.jpg")
 
 
-def curves(records: list[dict], panels: dict[str, list[str]], path: Path, title: str = "") -> None:
-    """One panel per entry of `panels` (title -> keys of the log's records), each key a line over the step."""
+def curves(records: list[dict], path: Path, title: str = "") -> None:
+    """A panel for each family of keys in the log's records (what stands before an underscore), a line for each key."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = {name: keys for name, keys in panels.items() if any(k in r for r in records for k in keys)}
+    panels: dict[str, list[str]] = {}
+    for key in dict.fromkeys(k for r in records for k in r if k not in ("step", "images_per_second")):
+        panels.setdefault(key.split("_")[0], []).append(key)
     if not panels:
         return
     columns = min(3, len(panels))

@@ -84,14 +84,31 @@ def user_sentence(error: BaseException) -> str | None:
 
 
 def check_ranges(args, limits: dict[str, tuple[float, float]]) -> None:
-    """UserError when a setting, or a pair of them, lies outside its (low, high) or is not in order."""
-    steps = dict.fromkeys(("steps", "eval_every", "save_every"), (0, 1e12))
-    for name, (low, high) in (steps | {"log_every": (1, 1e12), "workers": (0, 1e4)} | limits).items():
-        values = getattr(args, name)
+    """UserError when a number, or a pair of them, is negative, outside its (low, high), or not in order."""
+    for name, values in vars(args).items():
         values = values if isinstance(values, tuple) else (values,)
+        if not all(isinstance(v, (int, float)) for v in values):
+            continue
+        low, high = limits.get(name, (1 if name == "log_every" else 0, 1e15))
         if not all(low <= v <= high for v in values) or list(values) != sorted(values):
             raise UserError(f"--{name.replace('_', '-')} {' '.join(map(str, values))} is outside {low:g} to {high:g}"
                             f"{', or not in order' if len(values) > 1 else ''}.")
+
+
+def check_meaning(args, base, method: str, meant_for: dict[str, str]) -> None:
+    """UserError when a flag was changed that `method` would ignore; `meant_for` maps methods to flags, as words."""
+    for methods, names in meant_for.items():
+        for name in names.split() if method not in methods.split() else ():
+            if getattr(args, name) != getattr(base, name):
+                raise UserError(f"--{name.replace('_', '-')} has no meaning for {method}; leave it out.")
+
+
+def saved_settings(args_type: type, path: Path, script: str):
+    """The settings inside a checkpoint, for scoring or predicting with it on this machine."""
+    saved = load_checkpoint(path, script)["settings"]
+    default = args_type()
+    saved = {k: tuple(v) if isinstance(getattr(default, k), tuple) else v for k, v in saved.items()}
+    return args_type(**saved | {k: getattr(default, k) for k in ("resume", "device", "workers")})
 
 
 # ---------------------------------------------------------------------------------------------------- run folder
@@ -223,10 +240,12 @@ class Run:
         return tqdm(range(start, total), initial=start, total=total, disable=not self.world.main, dynamic_ncols=True,
                     smoothing=0.05, unit="step", mininterval=0.5 if sys.stderr.isatty() else 60)
 
-    def tally(self, step: int, values: dict[str, Tensor], images: int, *skipped: Tensor) -> None:
-        """Note what a step gave, without waiting for the device: also when a loss first stopped being finite."""
-        self.values, self.images = values, self.images + images
-        self.skipped = self.skipped + sum(s.sum() for s in skipped)
+    def tally(self, step: int, values: dict[str, Tensor], *batches) -> None:
+        """Note what a step gave and read, without waiting for the device, and when a loss first was not finite."""
+        self.values = values
+        for batch in (b for b in batches if b is not None):
+            self.images += len(batch.skipped) * self.world.size
+            self.skipped = self.skipped + batch.skipped.sum()
         for name in (n for n in values if n.startswith("loss")):
             old = self.first_bad.get(name, torch.full((), -1, device=values[name].device))
             self.first_bad[name] = torch.where((old < 0) & ~torch.isfinite(values[name]), step, old)
@@ -271,7 +290,7 @@ class Run:
         raise Stopped(f"Stopped by {self.asked(0)} after step {step}; {self.out / 'last.pt'} is saved, continue with "
                       f"--resume.")
 
-    def finish(self, scores: dict, facts: dict, panels: dict[str, list[str]], headline: str, metric: str) -> dict:
+    def finish(self, scores: dict, facts: dict, headline: str, metric: str) -> dict:
         """results.json (`scores` of each network, and `facts`) and curves.png; says what `headline` reached and where
         everything is. Returns what results.json holds."""
         from common import plots
@@ -286,7 +305,7 @@ class Run:
             speeds = sorted(r["images_per_second"] for r in records if "images_per_second" in r)
             results["images_per_second"] = speeds[len(speeds) // 2] if speeds else None
             write_text(self.out / "results.json", json.dumps(results, indent=1))
-            plots.curves(records, panels, self.out / "curves.png", str(self.out))
+            plots.curves(records, self.out / "curves.png", str(self.out))
             said = [f"{name} {s['last'][metric]:.2f} (best {s['best'][metric]:.2f} at step {s['best']['step']})"
                     for name, s in sorted(scores.items(), key=lambda item: item[0] != headline)]
             print(f"\n{metric}: {', '.join(said)}\nin {self.out}: "

@@ -20,8 +20,8 @@ CITYSCAPES_IDS = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 
 
 
 # ---------------------------------------------------------------------------------------------------- on disk
-def find(name: str, root: Path, val: str = "val") -> Segmentation:
-    """The data set `name` under `root`, scored on its `val` list; UserError when it is not there.
+def find(name: str, root: Path, val: str = "val", classes: list[str] | None = None) -> Segmentation:
+    """The data set `name` under `root`, scored on its `val` list; UserError when it is not there, or has not `classes`.
 
     The embedded set, shapes, is drawn on first use."""
     readers = {"voc": find_voc, "shapes": find_voc, "cityscapes": find_cityscapes, "folder": find_folder}
@@ -33,6 +33,9 @@ def find(name: str, root: Path, val: str = "val") -> Segmentation:
     data.name = name
     if not data.val:
         raise UserError(f"The list '{val}' of {root} is empty, so there is nothing to score on.")
+    if classes is not None and data.classes != classes:
+        raise UserError(f"The checkpoint knows {len(classes)} classes ({', '.join(classes[:3])} ...) and {root} has "
+                        f"{len(data.classes)} ({', '.join(data.classes[:3])} ...); they must be the same.")
     return data
 
 

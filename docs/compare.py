@@ -42,8 +42,8 @@ def table(runs: list[dict], metric: str = "miou") -> str:
         place = (run["settings"]["split_seed"], run["settings"]["seed"])
         rows.setdefault(label(run["settings"], base), {})[place] = run
     first = next(iter(rows.values()))
-    lines = [f"| setting | scored | {metric} last, mean (draws) | difference to the first row, mean ± spread | wins | best |",
-             "|---|---|---|---|---|---|"]
+    lines = [f"| setting | scored | {metric} last, mean (draws) | difference to the first row, mean ± spread | wins | "
+             "best |", "|---|---|---|---|---|---|"]
     for name, draws in rows.items():
         score = {p: r["results"][r["network"]]["last"][metric] for p, r in draws.items()}
         best = [r["results"][r["network"]]["best"][metric] for r in draws.values()]
@@ -52,7 +52,8 @@ def table(runs: list[dict], metric: str = "miou") -> str:
         spread = f"{statistics.mean(pairs):+.2f} ± {statistics.stdev(pairs):.2f}" if len(pairs) > 1 else \
             f"{pairs[0]:+.2f}" if pairs else ""
         wins = "" if draws is first else f"{sum(d > 0 for d in pairs)} of {len(pairs)}"
-        lines.append(f"| {name} | {next(iter(draws.values()))['network']} | {statistics.mean(score.values()):.2f} ({each}) | "
+        network = next(iter(draws.values()))["network"]
+        lines.append(f"| {name} | {network} | {statistics.mean(score.values()):.2f} ({each}) | "
                      f"{'' if draws is first else spread} | {wins} | {statistics.mean(best):.2f} |")
     return "\n".join(lines)
 

@@ -1,0 +1,217 @@
+"""How tests start the scripts: forked from a warm server (a tenth of a second), as commands, and under torchrun."""
+
+import multiprocessing
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+REPO = Path(__file__).resolve().parents[1]
+TEST_DATA = (REPO / os.environ.get("TEST_DATA", "../shared/data")).resolve()
+
+# A network of a few thousand weights, warm-up of two steps of `epoch` (2 steps: 8 unlabeled images, batches of 4)
+TINY = {"backbone": "test_resnet", "weights": "none", "width": 8, "batch_size": 4, "crop_size": 32, "workers": 0}
+
+_server = multiprocessing.get_context("forkserver")
+_server.set_forkserver_preload(["gta_seg", "tyro", "timm", "torchvision", "matplotlib.pyplot", "PIL.PngImagePlugin",
+                                "PIL.JpegImagePlugin", "helpers"])
+
+
+class Ran(NamedTuple):
+    """What a finished command left. `code` is negative when a signal ended it."""
+
+    code: int
+    out: str
+    err: str
+
+    def ok(self) -> "Ran":
+        assert self.code == 0, f"exit code {self.code}\n{self.out}\n{self.err}"
+        return self
+
+    def error(self) -> str:
+        """The one sentence that a user gets to see when something is wrong."""
+        said = [line for line in self.err.splitlines() if line.startswith("error: ")]
+        assert "Traceback" not in self.out + self.err, self.err[-3000:]
+        assert self.code == 2, f"exit code {self.code}\n{self.out}\n{self.err}"
+        assert len(said) == 1, f"{len(said)} lines start with 'error: '\n{self.err}"
+        after = self.err[self.err.index(said[0]) + len(said[0]):].strip()
+        assert not after, f"the sentence goes on after its line: {after}"
+        return said[0]
+
+
+def argv(**flags) -> list[str]:
+    """A command line: width=8 -> --width 8, scale=(1, 2) -> --scale 1 2, resume=True -> --resume, None is left out."""
+    line = []
+    for name, value in flags.items():
+        if value is None or value is False:
+            continue
+        line.append("--" + name.replace("_", "-"))
+        if value is not True:
+            line += [str(v) for v in (value if isinstance(value, (list, tuple)) else [value])]
+    return line
+
+
+class Started:
+    """A process forked from the server; its output goes to files, so that nothing blocks when it is killed."""
+
+    def __init__(self, target: Callable, args: tuple, folder: Path, env: dict[str, str] | None = None,
+                 cwd: Path = REPO):
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"{time.monotonic_ns()}{random.randrange(1000)}"
+        self.files = folder / f"{name}.out", folder / f"{name}.err"
+        self.process = _server.Process(target=_child, args=(target, args, self.files, env or {}, cwd))
+        self.process.start()
+        self.pid = self.process.pid
+
+    def alive(self) -> bool:
+        return self.process.is_alive()
+
+    def kill(self, number: int) -> None:
+        if self.alive():
+            os.kill(self.pid, number)
+
+    def wait(self, seconds: float = 120) -> Ran:
+        self.process.join(seconds)
+        if self.alive():
+            self.process.kill()
+            self.process.join()
+            out, err = self.read()
+            raise AssertionError(f"still running after {seconds} s\n{out}\n{err[-3000:]}")
+        return Ran(self.process.exitcode, *self.read())
+
+    def read(self) -> tuple[str, str]:
+        out, err = (f.read_text() if f.exists() else "" for f in self.files)
+        return out, err
+
+
+def _child(target: Callable, args: tuple, files: tuple[Path, Path], env: dict[str, str], cwd: Path) -> None:
+    for number, file in zip((1, 2), files, strict=True):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), number)
+    sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))
+    os.environ.update(env)
+    os.chdir(cwd)
+    torch.set_num_threads(1)
+    target(*args)
+    sys.stdout.flush()
+
+
+def script(line: list[str], setup: Callable | None = None) -> None:
+    """What `python gta_seg.py LINE` does, after `setup()`; to be run in a process of its own."""
+    import gta_seg
+    from common import runs
+    if setup is not None:
+        setup()
+    sys.argv = ["gta_seg.py", *line]
+    runs.cli(gta_seg.Args, gta_seg.settings, gta_seg.main, choosers=("dataset", "recipe", "eval", "predict"), argv=line)
+
+
+def begin(line: list[str], folder: Path, setup: Callable | None = None, env: dict[str, str] | None = None,
+          cwd: Path = REPO) -> Started:
+    """Start the script with this command line, in a process forked from the warm server."""
+    return Started(script, (line, setup), folder, env, cwd)
+
+
+def run(line: list[str], folder: Path, setup: Callable | None = None, env: dict[str, str] | None = None,
+        cwd: Path = REPO) -> Ran:
+    """The same, and wait for its end."""
+    return begin(line, folder, setup, env, cwd).wait()
+
+
+def ranks(n: int, line: list[str], folder: Path, setup: Callable | None = None) -> list[Ran]:
+    """The script on n processes of one machine, with the environment that torchrun gives them."""
+    port = str(free_port())
+    env = {"WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    every = [begin(line, folder, setup, {**env, "RANK": str(i), "LOCAL_RANK": str(i)}) for i in range(n)]
+    return [p.wait() for p in every]
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def environment() -> dict[str, str]:
+    """For real commands: one thread each, and nothing of a torchrun that pytest may run under."""
+    ours = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    return {**ours, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def command(line: list[str], timeout: float = 120, start: bool = False, cwd: Path = REPO):
+    """`python LINE...` as a user types it -> Ran, or with `start` the running process."""
+    keywords = dict(cwd=cwd, env=environment(), text=True)
+    if start:
+        return subprocess.Popen([sys.executable, *line], stdout=subprocess.PIPE, stderr=subprocess.PIPE, **keywords)
+    done = subprocess.run([sys.executable, *line], capture_output=True, timeout=timeout, **keywords)
+    return Ran(done.returncode, done.stdout, done.stderr)
+
+
+def torchrun(n: int, line: list[str], start: bool = False, **flags):
+    """gta_seg.py under torchrun on n processes; `flags` go to torchrun (default: --standalone)."""
+    head = argv(**flags) if flags else ["--standalone"]
+    return command(["-m", "torch.distributed.run", *head, "--nproc_per_node", str(n), "gta_seg.py", *line], start=start)
+
+
+def in_process(**overrides) -> dict:
+    """gta_seg.main(gta_seg.preset("shapes", ...)) in this process, and the signal handlers put back."""
+    import signal
+
+    import gta_seg
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        return gta_seg.main(gta_seg.preset("shapes", **overrides))
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def until(condition: Callable[[], object], process: Started | None = None, seconds: float = 60) -> bool:
+    """Wait until `condition()` holds -> True; False when `process` ended before. Fails after `seconds`."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        if process is not None and not process.alive():
+            return bool(condition())
+        time.sleep(0.001)
+    raise AssertionError(f"nothing happened in {seconds} s: {process.read() if process else ''}")
+
+
+def state(path: Path) -> dict:
+    """A checkpoint without what may differ between two equal runs: the clock and the folder's name."""
+    read = torch.load(path, map_location="cpu", weights_only=True)
+    read.pop("seconds")
+    for name in ("out", "resume", "workers", "save_every", "log_every", "device"):
+        read["settings"].pop(name)
+    return read
+
+
+def differences(a, b, place: str = "") -> list[str]:
+    """Where two nests of dicts, lists, tensors and values are not equal, bit by bit."""
+    if type(a) is not type(b):
+        return [f"{place}: {type(a).__name__} and {type(b).__name__}"]
+    if isinstance(a, dict):
+        lost = [f"{place}.{k}: only in one" for k in a.keys() ^ b.keys()]
+        return lost + [d for k in a.keys() & b.keys() for d in differences(a[k], b[k], f"{place}.{k}")]
+    if isinstance(a, (list, tuple)):
+        if len(a) != len(b):
+            return [f"{place}: {len(a)} and {len(b)} entries"]
+        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in differences(x, y, f"{place}[{i}]")]
+    if isinstance(a, torch.Tensor):
+        return [] if torch.equal(a, b) else [f"{place}: tensors differ"]
+    return [] if a == b or (a != a and b != b) else [f"{place}: {a} and {b}"]
+
+
+def tensors(nest, place: str = "") -> dict[str, torch.Tensor]:
+    """Every tensor in a nest, by its place."""
+    if isinstance(nest, torch.Tensor):
+        return {place: nest}
+    pairs = nest.items() if isinstance(nest, dict) else enumerate(nest) if isinstance(nest, (list, tuple)) else ()
+    return {k: v for key, value in pairs for k, v in tensors(value, f"{place}.{key}").items()}
