@@ -17,7 +17,7 @@ lint: .venv/tests
 	$(BIN)/python -m ruff check .
 
 bench: .venv/tests  ## step cost, loader, EMA, metrics: ratios measured in one run
-	$(BIN)/python -m pytest -q -s tests/bench_*.py
+	for f in tests/bench_*.py; do $(BIN)/python $$f; done
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv

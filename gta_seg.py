@@ -216,7 +216,7 @@ class SegNet(nn.Module):
         self.bf16 = bf16
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+        with torch.autocast("cuda" if images.is_cuda else "cpu", dtype=torch.bfloat16, enabled=self.bf16):
             logits, aux = self.predictor(*self.features(images))
         return logits.float(), None if aux is None else aux.float()
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+os.environ["HF_HUB_OFFLINE"] = "1"                               # before anything imports the hub, here and in the server
 REPO = Path(__file__).resolve().parents[1]
 TEST_DATA = (REPO / os.environ.get("TEST_DATA", "../shared/data")).resolve()
 
