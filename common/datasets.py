@@ -153,8 +153,7 @@ def stream(dataset: Pictures, batch_size: int, start: int, stop: int, world: Wor
     """The batches of this process for steps start..stop; nothing is read before the first is asked for."""
     if start < stop:
         keys = Stream(len(dataset), batch_size, dataset.seed, dataset.name, start, stop, world)
-        yield from DataLoader(dataset, batch_sampler=keys, num_workers=workers, pin_memory=world.device.type == "cuda",
-                              worker_init_fn=quiet_worker, prefetch_factor=4 if workers else None)
+        yield from DataLoader(dataset, batch_sampler=keys, pin_memory=world.device.type == "cuda", **helpers(workers))
 
 
 class Whole(Dataset):
@@ -173,7 +172,15 @@ class Whole(Dataset):
 def score_loader(pictures: list[Picture], data: Segmentation, world: World, workers: int) -> DataLoader:
     """(index, image, label), one picture at a time, each on exactly one process."""
     mine = torch.utils.data.Subset(Whole(pictures, data), range(world.rank, len(pictures), world.size))
-    return DataLoader(mine, batch_size=None, num_workers=min(workers, 4), worker_init_fn=quiet_worker)
+    return DataLoader(mine, batch_size=None, **helpers(min(workers, 4)))
+
+
+def helpers(workers: int) -> dict:
+    """DataLoader's arguments for decoding processes. They are forked, so that they end when the run is killed: children
+    of a fork server outlive it."""
+    if not workers:
+        return {}
+    return {"num_workers": workers, "worker_init_fn": quiet_worker, "prefetch_factor": 4, "multiprocessing_context": "fork"}
 
 
 def quiet_worker(worker_id: int) -> None:

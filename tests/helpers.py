@@ -1,5 +1,6 @@
 """How tests start the scripts: forked from a warm server (a tenth of a second), as commands, and under torchrun."""
 
+import json
 import multiprocessing
 import os
 import random
@@ -13,7 +14,8 @@ from typing import NamedTuple
 
 import torch
 
-os.environ["HF_HUB_OFFLINE"] = "1"                               # before anything imports the hub, here and in the server
+# before anything imports the hub, here and in the server that processes are forked from
+os.environ["HF_HUB_OFFLINE"] = "1"
 REPO = Path(__file__).resolve().parents[1]
 TEST_DATA = (REPO / os.environ.get("TEST_DATA", "../shared/data")).resolve()
 
@@ -183,6 +185,13 @@ def until(condition: Callable[[], object], process: Started | None = None, secon
             return bool(condition())
         time.sleep(0.001)
     raise AssertionError(f"nothing happened in {seconds} s: {process.read() if process else ''}")
+
+
+def log_of(out: Path, torn: bool = False) -> list[dict]:
+    """log.jsonl; with `torn` without a last line that is still being written."""
+    lines = (out / "log.jsonl").read_text().split("\n")
+    assert torn or lines[-1] == ""
+    return [json.loads(line) for line in lines[:-1]]
 
 
 def state(path: Path) -> dict:

@@ -517,8 +517,8 @@ def test_mix_pairs_each_image_with_another_and_one_coin_rules_the_step():
 
 
 def test_mix_depends_on_seed_step_and_sample_alone():
-    def mixed(step: int, world: World, seed: int = 0, name: str = "unlabeled", maps=None) -> Tensor:
-        return gta_seg.mix(0.5, name, settings(seed=seed), step, world, *(maps or provenance(4)))[1]
+    def mixed(step: int, world: World, seed: int = 0, name: str = "unlabeled", maps=None, probability=0.5) -> Tensor:
+        return gta_seg.mix(probability, name, settings(seed=seed), step, world, *(maps or provenance(4)))[1]
 
     def part(rank: int) -> list[Tensor]:
         return [m[2 * rank:2 * rank + 2] for m in provenance(4)]
@@ -530,9 +530,10 @@ def test_mix_depends_on_seed_step_and_sample_alone():
         assert torch.equal(alone, mixed(step, WORLD)), "the same again, whatever other random numbers were drawn"
         two = torch.cat([mixed(step, World(rank, 2), maps=part(rank)) for rank in range(2)])
         assert torch.equal(alone, two), "the same on two processes"
-    assert any((mixed(t, WORLD) != mixed(t, WORLD, seed=1)).any() for t in range(12))
-    assert any((mixed(t, WORLD) != mixed(t, WORLD, name="labeled")).any() for t in range(12))
-    assert any((mixed(t, WORLD) != mixed(t + 1, WORLD)).any() for t in range(12))
+    for other in ({"seed": 1}, {"name": "labeled"}):
+        assert any((mixed(t, WORLD) == provenance(4)[1]).all() != (mixed(t, WORLD, **other) == provenance(4)[1]).all()
+                   for t in range(12)), "another coin"
+        assert (mixed(0, WORLD, probability=1) != mixed(0, WORLD, probability=1, **other)).any(), "other boxes"
 
 
 def test_mix_of_the_released_recipe_takes_the_next_image():
@@ -591,9 +592,10 @@ def expected_pseudo(origin: np.ndarray, unlabeled: Batch, args: Args) -> tuple[n
 
 
 def noise() -> Batch:
-    """Four unlabeled images in which every pixel is unlike any other; the last columns count as padding."""
+    """Four unlabeled images in which every pixel is unlike any other; some columns or rows count as padding."""
     batch = pictures(7)
-    batch.valid[..., -16:] = False
+    batch.valid[0::2, :, -16:] = False
+    batch.valid[1::2, :24] = False
     return batch
 
 
@@ -679,6 +681,16 @@ def test_threshold_and_weights_belong_to_the_global_batch(flags):
     assert torch.equal(alone.images, torch.cat([p.images for p in parts]))
     assert torch.equal(alone.label, torch.cat([p.label for p in parts]))
     assert torch.allclose(alone.weight, torch.cat([p.weight for p in parts]), atol=1e-5)
+
+
+def test_hard_pixels_are_those_of_the_global_batch():
+    logits, label = 2 * torch.randn(4, 3, 5, 6), torch.randint(0, 3, (4, 5, 6))
+    logits[2:] *= 0.1                                                # the second process has the hard ones
+    label[0, :4] = IGNORE
+    for min_kept in (10, 50, 200):
+        parts = in_two(lambda world, k=min_kept: gta_seg.hard_pixels(
+            logits[2 * world.rank:2 * world.rank + 2], label[2 * world.rank:2 * world.rank + 2], 0.1, k, world.gather))
+        assert (torch.cat(parts).numpy() == hard_by_loop(logits, label, 0.1, min_kept)).all()
 
 
 @pytest.mark.parametrize("data", ["labeled", "pseudo", "both"])

@@ -32,7 +32,7 @@ PARTS = ("train", "val")
 SMALL = {"voc": (shapes.make_voc, (5, 2, 3)), "cityscapes": (shapes.make_cityscapes, (3, 2, 64, 128)),
          "coco": (shapes.make_coco, (16, 5))}
 small = pytest.mark.parametrize("name", SMALL)
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")    # pycocotools on NumPy 2
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")    # of pycocotools
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -56,7 +56,7 @@ def drawn(tmp_path_factory) -> tuple[Path, float]:
     return root, time.process_time() - start
 
 
-# ---------------------------------------------------------------------------------------------------- the same everywhere
+# ------------------------------------------------------------------------------------------------ the same everywhere
 
 
 @small
@@ -127,7 +127,8 @@ def test_a_part_of_the_set_has_the_same_pictures(name, tmp_path):
 
 
 def test_labeled_leaves_the_other_pictures_without_annotations(tmp_path):
-    whole, few = draw_small("coco", tmp_path / "whole"), shapes.make_coco(tmp_path / "few", *SMALL["coco"][1], labeled=6)
+    whole = draw_small("coco", tmp_path / "whole")
+    few = shapes.make_coco(tmp_path / "few", *SMALL["coco"][1], labeled=6)
     names = [sorted(p.name for p in (few / "images" / part).iterdir()) for part in ("train", "unlabeled")]
     assert [len(n) for n in names] == [6, 10] and not set(names[0]) & set(names[1])
     for kind in ("instances", "lvis"):
@@ -138,7 +139,7 @@ def test_labeled_leaves_the_other_pictures_without_annotations(tmp_path):
         assert (few / "images" / "unlabeled" / name).read_bytes() == (whole / "images" / "train" / name).read_bytes()
 
 
-# ---------------------------------------------------------------------------------------------------- on disk
+# ------------------------------------------------------------------------------------------------ on disk
 
 
 def test_size_and_seconds(drawn):
@@ -164,7 +165,8 @@ def test_a_folder_that_holds_something_else_is_refused_and_left_alone(name, cont
     (target / content).write_text("1.0")
     with pytest.raises(UserError, match="holds something else.*--root"):
         draw_small(name, target)
-    assert files_of(target) == {content: b"1.0"} and sorted(p.name for p in tmp_path.iterdir()) == [f".{name}.lock", name]
+    assert files_of(target) == {content: b"1.0"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f".{name}.lock", name]
 
 
 def test_a_file_or_another_variant_in_the_way_is_refused(tmp_path, capsys):
@@ -191,7 +193,7 @@ def test_an_older_drawing_is_replaced_and_a_failed_one_is_not(tmp_path):
     assert set(files_of(tmp_path / "set")) == {"new", "version.txt"}
 
 
-# ---------------------------------------------------------------------------------------------------- VOC
+# ------------------------------------------------------------------------------------------------ VOC
 
 
 def test_voc_is_found_and_its_labels_are_palette_files_of_balanced_classes(drawn):
@@ -211,12 +213,12 @@ def test_voc_is_found_and_its_labels_are_palette_files_of_balanced_classes(drawn
             images, pixels = images + (count > 0), pixels + count
             if number < 20:
                 assert read_image(picture.image).shape[1:] == label.shape
-        share = images[1:] / images[1:].mean()
-        assert share.min() > 0.75 and share.max() < 1.33, (part, share)
-        assert pixels[1:].max() < 5 * pixels[1:].min() and 0.3 < pixels[0] / pixels.sum() < 0.95, (part, pixels)
+        away = np.abs(images[1:] / images[1:].mean() - 1).max()
+        assert away < (0.2 if part == "train" else 0.45), (part, images)
+        assert pixels[1:].max() < 5 * pixels[1:].min() and 0.2 < pixels[0] / pixels.sum() < 0.95, (part, pixels)
 
 
-# ---------------------------------------------------------------------------------------------------- Cityscapes
+# ------------------------------------------------------------------------------------------------ Cityscapes
 
 
 def test_cityscapes_is_found_with_all_classes_in_both_parts(drawn):
@@ -247,13 +249,14 @@ def test_cityscapes_instances_agree_with_labels(drawn):
         ids = np.unique(instances)
         assert set((ids[ids >= 1000] // 1000).tolist()) <= set(range(24, 34)), "an instance of stuff"
         assert set(ids[ids < 1000].tolist()) <= {*range(24)} | {24}, "of the things only people are a group"
+        assert {26000, 26001} <= set(ids.tolist()), "two cars or more"
         things.update((ids[ids >= 1000] // 1000).tolist())
         things["group"] += 24 in ids
-    assert set(CITYSCAPES_IDS[11:]) < set(things) and 29 in things and things["group"] > 5     # caravan: a thing, no class
-    assert max(Counter((np.unique(instances)) // 1000).values()) > 1, "several instances of one class"
+    assert set(CITYSCAPES_IDS[11:]) < set(things) and things["group"] > 5
+    assert 29 in things, "a caravan: a thing that is no class"
 
 
-# ---------------------------------------------------------------------------------------------------- COCO and LVIS
+# ------------------------------------------------------------------------------------------------ COCO and LVIS
 
 
 def check_masks(images: dict[int, dict], annotations: list[dict], mask_of) -> None:
@@ -301,7 +304,7 @@ def test_coco_files_hold_visible_masks_and_crowds(drawn, cocos):
 def test_perfect_results_score_one(cocos):
     """Crowds are ignored, every class is scored, and the evaluator accepts the file."""
     coco = cocos["val"]
-    results = [{"image_id": a["image_id"], "category_id": a["category_id"], "score": 1.0, "segmentation": a["segmentation"]}
+    results = [{key: a[key] for key in ("image_id", "category_id", "segmentation")} | {"score": 1.0}
                for a in coco.dataset["annotations"]]
     evaluator = COCOeval(coco, coco.loadRes(results), "segm")
     evaluator.evaluate()
@@ -332,11 +335,11 @@ def test_lvis_files_hold_the_same_masks_as_polygons(cocos, lvises):
 
 def test_lvis_federated_lists_tell_the_truth(lvises):
     for part, data in lvises.items():
-        ident, present, negatives, partial = {}, defaultdict(set), Counter(), 0
+        present, negatives, partial = defaultdict(set), Counter(), 0
         ident = {data.cats[c]["name"]: c for c in data.cats}
         for a in data.anns.values():
             present[a["image_id"]].add(a["category_id"])
-        for index, image in enumerate(data.dataset["images"]):
+        for index, image in enumerate(data.dataset["images"][:150]):
             _, _, classes, single = shapes.instance_scene(part, index)
             names = list(shapes.INSTANCE_CLASSES)
             negative, some = set(image["neg_category_ids"]), set(image["not_exhaustive_category_ids"])
@@ -365,10 +368,20 @@ def test_lvis_frequencies_and_the_long_tail(lvises):
     assert min(groups[f] for f in "rcf") >= 3 and sum(groups.values()) == 24, groups
 
 
+def test_a_rare_class_has_ten_training_pictures_at_most(tmp_path):
+    for number in range(16, 60):
+        root = shapes.make_coco(tmp_path / str(number), number, 0)
+        data = json.loads((root / "annotations" / "lvis_train.json").read_text())
+        frequency = {category["image_count"]: category["frequency"] for category in data["categories"]}
+        if {10, 11} <= set(frequency):
+            break
+    assert (frequency[10], frequency[11]) == ("r", "c")
+
+
 def test_the_tail_has_lookalikes():
     pairs = list(combinations(shapes.INSTANCE_CLASSES.values(), 2))
     assert len(set(shapes.INSTANCE_CLASSES.values())) == 24
-    assert sum(a[0] == b[0] and a[1] != b[1] and a[2] == b[2] for a, b in pairs) >= 5, "same form and hue, other pattern"
+    assert sum(a[0] == b[0] and a[1] != b[1] and a[2] == b[2] for a, b in pairs) >= 5, "other pattern alone"
     assert sum(a[:2] == b[:2] and min((a[2] - b[2]) % 1, (b[2] - a[2]) % 1) < 0.15 for a, b in pairs) >= 5, "next hue"
     assert {form for form, _, _ in shapes.INSTANCE_CLASSES.values()} == set(shapes.FORMS[:8]), "no pre-training form"
 
@@ -376,7 +389,7 @@ def test_the_tail_has_lookalikes():
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.8, 1.0])
 def test_polygons_cover_exactly_the_mask(share):
     rng = np.random.default_rng(int(10 * share))
-    for _ in range(20):                                              # noise: holes, islands, pieces that touch at corners
+    for _ in range(20):                                              # noise: holes, islands, touching corners
         mask = rng.random((11, 14)) < share
         found = shapes.polygons(mask)
         rle = [coco_mask.decode(coco_mask.frPyObjects([p], *mask.shape))[..., 0] for p in found]

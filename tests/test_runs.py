@@ -1,0 +1,484 @@
+"""A run that is killed, stopped or resumed ends as the uninterrupted one; its folder; --eval and --predict."""
+
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import REPO, begin, command, differences, in_process, log_of, run, state, until
+from PIL import Image
+
+LIVELY = {"lr": 0.1}                                                 # so that a few steps change what networks predict
+RECIPES = {
+    "gta": dict(LIVELY), "mt": dict(LIVELY, method="mt"), "released": dict(LIVELY, recipe="released"),
+    "shared predictor": dict(LIVELY, share_predictor=True), "unbiased-st": dict(LIVELY, method="unbiased-st"),
+    "cityscapes' losses": dict(LIVELY, aux=0.4, ohem=0.7, cutmix_labeled=0.5, joint_bn=True),
+}
+
+
+@pytest.fixture
+def io(tmp_path) -> Path:
+    return tmp_path / "io"
+
+
+def logged(out: Path) -> list[dict]:
+    """The log without the clock."""
+    return [{k: v for k, v in record.items() if k != "images_per_second"} for record in log_of(out)]
+
+
+def files(out: Path) -> set[str]:
+    return {p.name for p in out.iterdir() if not p.name.startswith("events.")}       # TensorBoard's: one for each start
+
+
+def results(out: Path) -> dict:
+    read = json.loads((out / "results.json").read_text())
+    return {k: v for k, v in read.items() if k not in ("seconds", "images_per_second")}
+
+
+def assert_equal_runs(out: Path, reference: Path) -> None:
+    """Every network, optimizer state, score and log line, bit by bit; nothing is left lying in the folder."""
+    for name in ("last.pt", "best.pt"):
+        a, b = state(out / name), state(reference / name)
+        assert {"student"} <= a["networks"].keys() and not differences(a, b), differences(a, b)[:5]
+    assert {"opt_student"} <= state(out / "last.pt").keys()
+    assert results(out) == results(reference)
+    assert logged(out) == logged(reference)
+    assert files(out) - files(reference) == set()
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    """finished("gta", steps=12, ...) -> the folder of that run, uninterrupted; made once."""
+    folder, made = tmp_path_factory.mktemp("finished"), {}
+
+    def make(recipe: str = "gta", **flags) -> Path:
+        key = recipe, *sorted(flags.items())
+        if key not in made:
+            made[key] = folder / str(len(made))
+            run(tiny(out=made[key], **RECIPES[recipe], **flags), folder / "io").ok()
+        return made[key]
+    return make
+
+
+# ---------------------------------------------------------------------------------------------------- stops on purpose
+def stop_at(step: int, number: int, after_save: bool = False) -> None:
+    """In a process of its own: it gets signal `number` while it takes this step, or after the save that follows."""
+    from common import runs
+    tally, save = runs.Run.tally, runs.save_checkpoint
+
+    def at_tally(self, at, *args):
+        if at == step and not after_save:
+            os.kill(os.getpid(), number)
+        return tally(self, at, *args)
+
+    def at_save(path, name, content):
+        if content["step"] == step + 1 and path.name == "last.pt" and after_save:
+            save(path, name, content)
+            os.kill(os.getpid(), number)
+        return save(path, name, content)
+    runs.Run.tally, runs.save_checkpoint = at_tally, at_save
+
+
+def die_while_writing(name: str, nth: int) -> None:
+    """In a process of its own: SIGKILL when half of the n-th file `name` has been written."""
+    from common import runs
+    write, seen = runs.write_bytes, []
+
+    def torn(path, data):
+        seen.extend([1] * (path.name == name))
+        if path.name == name and len(seen) == nth:
+            path.with_name(f".{path.name}.{os.getpid()}.tmp").write_bytes(bytes(data)[:len(data) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        return write(path, data)
+    runs.write_bytes = torn
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_stopped_and_resumed_is_bit_equal(tiny, finished, tmp_path, io, recipe):
+    """Stopped in warm-up, in the assistant's first and second step, and in the second epoch after warm-up; 8 steps, two
+    to an epoch, so that the released recipe is resumed with and without tied networks."""
+    line = tiny(out=tmp_path / "out", resume=True, eval_every=4, **RECIPES[recipe])
+    for step in (0, 2, 3, 5):
+        stopped = run(line, io, partial(stop_at, step, signal.SIGTERM)).ok()
+        assert f"after step {step + 1}" in stopped.out and state(tmp_path / "out" / "last.pt")["step"] == step + 1
+    run(line, io).ok()
+    assert_equal_runs(tmp_path / "out", finished(recipe, eval_every=4))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_leaves_with_a_message_and_code_0(tiny, finished, tmp_path, io, number):
+    out = tmp_path / "out"
+    started = begin(tiny(out=out, steps=40, eval_every=40, **LIVELY), io)
+    assert until(lambda: (out / "log.jsonl").exists() and len(log_of(out, torn=True)) > 3, started)
+    started.kill(number)
+    done = started.wait()
+    step = state(out / "last.pt")["step"]
+    assert done.code == 0 and "Traceback" not in done.err
+    assert number.name in done.out and f"after step {step}" in done.out and "--resume" in done.out
+    assert 3 < step < 40 and not (out / "results.json").exists() and not list(out.glob(".*"))
+    run(tiny(out=out, steps=40, eval_every=40, resume=True, **LIVELY), io).ok()
+    assert_equal_runs(out, finished("gta", steps=40, eval_every=40))
+
+
+def test_ctrl_c_before_the_first_step_is_no_traceback(tiny, tmp_path, io):
+    from_start = run(tiny(out=tmp_path / "out"), io, partial(interrupt_in, "find"))
+    assert from_start.code != 0 and "Traceback" not in from_start.err
+
+
+def interrupt_in(name: str) -> None:
+    from data import find
+    before = getattr(find, name)
+
+    def after_ctrl_c(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        return before(*args)
+    setattr(find, name, after_ctrl_c)
+
+
+def test_signal_in_a_run_with_workers_leaves_none_behind(tiny, tmp_path, io):
+    out = tmp_path / "out"
+    done = run(tiny(out=out, workers=2, save_every=1), io, partial(stop_at, 3, signal.SIGTERM)).ok()
+    assert "after step 4" in done.out and state(out / "last.pt")["step"] == 4
+    if Path("/proc").is_dir():
+        until(lambda: not [p for p in Path("/proc").glob("[0-9]*/environ") if started_here(p, out)], seconds=15)
+
+
+def started_here(environ: Path, out: Path) -> bool:
+    try:
+        return str(out) in (environ.parent / "cmdline").read_text()
+    except OSError:
+        return False
+
+
+# ---------------------------------------------------------------------------------------------------- kill -9
+def kill_and_resume(line: list[str], out: Path, io: Path, kills: int, rng: random.Random, seconds: float) -> list[int]:
+    """Start, SIGKILL after a random time, again and again, then run to the end -> the steps saved at each kill."""
+    at = []
+    while len(at) < kills:
+        started = begin(line, io)
+        time.sleep(rng.uniform(0, seconds))
+        assert started.alive(), "the run was over before it could be killed: more steps are needed"
+        started.kill(signal.SIGKILL)
+        assert started.wait().code == -signal.SIGKILL
+        at.append(state(out / "last.pt")["step"] if (out / "last.pt").exists() else 0)
+    run(line, io).ok()
+    return at
+
+
+def test_killed_at_random_moments_and_resumed_is_bit_equal(tiny, finished, tmp_path, io):
+    out, settings = tmp_path / "out", dict(steps=60, eval_every=20, **LIVELY)
+    at = kill_and_resume(tiny(out=out, resume=True, save_every=3, **settings), out, io, 6, random.Random(0), 0.6)
+    assert at == sorted(at)                                          # a kill never loses what was saved
+    [leftover.unlink() for leftover in out.glob(".*.tmp")]           # test_a_kill_leaves_no_litter_for_ever is on these
+    assert_equal_runs(out, finished("gta", steps=60, eval_every=20))
+
+
+@pytest.mark.skipif(not os.environ.get("KILLS"), reason="takes minutes: KILLS=20 pytest -k twenty")
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_twenty_kills(tiny, finished, tmp_path, io, recipe):
+    out, settings = tmp_path / "out", dict(steps=160, eval_every=40, **RECIPES[recipe])
+    line = tiny(out=out, resume=True, save_every=2, **settings)
+    at = kill_and_resume(line, out, io, int(os.environ["KILLS"]), random.Random(recipe), 1.2)
+    print(f"{recipe}: killed with {at} steps saved, {len(list(out.glob('.*.tmp')))} torn files left")
+    assert at == sorted(at) and at[-1] > 0
+    [leftover.unlink() for leftover in out.glob(".*.tmp")]
+    reference = finished(recipe, **{k: v for k, v in settings.items() if k not in RECIPES[recipe]})
+    assert_equal_runs(out, reference)
+
+
+@pytest.mark.parametrize("place", ["in warm-up", "after the assistant's first step", "in a save of last.pt",
+                                   "in a save of best.pt", "between best.pt and last.pt", "in results.json"])
+def test_killed_at_a_chosen_moment_and_resumed_is_bit_equal(tiny, finished, tmp_path, io, place):
+    out, kill = tmp_path / "out", signal.SIGKILL
+    setup = {"in warm-up": partial(stop_at, 1, kill, True),
+             "after the assistant's first step": partial(stop_at, 2, kill),
+             "in a save of last.pt": partial(die_while_writing, "last.pt", 4),
+             "in a save of best.pt": partial(die_while_writing, "best.pt", 1),
+             "between best.pt and last.pt": partial(die_while_writing, "last.pt", 4),
+             "in results.json": partial(die_while_writing, "results.json", 1)}[place]
+    line = tiny(out=out, resume=True, eval_every=4, save_every=1, **LIVELY)
+    assert run(line, io, setup).code == -kill
+    saved = {"in warm-up": 2, "after the assistant's first step": 2, "in results.json": 8}.get(place, 3)
+    assert state(out / "last.pt")["step"] == saved
+    run(line, io).ok()
+    [leftover.unlink() for leftover in out.glob(".*.tmp")]
+    assert_equal_runs(out, finished("gta", eval_every=4))
+
+
+def test_a_kill_leaves_no_litter_for_ever(tiny, tmp_path, io):
+    """A half-written checkpoint can be hundreds of megabytes, and a job may be killed often."""
+    line = tiny(out=tmp_path / "out", resume=True, save_every=1)
+    run(line, io, partial(die_while_writing, "last.pt", 2))
+    assert list((tmp_path / "out").glob(".*.tmp"))
+    run(line, io).ok()
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+# ---------------------------------------------------------------------------------------------------- log
+def test_log_is_cut_back_to_the_checkpoint_and_torn_lines_go(tiny, finished, tmp_path, io):
+    out = tmp_path / "out"
+    line = tiny(out=out, resume=True, save_every=3, **LIVELY)
+    assert run(line, io, partial(stop_at, 4, signal.SIGKILL)).code == -signal.SIGKILL
+    assert state(out / "last.pt")["step"] == 3 and [r["step"] for r in log_of(out)] == [1, 2, 3, 4]
+    with open(out / "log.jsonl", "a") as file:
+        file.write('{"step": 5, "loss_l": 0.12')
+    run(line, io).ok()
+    assert [r["step"] for r in log_of(out) if "loss_l" in r] == list(range(1, 9))
+    assert logged(out) == logged(finished("gta"))
+
+
+def test_log_every_counts_steps(tiny, tmp_path, io):
+    run(tiny(out=tmp_path / "out", log_every=3), io).ok()
+    assert [r["step"] for r in log_of(tmp_path / "out") if "loss_l" in r] == [3, 6, 8]
+
+
+def test_save_every(tiny, tmp_path, io):
+    for every, saved in ((3, 6), (5, 5)):
+        out = tmp_path / str(every)
+        assert run(tiny(out=out, save_every=every), io, partial(stop_at, 6, signal.SIGKILL)).code == -signal.SIGKILL
+        assert state(out / "last.pt")["step"] == saved
+
+
+# ---------------------------------------------------------------------------------------------------- the run folder
+def test_number_of_workers_does_not_matter(tiny, finished, tmp_path, io):
+    out = tmp_path / "out"
+    run(tiny(out=out, workers=2, **LIVELY), io).ok()
+    assert_equal_runs(out, finished("gta"))
+
+
+def test_seed_matters_and_so_does_the_method(tiny, finished, tmp_path, io):
+    """What the comparisons above would miss if they compared nothing."""
+    run(tiny(out=tmp_path / "out", seed=1, **LIVELY), io).ok()
+    assert differences(state(tmp_path / "out" / "last.pt")["networks"], state(finished("gta") / "last.pt")["networks"])
+    a, b = (state(finished(r) / "last.pt")["networks"]["student"] for r in ("gta", "mt"))
+    assert differences(a, b)
+
+
+def test_resume_in_an_empty_folder_starts_afresh_and_says_so(tiny, finished, tmp_path, io):
+    (tmp_path / "out").mkdir()
+    done = run(tiny(out=tmp_path / "out", resume=True, **LIVELY), io).ok()
+    assert "afresh" in done.out and str(tmp_path / "out") in done.out
+    assert_equal_runs(tmp_path / "out", finished("gta"))
+
+
+def test_resume_after_a_kill_before_the_first_save_says_that_it_starts_afresh(tiny, finished, tmp_path, io):
+    line = tiny(out=tmp_path / "out", resume=True, **LIVELY)
+    assert run(line, io, partial(stop_at, 3, signal.SIGKILL)).code == -signal.SIGKILL
+    assert not (tmp_path / "out" / "last.pt").exists() and (tmp_path / "out" / "config.json").exists()
+    done = run(line, io).ok()
+    assert_equal_runs(tmp_path / "out", finished("gta"))
+    assert "afresh" in done.out
+
+
+def test_resume_with_other_settings_names_the_fields(tiny, finished, io):
+    out = finished("gta")
+    error = run(tiny(out=out, resume=True, lr=0.2, tau=2, alpha_teacher=0.5), io).error()
+    assert all(f"{name} (" in error for name in ("lr", "tau", "alpha_teacher")) and "0.1 then, 0.2 now" in error
+    assert "steps" not in error and "width" not in error
+
+
+def test_resume_with_other_bookkeeping_goes_on(tiny, finished, tmp_path, io):
+    out = tmp_path / "out"
+    run(tiny(out=out, **LIVELY), io, partial(stop_at, 2, signal.SIGTERM)).ok()
+    run(tiny(out=out, resume=True, workers=1, save_every=2, **LIVELY), io).ok()
+    assert_equal_runs(out, finished("gta"))
+
+
+def test_used_folder_is_refused_and_stays_as_it_is(tiny, finished, io):
+    out = finished("gta")
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    error = run(tiny(out=out, **LIVELY), io).error()
+    assert str(out) in error and "--resume" in error and "--out" in error
+    assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+
+
+def test_finished_run_resumed_changes_nothing(tiny, finished, tmp_path, io):
+    out = tmp_path / "out"
+    shutil.copytree(finished("gta"), out)
+    first = tiny(out=finished("gta"), resume=True, **LIVELY)
+    before = {p.name: p.read_bytes() for p in finished("gta").iterdir() if p.suffix in (".pt", ".jsonl", ".json")}
+    run(first, io).ok()
+    after = {p.name: p.read_bytes() for p in finished("gta").iterdir() if p.suffix in (".pt", ".jsonl", ".json")}
+    assert [n for n in before if before[n] != after[n] and n != "config.json"] == []
+    assert_equal_runs(finished("gta"), out)
+
+
+def test_resume_of_another_scripts_run_and_of_a_broken_checkpoint(tiny, finished, tmp_path, io):
+    for name in ("other", "torn", "weights", "empty", "config", "other config"):
+        shutil.copytree(finished("gta"), tmp_path / name)
+    torch.save({**torch.load(tmp_path / "other" / "last.pt"), "script": "other.py"}, tmp_path / "other" / "last.pt")
+    torn = (tmp_path / "torn" / "last.pt").read_bytes()
+    (tmp_path / "torn" / "last.pt").write_bytes(torn[:len(torn) * 2 // 3])
+    torch.save({"a": torch.ones(3)}, tmp_path / "weights" / "last.pt")
+    (tmp_path / "empty" / "last.pt").write_bytes(b"")
+    (tmp_path / "config" / "config.json").write_text('{"script": "gta')
+    config = json.loads((tmp_path / "other config" / "config.json").read_text())
+    (tmp_path / "other config" / "config.json").write_text(json.dumps({**config, "script": "other.py"}))
+    for name, said in (("other", "other.py"), ("torn", "readable"), ("weights", "weights"), ("empty", "readable"),
+                       ("config", "config.json"), ("other config", "other.py")):
+        folder = tmp_path / name
+        # a run remembers its folder; --out is compared like any other setting
+        old = (folder / "config.json").read_text().replace(str(finished("gta")), str(folder))
+        (folder / "config.json").write_text(old)
+        error = run(tiny(out=folder, resume=True, **LIVELY), io).error()
+        assert said in error and str(folder) in error
+
+
+def test_folder_that_was_moved_can_be_resumed(tiny, finished, tmp_path, io):
+    shutil.copytree(finished("gta"), tmp_path / "moved")
+    run(tiny(out=tmp_path / "moved", resume=True, **LIVELY), io).ok()
+
+
+def test_folder_holds_what_the_design_says(finished):
+    out = finished("gta", eval_every=4)
+    assert files(out) == {
+        "config.json", "log.jsonl", "last.pt", "best.pt", "results.json", "curves.png", "previews"}
+    assert [p.name for p in sorted((out / "previews").iterdir())] == ["0000004.png", "0000008.png"]
+    read = json.loads((out / "results.json").read_text())
+    assert {"student", "teacher", "gta", "dataset", "split", "split_fingerprint", "seed", "seconds",
+            "images_per_second"} <= read.keys()
+    config = json.loads((out / "config.json").read_text())
+    for name in ("student", "teacher", "gta"):
+        for which in ("last", "best"):
+            record = read[name][which]
+            assert {"step", "miou", "iou"} <= record.keys() and 0 <= record["miou"] <= 100
+            assert list(record["iou"]) == config["classes"]
+            present = [v for v in record["iou"].values() if v is not None]
+            assert present and abs(np.mean(present) - record["miou"]) < 1e-3
+        assert read[name]["last"]["step"] == 8 and read[name]["best"]["miou"] >= read[name]["last"]["miou"]
+    assert read["seconds"] > 0 and read["images_per_second"] > 0 and len(read["split_fingerprint"]) == 64
+    assert config["settings"]["alpha_gta"] == 0.99 and config["torch"] == torch.__version__
+    assert {"script", "settings", "commit", "device", "python", "processes"} <= config.keys()
+    if (REPO / ".git").exists():
+        assert len(config["commit"].rstrip("+")) == 12
+
+
+def test_results_have_the_networks_that_exist(finished):
+    for recipe, names in (("gta", {"student", "teacher", "gta"}), ("mt", {"student", "teacher"})):
+        found = results(finished(recipe))
+        assert {k for k in found if isinstance(found[k], dict)} == names
+
+
+def test_suponly_has_a_student_alone(tiny, tmp_path, io):
+    run(tiny(out=tmp_path / "out", method="suponly"), io).ok()
+    found = results(tmp_path / "out")
+    assert {k for k in found if isinstance(found[k], dict)} == {"student"}
+
+
+def test_main_returns_what_the_file_holds(shapes_root, tmp_path):
+    returned = in_process(root=str(shapes_root), val="few", out=str(tmp_path / "out"), steps=2, backbone="test_resnet",
+                          weights="none", width=8, batch_size=4, crop_size=32, workers=0)
+    assert returned == json.loads((tmp_path / "out" / "results.json").read_text())
+
+
+def test_default_folder_is_named_after_the_run(tiny, tmp_path, io):
+    run(tiny(split="random:1/100", split_seed=3, seed=2, steps=1), io, cwd=tmp_path).ok()
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["gta_seg-shapes-1-of-100-d3-s2"]
+
+
+# ---------------------------------------------------------------------------------------------------- eval, predict
+@pytest.mark.parametrize("recipe", ["gta", "mt", "released"])
+def test_eval_gives_the_runs_own_results(finished, tmp_path, io, recipe):
+    out = finished(recipe, eval_every=4)
+    read = results(out)
+    predictions = set()
+    for name, which in (("best", "best"), ("last", "last")):
+        run(["--eval", str(out / f"{name}.pt")], io, cwd=tmp_path).ok()
+        scored = json.loads((out / f"{name}.pt.results.json").read_text())
+        result = "teacher"                                           # best.pt is the best step of the result
+        assert scored[result]["last"] == read[result][which]
+        predictions |= set(np.array(scored["confusion"][result]).sum(0).nonzero()[0].tolist())
+        if which == "last":
+            assert all(scored[n]["last"] == read[n]["last"] for n in scored["confusion"])
+        assert {"dataset", "split", "seed", "confusion"} <= scored.keys()
+        label_pixels = np.array(scored["confusion"]["student"]).sum()
+        assert label_pixels == 7 * 64 * 64
+    assert predictions
+
+
+def test_eval_changes_nothing_in_the_folder(finished, tmp_path, io):
+    out = tmp_path / "copy"
+    shutil.copytree(finished("gta"), out)
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    run(["--eval", str(out / "best.pt")], io).ok()
+    assert all(p.read_bytes() == content for p, content in before.items())
+    assert {p.name for p in out.iterdir()} - {p.name for p in before} - {"previews"} == {
+        "best.pt.results.json", "best.pt.previews.png"}
+
+
+def pictures(folder: Path, source: Path) -> dict[str, tuple[int, int]]:
+    """Files of many kinds -> name and size."""
+    folder.mkdir()
+    scene = Image.open(source)
+    made = {"scene.jpg": scene, "odd.png": scene.resize((97, 61)), "grey.png": scene.convert("L"),
+            "bw.png": scene.convert("1"),
+            "rgba.png": scene.convert("RGBA"), "palette.png": scene.convert("P"), "cmyk.jpg": scene.convert("CMYK"),
+            "thin.png": scene.resize((1, 50)), "flat.jpg": scene.resize((50, 1)), "pixel.bmp": scene.resize((1, 1)),
+            "large.webp": scene.resize((301, 203)), "UPPER.JPG": scene}
+    for name, image in made.items():
+        image.save(folder / name)
+    (folder / "notes.txt").write_text("no picture")
+    return {name: image.size for name, image in made.items()}
+
+
+def test_predict_writes_an_index_png_of_each_pictures_size(finished, shapes_root, tmp_path, io):
+    sizes = pictures(tmp_path / "photos", shapes_root / "voc" / "JPEGImages" / "val_000001.jpg")
+    shutil.copytree(finished("gta"), tmp_path / "run")
+    done = run(["--predict", str(tmp_path / "run" / "best.pt"), str(tmp_path / "photos")], io).ok()
+    folder = tmp_path / "run" / "best.pt.predictions"
+    assert str(folder) in done.out and "12 images" in done.out
+    for name, size in sizes.items():
+        stem = Path(name).stem
+        with Image.open(folder / f"{stem}.png") as label, Image.open(folder / f"{stem}_overlay.jpg") as overlay:
+            assert label.size == size and label.mode == "P" and np.array(label).max() < 9
+            assert overlay.width == size[0] and overlay.height >= size[1]
+    assert len(list(folder.iterdir())) == 2 * len(sizes)
+
+
+def test_prediction_is_what_the_evaluation_counts(finished, shapes_root, tmp_path, io):
+    """The label files of --predict and the masks give the confusion matrix of --eval."""
+    out = tmp_path / "run"
+    shutil.copytree(finished("gta", steps=40, eval_every=40), out)
+    names = (shapes_root / "voc" / "ImageSets" / "Segmentation" / "few.txt").read_text().split()
+    images = [str(shapes_root / "voc" / "JPEGImages" / f"{name}.jpg") for name in names]
+    run(["--eval", str(out / "last.pt")], io).ok()
+    run(["--predict", str(out / "last.pt"), *images], io).ok()
+    expected = np.array(json.loads((out / "last.pt.results.json").read_text())["confusion"]["teacher"])
+    counts = np.zeros_like(expected)
+    for name in names:
+        label = np.array(Image.open(shapes_root / "voc" / "SegmentationClass" / f"{name}.png"))
+        prediction = np.array(Image.open(out / "last.pt.predictions" / f"{name}.png"))
+        np.add.at(counts, (label[label != 255], prediction[label != 255]), 1)
+    assert (counts == expected).all()
+    assert np.count_nonzero(expected.sum(0)) > 1, "a network that predicts one class shows nothing"
+
+
+def test_predict_keeps_pictures_of_one_name_apart(finished, shapes_root, tmp_path, io):
+    shutil.copytree(finished("gta"), tmp_path / "run")
+    source = shapes_root / "voc" / "JPEGImages" / "val_000001.jpg"
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        Image.open(source).resize((40, 30) if folder == "a" else (50, 20)).save(tmp_path / folder / "1.png")
+    done = run(["--predict", str(tmp_path / "run" / "best.pt"), str(tmp_path / "a"), str(tmp_path / "b")], io)
+    made = [p for p in (tmp_path / "run" / "best.pt.predictions").glob("*.png")] if done.code == 0 else []
+    assert done.code == 2 or len(made) == 2
+
+
+def test_the_real_command_trains_scores_and_predicts(tiny, shapes_root, tmp_path):
+    """As a user types it: python gta_seg.py ..."""
+    out = tmp_path / "out"
+    done = command(["gta_seg.py", *tiny(out=out, steps=3)]).ok()
+    assert "miou" in done.out and str(out) in done.out and "8 labeled images" in done.out
+    picture = shapes_root / "voc" / "JPEGImages" / "val_000001.jpg"
+    command(["gta_seg.py", "--predict", str(out / "best.pt"), str(picture)]).ok()
+    assert (out / "best.pt.predictions" / "val_000001.png").exists()
+    assert math.isfinite(json.loads((out / "results.json").read_text())["teacher"]["last"]["miou"])
