@@ -180,7 +180,8 @@ def helpers(workers: int) -> dict:
     of a fork server outlive it."""
     if not workers:
         return {}
-    return {"num_workers": workers, "worker_init_fn": quiet_worker, "prefetch_factor": 4, "multiprocessing_context": "fork"}
+    return {"num_workers": workers, "worker_init_fn": quiet_worker, "prefetch_factor": 4,
+            "multiprocessing_context": "fork"}
 
 
 def quiet_worker(worker_id: int) -> None:

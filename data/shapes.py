@@ -19,9 +19,9 @@ import fcntl
 import json
 import os
 import shutil
-import zlib
 import sys
 import time
+import zlib
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -206,6 +206,8 @@ def once(target: Path, version: str, make) -> Path:
 
     Processes of one machine wait for the first of them."""
     mark = target / "version.txt"
+    if mark.is_file() and mark.read_text() == version:
+        return target                                                # nothing to write: the root may be read-only
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(target.parent / f".{target.name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -214,8 +216,9 @@ def once(target: Path, version: str, make) -> Path:
             ours = found.split(" ")[0] == version.split(" ")[0]      # an older drawing of the same kind
             if not ours and target.exists() and (target.is_file() or any(target.iterdir())):
                 raise UserError(f"{target} holds something else than the embedded data set; name another --root.")
+            for left in target.parent.glob(f".{target.name}.*.tmp"):     # of processes that were killed
+                shutil.rmtree(left, ignore_errors=True)
             temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-            shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             make(temporary)
             (temporary / "version.txt").write_text(version)
@@ -482,10 +485,9 @@ def pretrain(root: Path, backbone: str, steps: int = 1200, batch_size: int = 64)
             pictures.append(picture)
             targets.append((form, pattern, int(hue * 12)))
         x, y = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2), torch.tensor(targets)
-        state = torch.random.get_rng_state()
-        torch.manual_seed(0)
-        net = timm.create_model(backbone, num_classes=len(forms) + len(PATTERNS) + 12)
-        torch.random.set_rng_state(state)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            net = timm.create_model(backbone, num_classes=len(forms) + len(PATTERNS) + 12)
         net = net.to(memory_format=torch.channels_last)
         optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0.05)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)

@@ -99,8 +99,8 @@ def bench_step() -> None:
     a, b, ratio = pair(released, paper)
     print(f"step, resnet18 129, 4 + 4 images, this machine: released {a * 1e3:.0f} ms, paper {b * 1e3:.0f} ms, "
           f"ratio {ratio:.2f}")
-    print(f"tensors saved for backward, largest graph, R101 513, 3 + 3 images, fp32: released {saved[1] / 2**30:.1f} GiB, "
-          f"paper {saved[0] / 2**30:.1f} GiB, ratio {saved[1] / saved[0]:.2f}")
+    print(f"tensors saved for backward, largest graph, R101 513, 3 + 3 images, fp32: released "
+          f"{saved[1] / 2**30:.1f} GiB, paper {saved[0] / 2**30:.1f} GiB, ratio {saved[1] / saved[0]:.2f}")
 
 
 def bench_loader() -> None:
@@ -112,7 +112,8 @@ def bench_loader() -> None:
         Image.fromarray(np.kron(rng.integers(0, 21, (15, 20), dtype=np.uint8), np.ones((25, 25), np.uint8))).save(label)
         data = datasets.Segmentation("voc", Path(folder), [str(i) for i in range(21)], {}, [])
         args = gta_seg.preset("voc")
-        views = datasets.Pictures([datasets.Picture("a", image, label)], data, True, partial(gta_seg.augment, args), 0, "x")
+        picture = datasets.Picture("a", image, label)
+        views = datasets.Pictures([picture], data, True, partial(gta_seg.augment, args), 0, "x")
         place = iter(range(10**6))
 
         def ours():
@@ -140,8 +141,8 @@ def bench_loader() -> None:
         torch.set_num_threads(1)                         # as in a loader process
         a, b, ratio = pair(pil_chain, ours, rounds=7, repeats=30)
         torch.set_num_threads(threads)
-    print(f"loader, 500x375 to 513 with label: PIL chain {a * 1e3:.1f} ms a sample, ours {b * 1e3:.1f} ms, ratio {ratio:.2f}"
-          f"; bytes to the device {513 * 513 * 16 / 1e6:.1f} against {513 * 513 * 5 / 1e6:.1f} MB")
+    print(f"loader, 500x375 to 513 with label: PIL chain {a * 1e3:.1f} ms a sample, ours {b * 1e3:.1f} ms, ratio "
+          f"{ratio:.2f}; bytes to the device {513 * 513 * 16 / 1e6:.1f} against {513 * 513 * 5 / 1e6:.1f} MB")
 
 
 def bench_ema() -> None:
@@ -167,7 +168,8 @@ def bench_miou() -> None:
         torch.bincount(label[keep] * 19 + prediction[keep], minlength=361)
 
     a, b, ratio = pair(masked, lambda: metrics.confusion(prediction, label, 19))
-    print(f"confusion of a 1024x2048 image: masked torch.bincount {a * 1e3:.1f} ms, ours {b * 1e3:.1f} ms, ratio {ratio:.2f}")
+    print(f"confusion of a 1024x2048 image: masked torch.bincount {a * 1e3:.1f} ms, ours {b * 1e3:.1f} ms, ratio "
+          f"{ratio:.2f}")
 
 
 if __name__ == "__main__":
