@@ -121,9 +121,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "voc": {},
     "cityscapes": dict(root="datasets/cityscapes", split="186", crop_size=769, lr=0.01, decoder_lr=1, weight_decay=5e-4,
                        epochs=200, window=769, aux=0.4, ohem=0.7),
-    "shapes": dict(root="datasets/shapes", split="random:20", backbone="test_resnet", weights="shapes", width=64,
+    "shapes": dict(root="datasets/shapes", split="random:10", backbone="test_resnet", weights="shapes", width=64,
                    aspp_rates=(1, 2, 3), batch_size=8, crop_size=64, steps=1200, lr=0.01, decoder_lr=3,
-                   eval_every=300, scale=(0.75, 1.33)),
+                   eval_every=300, scale=(0.75, 1.33), warmup_epochs=3, cutmix=1.0, cutmix_labeled=0.5),
     "folder": dict(root="datasets/folder", split="random:1/8", crop_size=321),
 }
 RELEASED: dict[str, Any] = dict(batch_size=12, alpha_gta=0.999, alpha_teacher=0.999, gta_lr="constant", aux=0, ohem=0)
@@ -477,7 +477,7 @@ def alias(target: nn.Module, source: nn.Module) -> None:
 def ema_rebind(target: nn.Module, source: nn.Module, decay: float) -> None:
     """ema_update on parameters that assigns new tensors, and so ends an alias."""
     for t, s in zip(target.parameters(), source.parameters(), strict=True):
-        t.data = decay * t.data + (1 - decay) * s.data
+        t.data = t.data.clone().mul_(decay).add_(s.data, alpha=1 - decay)
 
 
 # ------------------------------------------------------------------------------------------ around the step
@@ -650,17 +650,17 @@ def train(args: Args) -> dict:
         warm, step_of = warmup_step_released, train_step_released
     s.student.train()
     for step in run.steps(s.step, args.steps):
-        distributed.seed_torch(args.seed, "step", step, world.rank)  # dropout: from (seed, step, process)
         set_lr(s.opt_student, poly(step, args.steps))
         set_lr(s.opt_gta, poly(step, args.steps) if args.gta_lr == "poly" else 1)               # DEPARTS[gta-lr]
         labeled = prepare(next(streams[0]), args, world, step, args.cutmix_labeled)
         unlabeled = prepare(next(streams[1]), args, world, step) if step >= s.warmup else None
-        if step == s.warmup:
-            end_of_warmup(s, args)
+        distributed.seed_torch(args.seed, "step", step, world.rank)  # dropout: from (seed, step, process)
         values = warm(s, labeled, args, world) if unlabeled is None else step_of(s, labeled, unlabeled, args, world)
         run.tally(step, values, labeled, unlabeled)
         distributed.average_buffers(world, *networks.values())
         s.step = step + 1
+        if s.step == s.warmup:
+            end_of_warmup(s, args)
 
         asked, scoring = run.asked(s.step), s.step % args.eval_every == 0 or s.step == args.steps
         if s.step % args.log_every == 0 or scoring:
@@ -696,7 +696,7 @@ def snapshot(s: State, args: Args, data: Segmentation, optimizers: bool = True) 
 def restore(s: State, state: dict, args: Args) -> None:
     """The reverse of `snapshot`, in place, so that shared storage stays shared."""
     s.step, s.last, s.best = state["step"], state["last"], state["best"]
-    if args.recipe == "released" and s.step > s.warmup:
+    if args.recipe == "released" and "opt_gta" in state and s.step > s.warmup:
         alias(s.gta.predictor, s.student.predictor)                  # tied in the first epoch, and so it stays
     for name, weights in state["networks"].items():
         s.networks()[name].load_state_dict(weights)

@@ -168,9 +168,12 @@ def in_process(**overrides) -> dict:
 
     import gta_seg
     handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
         return gta_seg.main(gta_seg.preset("shapes", **overrides))
     finally:
+        torch.set_num_threads(threads)
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
@@ -225,3 +228,9 @@ def tensors(nest, place: str = "") -> dict[str, torch.Tensor]:
         return {place: nest}
     pairs = nest.items() if isinstance(nest, dict) else enumerate(nest) if isinstance(nest, (list, tuple)) else ()
     return {k: v for key, value in pairs for k, v in tensors(value, f"{place}.{key}").items()}
+
+
+def children(pid: int) -> list[int]:
+    """Processes that this one started."""
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout
+    return [int(p) for p in listed.split()]

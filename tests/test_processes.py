@@ -3,14 +3,13 @@
 import json
 import os
 import signal
-import subprocess
 import time
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import REPO, command, differences, free_port, log_of, ranks, run, state, tensors, torchrun, until
+from helpers import children, differences, free_port, log_of, ranks, run, state, tensors, torchrun, until
 from test_runs import stop_at
 
 LIVELY = {"lr": 0.1}
@@ -235,14 +234,3 @@ def test_no_process_stays_behind_when_another_is_killed(tiny, tmp_path, io):
         assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
     finally:
         job.kill()
-
-
-def children(pid: int) -> list[int]:
-    """Processes that this one started."""
-    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout
-    return [int(p) for p in listed.split()]
-
-
-def test_commands_of_the_docs_are_torchruns(tmp_path):
-    """`torchrun` is the module that these tests start."""
-    assert "usage" in command(["-m", "torch.distributed.run", "--help"]).ok().out and (REPO / "gta_seg.py").is_file()
