@@ -16,8 +16,7 @@ teacher, which makes the pseudo labels and is the result, is the student's EMA.
     Eqs. 4, 8, 11  gradient steps                   update
     Eqs. 5, 9, 12  exponential moving averages      ema_update, ema_decay
     Algorithm 1                                     train_step
-    Sec. 4.2  poly schedule, warm-up                poly, warmup_step
-    Sec. 4.2  evaluation                            evaluate
+    Sec. 4.2  poly schedule, warm-up, evaluation    poly, warmup_step, evaluate
     Tables 4-9                                      flags under "the paper's tables" in Args
     (not in the paper) the released code's loop     train_step_released, see docs/gta_seg.md
 
@@ -67,7 +66,7 @@ class Args:
     resume: bool = False  # continue the run in --out; starts afresh when there is none
     seed: int = 0  # initial weights, order of images, augmentation. The paper averages 0, 1, 2 (Sec. 4.2)
     workers: int = datasets.default_workers()  # decoding processes per training process and stream
-    device: str = "auto"  # auto, cpu, cuda, mps
+    device: str = "auto"  # auto, cpu, cuda
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # inside the network; auto: bf16 on GPUs, fp32 elsewhere
     compile: bool = False  # torch.compile the networks
     eval_every: int = 0  # steps between evaluations; 0: once per epoch
@@ -120,7 +119,7 @@ class Args:
 PRESETS: dict[str, dict[str, Any]] = {
     "voc": {},
     "cityscapes": dict(root="datasets/cityscapes", split="186", crop_size=769, lr=0.01, decoder_lr=1, weight_decay=5e-4,
-                       epochs=200, window=769, aux=0.4, ohem=0.7),
+                       epochs=200, window=769, aux=0.4, ohem=0.7, eval_every=1740),
     "shapes": dict(root="datasets/shapes", split="random:10", backbone="test_resnet", weights="shapes", width=64,
                    aspp_rates=(1, 2, 3), batch_size=8, crop_size=64, steps=1200, lr=0.01, decoder_lr=3,
                    eval_every=300, scale=(0.75, 1.33), warmup_epochs=3, cutmix=1.0, cutmix_labeled=0.5),
@@ -147,7 +146,7 @@ def deeplab_resnet(body: nn.Module, stride: int) -> None:
 
 
 def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """(B, C, h, w) -> (B, C, H, W), corners aligned as everywhere in this network."""
+    """(B, C, h, w) -> (B, C, *size), corners aligned as everywhere in this network."""
     return F.interpolate(logits, size=size, mode="bilinear", align_corners=True)
 
 
@@ -157,7 +156,7 @@ def conv_bn(inputs: int, outputs: int, kernel: int, dilation: int = 1, bias: boo
 
 
 class ASPP(nn.Module):
-    """(B, C, h, w) -> (B, 5 * width, h, w): image pooling, 1x1 and three dilated 3x3 branches, side by side."""
+    """(B, C, h', w') -> (B, 5 * width, h', w'): image pooling, 1x1 and three dilated 3x3 branches, side by side."""
 
     def __init__(self, inputs: int, width: int, rates: tuple[int, ...]):
         super().__init__()
@@ -176,7 +175,7 @@ class Features(nn.Module):
         super().__init__()
         pretrained = args.weights == "imagenet"
         self.backbone, reduction, channels = backbones.build(args.backbone, args.output_stride, pretrained)
-        if args.backbone.startswith("resnet"):
+        if args.backbone.startswith("resnet") and not args.backbone.startswith("resnetv2"):
             deeplab_resnet(self.backbone, args.output_stride)
         self.low_map = max((i for i, r in enumerate(reduction) if r <= 4), default=0)
         self.third_channels = channels[-2]
@@ -234,8 +233,8 @@ def drop_threshold(conf: Tensor, valid: Tensor, drop: float) -> Tensor:
     percentile rule; -1 when `drop` is 0 or nothing is valid. `conf`, `valid` (B, H, W) of the whole batch -> ()."""
     ordered = torch.where(valid, conf, torch.inf).flatten().sort().values       # no kthvalue: k stays on the device
     n = valid.sum()
-    k = (drop * (n - 1).double()).floor().long().clamp(min=0)
-    return torch.where((n > 0) & (drop > 0), ordered.gather(0, k[None])[0], torch.full_like(ordered[0], -1))
+    index = (drop * (n - 1).double()).floor().long().clamp(min=0)
+    return torch.where((n > 0) & (drop > 0), ordered.gather(0, index[None])[0], torch.full_like(ordered[0], -1))
 
 
 def pseudo_label(label: Tensor, conf: Tensor, valid: Tensor, gamma: Tensor | float) -> Tensor:
@@ -257,7 +256,7 @@ def unsupervised_loss(logits: Tensor, label: Tensor, weight: Tensor,
 
     `share` averages a count over processes, as DDP averages gradients: together they make the global mean."""
     loss = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="none")  # 0 where ignored
-    return (weight * loss).sum() / share((label != IGNORE).sum()).clamp(min=1e-6)
+    return (weight * loss).sum() / share((label != IGNORE).sum()).clamp(min=1e-6)    # a mean count may be below 1
 
 
 def supervised_loss(logits: Tensor, label: Tensor, share: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
@@ -268,13 +267,13 @@ def supervised_loss(logits: Tensor, label: Tensor, share: Callable[[Tensor], Ten
 
 def hard_pixels(logits: Tensor, label: Tensor, thresh: float, min_kept: int,
                 gather: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
-    """OHEM: the label with easy pixels ignored. A pixel is hard when the probability of its true class is at most
-    `thresh`, or among the `min_kept` smallest of the batch; fewer valid pixels than that are all kept."""
+    """OHEM: logits (B, K, H, W), label (B, H, W) -> label without its easy pixels. Hard is a true-class probability
+    of at most `thresh`, or among the `min_kept` smallest of the batch; fewer valid pixels than that are all kept."""
     valid = label != IGNORE
-    true = logits.softmax(dim=1).gather(1, label.masked_fill(~valid, 0)[:, None])[:, 0]  # (B, H, W)
-    ordered = gather(torch.where(valid, true, torch.inf).flatten()).sort().values
+    prob = logits.softmax(dim=1).gather(1, label.masked_fill(~valid, 0)[:, None])[:, 0]  # (B, H, W)
+    ordered = gather(torch.where(valid, prob, torch.inf).flatten()).sort().values
     cut = ordered[min(min_kept, len(ordered)) - 1].clamp(min=thresh)             # inf when too few are valid
-    return label.masked_fill(true > cut, IGNORE)
+    return label.masked_fill(prob > cut, IGNORE)
 
 
 def ema_decay(n: int, alpha: float) -> float:
@@ -342,12 +341,11 @@ class State:
     best: dict = field(default_factory=dict)        # network -> its best one
 
     def networks(self) -> dict[str, SegNet]:
-        every = {"student": self.student, "teacher": self.teacher, "gta": self.gta}
-        return {name: net for name, net in every.items() if net is not None}
+        return {n: net for n in ("student", "teacher", "gta") if (net := getattr(self, n)) is not None}
 
 
 class Pseudo(NamedTuple):
-    """What the teacher made of the unlabeled batch: mixed images (B, 3, H, W), label and weight (B, H, W)."""
+    """What the teacher made of the unlabeled batch: mixed images (B, 3, H, W); label (255: none), weight (B, H, W)."""
 
     images: Tensor
     label: Tensor
@@ -396,9 +394,9 @@ def loss_on(data: str, forward: Callable, labeled: Batch, pseudo: Pseudo | None,
     images = [labeled.images] * (use_l or joint) + ([pseudo.images] if use_u or joint else [])
     logits, aux = forward(torch.cat(images))                         # (B or 2 B, K, h, w)
     b, size = len(labeled.images), labeled.images.shape[-2:]
-    loss = logits.new_zeros(()) if aux is None else 0 * aux.sum()
+    loss = logits.new_zeros(()) if aux is None else 0 * aux.sum()    # DDP waits for every parameter's gradient
     if use_l:
-        for z, weight in [(logits, 1.0), (aux, args.aux)][:1 if aux is None else 2]:
+        for z, weight in [(logits, 1.0)] + ([] if aux is None else [(aux, args.aux)]):
             z, label = upsample(z[:b], size), labeled.label
             if args.ohem:                                            # DEPARTS[cityscapes]
                 label = hard_pixels(z.detach(), label, args.ohem, 50_000 * args.batch_size, world.gather)
@@ -480,12 +478,11 @@ def ema_rebind(target: nn.Module, source: nn.Module, decay: float) -> None:
         t.data = t.data.clone().mul_(decay).add_(s.data, alpha=1 - decay)
 
 
-# ------------------------------------------------------------------------------------------ around the step
 def mix(probability: float, name: str, args: Args, step: int, world: World, *maps: Tensor) -> tuple[Tensor, ...]:
     """CutMix a batch with `probability`, one coin per step for all processes. DEPARTS[cutmix]
 
-    Coins and boxes depend on (seed, step, sample) alone. The partner of image i is its neighbour in the pair
-    (i xor 1), on any number of processes; in the released recipe it is the next image of the process."""
+    `name` is the stream, l or u. Coins and boxes depend on (seed, step, sample) alone. The partner of image i is its
+    neighbour in the pair (i xor 1), on any number of processes; in the released recipe the next of the process."""
     if rng(args.seed, "cutmix", name, step).random() >= probability:
         return maps
     b, device = len(maps[0]), maps[0].device
@@ -577,7 +574,7 @@ def evaluate(networks: dict[str, SegNet], data: Segmentation, args: Args, world:
     def view(image: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         (h, w), c = label.shape, args.crop_size
         if args.recipe == "released" and args.dataset == "voc":      # centre crop, padding scored as background
-            return transforms.crop(image, label, (h - c) // 2, (w - c) // 2, c, c, pad_label=0)
+            return transforms.crop(image, label, -((c - h) // 2), -((c - w) // 2), c, c, pad_label=0)
         return image, label, None
 
     images = datasets.score_loader(data.val, data, world, args.workers)
@@ -594,18 +591,19 @@ def predict_logits(net: SegNet, images: Tensor, window: int = 0) -> Tensor:
     tops, lefts = ([min(i, max(n - window, 0)) for i in range(0, max(n - window, 0) + stride, stride)] for n in size)
     for top, left in itertools.product(tops, lefts):
         part = images[:, :, top:top + window, left:left + window]
-        after = (left, size[1] - left - part.shape[-1], top, size[0] - top - part.shape[-2])
-        total = total + F.pad(upsample(net(part)[0], part.shape[-2:]), after)
+        border = (left, size[1] - left - part.shape[-1], top, size[0] - top - part.shape[-2])
+        total = total + F.pad(upsample(net(part)[0], part.shape[-2:]), border)
         count[:, :, top:top + window, left:left + window] += 1
     return total / count
 
 
 # ============================================================================================== main
-MEANT_FOR = {"gta": "gta_data student_data transfer share_predictor", "gta released": "alpha_gta", "gta mt": "joint_bn",
-             "gta released unbiased-st": "gta_lr", "gta mt unbiased-st": "mu reweight threshold monitor_labels",
-             "gta released mt unbiased-st": "alpha_teacher tau drop cutmix", "suponly gta mt unbiased-st": "aux ohem"}
-RANGES = dict.fromkeys("alpha_gta alpha_teacher drop threshold cutmix cutmix_labeled ohem".split(), (0, 1)) | {
-    "crop_size": (16, 1e5), "width": (4, 4096), "scale": (0.01, 100)}
+FLAGS_OF = {"gta": "gta_data student_data transfer share_predictor joint_bn", "gta released": "alpha_gta",
+            "gta released unbiased-st": "gta_lr", "gta mt unbiased-st": "mu reweight threshold monitor_labels",
+            "gta released mt unbiased-st": "alpha_teacher tau drop cutmix warmup_epochs",
+            "suponly gta mt unbiased-st": "aux ohem"}               # methods -> flags that mean something to them
+RANGES = dict.fromkeys("alpha_gta alpha_teacher threshold cutmix cutmix_labeled ohem".split(), (0, 1)) | {
+    "crop_size": (16, 1e5), "width": (4, 4096), "scale": (0.01, 100), "drop": (0, 0.999), "aspp_rates": (1, 512)}
 
 
 def check(args: Args, world: World) -> None:
@@ -615,27 +613,29 @@ def check(args: Args, world: World) -> None:
     if args.recipe == "released" and args.method != "gta":
         raise UserError(f"--recipe released is a loop of --method gta; --method {args.method} has the paper's only.")
     base, loop = preset(args.dataset, args.recipe), "released" if args.recipe == "released" else args.method
-    runs.check_meaning(args, base, loop, MEANT_FOR)
-    if args.reweight == "none" and args.tau != base.tau:
-        raise UserError("--tau smooths the weights that --reweight none switches off; leave one of them out.")
+    idle = {"tau": args.reweight == "none", "drop": args.threshold > 0, "alpha_gta": args.transfer == "none"}
+    runs.check_meaning(args, base, loop, FLAGS_OF, idle)
 
 
 def train(args: Args) -> dict:
     """One run, from the start or from its checkpoint, to results.json, whose contents are returned."""
+    check(args, distributed.launched())
     data = find.find(args.dataset, Path(args.root), args.val)
     chosen = find.choose(data, args.split, args.split_seed, args.unlabeled, "gta_seg", args.method != "suponly")
-    epoch, out = max(len(chosen.unlabeled) // args.batch_size, 1), runs.default_out(SCRIPT, args)
+    epoch, out = max(len(chosen.unlabeled or chosen.labeled) // args.batch_size, 1), runs.default_out(SCRIPT, args)
     args = replace(args, steps=args.steps or round(args.epochs * epoch), eval_every=args.eval_every or epoch,
                    out=str(out))
-    check(args, distributed.launched())
+    warmup = 0 if args.method == "suponly" else round(args.warmup_epochs * epoch)
+    if args.steps <= warmup:
+        raise UserError(f"--steps {args.steps} end in the warm-up ({warmup}); see also --epochs and --warmup-epochs.")
     resuming = runs.open_run(out, SCRIPT, args, args.resume, distributed.launched().main)
     world = distributed.start(args.device)
     s, notes = build(args, len(data.classes), world, epoch)
-    state = runs.load_checkpoint(out / "last.pt", SCRIPT) if resuming else {"seconds": 0.0}
-    if resuming:
+    state = runs.load_checkpoint(out / "last.pt", SCRIPT) if resuming else None
+    if state is not None:
         restore(s, state, args)
     networks, result = s.networks(), "student" if args.method == "suponly" else "teacher"      # Algorithm 1, Output
-    run = runs.Run(out, SCRIPT, args, world, s.step, state["seconds"], {
+    run = runs.Run(out, SCRIPT, args, world, s.step, state, {
         "classes": data.classes, "images": chosen.text, "fingerprint": chosen.fingerprint, "weights_notes": notes})
     run.say(f"{chosen.text}; scored on {len(data.val)}", *(f"weights {note}" for note in notes), f"{args.method}, "
             f"{args.recipe} recipe: steps {s.step} to {args.steps}, warm-up {s.warmup}, {epoch} an epoch; in {out}")
@@ -645,9 +645,8 @@ def train(args: Args) -> dict:
                                           ("unlabeled", chosen.unlabeled, args.monitor_labels, max(s.step, s.warmup))]:
         views = datasets.Pictures(pictures, data, labels, partial(augment, args), args.seed, name)
         streams.append(datasets.stream(views, args.batch_size, start, args.steps, world, args.workers))
-    warm, step_of = warmup_step, mean_teacher_step if args.method == "mt" else train_step
-    if args.recipe == "released":
-        warm, step_of = warmup_step_released, train_step_released
+    loops = {"mt": (warmup_step, mean_teacher_step), "released": (warmup_step_released, train_step_released)}
+    warm, step_of = loops.get(args.recipe, loops.get(args.method, (warmup_step, train_step)))
     s.student.train()
     for step in run.steps(s.step, args.steps):
         set_lr(s.opt_student, poly(step, args.steps))
@@ -699,7 +698,7 @@ def restore(s: State, state: dict, args: Args) -> None:
     if args.recipe == "released" and "opt_gta" in state and s.step > s.warmup:
         alias(s.gta.predictor, s.student.predictor)                  # tied in the first epoch, and so it stays
     for name, weights in state["networks"].items():
-        s.networks()[name].load_state_dict(weights)
+        runs.load_exact(s.networks()[name], weights, state.get("path", "the checkpoint"))
     for name in ("opt_student", "opt_gta"):
         if name in state:
             getattr(s, name).load_state_dict(state[name])

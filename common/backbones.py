@@ -63,12 +63,14 @@ def build(name: str, stride: int = 32, pretrained: bool = False) -> tuple[nn.Mod
             if not hasattr(network, "features"):
                 raise UserError(f"--backbone {name} of torchvision has no `features` to cut; take a timm name.")
             body = Stages(network.features, stride)
+            if len(body.ends) < 3:
+                raise uncut(name, "too few stages")
             return body, [end[1] for end in body.ends.values()], [end[2] for end in body.ends.values()]
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001 (hub, network and file errors have no common class)
         if not pretrained:
-            raise
+            raise uncut(name, type(error).__name__) from None
         raise UserError(f"The ImageNet weights of {name} could not be fetched ({type(error).__name__}); give a file of "
                         f"them with --weights FILE, or start from random weights with --weights none.") from None
     close = ", ".join(timm.list_models(f"*{name[:6]}*")[:5])
@@ -76,11 +78,21 @@ def build(name: str, stride: int = 32, pretrained: bool = False) -> tuple[nn.Mod
                     + (f"did you mean {close}?" if close else "timm.list_models() lists the names."))
 
 
+def uncut(name: str, why: str) -> UserError:
+    return UserError(f"--backbone {name} cannot be cut into feature maps of several strides ({why}); take another, "
+                     f"for example resnet18.")
+
+
 def read(weights: str, backbone: str, root: str) -> dict[str, Tensor] | None:
     """--weights: the tensors of a file, or of the embedded data's own pre-training under `root`; None for the rest."""
     if weights in ("imagenet", "none"):
         return None
     if weights == "shapes":
+        import timm
+
         from data import shapes
+        if not timm.is_model(backbone):
+            raise UserError(f"--weights shapes pre-trains timm networks; --backbone {backbone} is none, so take a timm "
+                            f"name, or --weights none.")
         return read_weights(shapes.pretrain(Path(root), backbone))
     return read_weights(Path(weights))

@@ -1,7 +1,7 @@
 """torchrun set-up, seeds, DDP and exact reductions. Every call works on one process without torchrun, too."""
 
 import os
-import random
+import re
 import zlib
 from dataclasses import dataclass
 from datetime import timedelta
@@ -79,10 +79,12 @@ def launched() -> World:
 def start(device: str = "auto") -> World:
     """Join the group that torchrun describes in the environment; a world of one without it.
 
-    `device`: auto (GPUs when there are any), cpu, cuda, mps. GPUs talk by NCCL, processors by gloo."""
+    `device`: auto (GPUs when there are any), cpu, cuda. GPUs talk by NCCL, processors by gloo."""
     rank, size, local_rank = (w := launched()).rank, w.size, w.local_rank
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device != "cpu" and not re.fullmatch(r"cuda(:\d+)?", device):
+        raise UserError(f"--device {device}: give auto, cpu, cuda or cuda:N.")
     if device.startswith("cuda"):
         if not torch.cuda.is_available():
             raise UserError(f"--device {device}: this PyTorch sees no GPU; use --device cpu or install a CUDA build.")
@@ -125,7 +127,6 @@ def seed_torch(*parts: int | str) -> None:
     """Seed what layers draw from (initial weights, dropout) from names and numbers alone."""
     seed = int(np.random.SeedSequence(key(*parts)).generate_state(1, np.uint64)[0] >> 1)
     torch.manual_seed(seed)
-    random.seed(seed)
 
 
 def sync_batchnorm(network: nn.Module, world: World) -> nn.Module:

@@ -37,7 +37,7 @@ def score(networks: dict[str, nn.Module], logits_of: Callable, images: Iterable,
     for _, image, label in images:
         image, label, valid = view(image, label)
         x = normalize(image[None].to(world.device), None if valid is None else valid[None].to(world.device))
-        row = [image.permute(1, 2, 0).numpy(), plots.colour(label)]
+        row = [image.permute(1, 2, 0).numpy(), plots.colour(label)] if len(rows) < previews else []
         for name, net in networks.items():
             prediction = logits_of(net.eval(), x).argmax(1)[0]
             counts[name] += confusion(prediction, label.to(prediction.device), num_classes)

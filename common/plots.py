@@ -99,12 +99,14 @@ def predictions(paths: list[str], out: Path, classes: list[str], logits_of: Call
     if not files:
         raise UserError("--predict needs a checkpoint and then images, or folders that hold some: "
                         "--predict runs/x/best.pt photos/")
+    stems = [file.stem for file in files]
+    names = [f.stem if stems.count(f.stem) == 1 else f"{f.parent.name}_{f.name}" for f in files]
     out.mkdir(exist_ok=True)
-    for file in files[world.rank::world.size]:
+    for file, name in list(zip(files, names, strict=True))[world.rank::world.size]:
         image = read_image(file)
         label = logits_of(normalize(image[None].to(world.device))).argmax(1)[0]
-        save_index_png(label, out / f"{file.stem}.png")
-        save_picture(overlay(image, label, classes), out / f"{file.stem}_overlay.jpg")
+        save_index_png(label, out / f"{name}.png")
+        save_picture(overlay(image, label, classes), out / f"{name}_overlay.jpg")
     if world.main:
         print(f"{len(files)} images: {out}/*.png (class indices) and *_overlay.jpg")
 
@@ -118,8 +120,6 @@ def curves(records: list[dict], path: Path, title: str = "") -> None:
     panels: dict[str, list[str]] = {}
     for key in dict.fromkeys(k for r in records for k in r if k not in ("step", "images_per_second")):
         panels.setdefault(key.split("_")[0], []).append(key)
-    if not panels:
-        return
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.2 * rows), squeeze=False)

@@ -3,11 +3,13 @@
 import argparse
 import contextlib
 import dataclasses
+import errno
 import io
 import json
 import os
 import pickle
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-FREE_TO_CHANGE = {"resume", "workers", "device", "log_every", "save_every", "compile", "eval", "predict"}
+FREE_TO_CHANGE = {"out", "resume", "workers", "device", "log_every", "save_every", "compile", "eval", "predict"}
 
 
 class UserError(Exception):
@@ -47,6 +49,9 @@ def cli(args_type: type, preset: Callable, main: Callable, choosers: tuple[str, 
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"\n{stopped}", flush=True)
         leave(0)
+    except KeyboardInterrupt:
+        print("\nStopped by Ctrl-C before the first step; nothing was to be saved.", file=sys.stderr)
+        leave(130)
     except Exception as error:                                       # noqa: BLE001 (only those with a sentence stay)
         sentence = user_sentence(error)
         if sentence is None:
@@ -71,13 +76,13 @@ def user_sentence(error: BaseException) -> str | None:
     """The sentence for the user, or None when this is a defect of ours and deserves its traceback."""
     text = str(error)
     if isinstance(error, UserError):                                 # a DataLoader worker wraps it in its traceback
-        for mark in ("BrokenImage: ", "RankError: ", "UserError: "):
-            if mark in text:
-                return text.rsplit(mark, 1)[-1].strip()
-        return text
-    if isinstance(error, OSError) and error.errno == 28:
-        return f"No space left on the disk while writing {error.filename or 'the run folder'}; the last checkpoint " \
-               f"is whole, so free some space and continue with --resume."
+        return re.split(r"(?:BrokenImage|RankError|UserError): ", text)[-1].strip()
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"No space left on the disk, or in its quota, while writing {error.filename or 'the run folder'}; the " \
+               f"last checkpoint is whole, so free some space and continue with --resume."
+    lost = any(words in text for words in ("closed by peer", "onnection reset", "NCCL"))
+    if lost and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        return "another process of this run stopped; see its message."
     if "out of memory" in text.lower() and isinstance(error, torch.OutOfMemoryError):
         return "The GPU ran out of memory; use a smaller --batch-size or --crop-size, or more GPUs."
     return None
@@ -95,9 +100,12 @@ def check_ranges(args, limits: dict[str, tuple[float, float]]) -> None:
                             f"{', or not in order' if len(values) > 1 else ''}.")
 
 
-def check_meaning(args, base, method: str, meant_for: dict[str, str]) -> None:
-    """UserError when a flag was changed that `method` would ignore; `meant_for` maps methods to flags, as words."""
-    for methods, names in meant_for.items():
+def check_meaning(args, base, method: str, flags_of: dict[str, str], idle: dict[str, bool]) -> None:
+    """UserError when a flag was changed that would be ignored: by `method`, where `flags_of` maps methods to their
+    flags (both as words), or beside another flag, where `idle` says so."""
+    for name in (n for n, off in idle.items() if off and getattr(args, n) != getattr(base, n)):
+        raise UserError(f"--{name.replace('_', '-')} does nothing beside another flag of this command; leave it out.")
+    for methods, names in flags_of.items():
         for name in names.split() if method not in methods.split() else ():
             if getattr(args, name) != getattr(base, name):
                 raise UserError(f"--{name.replace('_', '-')} has no meaning for {method}; leave it out.")
@@ -142,13 +150,16 @@ def open_run(out: Path, script: str, args, resume: bool, main: bool) -> bool:
         if differ:
             raise UserError(f"--resume with other settings than {out} was started with: {', '.join(differ)}; "
                             f"use the old ones, or another --out.")
-    elif main:
-        if resume:
-            print(f"--resume: nothing in {out} yet, so this run starts afresh.")
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"The run folder {out} cannot be made ({error.strerror}); name another --out.") from None
+    if resume and main and not last.exists():
+        print(f"--resume: no checkpoint in {out} yet, so this run starts afresh.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / ".writable").touch()
+        (out / ".writable").unlink(missing_ok=True)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"The run folder {out} cannot be written ({error.strerror}); name another --out.") from None
     return last.exists()
 
 
@@ -194,15 +205,19 @@ def write_text(path: Path, text: str) -> None:
 class Run:
     """A run's folder while it trains: config, log, checkpoints, progress bar, clock, signals.
 
-    `seconds` is what training took before this start; `extra` is written into config.json. All processes make one; only
-    the main one writes. log.jsonl has one object a line (and TensorBoard the same, when it is installed)."""
+    `before` is the checkpoint it continues from, if any; `extra` is written into config.json. All processes make one;
+    only the main one writes. log.jsonl has one object a line (and TensorBoard the same, when it is installed)."""
 
-    def __init__(self, out: Path, script: str, args, world, step: int, seconds: float = 0, extra: dict | None = None):
-        self.out, self.script, self.args, self.world, self.seconds = out, script, args, world, seconds
-        self.first_bad, self.values, self.images, self.skipped, self.signal = {}, {}, 0, 0, ""
+    def __init__(self, out: Path, script: str, args, world, step: int, before: dict | None, extra: dict):
+        self.out, self.script, self.args, self.world = out, script, args, world
+        self.seconds, self.skipped_before = (before or {}).get("seconds", 0.0), (before or {}).get("skipped", 0)
+        self.first_bad, self.values, self.images, self.signal = {}, {}, 0, ""
+        self.skipped = torch.zeros((), dtype=torch.int64, device=world.device)
         self.file = self.writer = None
         world.barrier()                                              # all have looked into the folder before it changes
         if world.main:
+            for left in out.glob(".*.tmp"):                          # of a process that was killed while saving
+                left.unlink(missing_ok=True)
             path = out / "log.jsonl"
             if path.exists():                                        # cut back to the checkpoint we continue from
                 lines = path.read_text().splitlines()
@@ -211,7 +226,7 @@ class Run:
             with contextlib.suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
                 self.writer = SummaryWriter(str(out), purge_step=step + 1)
-            write_config(out, script, args, world, extra or {})
+            write_config(out, script, args, world, extra)
         for number in (signal.SIGTERM, signal.SIGINT):
             with contextlib.suppress(ValueError):                    # not the main thread: no signals
                 signal.signal(number, self.ask)
@@ -264,8 +279,8 @@ class Run:
             self.say(f"peak GPU memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
         means = self.world.mean(torch.stack([v.float() for v in self.values.values()])).tolist()
         elapsed = time.perf_counter() - self.clock
-        if int(self.skipped):
-            extra["skipped_images"] = int(self.skipped)
+        if self.skipped_total():
+            extra["skipped_images"] = self.skipped_total()
         self.write(step, **dict(zip(self.values, means, strict=True)), **extra,
                    images_per_second=round(self.images / elapsed, 2))
         self.seconds, self.images, self.clock = self.seconds + elapsed, 0, time.perf_counter()
@@ -280,9 +295,18 @@ class Run:
     def save(self, name: str, state: dict) -> None:
         """A checkpoint, atomically; restarts the clock, so that saving and scoring do not count as training."""
         self.check()
+        for network, weights in state["networks"].items():
+            if not all(bool(torch.isfinite(w).all()) for w in weights.values()):
+                raise RankError(f"The weights of {network} are not finite after step {state['step'] - 1}, so training "
+                                f"stops; the last good checkpoint stays in {self.out}. Try a lower --lr.")
+        skipped = self.skipped_total()
         if self.world.main:
-            save_checkpoint(self.out / name, self.script, {**state, "seconds": self.seconds})
+            save_checkpoint(self.out / name, self.script, {**state, "seconds": self.seconds, "skipped": skipped})
         self.clock = time.perf_counter()
+
+    def skipped_total(self) -> int:
+        """Broken images that all processes passed over since the run began."""
+        return self.skipped_before + int(self.world.sum(self.skipped))
 
     def leave(self, step: int) -> None:
         """After a signal, and after saving: say where the run stands."""
@@ -358,7 +382,7 @@ def load_checkpoint(path: Path, script: str) -> dict:
         raise UserError(f"{path} is a file of weights, not a checkpoint of {script}; give it to --weights.")
     if state["script"] != script:
         raise UserError(f"{path} is a checkpoint of {state['script']}, not of {script}.")
-    return state
+    return state | {"path": str(path)}
 
 
 class ArraysOnly(pickle.Unpickler):
@@ -387,17 +411,28 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         else:
             weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                                       # noqa: BLE001 (each format has its own)
-        raise UserError(f"--weights {path} cannot be read as weights ({type(error).__name__}: {str(error)[:120]}); "
-                        f"save it again as a plain state dict.") from None
+        raise UserError(f"--weights {path} cannot be read as weights ({type(error).__name__}); save it again as a "
+                        f"plain state dict.") from None
     for wrapper in ("model", "state_dict", "teacher", "student"):
         if isinstance(weights, dict) and isinstance(weights.get(wrapper), dict):
             weights = weights[wrapper]
+    weights = weights if isinstance(weights, dict) else {}
     weights = {k: torch.as_tensor(v) for k, v in weights.items() if hasattr(v, "shape")}
     while weights and all(k.startswith("module.") for k in weights):
         weights = {k.removeprefix("module."): v for k, v in weights.items()}
     if not weights:
         raise UserError(f"--weights {path} holds no tensors.")
     return weights
+
+
+def load_exact(network: nn.Module, weights: dict[str, Tensor], path: str) -> None:
+    """Load all tensors of the checkpoint `path`; UserError when the network was built with other settings."""
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip()[:90]
+        raise UserError(f"{path} does not fit the network of these settings ({first}); leave --backbone, --width and "
+                        f"other network flags as they were.") from None
 
 
 def load_matching(network: nn.Module, weights: dict[str, Tensor], what: str) -> list[str]:

@@ -28,7 +28,7 @@ def random_scale(image: Tensor, label: Tensor | None, low: float, high: float,
     else:
         factor = rng.uniform(low, high)
     height, width = image.shape[-2:]
-    return resize(image, label, (max(int(height * factor), 1), max(int(width * factor), 1)))
+    return resize(image, label, (max(int(height * factor), 2), max(int(width * factor), 2)))
 
 
 def random_flip(image: Tensor, label: Tensor | None, rng: np.random.Generator) -> tuple[Tensor, Tensor | None]:

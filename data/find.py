@@ -25,6 +25,8 @@ def find(name: str, root: Path, val: str = "val", classes: list[str] | None = No
 
     The embedded set, shapes, is drawn on first use."""
     readers = {"voc": find_voc, "shapes": find_voc, "cityscapes": find_cityscapes, "folder": find_folder}
+    if root.exists() and not root.is_dir():
+        raise missing(name, root, "a folder")
     if name == "shapes":
         root = shapes.make_voc(root / "voc")
     if not root.is_dir():
@@ -62,7 +64,7 @@ def find_voc(root: Path, val: str) -> Segmentation:
     train_lists = (lists / f"{name}.txt" for name in ("train_aug", "trainaug", "train"))
     train_file = next((path for path in train_lists if path.is_file()), None)
     if val_names is None:
-        raise missing("voc", lists, f"{val}.txt")
+        raise missing("--val", lists, f"{val}.txt")
     train_names = listed(train_file) if train_file else sorted(images.keys() - set(val_names))
     classes = root / "classes.txt"
     return Segmentation(
@@ -114,7 +116,10 @@ def find_folder(root: Path, val: str) -> Segmentation:
 
 
 def read_classes(path: Path) -> list[str]:
-    names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    try:
+        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text; save it as such, one class name a line.") from None
     if len(names) < 2 or len(names) > 255 or len(set(names)) < len(names):
         raise UserError(f"{path} needs 2 to 255 different class names, one a line; it has {len(names)}.")
     return names
@@ -169,9 +174,10 @@ def choose(data: Segmentation, split: str, split_seed: int, unlabeled: str, fami
     else:
         try:
             number = splits.count(split.removeprefix("random:"), len(data.train))
+            able = [name for name, picture in data.train.items() if picture.label.is_file()]
+            names = splits.draw(able, number, split_seed, lambda name: classes_in(data, data.train[name]))
         except splits.SplitError as error:
             raise UserError(f"--split {split}: {error}") from None
-        names = splits.draw(list(data.train), number, split_seed, lambda name: classes_in(data, data.train[name]))
         labeled, origin = [data.train[name] for name in names], f"{number} drawn with --split-seed {split_seed}"
     for picture in labeled:
         need(picture.label)

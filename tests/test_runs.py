@@ -387,12 +387,12 @@ def test_suponly_has_a_student_alone(tiny, tmp_path, io):
 
 def test_main_returns_what_the_file_holds(shapes_root, tmp_path):
     returned = in_process(root=str(shapes_root), val="few", out=str(tmp_path / "out"), steps=2, backbone="test_resnet",
-                          weights="none", width=8, batch_size=4, crop_size=32, workers=0)
+                          weights="none", width=8, batch_size=4, crop_size=32, workers=0, warmup_epochs=0)
     assert returned == json.loads((tmp_path / "out" / "results.json").read_text())
 
 
 def test_default_folder_is_named_after_the_run(tiny, tmp_path, io):
-    run(tiny(split="random:1/100", split_seed=3, seed=2, steps=1), io, cwd=tmp_path).ok()
+    run(tiny(split="random:1/100", split_seed=3, seed=2, steps=1, warmup_epochs=0), io, cwd=tmp_path).ok()
     assert [p.name for p in (tmp_path / "runs").iterdir()] == ["gta_seg-shapes-1-of-100-d3-s2"]
 
 

@@ -122,7 +122,7 @@ def test_documents_hold_commands():
 @pytest.mark.parametrize("document, command", sorted(set(commands())))
 def test_commands_in_documents_parse(document, command):
     """Flags exist, values are of their type, files and make targets are there."""
-    command = command.split(" #")[0].split(" | ")[0].split(" && ")[0].split(" > ")[0]
+    command = re.split(r" # | \| | && | > | &$", command + " ")[0].removesuffix(" & ")
     words = [w for w in shlex.split(command) if not re.match(r"^\w+=\S*$", w)]
     if words[0] == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
