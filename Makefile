@@ -11,7 +11,7 @@ demo: .venv/ready  ## the method and its baseline on drawn scenes, about five mi
 
 test: .venv/tests
 	$(BIN)/python -m ruff check .
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 lint: .venv/tests
 	$(BIN)/python -m ruff check .
