@@ -1182,6 +1182,9 @@ def test_full_network_has_the_released_ones_parameters(voc):
     assert len(list(g.parameters())) == 10 and len(list(g.buffers())) == 6 and g.aux is None
     kernels = [tuple(p.shape) for p in g.classifier.parameters() if p.dim() == 4]
     assert kernels == [(256, 512, 3, 3), (256, 256, 3, 3), (21, 256, 1, 1)]
+    biases = [[m.bias is not None for m in part.modules() if isinstance(m, nn.Conv2d)]
+              for part in (f.aspp, f.head, f.low, g)]
+    assert biases == [[False] * 5, [False], [True], [True] * 3]
     with torch.device("meta"):
         city = gta_seg.SegNet(gta_seg.preset("cityscapes", weights="none"), 19)
     assert millions(city.predictor.aux) == 2.36

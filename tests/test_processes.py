@@ -86,7 +86,8 @@ def no_batch_effects() -> None:
     torch.nn.Dropout2d.forward = lambda self, x: x
 
 
-STEPS = {"gta": {}, "mt": dict(method="mt"), "suponly": dict(method="suponly", cutmix_labeled=0.5),
+STEPS = {"gta": {}, "mt": dict(method="mt"), "suponly": dict(method="suponly", cutmix_labeled=0.5,
+         warmup_epochs=None),
          "all losses": dict(aux=0.4, ohem=0.7, gta_data="both", student_data="both", cutmix_labeled=0.5)}
 
 
