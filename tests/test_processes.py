@@ -94,7 +94,7 @@ STEPS = {"gta": {}, "mt": dict(method="mt"), "suponly": dict(method="suponly", c
 @pytest.mark.parametrize("method", STEPS)
 def test_ten_steps_are_equal_on_one_and_two_processes(tiny, tmp_path, io, method):
     """Global batch, coins, boxes, threshold and normalisers: float32, two steps of warm-up."""
-    line = dict(steps=10, lr=0.02, precision="fp32", batch_size=8, warmup_epochs=2, **STEPS[method])   # 1 step an epoch
+    line = dict(steps=10, lr=0.02, precision="fp32", batch_size=8, warmup_epochs=2) | STEPS[method]    # 1 step an epoch
     for n in (1, 2):
         for done in ranks(n, tiny(out=tmp_path / str(n), **line), io, no_batch_effects):
             done.ok()
