@@ -5,8 +5,8 @@ BIN := .venv/bin
 .PHONY: demo test lint bench clean
 
 demo: .venv/ready  ## the method and its baseline on drawn scenes, about five minutes on two cores
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python gta_seg.py --dataset shapes --method suponly --resume --out runs/demo-suponly
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python gta_seg.py --dataset shapes --resume --out runs/demo-gta
+	OMP_NUM_THREADS=1 $(BIN)/python gta_seg.py --dataset shapes --method suponly --resume --out runs/demo-suponly
+	OMP_NUM_THREADS=1 $(BIN)/python gta_seg.py --dataset shapes --resume --out runs/demo-gta
 	$(BIN)/python docs/compare.py runs/demo-suponly runs/demo-gta --strip runs/demo.png
 
 test: .venv/tests
