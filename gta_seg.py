@@ -41,10 +41,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import backbones, datasets, distributed, metrics, plots, runs, transforms
-from common.datasets import Batch, Segmentation
+from common.datasets import Batch
 from common.distributed import World, rng
 from common.runs import UserError
-from data import find
+from data import find, read
 
 SCRIPT, IGNORE = "gta_seg.py", 255
 
@@ -566,7 +566,7 @@ def end_of_warmup(s: State, args: Args) -> None:
 
 
 # ============================================================================================== evaluation
-def evaluate(networks: dict[str, SegNet], data: Segmentation, args: Args, world: World) -> tuple[dict, list]:
+def evaluate(networks: dict[str, SegNet], data: read.Segmentation, args: Args, world: World) -> tuple[dict, list]:
     """Confusion counts (K, K) of each network, and rows of preview pictures (image, label, predictions).
 
     Sec. 4.2. Single scale, no flip, every image once on any number of processes; absent classes stay out of the mean.
@@ -623,8 +623,8 @@ def train(args: Args) -> dict:
     data = find.find(args.dataset, Path(args.root), args.val)
     chosen = find.choose(data, args.split, args.split_seed, args.unlabeled, "gta_seg", args.method != "suponly")
     epoch, out = max(len(chosen.unlabeled or chosen.labeled) // args.batch_size, 1), runs.default_out(SCRIPT, args)
-    args = replace(args, steps=args.steps or round(args.epochs * epoch), eval_every=args.eval_every or epoch,
-                   out=str(out))
+    steps = args.steps or round(args.epochs * epoch)
+    args = replace(args, steps=steps, eval_every=args.eval_every or epoch, out=str(out))
     warmup = 0 if args.method == "suponly" else round(args.warmup_epochs * epoch)
     if args.steps <= warmup:
         raise UserError(f"--steps {args.steps} end in the warm-up ({warmup}); see also --epochs and --warmup-epochs.")
@@ -668,12 +668,11 @@ def train(args: Args) -> dict:
         if scoring:
             counts, rows = evaluate(networks, data, args, world)
             s.last = {name: metrics.iou_record(c, data.classes, s.step) for name, c in counts.items()}
-            better = [n for n, r in s.last.items() if n not in s.best or r["miou"] > s.best[n]["miou"]]
-            s.best |= {name: s.last[name] for name in better}
+            s.best |= {n: r for n, r in s.last.items() if n not in s.best or r["miou"] > s.best[n]["miou"]}
             run.write(s.step, **{f"miou_{name}": r["miou"] for name, r in s.last.items()})
             if world.main:
                 plots.strip(rows, ["image", "label", *networks], out / "previews" / f"{s.step:07d}.png")
-            if result in better:
+            if s.best[result] is s.last[result]:
                 run.save("best.pt", snapshot(s, args, data, optimizers=False))
         if scoring or asked or (args.save_every and s.step % args.save_every == 0):
             run.save("last.pt", snapshot(s, args, data))
@@ -684,7 +683,7 @@ def train(args: Args) -> dict:
     return run.finish({name: {"last": s.last[name], "best": s.best[name]} for name in networks}, facts, result, "miou")
 
 
-def snapshot(s: State, args: Args, data: Segmentation, optimizers: bool = True) -> dict:
+def snapshot(s: State, args: Args, data: read.Segmentation, optimizers: bool = True) -> dict:
     """What a checkpoint holds. best.pt has the networks without `optimizers`: to score and to predict."""
     state = {"settings": json.loads(json.dumps(vars(args))), "classes": data.classes, "step": s.step, "last": s.last,
              "best": s.best, "networks": {name: net.state_dict() for name, net in s.networks().items()}}
@@ -730,8 +729,9 @@ def score(args: Args) -> dict:
 def predict(args: Args) -> None:
     """--predict CKPT IMAGES...: index PNGs and overlays of images or folders into <checkpoint>.predictions/."""
     networks, state, world = load(args.predict[0], args)
-    logits_of = partial(predict_logits, networks.get("teacher", networks["student"]), window=args.window)
-    plots.predictions(args.predict[1:], Path(f"{args.predict[0]}.predictions"), state["classes"], logits_of, world)
+    best, out = networks.get("teacher", networks["student"]), Path(f"{args.predict[0]}.predictions")
+    plots.predictions(args.predict[1:], out, state["classes"],
+                      lambda image: predict_logits(best, transforms.normalize(image), args.window), world)
 
 
 def settings(dataset: str = "voc", recipe: str = "paper", eval: str = "", predict: str = "") -> Args:

@@ -42,18 +42,18 @@ class Stages(nn.Module):
         return maps
 
 
-def build(name: str, stride: int = 32, pretrained: bool = False) -> tuple[nn.Module, list[int], list[int]]:
+def build(name: str, stride: int = 32, pretrained: bool = False, **more) -> tuple[nn.Module, list[int], list[int]]:
     """The network, which maps (B, 3, H, W) to a list of feature maps, and each map's reduction and channels.
 
     `stride` is the smallest map's reduction where the network can be dilated (8, 16, 32); transformers keep their own.
-    Raises UserError for an unknown name or weights that cannot be fetched."""
+    `more` (out_indices) goes to timm. Raises UserError for an unknown name or weights that cannot be had."""
     import timm
     import torchvision
 
     try:
         if timm.is_model(name):
             try:
-                body = timm.create_model(name, features_only=True, output_stride=stride, pretrained=pretrained)
+                body = timm.create_model(name, features_only=True, output_stride=stride, pretrained=pretrained, **more)
             except (NotImplementedError, TypeError, ValueError):     # a transformer: one stride, any size
                 body = timm.create_model(name, features_only=True, pretrained=pretrained, dynamic_img_size=True,
                                          dynamic_img_pad=True)

@@ -76,8 +76,9 @@ def launched() -> World:
     return World(rank, size, local_rank)
 
 
-def start(device: str = "auto") -> World:
-    """Join the group that torchrun describes in the environment; a world of one without it.
+def start(device: str = "auto", join: bool = True) -> World:
+    """Join the group that torchrun describes in the environment; a world of one without it. With `join` False no
+    group is made: the world says who we are, and nothing may be reduced.
 
     `device`: auto (GPUs when there are any), cpu, cuda. GPUs talk by NCCL, processors by gloo."""
     rank, size, local_rank = (w := launched()).rank, w.size, w.local_rank
@@ -95,7 +96,7 @@ def start(device: str = "auto") -> World:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
-    if size > 1:
+    if size > 1 and join:
         try:
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo",
                                     timeout=timedelta(minutes=60))

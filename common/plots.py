@@ -8,9 +8,8 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from common.datasets import image_files, read_image
 from common.runs import UserError
-from common.transforms import normalize
+from data.read import image_files, read_image
 
 
 def palette() -> np.ndarray:
@@ -93,8 +92,8 @@ def strip(rows: list[list[np.ndarray]], titles: list[str], path: Path, height: i
 
 @torch.no_grad()
 def predictions(paths: list[str], out: Path, classes: list[str], logits_of: Callable[[Tensor], Tensor], world) -> None:
-    """Index PNGs and overlays of images, or of folders of them, into `out`; `logits_of` maps a normalised (1, 3, H, W)
-    to (1, K, H, W). UserError when there is no image, or one cannot be read."""
+    """Index PNGs and overlays of images, or of folders of them, into `out`; `logits_of` maps uint8 (1, 3, H, W) to
+    logits (1, K, H, W). UserError when there is no image, or one cannot be read."""
     files = [f for p in map(Path, paths) for f in (image_files(p) if p.is_dir() else [p])]
     if not files:
         raise UserError("--predict needs a checkpoint and then images, or folders that hold some: "
@@ -104,7 +103,7 @@ def predictions(paths: list[str], out: Path, classes: list[str], logits_of: Call
     out.mkdir(exist_ok=True)
     for file, name in list(zip(files, names, strict=True))[world.rank::world.size]:
         image = read_image(file)
-        label = logits_of(normalize(image[None].to(world.device))).argmax(1)[0]
+        label = logits_of(image[None].to(world.device)).argmax(1)[0]
         save_index_png(label, out / f"{name}.png")
         save_picture(overlay(image, label, classes), out / f"{name}_overlay.jpg")
     if world.main:

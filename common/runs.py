@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import io
 import json
 import os
@@ -202,6 +203,25 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
+@contextlib.contextmanager
+def claim(folder: Path, wait: bool = False):
+    """`with claim(folder) as ours`: True when no other process has this folder, which is made, until the block ends or
+    this process dies; with `wait` it becomes so. UserError on a file system without locks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        except OSError as error:
+            raise UserError(f"{folder} lies on a file system without locks ({error.strerror}); name another.") from None
+        try:
+            yield True
+        finally:
+            fcntl.flock(lock, fcntl.LOCK_UN)                         # loader processes may hold a copy of the handle
+
+
 class Run:
     """A run's folder while it trains: config, log, checkpoints, progress bar, clock, signals.
 
@@ -252,8 +272,8 @@ class Run:
     def steps(self, start: int, total: int):
         """range(start, total) with a progress bar; a line a minute where there is no terminal."""
         from tqdm import tqdm
-        return tqdm(range(start, total), initial=start, total=total, disable=not self.world.main, dynamic_ncols=True,
-                    smoothing=0.05, unit="step", mininterval=0.5 if sys.stderr.isatty() else 60)
+        return tqdm(range(start, total), initial=start, total=total, disable=int(os.environ.get("RANK", 0)) > 0,
+                    smoothing=0.05, unit="step", dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 60)
 
     def tally(self, step: int, values: dict[str, Tensor], *batches) -> None:
         """Note what a step gave and read, without waiting for the device, and when a loss first was not finite."""

@@ -56,13 +56,13 @@ def crop(image: Tensor, label: Tensor | None, top: int, left: int, height: int, 
     return out, out_label, valid
 
 
-def random_crop(image: Tensor, label: Tensor | None, size: int, rng: np.random.Generator,
+def random_crop(image: Tensor, label: Tensor | None, size: int | tuple[int, int], rng: np.random.Generator,
                 pad_label: int = 255) -> tuple[Tensor, Tensor, Tensor]:
-    """A random size x size window; a side shorter than that is padded equally on both ends."""
-    h, w = image.shape[-2:]
-    top = int(rng.integers(0, h - size + 1)) if h > size else -((size - h) // 2)
-    left = int(rng.integers(0, w - size + 1)) if w > size else -((size - w) // 2)
-    return crop(image, label, top, left, size, size, pad_label)
+    """A random window of `size` (one side, or height and width); what is shorter is padded equally on both ends."""
+    sides = (size, size) if isinstance(size, int) else size
+    top, left = (int(rng.integers(0, n - side + 1)) if n > side else -((side - n) // 2)
+                 for n, side in zip(image.shape[-2:], sides, strict=True))
+    return crop(image, label, top, left, *sides, pad_label)
 
 
 def normalize(images: Tensor, valid: Tensor | None = None) -> Tensor:

@@ -2,14 +2,15 @@
 
 Layouts are described in data/README.md; --split and --unlabeled are read here."""
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from common.datasets import IMAGES, Picture, Segmentation, image_files, read_label
 from common.runs import UserError
 from data import shapes, splits
+from data.read import IMAGES, Picture, Segmentation, image_files, read_label
 
 VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
                "person pottedplant sheep sofa train tvmonitor").split()
@@ -194,6 +195,24 @@ def choose(data: Segmentation, split: str, split_seed: int, unlabeled: str, fami
     text = (f"{len(labeled)} labeled images ({origin}{f', known as {family_name}' if family_name else ''}, "
             f"fingerprint {fingerprint[:12]}) and {len(rest)} unlabeled ones")
     return Chosen(labeled, rest, text, fingerprint)
+
+
+def hold_out(data: Segmentation, chosen: Chosen, split_seed: int, number: int, family: str) -> list[Picture]:
+    """Images with labels beside the labeled ones of the run, to choose by: the last `number` of the order that the split
+    was cut from (the published permutation where `family` has one, else a seeded one), nearest the end first, so that a
+    smaller set is the beginning of a larger one. UserError when there are not so many."""
+    published = data.root / "splits" / family / "permutation.txt"
+    if data.name == "voc" and published.is_file():
+        order = [name for name, _ in splits.read_list(published)]
+    else:
+        order = splits.draw(list(data.train), len(data.train), split_seed)
+    taken = {p.name for p in chosen.labeled}
+    able = (p for n in reversed(order) if n not in taken and (p := data.train.get(n)) and p.label.is_file())
+    found = list(itertools.islice(able, number))
+    if len(found) < number:
+        raise UserError(f"{number} images with labels are to be held out (--dev-size, --dev-reserve), but beside the "
+                        f"{len(taken)} labeled ones there are only {len(found)}; ask for fewer, or a smaller --split.")
+    return found
 
 
 def pictures_of(path: Path, data: Segmentation, labels: bool = True) -> list[Picture]:

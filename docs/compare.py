@@ -18,7 +18,7 @@ BOOKKEEPING = {"out", "resume", "seed", "split_seed", "workers", "device", "log_
                "monitor_labels", "compile", "eval", "predict"}
 
 
-def read(folder: Path) -> dict:
+def read_run(folder: Path) -> dict:
     """Settings and results of a finished run."""
     missing = [name for name in ("config.json", "results.json") if not (folder / name).is_file()]
     if missing:
@@ -63,8 +63,8 @@ def strip(runs: list[dict], path: Path, count: int = 8) -> None:
     import torch
 
     import gta_seg
-    from common import datasets, plots, transforms
-    from data import find
+    from common import plots, transforms
+    from data import find, read
 
     args = gta_seg.settings(eval=str(runs[0]["folder"] / "last.pt"))
     data = find.find(args.dataset, Path(args.root), args.val)
@@ -76,7 +76,7 @@ def strip(runs: list[dict], path: Path, count: int = 8) -> None:
     rows = []
     with torch.no_grad():
         for picture in data.val[:count]:
-            image, truth = datasets.load(picture, data)
+            image, truth = read.load(picture, data)
             x = transforms.normalize(image[None])
             predictions = [gta_seg.predict_logits(net.cpu(), x, a.window).argmax(1)[0] for net, a in networks]
             rows.append([image.permute(1, 2, 0).numpy(), *map(plots.colour, predictions), plots.colour(truth)])
@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--metric", default="miou")
     parser.add_argument("--strip", type=Path, help="write a sheet of predictions of these runs here")
     options = parser.parse_args()
-    runs = [read(folder) for folder in options.runs]
+    runs = [read_run(folder) for folder in options.runs]
     print(table(runs, options.metric))
     if options.strip:
         strip(runs, options.strip)

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import gta_seg  # noqa: E402
 from common import datasets, metrics, transforms  # noqa: E402
 from common.distributed import World  # noqa: E402
+from data import read  # noqa: E402
 
 WORLD = World()
 
@@ -110,9 +111,9 @@ def bench_loader() -> None:
         coarse = rng.integers(0, 255, (24, 32, 3), dtype=np.uint8)
         Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC).save(image)
         Image.fromarray(np.kron(rng.integers(0, 21, (15, 20), dtype=np.uint8), np.ones((25, 25), np.uint8))).save(label)
-        data = datasets.Segmentation("voc", Path(folder), [str(i) for i in range(21)], {}, [])
+        data = read.Segmentation("voc", Path(folder), [str(i) for i in range(21)], {}, [])
         args = gta_seg.preset("voc")
-        picture = datasets.Picture("a", image, label)
+        picture = read.Picture("a", image, label)
         views = datasets.Pictures([picture], data, True, partial(gta_seg.augment, args), 0, "x")
         place = iter(range(10**6))
 

@@ -22,10 +22,10 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from common.datasets import read_image, read_label
 from common.runs import UserError
 from data import shapes
 from data.find import CITYSCAPES_IDS, find
+from data.read import read_image, read_label
 
 REPO = Path(__file__).resolve().parents[1]
 PARTS = ("train", "val")
