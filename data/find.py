@@ -198,7 +198,7 @@ def choose(data: Segmentation, split: str, split_seed: int, unlabeled: str, fami
 
 
 def hold_out(data: Segmentation, chosen: Chosen, split_seed: int, number: int, family: str) -> list[Picture]:
-    """Images with labels beside the labeled ones of the run, to choose by: the last `number` of the order that the split
+    """Images with labels beside the labeled ones of the run, to choose by: the last `number` of the order the split
     was cut from (the published permutation where `family` has one, else a seeded one), nearest the end first, so that a
     smaller set is the beginning of a larger one. UserError when there are not so many."""
     published = data.root / "splits" / family / "permutation.txt"
