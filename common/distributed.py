@@ -131,9 +131,12 @@ def seed_torch(*parts: int | str) -> None:
 
 
 def sync_batchnorm(network: nn.Module, world: World) -> nn.Module:
-    """SyncBatchNorm on GPUs with several processes. On CPUs `average_buffers` keeps the statistics equal instead."""
+    """SyncBatchNorm on GPUs with several processes. On CPUs `average_buffers` keeps the statistics equal instead.
+
+    timm's conversion keeps the activation that its BatchNormAct2d layers apply; torch's would drop it."""
     if world.size > 1 and world.device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        from timm.layers import convert_sync_batchnorm
+        return convert_sync_batchnorm(network)
     return network
 
 
