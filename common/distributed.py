@@ -86,6 +86,9 @@ def start(device: str = "auto", join: bool = True) -> World:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device != "cpu" and not re.fullmatch(r"cuda(:\d+)?", device):
         raise UserError(f"--device {device}: give auto, cpu, cuda or cuda:N.")
+    if device.startswith("cuda:") and size > 1:
+        raise UserError(f"--device {device} would put all {size} processes on one GPU; give --device cuda, and choose "
+                        f"GPUs with CUDA_VISIBLE_DEVICES.")
     if device.startswith("cuda"):
         if not torch.cuda.is_available():
             raise UserError(f"--device {device}: this PyTorch sees no GPU; use --device cpu or install a CUDA build.")
