@@ -28,8 +28,8 @@ class World:
         return self.rank == 0
 
     def bf16(self, precision: str) -> bool:
-        """Whether networks run in bf16: as told, or with `auto` on GPUs that have it."""
-        able = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        """Whether networks run in bf16: as told, or with `auto` on GPUs that compute in it."""
+        able = self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return precision == "bf16" or (precision == "auto" and able)
 
     def share(self, batch_size: int, multiple: int = 1) -> int:
