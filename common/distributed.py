@@ -1,5 +1,6 @@
 """torchrun set-up, seeds, DDP and exact reductions. Every call works on one process without torchrun, too."""
 
+import inspect
 import os
 import re
 import zlib
@@ -162,5 +163,6 @@ def parallel(network: nn.Module, world: World) -> nn.Module:
     Keep the bare network for everything else (EMA, checkpoints, evaluation)."""
     if world.size == 1:
         return network
-    ids = [world.device] if world.device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(network, device_ids=ids, broadcast_buffers=False)
+    ids, ddp = [world.device] if world.device.type == "cuda" else None, nn.parallel.DistributedDataParallel
+    new = "forward_sync_buffers" in inspect.signature(ddp).parameters     # the name since PyTorch 2.13
+    return ddp(network, device_ids=ids, **{"forward_sync_buffers" if new else "broadcast_buffers": False})
