@@ -57,7 +57,8 @@ def cli(args_type: type, preset: Callable, main: Callable, choosers: tuple[str, 
         sentence = user_sentence(error)
         if sentence is None:
             raise
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0 or isinstance(error, RankError):
+        alone = sentence != LOST and (isinstance(error, RankError) or not isinstance(error, UserError))
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0 or alone:       # else another process says the same
             print(f"error: {sentence}", file=sys.stderr, flush=True)
         leave(2)
 
@@ -73,6 +74,9 @@ class RankError(UserError):
     """A UserError that only one process met, so that this process must say it."""
 
 
+LOST = "another process of this run stopped, or the network to it failed; see its message."
+
+
 def user_sentence(error: BaseException) -> str | None:
     """The sentence for the user, or None when this is a defect of ours and deserves its traceback."""
     text = str(error)
@@ -81,9 +85,9 @@ def user_sentence(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"No space left on the disk, or in its quota, while writing {error.filename or 'the run folder'}; the " \
                f"last checkpoint is whole, so free some space and continue with --resume."
-    lost = any(words in text for words in ("closed by peer", "onnection reset", "NCCL"))
-    if lost and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        return "another process of this run stopped; see its message."
+    words = ("closed by peer", "closed by remote peer", "onnection reset", "remote process exited", "likely closed")
+    if isinstance(error, RuntimeError) and any(w in text for w in words) and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        return LOST                                                  # of gloo, NCCL and the store; NCCL has others, too
     if "out of memory" in text.lower() and isinstance(error, torch.OutOfMemoryError):
         return "The GPU ran out of memory; use a smaller --batch-size or --crop-size, or more GPUs."
     return None
