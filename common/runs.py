@@ -121,7 +121,7 @@ def saved_settings(args_type: type, path: Path, script: str):
     saved = load_checkpoint(path, script)["settings"]
     default = args_type()
     saved = {k: tuple(v) if isinstance(getattr(default, k), tuple) else v for k, v in saved.items()}
-    return args_type(**saved | {k: getattr(default, k) for k in ("resume", "device", "workers")})
+    return args_type(**saved | {k: getattr(default, k) for k in ("resume", "device", "workers", "compile")})
 
 
 # ---------------------------------------------------------------------------------------------------- run folder
