@@ -299,8 +299,8 @@ class Run:
     def log(self, step: int, **extra) -> None:
         """One line: the last step's values as means over processes, `extra`, images per second since the last line."""
         self.check()
-        if self.world.device.type == "cuda" and self.seconds == 0:
-            self.say(f"peak GPU memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+        if self.world.device.type == "cuda":                         # of the main process, since the start
+            extra["peak_gpu_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         means = self.world.mean(torch.stack([v.float() for v in self.values.values()])).tolist()
         elapsed = time.perf_counter() - self.clock
         if self.skipped_total():
