@@ -9,6 +9,7 @@ from torch import Tensor
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)      # of RGB values in 0..255
 IMAGENET_STD = (58.395, 57.12, 57.375)
+MEAN, STD = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
 
 
 def resize(image: Tensor, label: Tensor | None, size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
@@ -67,7 +68,21 @@ def random_crop(image: Tensor, label: Tensor | None, size: int | tuple[int, int]
 
 def normalize(images: Tensor, valid: Tensor | None = None) -> Tensor:
     """(B, 3, H, W) uint8 -> float32 with ImageNet's mean and deviation; padding is exactly 0, the mean colour."""
-    mean = torch.tensor(IMAGENET_MEAN, device=images.device).view(1, 3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, device=images.device).view(1, 3, 1, 1)
+    mean, std = (values.to(images.device, non_blocking=True) for values in (MEAN, STD))      # no wait for a GPU
     images = (images.float() - mean) / std
     return images if valid is None else images * valid[:, None]
+
+
+def jitter_and_blur(images: Tensor, rng: np.random.Generator) -> Tensor:
+    """ClassMix's photometric noise, one draw for the whole batch (B, 3, H, W) in 0..255: jitter of strength 0.25 with
+    probability 0.8, blur of deviation 0.15 to 1.15 with a kernel of a tenth of the side with 0.5."""
+    from torchvision.transforms.v2 import functional as tv
+    bright, contrast, colourful = rng.uniform(0.75, 1.25, 3)
+    hue, jittered, blurred, sigma = rng.uniform((-0.25, 0, 0, 0.15), (0.25, 1, 1, 1.15))
+    images = images / 255
+    if jittered > 0.2:
+        images = tv.adjust_contrast(tv.adjust_brightness(images, bright), contrast)
+        images = tv.adjust_hue(tv.adjust_saturation(images, colourful), hue)
+    if blurred > 0.5:
+        images = tv.gaussian_blur(images, [int(0.1 * n) // 2 * 2 + 1 for n in images.shape[:-3:-1]], [sigma, sigma])
+    return images * 255
