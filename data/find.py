@@ -52,6 +52,9 @@ def missing(name: str, root: Path, what: str) -> UserError:
 
 def find_voc(root: Path, val: str) -> Segmentation:
     """PASCAL VOC 2012 with SBD: the folder that holds JPEGImages, or VOCdevkit/VOC2012 under the root."""
+    def image(name: str) -> Path:
+        return images.get(name) or need(base / "JPEGImages" / f"{name}.jpg")
+
     bases = (root, root / "VOCdevkit" / "VOC2012", root / "VOC2012")
     base = next((p for p in bases if (p / "JPEGImages").is_dir()), None)
     if base is None:
@@ -70,9 +73,8 @@ def find_voc(root: Path, val: str) -> Segmentation:
     classes = root / "classes.txt"
     return Segmentation(
         "voc", root, read_classes(classes) if classes.is_file() else VOC_CLASSES,
-        {n: Picture(n, images[n], masks / f"{n}.png") for n in train_names if n in images},
-        [Picture(n, need(images.get(n, base / "JPEGImages" / f"{n}.jpg")), need(masks / f"{n}.png"))
-         for n in val_names])
+        {n: Picture(n, image(n), masks / f"{n}.png") for n in train_names},
+        [Picture(n, image(n), need(masks / f"{n}.png")) for n in val_names])
 
 
 def find_cityscapes(root: Path, val: str) -> Segmentation:
