@@ -1,0 +1,165 @@
+"""What common/ does on GPUs and with several processes, as far as a CPU can tell; sentences for the user."""
+
+import errno
+import os
+import signal
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import gta_seg
+from common import distributed, runs, transforms
+from common.distributed import World
+from common.runs import UserError
+from data import find
+
+TWO_GPUS = World(0, 2, 0, torch.device("cuda"))
+
+
+# ---------------------------------------------------------------------------------------------------- distributed
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050", "tf_efficientnet_lite0", "regnetx_002"])
+def test_synchronised_batchnorm_keeps_what_the_layers_compute(name):
+    """timm's BatchNormAct2d applies an activation, too. Without a process group the layers compute on CPUs."""
+    net = timm.create_model(name, features_only=True, pretrained=False).eval()
+    layers = sum(isinstance(m, nn.BatchNorm2d) for m in net.modules())
+    x, keys = torch.randn(2, 3, 64, 64), list(net.state_dict())
+    with torch.no_grad():
+        before = net(x)
+        net = distributed.sync_batchnorm(net, TWO_GPUS)
+        after = net(x)
+    assert sum(isinstance(m, nn.SyncBatchNorm) for m in net.modules()) == layers > 10
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in net.modules()) and list(net.state_dict()) == keys
+    assert len(before) == len(after) and all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_batchnorm_stays_as_it_is_on_one_process_and_on_cpus():
+    for world in (World(), World(0, 1, 0, torch.device("cuda")), World(0, 2, 0)):
+        assert type(distributed.sync_batchnorm(nn.BatchNorm2d(3), world)) is nn.BatchNorm2d
+
+
+def test_one_gpu_for_several_processes_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for here in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda here=here: here)
+        with pytest.raises(UserError, match="--device cuda:1 .* 2 processes .*CUDA_VISIBLE_DEVICES"):
+            distributed.start("cuda:1")
+
+
+def test_auto_takes_bf16_where_the_gpu_computes_in_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert not TWO_GPUS.bf16("auto") and TWO_GPUS.bf16("bf16") and not TWO_GPUS.bf16("fp32")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    assert TWO_GPUS.bf16("auto") and not TWO_GPUS.bf16("fp32") and not World().bf16("auto")
+
+
+# ---------------------------------------------------------------------------------------------------- runs
+LOST = ["[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:2046",
+        "[../gloo/transport/tcp/pair.cc:534] Read error [127.0.0.1]:2046: Connection reset by peer",
+        "NCCL error in: NCCLUtils.cpp:77, remote process exited or there was a network error, NCCL version 2.28.3",
+        "socketProgress: Connection closed by remote peer node<47>",
+        "Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?"]
+CAUSES = ["NCCL error in: NCCLUtils.cpp:77, invalid usage, NCCL version 2.28.3\nDuplicate GPU detected",
+          "NCCL error in: NCCLUtils.cpp:77, unhandled system error, NCCL version 2.28.3\nncclSystemError: System call "
+          "(e.g. socket, malloc) or external library call failed or device error.\nError: no socket interface found",
+          "NCCL error in: NCCLUtils.cpp:77, unhandled cuda error, NCCL version 2.28.3\nncclUnhandledCudaError"]
+
+
+@pytest.mark.parametrize("text", LOST + CAUSES)
+def test_only_a_lost_process_is_said_to_be_one(monkeypatch, text):
+    error = torch.distributed.DistBackendError(text)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert runs.user_sentence(error) == (runs.LOST if text in LOST else None)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert runs.user_sentence(error) is None
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert runs.user_sentence(ConnectionResetError(104, "Connection reset by peer")) is None        # a download
+
+
+@dataclass
+class Nothing:
+    """No settings."""
+    images: list[str] = field(default_factory=list)
+
+
+@pytest.mark.parametrize("error, said", [
+    (torch.OutOfMemoryError("CUDA out of memory."), "The GPU ran out of memory"),
+    (OSError(errno.ENOSPC, "No space left on device", "last.pt"), "No space left"),
+    (runs.RankError("x.jpg is broken"), "x.jpg is broken"), (UserError("--split 0"), None),
+    (torch.distributed.DistBackendError(LOST[0]), None)], ids=lambda x: type(x).__name__)
+def test_what_one_process_alone_meets_it_says_itself(monkeypatch, capsys, error, said):
+    """Process 1 of 2. What all meet, or that another is gone, process 0 says."""
+    def fail(args):
+        raise error
+
+    def leave(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(runs, "leave", leave)
+    for name, value in dict(WORLD_SIZE="2", RANK="1", LOCAL_RANK="1").items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as left:
+        runs.cli(Nothing, Nothing, fail, choosers=(), argv=[])
+    assert left.value.code == 2 and capsys.readouterr().err.count("error: ") == (said is not None)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(SystemExit):
+        runs.cli(Nothing, Nothing, fail, choosers=(), argv=[])
+    assert f"error: {said or ''}" in capsys.readouterr().err
+
+
+def test_settings_of_a_checkpoint_leave_out_what_belongs_to_the_machine(tmp_path):
+    args = gta_seg.preset("shapes", compile=True, device="cuda", resume=True, width=8, out="there")
+    runs.save_checkpoint(tmp_path / "x.pt", "gta_seg.py", {"settings": vars(args)})
+    read = runs.saved_settings(gta_seg.Args, tmp_path / "x.pt", "gta_seg.py")
+    assert (read.compile, read.device, read.resume) == (False, "auto", False)
+    assert (read.width, read.out, read.scale) == (8, "there", args.scale)
+
+
+def test_peak_memory_of_a_gpu_is_logged_and_a_cpus_is_not(monkeypatch, tmp_path):
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    run = runs.Run(tmp_path, "x.py", Nothing(), World(), 0, None, {})
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    run.tally(0, {"loss": torch.tensor(1.0)})
+    run.log(1)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**29)
+    run.world = World(device=torch.device("cuda"))
+    run.log(2)
+    first, second = runs.read_log(tmp_path / "log.jsonl")
+    assert "peak_gpu_gib" not in first and second["peak_gpu_gib"] == 1.5
+
+
+# ---------------------------------------------------------------------------------------------------- transforms, data
+def test_normalize_subtracts_and_divides_bit_by_bit():
+    images, valid = torch.randint(0, 256, (2, 3, 9, 7), dtype=torch.uint8), torch.rand(2, 9, 7) < 0.5
+    mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (transforms.IMAGENET_MEAN, transforms.IMAGENET_STD))
+    assert torch.equal(transforms.normalize(images), (images.float() - mean) / std)
+    assert torch.equal(transforms.normalize(images, valid), (images.float() - mean) / std * valid[:, None])
+
+
+def test_an_image_that_a_voc_list_names_must_be_there(shapes_root, tmp_path):
+    """The train list as well as the one that is scored; images that no list names do not matter."""
+    source, base = shapes_root / "voc", tmp_path / "voc"
+    (base / "ImageSets" / "Segmentation").mkdir(parents=True)
+    (base / "JPEGImages").mkdir()
+    (base / "SegmentationClass").symlink_to(source / "SegmentationClass")
+    for name in ("train_000000", "train_000001", "train_000002", "val_000000"):
+        os.symlink(source / "JPEGImages" / f"{name}.jpg", base / "JPEGImages" / f"{name}.jpg")
+
+    def found(train: str | None, val: str) -> list[str]:
+        for name, text in (("train", train), ("val", val)):
+            path = base / "ImageSets" / "Segmentation" / f"{name}.txt"
+            path.unlink(missing_ok=True)
+            if text is not None:
+                path.write_text(text)
+        return list(find.find("voc", Path(base)).train)
+
+    assert found("train_000000\ntrain_000001\n", "val_000000\n") == ["train_000000", "train_000001"]
+    assert found(None, "val_000000\n") == ["train_000000", "train_000001", "train_000002"]
+    with pytest.raises(UserError, match="train_000009.jpg is missing"):
+        found("train_000000\ntrain_000009\n", "val_000000\n")
+    with pytest.raises(UserError, match="val_000009.jpg is missing"):
+        found("train_000000\n", "val_000009\n")
