@@ -228,7 +228,6 @@ def confidence(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 def drop_threshold(conf: Tensor, valid: Tensor, drop: float) -> Tensor:
     """Sec. 4.2: the gamma_t of Eq. 2 that leaves out the `drop` share of least confident valid pixels.
-
     It is their k-th smallest confidence with k = floor(drop (n - 1)) + 1, so that `conf > gamma_t` equals numpy's
     percentile rule; -1 when `drop` is 0 or nothing is valid. `conf`, `valid` (B, H, W) of the whole batch -> ()."""
     ordered = torch.where(valid, conf, torch.inf).flatten().sort().values       # no kthvalue: k stays on the device
@@ -244,7 +243,6 @@ def pseudo_label(label: Tensor, conf: Tensor, valid: Tensor, gamma: Tensor | flo
 
 def reweight(conf: Tensor, keep: Tensor, tau: float, total: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
     """Eq. 6: weights (B, H, W) in proportion to c + tau on kept pixels, 0 elsewhere; they sum to the kept count.
-
     `total` sums a tensor over all processes, so that the weights belong to the global batch."""
     raw = (conf + tau) * keep
     return raw * (total(keep.sum()) / total(raw.sum()).clamp(min=1e-12))
@@ -253,7 +251,6 @@ def reweight(conf: Tensor, keep: Tensor, tau: float, total: Callable[[Tensor], T
 def unsupervised_loss(logits: Tensor, label: Tensor, weight: Tensor,
                       share: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
     """Eq. 7 divided by the number of kept pixels. DEPARTS[mean] logits (B, K, H, W); label, weight (B, H, W) -> ().
-
     `share` averages a count over processes, as DDP averages gradients: together they make the global mean."""
     loss = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="none")  # 0 where ignored
     return (weight * loss).sum() / share((label != IGNORE).sum()).clamp(min=1e-6)    # a mean count may be below 1
@@ -480,7 +477,6 @@ def ema_rebind(target: nn.Module, source: nn.Module, decay: float) -> None:
 
 def mix(probability: float, name: str, args: Args, step: int, world: World, *maps: Tensor) -> tuple[Tensor, ...]:
     """CutMix a batch with `probability`, one coin per step for all processes. DEPARTS[cutmix]
-
     `name` is the stream, l or u. Coins and boxes depend on (seed, step, sample) alone. The partner of image i is its
     neighbour in the pair (i xor 1), on any number of processes; in the released recipe the next of the process."""
     if rng(args.seed, "cutmix", name, step).random() >= probability:
@@ -524,7 +520,7 @@ def build(args: Args, num_classes: int, world: World, epoch: int = 1, train: boo
     weights, notes = backbones.read(args.weights, args.backbone, args.root) if train else None, []
 
     def network(name: str) -> SegNet:
-        distributed.seed_torch(args.seed, name)
+        distributed.seed_torch(args.seed, name if args.recipe == "released" else "student")  # three starts, tied later
         net = SegNet(args if train else replace(args, weights="none"), num_classes, world.bf16(args.precision))
         if weights is not None:
             notes[:] = runs.load_matching(net.features.backbone, weights, args.weights)
@@ -533,13 +529,10 @@ def build(args: Args, num_classes: int, world: World, epoch: int = 1, train: boo
             net.compile()
         return net
 
-    own = args.recipe == "released"                                          # three initialisations, tied later
     student = network("student")
-    teacher = network("teacher" if own else "student") if args.method != "suponly" else None
-    gta = network("gta" if own else "student") if args.method in ("gta", "unbiased-st") else None
+    teacher = network("teacher").requires_grad_(False).eval() if args.method != "suponly" else None
+    gta = network("gta") if args.method in ("gta", "unbiased-st") else None
     transfer = []
-    if teacher is not None:
-        teacher.requires_grad_(False).eval()
     if gta is not None:
         gta.predictor.aux = None                                     # it sees pseudo labels only. DEPARTS[cityscapes]
         parts = {"features": ["features"], "all": ["features", "predictor.classifier"], "none": []}[args.transfer]
@@ -557,9 +550,8 @@ def build(args: Args, num_classes: int, world: World, epoch: int = 1, train: boo
 
 
 def end_of_warmup(s: State, args: Args) -> None:
-    """Assistant and teacher start as copies, by value, of the warmed-up student. DEPARTS[warmup]
-
-    The released loop ties parameters in its own step and never copies the statistics."""
+    """Assistant and teacher start as copies, by value, of the warmed-up student. DEPARTS[warmup] The released loop ties
+    parameters in its own step and never copies the statistics."""
     for net in (s.teacher, s.gta) if args.recipe == "paper" else ():
         if net is not None:
             net.load_state_dict({k: v for k, v in s.student.state_dict().items() if k in net.state_dict()})
