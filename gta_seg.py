@@ -138,10 +138,12 @@ def preset(dataset: str = "voc", recipe: str = "paper", **overrides: Any) -> Arg
 
 # ============================================================================================== network
 def deeplab_resnet(body: nn.Module, stride: int) -> None:
-    """Ceil-mode pooling; bottleneck ResNets at stride 8 end with multi-grid dilations (4, 8, 16). DEPARTS[open]"""
-    body.maxpool.ceil_mode = True
-    if stride == 8 and hasattr(body.layer4[0], "conv3"):
-        for block, dilation in zip(body.layer4, (4, 8, 16), strict=True):
+    """Where a ResNet has them: ceil-mode pooling; at stride 8, last bottlenecks dilated by 4, 8, 16. DEPARTS[open]"""
+    if isinstance(getattr(body, "maxpool", None), nn.MaxPool2d):
+        body.maxpool.ceil_mode = True
+    blocks = list(getattr(body, "layer4", ()))
+    if stride == 8 and len(blocks) == 3 and hasattr(blocks[0], "conv3"):
+        for block, dilation in zip(blocks, (4, 8, 16), strict=True):
             block.conv2.dilation = block.conv2.padding = (dilation, dilation)
 
 

@@ -1256,6 +1256,50 @@ def test_small_backbones_take_a_step(backbone):
     assert any(not torch.equal(before[key], after[key]) for key in after if "backbone" in key)
 
 
+@pytest.mark.parametrize("backbone, dilations", [
+    ("resnet50", [4, 8, 16]), ("resnetrs50", [4, 8, 16]), ("resnetblur50", [4, 8, 16]), ("resnet26", [2, 4]),
+    ("resnet14t", [2]), ("resnet51q", None), ("resnet33ts", None)])
+def test_every_kind_of_resnet_is_cut(backbone, dilations):
+    """Ceil-mode pooling and the released code's dilations where the network has their place, none where not."""
+    with torch.device("meta"):
+        features = gta_seg.Features(gta_seg.preset("voc", backbone=backbone, weights="none"))
+        assert features(torch.zeros(2, 3, 97, 97))[0].shape == (2, 512, 25, 25)
+    body = features.backbone
+    if dilations is None:
+        assert not hasattr(body, "maxpool") and not hasattr(body, "layer4")
+        return
+    assert [block.conv2.dilation for block in body.layer4] == [(d, d) for d in dilations]
+    assert isinstance(body.maxpool, nn.Sequential) or body.maxpool.ceil_mode
+
+
+@pytest.mark.parametrize("flags", [{}, dict(recipe="released")], ids=str)
+def test_scoring_leaves_the_compiled_networks_alone(monkeypatch, flags):
+    """Three networks share one code object, and images of many sizes would use up the recompilations it is granted."""
+    graphs, args, compiled = [], settings(compile=True, **flags), nn.Module.compile
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    torch._dynamo.reset()
+    monkeypatch.setattr(gta_seg.SegNet, "compile", lambda net: compiled(net, backend=backend))
+    s = tiny(args)
+    step = gta_seg.train_step_released if flags else gta_seg.train_step
+    step(s, pictures(1), pictures(2), args, WORLD)
+    count = len(graphs)
+    assert 2 <= count < torch._dynamo.config.recompile_limit
+    with torch.no_grad():
+        for size in range(40, 100, 10):
+            for net in s.networks().values():
+                for window in (0, 32):
+                    gta_seg.predict_logits(net.eval(), pictures(3, 1, size).images, window)
+    s.student.train()
+    s.gta.train()
+    s.step += 1
+    step(s, pictures(4), pictures(5), args, WORLD)
+    assert len(graphs) == count
+    torch._dynamo.reset()
+
+
 STEPS = {"gta": gta_seg.train_step, "mt": gta_seg.mean_teacher_step, "released": gta_seg.train_step_released}
 
 
