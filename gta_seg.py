@@ -68,7 +68,7 @@ class Args:
     workers: int = datasets.default_workers()  # decoding processes per training process and stream
     device: str = "auto"  # auto, cpu, cuda
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # inside the network; auto: bf16 on GPUs, fp32 elsewhere
-    compile: bool = False  # torch.compile the networks
+    compile: bool = False  # torch.compile the networks in training; scoring and predicting never are
     eval_every: int = 0  # steps between evaluations; 0: once per epoch
     save_every: int = 0  # steps between checkpoints; 0: with every evaluation
     log_every: int = 20  # steps between log lines
@@ -580,13 +580,13 @@ def predict_logits(net: SegNet, images: Tensor, window: int = 0) -> Tensor:
     """Normalised images (1, 3, H, W) -> logits (1, K, H, W): whole, or the mean over windows two thirds apart."""
     size = images.shape[-2:]
     if not window or max(size) <= window:
-        return upsample(net(images)[0], size)
+        return upsample(net.forward(images)[0], size)                # not compiled: every size would be once more
     stride, total, count = -(-window * 2 // 3), 0, images.new_zeros(1, 1, *size)
     tops, lefts = ([min(i, max(n - window, 0)) for i in range(0, max(n - window, 0) + stride, stride)] for n in size)
     for top, left in itertools.product(tops, lefts):
         part = images[:, :, top:top + window, left:left + window]
         border = (left, size[1] - left - part.shape[-1], top, size[0] - top - part.shape[-2])
-        total = total + F.pad(upsample(net(part)[0], part.shape[-2:]), border)
+        total = total + F.pad(upsample(net.forward(part)[0], part.shape[-2:]), border)
         count[:, :, top:top + window, left:left + window] += 1
     return total / count
 
