@@ -47,6 +47,7 @@ from common.runs import UserError
 from data import find, read
 
 SCRIPT, IGNORE = "gta_seg.py", 255
+OHEM_KEPT = 50_000                                  # labeled pixels an image that --ohem keeps at least
 
 
 # ============================================================================================== settings
@@ -93,7 +94,8 @@ class Args:
     decoder_lr: float = 10  # times lr, for everything behind the backbone, Sec. 4.2
     weight_decay: float = 1e-4  # Sec. 4.2
     aux: float = 0  # weight of an auxiliary loss on the third stage. DEPARTS[cityscapes]
-    ohem: float = 0  # keep labeled pixels whose true class has at most this probability; 0: all. DEPARTS[cityscapes]
+    # keep labeled pixels up to this true-class probability, 50,000 an image at least (crops under 224: all); 0: all
+    ohem: float = 0
     window: int = 0  # side of the sliding window in evaluation; 0: whole images. DEPARTS[whole-image]
 
     # the method (Sec. 3.2) and the paper's tables
@@ -398,7 +400,7 @@ def loss_on(data: str, forward: Callable, labeled: Batch, pseudo: Pseudo | None,
         for z, weight in [(logits, 1.0)] + ([] if aux is None else [(aux, args.aux)]):
             z, label = upsample(z[:b], size), labeled.label
             if args.ohem:                                            # DEPARTS[cityscapes]
-                label = hard_pixels(z.detach(), label, args.ohem, 50_000 * args.batch_size, world.gather)
+                label = hard_pixels(z.detach(), label, args.ohem, OHEM_KEPT * args.batch_size, world.gather)
             loss = loss + weight * supervised_loss(z, label, world.mean)
     if use_u:
         loss = loss + args.mu * unsupervised_loss(upsample(logits[-b:], size), pseudo.label, pseudo.weight, world.mean)
@@ -606,6 +608,9 @@ def check(args: Args, world: World) -> None:
     world.share(args.batch_size, multiple=1 if args.recipe == "released" else 2)     # CutMix pairs neighbours
     if args.recipe == "released" and args.method != "gta":
         raise UserError(f"--recipe released is a loop of --method gta; --method {args.method} has the paper's only.")
+    if args.ohem and args.crop_size ** 2 <= OHEM_KEPT:
+        raise UserError(f"--ohem keeps {OHEM_KEPT:,} pixels an image at least, which is all of a crop of --crop-size "
+                        f"{args.crop_size}; take a larger one, or --ohem 0.")
     base, loop = preset(args.dataset, args.recipe), "released" if args.recipe == "released" else args.method
     idle = {"tau": args.reweight == "none", "drop": args.threshold > 0, "alpha_gta": args.transfer == "none"}
     runs.check_meaning(args, base, loop, FLAGS_OF, idle)

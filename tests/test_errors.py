@@ -18,6 +18,9 @@ import torch
 from helpers import REPO, TEST_DATA, TINY, argv, command, environment, log_of, run, state, tensors
 from PIL import Image
 
+import gta_seg
+from common.distributed import World
+from common.runs import UserError
 from data import shapes
 
 LISTS = TEST_DATA / "splits" / "gta_seg" / "data" / "splits" / "pascal"
@@ -291,6 +294,18 @@ def test_setting_out_of_range(tiny, tmp_path, io, flags):
 def test_flag_without_a_meaning_is_refused(tiny, tmp_path, io, flags):
     assert f"--{list(flags)[-1].replace('_', '-')}" in run(tiny(out=tmp_path / "out", **flags), io).error()
     assert not (tmp_path / "out" / "last.pt").exists()
+
+
+def test_ohem_that_would_keep_every_pixel_is_refused(tiny, tmp_path, io):
+    assert "--ohem" in run(tiny(out=tmp_path / "out", ohem=0.7), io).error()                # crops of 32 pixels
+    for size, able in ((223, False), (224, True)):
+        args = gta_seg.preset("cityscapes", crop_size=size)
+        if able:
+            gta_seg.check(args, World())
+        else:
+            with pytest.raises(UserError, match="--ohem keeps 50,000 pixels .* --crop-size 223; .* --ohem 0"):
+                gta_seg.check(args, World())
+        gta_seg.check(gta_seg.preset("cityscapes", crop_size=size, ohem=0), World())
 
 
 def test_unknown_flag_and_choice_leave_with_code_2(tiny, tmp_path, io):
@@ -593,7 +608,7 @@ def test_a_draw_takes_images_that_have_labels(folder_root, folder_line, tmp_path
 def test_preset_cityscapes(tmp_path, io):
     root = shapes.make_cityscapes(tmp_path / "cityscapes")
     line = argv(dataset="cityscapes", root=root, split="random:4", steps=2, warmup_epochs=0.001, out=tmp_path / "out",
-                **{**TINY, "crop_size": 64})
+                **{**TINY, "crop_size": 64, "ohem": 0})
     picture = next((root / "leftImg8bit" / "val").glob("*/*.png"))
     two_steps_score_predict(line, tmp_path / "out", picture, io)
 

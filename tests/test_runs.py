@@ -20,7 +20,7 @@ LIVELY = {"lr": 0.1, "eval_every": 4}                                # a few ste
 RECIPES = {
     "gta": dict(LIVELY), "mt": dict(LIVELY, method="mt"), "released": dict(LIVELY, recipe="released"),
     "shared predictor": dict(LIVELY, share_predictor=True), "unbiased-st": dict(LIVELY, method="unbiased-st"),
-    "cityscapes' losses": dict(LIVELY, aux=0.4, ohem=0.7, cutmix_labeled=0.5, joint_bn=True),
+    "cityscapes' losses": dict(LIVELY, aux=0.4, ohem=0.7, crop_size=224, cutmix_labeled=0.5, joint_bn=True),
 }
 
 
