@@ -15,7 +15,7 @@ teacher, which makes the pseudo labels and is the result, is the student's EMA.
     Eq. 10    supervised loss L_l                   supervised_loss
     Eqs. 4, 8, 11  gradient steps                   update
     Eqs. 5, 9, 12  exponential moving averages      ema_update, ema_decay
-    Algorithm 1                                     train_step
+    Algorithm 1                                     end_of_warmup (line 1), train_step (lines 3 to 12)
     Sec. 4.2  poly schedule, warm-up, evaluation    poly, warmup_step, evaluate
     Tables 4-9                                      flags under "the paper's tables" in Args
     (not in the paper) the released code's loop     train_step_released, see docs/gta_seg.md
@@ -23,7 +23,7 @@ teacher, which makes the pseudo labels and is the result, is the student's EMA.
 Shapes: B images, K classes, H x W pixels, h x w cells of stride 4. Suffix _l labeled, _u unlabeled.
 Lines marked DEPARTS[name] leave the paper or decide what it leaves open; docs/gta_seg.md says why.
 
-    torchrun --nproc_per_node 8 gta_seg.py --split 183      # VOC 2012, the paper's setting
+    torchrun --nproc_per_node 8 gta_seg.py --split 183      # VOC 2012, 183 labels
     python gta_seg.py --dataset shapes                      # embedded data, no download, CPU, minutes
 """
 
@@ -102,7 +102,7 @@ class Args:
     method: Literal["gta", "suponly", "mt", "unbiased-st"] = "gta"  # Tables 1, 4, 5
     alpha_gta: float = 0.99  # EMA assistant -> student, Eq. 9, Table 8
     alpha_teacher: float = 0.99  # EMA student -> teacher, Eqs. 5 and 12, Table 8
-    mu: float = 1.0  # weight of L_u, Eq. 3
+    mu: float = 1.0  # weight of L_u, Eq. 3; also scales the assistant's step, Eq. 8
     tau: float = 1.0  # Laplace smoothing, Eq. 6
     reweight: Literal["laplace", "none"] = "laplace"  # Eq. 6 or equal weights: Tables 4, 9 (its second row: --tau 0)
     drop: float = 0.2  # share of the least confident pixels that get no pseudo label, Sec. 4.2
@@ -173,7 +173,8 @@ class ASPP(nn.Module):
 
 
 class Features(nn.Module):
-    """The paper's f: (B, 3, H, W) -> (B, 2 * width, h, w) at stride 4, and the third stage's map (B, C, h', w')."""
+    """The paper's f: (B, 3, H, W) -> (B, 2 * width, h, w) at stride 4, and the third stage's map (B, C, h', w').
+    Wider than DeepLabv3+: `width` low-level channels, no projection inside ASPP. DEPARTS[open]"""
 
     def __init__(self, args: Args):
         super().__init__()
@@ -507,7 +508,7 @@ def augment(args: Args, image: Tensor, label: Tensor | None, generator: np.rando
 
 
 def sgd(net: SegNet, args: Args, world: World) -> torch.optim.SGD:
-    """SGD as in Sec. 4.2; everything behind the backbone learns `decoder_lr` times faster."""
+    """SGD as in Sec. 4.2; everything behind the backbone learns `decoder_lr` times faster. DEPARTS[open]: momentum"""
     f = net.features
     parts = [(f.backbone, 1.0)] + [(m, args.decoder_lr) for m in (f.aspp, f.head, f.low, net.predictor)]
     groups = [{"params": list(m.parameters()), "lr": args.lr * x, "initial_lr": args.lr * x} for m, x in parts]
