@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 FREE_TO_CHANGE = {"out", "resume", "workers", "device", "log_every", "save_every", "compile", "eval", "predict"}
+LOST = "another process of this run stopped, or the network to it failed; see its message."
 
 
 class UserError(Exception):
@@ -72,9 +73,6 @@ def leave(code: int) -> None:
 
 class RankError(UserError):
     """A UserError that only one process met, so that this process must say it."""
-
-
-LOST = "another process of this run stopped, or the network to it failed; see its message."
 
 
 def user_sentence(error: BaseException) -> str | None:
