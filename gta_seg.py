@@ -66,7 +66,7 @@ class Args:
     out: str = ""  # run folder; empty: runs/gta_seg-<dataset>-<split>-d<split seed>-s<seed>
     resume: bool = False  # continue the run in --out; starts afresh when there is none
     seed: int = 0  # initial weights, order of images, augmentation. The paper averages 0, 1, 2 (Sec. 4.2)
-    workers: int = datasets.default_workers()  # decoding processes per training process and stream
+    workers: int = read.default_workers()  # decoding processes per training process and stream
     device: str = "auto"  # auto, cpu, cuda
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # inside the network; auto: bf16 on GPUs, fp32 elsewhere
     compile: bool = False  # torch.compile the networks in training; scoring and predicting never are

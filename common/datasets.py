@@ -1,7 +1,6 @@
 """Training samples and whole pictures, in what order they come, and who reads them. Order and augmentation depend on
 (seed, step, sample) alone: not on workers, processes or restarts."""
 
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -12,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from common.distributed import World, rng
 from common.runs import RankError
-from data.read import BrokenImage, Picture, Segmentation, load
+from data.read import BrokenImage, Picture, Segmentation, helpers, load
 
 
 class Batch(NamedTuple):
@@ -105,27 +104,3 @@ def score_loader(pictures: list[Picture], data: Segmentation, world: World, work
     """(index, image, label), one picture at a time, each on exactly one process."""
     mine = torch.utils.data.Subset(Whole(pictures, data, labels), range(world.rank, len(pictures), world.size))
     return DataLoader(mine, batch_size=None, **helpers(min(workers, 4)))
-
-
-def helpers(workers: int) -> dict:
-    """DataLoader's arguments for decoding processes. They are forked, so that they end when the run is killed: children
-    of a fork server outlive it."""
-    if not workers:
-        return {}
-    return {"num_workers": workers, "worker_init_fn": quiet_worker, "prefetch_factor": 4,
-            "multiprocessing_context": "fork"}
-
-
-def quiet_worker(worker_id: int) -> None:
-    """Leave Ctrl-C and SIGTERM to the main process, and one thread is enough for a decoder."""
-    import signal
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    torch.set_num_threads(1)
-
-
-def default_workers() -> int:
-    """Two CPU cores: decode in the main process; more: up to eight helpers a process."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return 0 if cores <= 2 else min(8, max(1, cores // local - 1))

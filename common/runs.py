@@ -8,7 +8,6 @@ import fcntl
 import io
 import json
 import os
-import pickle
 import platform
 import re
 import signal
@@ -407,18 +406,6 @@ def load_checkpoint(path: Path, script: str) -> dict:
     return state | {"path": str(path)}
 
 
-class ArraysOnly(pickle.Unpickler):
-    """Detectron2 and Caffe2 .pkl files: dicts of numpy arrays and nothing else may be built."""
-
-    ALLOWED = {("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"),
-               ("numpy", "ndarray"), ("numpy", "dtype"), ("collections", "OrderedDict"), ("_codecs", "encode")}
-
-    def find_class(self, module: str, name: str):
-        if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a weight file")
-        return super().find_class(module, name)
-
-
 def read_weights(path: Path) -> dict[str, Tensor]:
     """A flat dict of tensors from .pth/.pt/.bin (weights_only), .safetensors or .pkl, without wrappers' prefixes."""
     if not path.is_file():
@@ -428,14 +415,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             from safetensors.torch import load_file
             weights = load_file(str(path))
         elif path.suffix == ".pkl":
-            with open(path, "rb") as file:
-                weights = ArraysOnly(file, encoding="latin1").load()
+            from data.read import read_pickle
+            weights = read_pickle(path)
         else:
             weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                                       # noqa: BLE001 (each format has its own)
         raise UserError(f"--weights {path} cannot be read as weights ({type(error).__name__}); save it again as a "
                         f"plain state dict.") from None
-    for wrapper in ("model", "state_dict", "teacher", "student"):
+    for wrapper in ("networks", "model", "state_dict", "teacher", "student"):
         if isinstance(weights, dict) and isinstance(weights.get(wrapper), dict):
             weights = weights[wrapper]
     weights = weights if isinstance(weights, dict) else {}

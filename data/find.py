@@ -3,7 +3,7 @@
 Layouts are described in data/README.md; --split and --unlabeled are read here."""
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -143,16 +143,19 @@ def need(path: Path) -> Path:
 # ------------------------------------------------------------------------------------ labeled and unlabeled
 @dataclass
 class Chosen:
-    """Which images a run learns from. `text` says it to the user, `fingerprint` identifies the labeled list."""
+    """Which images a run learns from, and which labeled ones it only chooses by. `text` says it to the user,
+    `fingerprint` identifies the labeled list."""
     labeled: list[Picture]
     unlabeled: list[Picture]
     text: str
     fingerprint: str
+    held_out: list[Picture] = field(default_factory=list)
 
 
-def choose(data: Segmentation, split: str, split_seed: int, unlabeled: str, family: str, needed: bool) -> Chosen:
+def choose(data: Segmentation, split: str, split_seed: int, unlabeled: str, family: str, needed: bool,
+           held_out: int = 0) -> Chosen:
     """The labeled images that `split` names, and the unlabeled ones: all others, or what `unlabeled` names; UserError
-    when there are none and they are `needed`.
+    when there are none and they are `needed`. `held_out` labeled images are kept apart from both.
 
     `split`: a published list of `family`, fetched beside the data; random:183, random:5%; a list file; all."""
     published = data.name in ("voc", "cityscapes")
@@ -189,6 +192,8 @@ def choose(data: Segmentation, split: str, split_seed: int, unlabeled: str, fami
     elif rest is None:
         taken = {p.image for p in labeled}
         rest = [p for p in data.train.values() if p.image not in taken] + data.extra
+    apart = hold_out(data, labeled, split_seed, held_out, family)
+    rest = [p for p in rest if p.image not in {q.image for q in apart}] if apart else rest
     if needed and not rest:
         raise UserError(f"--split {split} leaves no unlabeled image; take a smaller one, name some with --unlabeled, "
                         f"or learn from labels alone with --method suponly.")
@@ -196,11 +201,12 @@ def choose(data: Segmentation, split: str, split_seed: int, unlabeled: str, fami
     family_name = splits.published_name([p.name for p in labeled])
     text = (f"{len(labeled)} labeled images ({origin}{f', known as {family_name}' if family_name else ''}, "
             f"fingerprint {fingerprint[:12]}) and {len(rest)} unlabeled ones")
-    return Chosen(labeled, rest, text, fingerprint)
+    text += f", {len(apart)} held out" if apart else ""
+    return Chosen(labeled, rest, text, fingerprint, apart)
 
 
-def hold_out(data: Segmentation, chosen: Chosen, split_seed: int, number: int, family: str) -> list[Picture]:
-    """Images with labels beside the labeled ones of the run, to choose by: the last `number` of the order the split
+def hold_out(data: Segmentation, labeled: list[Picture], split_seed: int, number: int, family: str) -> list[Picture]:
+    """Images with labels beside the `labeled` ones of a run, to choose by: the last `number` of the order the split
     was cut from (the published permutation where `family` has one, else a seeded one), nearest the end first, so that a
     smaller set is the beginning of a larger one. UserError when there are not so many."""
     published = data.root / "splits" / family / "permutation.txt"
@@ -208,7 +214,7 @@ def hold_out(data: Segmentation, chosen: Chosen, split_seed: int, number: int, f
         order = [name for name, _ in splits.read_list(published)]
     else:
         order = splits.draw(list(data.train), len(data.train), split_seed)
-    taken = {p.name for p in chosen.labeled}
+    taken = {p.name for p in labeled}
     able = (p for n in reversed(order) if n not in taken and (p := data.train.get(n)) and p.label.is_file())
     found = list(itertools.islice(able, number))
     if len(found) < number:

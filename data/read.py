@@ -1,5 +1,7 @@
-"""Images and labels as they lie on disk: what a data set is, and how its files are read."""
+"""Images and labels as they lie on disk: what a data set is, how its files are read, and by which processes."""
 
+import os
+import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -82,3 +84,47 @@ def load(picture: Picture, data: Segmentation, labels: bool = True) -> tuple[Ten
         raise RankError(f"{picture.image} has {image.shape[2]}x{image.shape[1]} pixels but its label {picture.label} "
                         f"has {label.shape[1]}x{label.shape[0]}; they must agree.")
     return image, label
+
+
+# ------------------------------------------------------------------------------------------------ pickled weights
+class ArraysOnly(pickle.Unpickler):
+    """Detectron2 and Caffe2 .pkl files: dicts of numpy arrays and nothing else may be built."""
+
+    ALLOWED = {("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"),
+               ("numpy", "ndarray"), ("numpy", "dtype"), ("collections", "OrderedDict"), ("_codecs", "encode")}
+
+    def find_class(self, module: str, name: str):
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a weight file")
+        return super().find_class(module, name)
+
+
+def read_pickle(path: Path):
+    """A pickled dict of arrays, without the means to run anything."""
+    with open(path, "rb") as file:
+        return ArraysOnly(file, encoding="latin1").load()
+
+
+# ------------------------------------------------------------------------------------------------ reading processes
+def helpers(workers: int) -> dict:
+    """DataLoader's arguments for decoding processes. They are forked, so that they end when the run is killed: children
+    of a fork server outlive it."""
+    if not workers:
+        return {}
+    return {"num_workers": workers, "worker_init_fn": quiet_worker, "prefetch_factor": 4,
+            "multiprocessing_context": "fork"}
+
+
+def quiet_worker(worker_id: int) -> None:
+    """Leave Ctrl-C and SIGTERM to the main process, and one thread is enough for a decoder."""
+    import signal
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def default_workers() -> int:
+    """Two CPU cores: decode in the main process; more: up to eight helpers a process."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return 0 if cores <= 2 else min(8, max(1, cores // local - 1))

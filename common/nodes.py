@@ -1,0 +1,60 @@
+"""Nodes of a tree: results that follow from a path, each in a folder of its own, made once, by any process."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from common.runs import claim, write_text
+
+
+@dataclass
+class Nodes:
+    """A node's folder holds node.json, written last: the node is done; and weights.pt, which may be removed again.
+
+    Who makes a node holds a lock on its folder, which the system frees when the process dies."""
+
+    root: Path                                                       # folder of the node "", where all paths begin
+    others: Path                                                     # holds the folders of all others
+    parent_of: Callable[[str], str]
+    records: dict[str, dict] = field(default_factory=dict)
+
+    def folder(self, path: str) -> Path:
+        return self.others / path if path else self.root
+
+    def done(self, path: str) -> bool:
+        return path in self.records or (self.folder(path) / "node.json").is_file()
+
+    def record(self, path: str) -> dict:
+        if path not in self.records:
+            self.records[path] = json.loads((self.folder(path) / "node.json").read_text())
+        return self.records[path]
+
+    def finish(self, path: str, record: dict) -> None:
+        """The mark that a node is done."""
+        write_text(self.folder(path) / "node.json", json.dumps(record, indent=1))
+        self.records[path] = record
+
+    def lacking(self, path: str) -> str | None:
+        """The first node on the way to `path`, itself included, that must be made for its weights; None: none."""
+        if (self.folder(path) / "weights.pt").is_file():
+            return None
+        return (self.lacking(self.parent_of(path)) or path) if path else path
+
+    def make_if_free(self, path: str, make: Callable[[str], None]) -> bool:
+        """make(path), unless the node is there; False when another process makes it."""
+        with claim(self.folder(path)) as ours:
+            if ours and (not (self.folder(path) / "node.json").is_file() or self.lacking(path) is not None):
+                make(path)
+            return ours
+
+
+def fingerprint(state: dict[str, Tensor]) -> str:
+    """SHA-256 of the names and values of a state dict."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
