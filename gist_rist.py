@@ -68,7 +68,7 @@ class Args:
     # data and bookkeeping
     dataset: Literal["voc", "cityscapes", "shapes", "folder"] = "voc"  # what to train on; also picks the defaults
     root: str = "datasets/voc"  # where the data lie, see data/README.md
-    split: str = "1/50"  # labeled images: a published list (1/50, 1/20, 1/8), random:N, all, or a list file
+    split: str = "1/50"  # labeled images: a published list (1/50, 1/20, 1/8), random:N, random:N%, or a list file
     split_seed: int = 0  # which draw, for random splits
     unlabeled: str = ""  # folder or list of unlabeled images; empty: all other training images
     val: str = "val"  # name of the list or folder that is scored; nothing is chosen on it
@@ -100,7 +100,7 @@ class Args:
     output_stride: Literal[8, 16, 32] = 8  # of timm and torchvision backbones; the Caffe-style one has 8
     cut: int = -1  # stages left out at the backbone's end; -1: those without weights in the file
     aspp_rates: tuple[int, ...] = (6, 12, 18, 24)  # dilations, summed. DEPARTS[aspp]
-    bn: Literal["auto", "frozen", "live"] = "auto"  # BatchNorm of stage 0; auto: live without weights. DEPARTS[bn]
+    bn: Literal["auto", "frozen", "live"] = "auto"  # BatchNorm; auto: live in stage 0 without weights. DEPARTS[bn]
 
     # optimisation (Sec. IV)
     batch_size: int = 8  # labeled images per step of a node, and as many unlabeled
@@ -182,7 +182,7 @@ class SegNet(nn.Module):
     def __init__(self, args: Args, num_classes: int, pretrained: bool = False):
         super().__init__()
         self.pixels, self.bf16, self.frozen = args.pixels, args.precision == "bf16", False
-        self.mean = MEAN.get(args.dataset, MEAN["voc"])
+        mean = torch.tensor(MEAN.get(args.dataset, MEAN["voc"])).view(1, 3, 1, 1)
         caffe = args.backbone in CAFFE
         make = partial(backbones.build, args.backbone.removeprefix("caffe_"), 32 if caffe else args.output_stride)
         self.backbone, _, channels = make(pretrained)
@@ -192,6 +192,7 @@ class SegNet(nn.Module):
             caffe_style(self.backbone)
         conv = partial(nn.Conv2d, channels[-1], num_classes, 3)
         self.head = nn.ModuleList(conv(padding=rate, dilation=rate) for rate in args.aspp_rates)      # DEPARTS[aspp]
+        self.register_buffer("mean", mean, persistent=False)
         for branch in self.head:
             nn.init.normal_(branch.weight, std=0.01)
             nn.init.zeros_(branch.bias)
@@ -207,8 +208,7 @@ class SegNet(nn.Module):
         """Pixels as the weights want them, padding 0, which is the mean colour. DEPARTS[pixels]"""
         if self.pixels == "imagenet":
             return transforms.normalize(images, valid)
-        images = images.float() - torch.tensor(self.mean, device=images.device).view(1, 3, 1, 1)
-        images = images.flip(1) if self.pixels == "bgr" else images
+        images = (images.float() - self.mean).flip(1) if self.pixels == "bgr" else images.float() - self.mean
         return images if valid is None else images * valid[:, None]
 
     def forward(self, images: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -260,7 +260,8 @@ def initial(args: Args, num_classes: int) -> tuple[Args, dict[str, Tensor] | Non
     if caffe:
         for foreign, own in ((r"^(Scale|backbone)\.", ""), (r"^(layer5\.conv2d_list|classifier)\.(\d)\.", r"head.\2.")):
             weights = {re.sub(foreign, own, name): value for name, value in weights.items()}
-        lost = [k for k in net.backbone.state_dict() if k not in weights and not k.endswith("num_batches_tracked")]
+        own = {k: v.shape for k, v in net.backbone.state_dict().items() if not k.endswith("num_batches_tracked")}
+        lost = [k for k, shape in own.items() if k not in weights or weights[k].shape != shape]
         if lost:
             raise UserError(f"{args.weights} lacks {len(lost)} tensors of {args.backbone}, for example {lost[0]}; the "
                             f"layouts that are read are listed in docs/gist_rist.md.")
@@ -347,7 +348,7 @@ def refine_step(s: State, args: Args, path: str, alpha: float | None, step: int,
     alpha = float(rng(args.seed, path, "alpha", step).random() > 0.5) if alpha is None else alpha       # Fig. 6
     loss, log = 0.0, {}
     for name, batch, weight in (("l", labeled, alpha), ("p", pseudo, 1 - alpha)):
-        if batch is None or not (weight or args.cl_on == "both"):
+        if batch is None or not (weight or (s.teacher is not None and args.cl_on == "both")):
             continue
         logits, f = s.student(batch.images, batch.valid)                                                # Eq. 4
         if weight:
@@ -548,6 +549,7 @@ class Tree:
     def weights(self, path: str) -> dict[str, Tensor]:
         """The weights of a node; UserError when they are not those that were scored."""
         state = runs.load_checkpoint(self.store.folder(path) / "weights.pt", SCRIPT)["networks"]["student"]
+        self.store.records.pop(path, None)                           # another process may have trained it again
         if fingerprint(state) != self.store.record(path)["weights"]:
             raise UserError(f"The weights in {self.store.folder(path)} are not those that were scored; remove this "
                             f"folder, and the same command trains them again.")
@@ -564,9 +566,8 @@ class Tree:
 
     def prune(self, needed: set[str]) -> None:
         """The main process removes weights and pseudo labels that the searches of this run do not need any more."""
-        if self.args.keep_nodes or not distributed.launched().main:
-            return
-        for path in set(self.store.records) - needed:
+        ours = distributed.launched().main and not self.args.keep_nodes
+        for path in set(self.store.records) - needed if ours else ():
             if path != ROOT:
                 (self.store.folder(path) / "weights.pt").unlink(missing_ok=True)
             shutil.rmtree(self.store.others / f"labels-{path}", ignore_errors=True)
@@ -602,9 +603,8 @@ def train_stage0(tree: Tree) -> None:
         return finish(tree, ROOT, net, {"step": 0, "steps": 0})
     frozen = args.bn == "frozen" or (args.bn == "auto" and args.weights not in ("", "none"))
     net = tree.network(tree.init, frozen)
-    s, feeds = State(net, sgd(net, args)), {"labeled": tree.labeled}
-    if args.stage0 != "supervised":
-        feeds["unlabeled"] = tree.pool
+    s = State(net, sgd(net, args))
+    feeds = {"labeled": tree.labeled} | ({} if args.stage0 == "supervised" else {"unlabeled": tree.pool})
     if args.stage0 == "classmix":
         s.teacher = tree.network(net.state_dict(), frozen).requires_grad_(False).eval()
     if args.stage0 == "s4gan":
@@ -625,8 +625,8 @@ def refine(tree: Tree, path: str) -> None:
     parent's weights. Optimizer, schedule and mean teacher start afresh. DEPARTS[restart]"""
     args, parent, alpha = tree.args, parent_of(path), alpha_of(tokens(path)[-1])
     theta, facts, streams = tree.weights(parent), {"step": args.steps, "steps": args.steps}, {}
-    net = tree.network(theta)
-    s = State(net, sgd(net, args), tree.network(theta).requires_grad_(False).eval() if args.cl else None)
+    net, teacher = (tree.network(theta, frozen=args.bn != "live") for _ in range(2))
+    s = State(net, sgd(net, args), teacher.requires_grad_(False).eval() if args.cl else None)
     both = args.cl > 0 and args.cl_on == "both"                      # then CL sees labeled and unlabeled images
     if alpha != 0 or both:
         streams["labeled"] = partial(tree.stream, path, "labeled", tree.labeled)
@@ -684,15 +684,14 @@ def snapshot(tree: Tree, net: SegNet, step: int) -> dict:
 
 def finish(tree: Tree, path: str, net: SegNet, facts: dict) -> None:
     """Algorithm 1, lines 13 and 14: weights, scores and, as the mark that it is done, the record of a node."""
-    folder, seconds, n = tree.store.folder(path), tree.run.seconds if tree.run else 0.0, len(tree.dev)
+    folder, seconds = tree.store.folder(path), tree.run.seconds if tree.run else 0.0
     runs.save_checkpoint(folder / "weights.pt", SCRIPT, snapshot(tree, net, facts["step"]))
     np.savez_compressed(folder / "scores.npz", **(found := score(tree, net, tree.dev)))
     if tree.args.val_every_stage:
         val_record(tree, path, net)
-    sizes = sorted({d for d in (10, 25, 50, 100, 200, 500, tree.args.dev_size, n) if d <= n})    # Table III
     record = {"path": path, "stage": len(tokens(path)), **facts, "seconds": round(seconds, 2),
               "weights": fingerprint(net.state_dict()), "device": tree.world.device.type,
-              "dev": {str(size): dev_miou(found["counts"][:size]) for size in sizes}}
+              "dev": {str(n): dev_miou(found["counts"][:n]) for n in range(1, len(tree.dev) + 1)}}       # Table III
     tree.store.finish(path, record)
     for name in ("last.pt", "best.pt"):
         (folder / name).unlink(missing_ok=True)
@@ -705,8 +704,7 @@ def forward_all(tree: Tree, net: SegNet, pictures: list[Picture], labels: bool) 
     """Whole pictures, single scale, no flip: index, label (H, W) or None, logits (K, H, W) and size on disk of each, up
     to 16 neighbours of one size in a pass. A picture without label that cannot be read is left out."""
     net.eval()
-    group: list[tuple] = []
-    loader = datasets.score_loader(pictures, tree.data, tree.world, tree.args.workers, labels)
+    loader, group = datasets.score_loader(pictures, tree.data, tree.world, tree.args.workers, labels), []
     for index, image, label in itertools.chain(loader, [(-1, None, None)]):
         if group and (image is None or image.shape[-2:] != group[0][3] or len(group) == 16):
             images = torch.stack([x for _, x, _, _ in group])
@@ -744,13 +742,13 @@ def label_images(tree: Tree, path: str) -> tuple[list[Picture], dict]:
 def score(tree: Tree, net: SegNet, pictures: list[Picture]) -> dict[str, np.ndarray]:
     """EVAL of Algorithm 1: `counts` (n, K, K) of each picture; of the first six also `maskN`, the predictions (Figs. 2,
     8, 9), and `confidence` (2, 50), histograms at T = 1 and --temp (Fig. 5)."""
-    counts, found = [], {"confidence": np.zeros((2, 50), np.int64)}
+    counts, found = [], {"temps": np.array([1, tree.args.temp]), "confidence": np.zeros((2, 50), np.int64)}
     for i, label, logits, _ in forward_all(tree, net, pictures, labels=True):
         prediction = logits.argmax(0)
         counts.append(metrics.confusion(prediction, label.to(prediction.device), len(tree.data.classes)).numpy())
         if i < 6:
             found[f"mask{i}"] = prediction.byte().cpu().numpy()
-            conf = torch.stack([pseudo_label(logits[None], 0, temp)[1] for temp in (1.0, tree.args.temp)]).cpu()
+            conf = torch.stack([pseudo_label(logits[None], 0, temp)[1] for temp in found["temps"].tolist()]).cpu()
             found["confidence"] += torch.stack([torch.histc(c, 50, 0, 1) for c in conf]).long().numpy()
     return found | {"counts": np.stack(counts)}
 
@@ -833,7 +831,7 @@ def train(args: Args) -> dict:
     tree, lines = plant(args)
     store, main = tree.store, distributed.launched().main
     if main:
-        runs.open_run(out, SCRIPT, args, args.resume, False)
+        runs.open_run(out, SCRIPT, args, args.resume, not (out / "config.json").exists())
         runs.write_config(out, SCRIPT, args, tree.world, {"images": lines[0], "stage0": str(store.root)})
         print(*lines, f"{args.stage0} stage 0; {', '.join(args.search)}; in {out}, nodes in {args.store}", sep="\n")
     while not (store.done(ROOT) and store.lacking(ROOT) is None):
@@ -850,7 +848,8 @@ def train(args: Args) -> dict:
     results |= {k: getattr(args, k) for k in ("dataset", "split", "split_seed", "seed", "val", "dev_size")}
     results |= {"split_fingerprint": splits.fingerprint(p.name for p in tree.labeled), "stage0_folder": str(store.root),
                 "nodes": str(store.others), "visited": visited}
-    shutil.copyfile(store.folder(tree.best(list(best.values()))) / "weights.pt", out / "best.pt")
+    state = runs.load_checkpoint(store.folder(tree.best(list(best.values()))) / "weights.pt", SCRIPT)
+    runs.save_checkpoint(out / "best.pt", SCRIPT, state | {"settings": json.loads(json.dumps(vars(tree.args)))})
     said = [f"{name} {results[name]['miou']:.2f} ({path or 'stage 0'})" for name, path in best.items()]
     print(f"\nmiou: {', '.join(said)}, chosen by {args.dev_size} development images")
     return gist_report.write(tree, results, out)

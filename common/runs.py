@@ -97,7 +97,7 @@ def check_ranges(args, limits: dict[str, tuple[float, float]]) -> None:
         if not all(isinstance(v, (int, float)) for v in values):
             continue
         low, high = limits.get(name, (1 if name == "log_every" else 0, 1e15))
-        if not all(low <= v <= high for v in values) or list(values) != sorted(values):
+        if not all(low <= v <= high for v in values) or (name != "crop_size" and list(values) != sorted(values)):
             raise UserError(f"--{name.replace('_', '-')} {' '.join(map(str, values))} is outside {low:g} to {high:g}"
                             f"{', or not in order' if len(values) > 1 else ''}.")
 

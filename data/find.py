@@ -196,7 +196,7 @@ def choose(data: Segmentation, split: str, split_seed: int, unlabeled: str, fami
     rest = [p for p in rest if p.image not in {q.image for q in apart}] if apart else rest
     if needed and not rest:
         raise UserError(f"--split {split} leaves no unlabeled image; take a smaller one, name some with --unlabeled, "
-                        f"or learn from labels alone with --method suponly.")
+                        f"or learn from labels alone (gta_seg.py: --method suponly).")
     fingerprint = splits.fingerprint([p.name for p in labeled])
     family_name = splits.published_name([p.name for p in labeled])
     text = (f"{len(labeled)} labeled images ({origin}{f', known as {family_name}' if family_name else ''}, "

@@ -78,7 +78,9 @@ def write(tree, results: dict, out: Path) -> dict:
     runs.write_text(out / "report.md", "\n".join(tables(tree, results, nodes, val)))
     draw_tree(tree, nodes, {tree.best(paths) for paths in visited.values()}, out / "tree.png")
     draw_curves(tree, visited, val, out / "curves.png")
-    draw_masks(tree, tree.best(nodes), out / "previews" / "stages.png")
+    for name, paths in visited.items():
+        end = tree.best(leaves(tree, paths) or [""])
+        draw_masks(tree, end, out / "previews" / f"{name.replace(' ', '-')}-{end or 'stage0'}.png")
     runs.write_text(out / "results.json", json.dumps(results, indent=1))
     print(f"in {out}: {', '.join(sorted(p.name for p in out.iterdir() if p.name[0] != '.'))}; nodes in {store.others}")
     return results
@@ -142,7 +144,7 @@ def tables(tree, results: dict, nodes: list[str], val: dict[str, float]) -> list
                  f"each group of {GROUP}: {groups or 'no full group'}\n",
                  "## Best of n paths by dev (Fig. 7)\n", table("n, mean val, deviation", [
                      (n, *best_of(dev, scored, n)) for n in range(1, min(len(scored), 10) + 1)])]
-    sizes = sorted(map(int, store.record("")["dev"])) if "rist" in visited else []
+    sizes = [n for n in (10, 25, 50, 100, 200, 500) if n <= len(tree.dev) and "rist" in visited]
     if len(sizes) > 1:
         picked = {size: tree.best(visited["rist"], size) for size in sizes}
         text += ["## Development images (Table III, RIST)\n", table("images, path, val", [
@@ -188,8 +190,8 @@ def draw_curves(tree, visited: dict[str, list[str]], val: dict[str, float], file
             way = trail(tree, end)
             for axis, scores in ((axes[0], [tree.dev_of(p) for p in way]), (axes[1], [val[p] for p in way])):
                 axis.plot(range(len(way)), scores, color=f"C{number}", marker=".", label=name if i == 0 else None)
-    counts = np.load(tree.store.folder("") / "scores.npz")["confidence"]
-    for row, temp in zip(counts, (1.0, tree.args.temp), strict=True):
+    scores = np.load(tree.store.folder("") / "scores.npz")
+    for row, temp in zip(scores["confidence"], scores["temps"], strict=True):
         edges = np.linspace(0, 1, row.size + 1)
         axes[2].stairs(row / max(row.sum(), 1), edges, fill=True, alpha=0.5, label=f"T = {temp:g}")
     for axis, title, below in zip(axes, ("dev mIoU", "val mIoU", "pixels of stage 0 by confidence"),

@@ -1,5 +1,6 @@
 """How tests start the scripts: forked from a warm server (a tenth of a second), as commands, and under torchrun."""
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -21,6 +22,8 @@ TEST_DATA = (REPO / os.environ.get("TEST_DATA", "../shared/data")).resolve()
 
 # A network of a few thousand weights, warm-up of two steps of `epoch` (2 steps: 8 unlabeled images, batches of 4)
 TINY = {"backbone": "test_resnet", "weights": "none", "width": 8, "batch_size": 4, "crop_size": 32, "workers": 0}
+
+CHOOSERS = {"gta_seg": ("dataset", "recipe", "eval", "predict"), "gist_rist": ("dataset", "eval", "predict", "report")}
 
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(["gta_seg", "tyro", "timm", "torchvision", "matplotlib.pyplot", "PIL.PngImagePlugin",
@@ -107,34 +110,39 @@ def _child(target: Callable, args: tuple, files: tuple[Path, Path], env: dict[st
     sys.stdout.flush()
 
 
-def script(line: list[str], setup: Callable | None = None) -> None:
-    """What `python gta_seg.py LINE` does, after `setup()`; to be run in a process of its own."""
-    import gta_seg
+def script(line: list[str], setup: Callable | None = None, name: str = "gta_seg") -> None:
+    """What `python NAME.py LINE` does, after `setup()`; to be run in a process of its own."""
     from common import runs
+    module = importlib.import_module(name)
     if setup is not None:
         setup()
-    sys.argv = ["gta_seg.py", *line]
-    runs.cli(gta_seg.Args, gta_seg.settings, gta_seg.main, choosers=("dataset", "recipe", "eval", "predict"), argv=line)
+    sys.argv = [f"{name}.py", *line]
+    runs.cli(module.Args, module.settings, module.main, choosers=CHOOSERS[name], argv=line)
 
 
 def begin(line: list[str], folder: Path, setup: Callable | None = None, env: dict[str, str] | None = None,
-          cwd: Path = REPO) -> Started:
+          cwd: Path = REPO, name: str = "gta_seg") -> Started:
     """Start the script with this command line, in a process forked from the warm server."""
-    return Started(script, (line, setup), folder, env, cwd)
+    return Started(script, (line, setup, name), folder, env, cwd)
 
 
 def run(line: list[str], folder: Path, setup: Callable | None = None, env: dict[str, str] | None = None,
-        cwd: Path = REPO) -> Ran:
+        cwd: Path = REPO, name: str = "gta_seg") -> Ran:
     """The same, and wait for its end."""
-    return begin(line, folder, setup, env, cwd).wait()
+    return begin(line, folder, setup, env, cwd, name).wait()
 
 
-def ranks(n: int, line: list[str], folder: Path, setup: Callable | None = None) -> list[Ran]:
-    """The script on n processes of one machine, with the environment that torchrun gives them."""
+def begin_ranks(n: int, line: list[str], folder: Path, setup: Callable | None = None,
+                name: str = "gta_seg") -> list[Started]:
+    """Start the script on n processes of one machine, with the environment that torchrun gives them."""
     port = str(free_port())
     env = {"WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    every = [begin(line, folder, setup, {**env, "RANK": str(i), "LOCAL_RANK": str(i)}) for i in range(n)]
-    return [p.wait() for p in every]
+    return [begin(line, folder, setup, {**env, "RANK": str(i), "LOCAL_RANK": str(i)}, name=name) for i in range(n)]
+
+
+def ranks(n: int, line: list[str], folder: Path, setup: Callable | None = None, name: str = "gta_seg") -> list[Ran]:
+    """The same, and wait for the end of all."""
+    return [p.wait() for p in begin_ranks(n, line, folder, setup, name)]
 
 
 def free_port() -> int:
@@ -158,10 +166,10 @@ def command(line: list[str], timeout: float = 120, start: bool = False, cwd: Pat
     return Ran(done.returncode, done.stdout, done.stderr)
 
 
-def torchrun(n: int, line: list[str], start: bool = False, **flags):
-    """gta_seg.py under torchrun on n processes; `flags` go to torchrun (default: --standalone)."""
+def torchrun(n: int, line: list[str], start: bool = False, name: str = "gta_seg", **flags):
+    """The script under torchrun on n processes; `flags` go to torchrun (default: --standalone)."""
     head = argv(**flags) if flags else ["--standalone"]
-    return command(["-m", "torch.distributed.run", *head, "--nproc_per_node", str(n), "gta_seg.py", *line], start=start)
+    return command(["-m", "torch.distributed.run", *head, "--nproc_per_node", str(n), f"{name}.py", *line], start=start)
 
 
 def in_process(**overrides) -> dict:
