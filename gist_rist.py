@@ -146,9 +146,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "voc": {},
     "cityscapes": dict(root="datasets/cityscapes", batch_size=6, resize=0.5, crop_size=(256, 512), steps=4000,
                        gan_lr=1e-5, gan_gamma=0.7, mix_colour=True),
-    "shapes": dict(root="datasets/shapes", split="random:10", backbone="test_resnet", weights="shapes",
-                   aspp_rates=(1, 2, 3, 4), bn="live", crop_size=(64, 64), scale=(0.75, 1.33), lr=0.003, head_lr=10,
-                   stage0_steps=1200, steps=300, stages=5, eval_every=200, cl_on="active", val_every_stage=True),
+    "shapes": dict(root="datasets/shapes", split="random:10", backbone="test_resnet", weights="shapes", bn="live",
+                   aspp_rates=(1, 2, 3, 4), resize=2, crop_size=(128, 128), scale=(0.75, 1.33), lr=0.001, phi=0.3,
+                   stage0_steps=400, eval_every=200, steps=300, stages=3, cl_on="active", val_every_stage=True),
     "folder": dict(root="datasets/folder", split="random:1/8", backbone="resnet50.tv_in1k", weights="imagenet"),
 }
 CITYSCAPES = {f"1/{n}": f"random:{m}" for n, m in ((50, 59), (30, 100), (20, 148), (8, 371), (4, 743))}      # Table I
@@ -410,10 +410,9 @@ def classmix_step(s: State, args: Args, step: int, labeled: Batch, unlabeled: Ba
                                 for x in (unlabeled.images, unlabeled.valid, probs))
         conf, label = probs.max(dim=1)
         weight = ((conf >= args.mix_threshold) & valid).sum() / valid.sum().clamp(min=1)        # one number a batch
-        label = label.masked_fill(~valid, IGNORE)                                               # DEPARTS[padding]
         if args.mix_colour:
             images = transforms.jitter_and_blur(images, rng(args.seed, "colour", step))
-    loss_u = weight * cross_entropy(s.student(images, valid)[0], label)
+    loss_u = weight * cross_entropy(s.student(images, valid)[0], label.masked_fill(~valid, IGNORE))   # DEPARTS[padding]
     update(s.opt, loss_l + args.mix_weight * loss_u)
     ema_update(s.teacher, s.student, min(1 - 1 / (step + 1), args.mix_alpha))
     return {"loss": loss_l.detach(), "loss_u": loss_u.detach(), "sure": weight}
@@ -495,7 +494,7 @@ def search_all(tree: "Tree", args: Args) -> dict[str, list[str]]:
     known = {"rist": [rist_path(args, trial) for trial in range(args.trials)], "path": args.path,
              "batchwise": ["B" * args.stages]}                                                          # Fig. 6
     for alpha in args.alpha:                                                                            # Sec. III-B
-        token = {0: "P", 1: "L"}.get(alpha, f"F{alpha:.4f}".rstrip("0"))
+        token = {0: "P", 1: "L"}.get(alpha, f"F{alpha:.9f}".rstrip("0"))
         known["fist" if len(args.alpha) == 1 else f"fist {alpha:g}"] = [token * args.stages]
     active = {"gist": gist(tree, args)} if "gist" in args.search else {}
     for name in (n for n in known if n.split()[0] in args.search):
@@ -509,12 +508,12 @@ def search_all(tree: "Tree", args: Args) -> dict[str, list[str]]:
                 if not wanted[name]:
                     del active[name]
         pending = list(dict.fromkeys(p for name in active for p in wanted[name] if not tree.store.done(p)))
-        tree.prune({p for p in wanted.get("gist", []) if tree.store.done(p)} | {parent_of(p) for p in pending}
-                   | {tree.best(nodes) for nodes in visited.values()})
-        if not pending:
-            return visited
         start = distributed.launched().rank * len(pending) // distributed.launched().size        # not all at one place
         ready = dict.fromkeys(tree.store.lacking(parent_of(p)) or p for p in pending[start:] + pending[:start])
+        tree.prune({tree.best(nodes) for nodes in visited.values()} | {*ready, *map(parent_of, [*ready, *pending])}
+                   | {p for p in wanted.get("gist", []) if tree.store.done(p)})
+        if not pending:
+            return visited
         any(tree.store.make_if_free(p, tree.train) for p in ready) or tree.wait()
 
 
@@ -566,6 +565,9 @@ class Tree:
 
     def prune(self, needed: set[str]) -> None:
         """The main process removes weights and pseudo labels that the searches of this run do not need any more."""
+        for path in [*self.store.records] if self.args.val_every_stage and distributed.launched().main else ():
+            if (self.store.folder(path) / "weights.pt").is_file():   # of a run that did not ask for the score
+                val_record(self, path)
         ours = distributed.launched().main and not self.args.keep_nodes
         for path in set(self.store.records) - needed if ours else ():
             if path != ROOT:
@@ -692,9 +694,9 @@ def finish(tree: Tree, path: str, net: SegNet, facts: dict) -> None:
     record = {"path": path, "stage": len(tokens(path)), **facts, "seconds": round(seconds, 2),
               "weights": fingerprint(net.state_dict()), "device": tree.world.device.type,
               "dev": {str(n): dev_miou(found["counts"][:n]) for n in range(1, len(tree.dev) + 1)}}       # Table III
-    tree.store.finish(path, record)
     for name in ("last.pt", "best.pt"):
         (folder / name).unlink(missing_ok=True)
+    tree.store.finish(path, record)
     print(f"{path or 'stage 0'}: dev {tree.dev_of(path):.2f}, {facts['steps']} steps in {seconds:.0f} s", flush=True)
 
 
@@ -729,13 +731,14 @@ def label_images(tree: Tree, path: str) -> tuple[list[Picture], dict]:
                 label = F.interpolate(label[None], size=size, mode="nearest-exact")[0, 0].cpu().numpy()
                 counts += np.bincount(label.flatten(), minlength=256)
                 Image.fromarray(label).save(temporary / f"{i}.png", compress_level=1)
+            if not counts.any():
+                raise UserError(f"None of the {len(tree.pool)} images can be read, such as {tree.pool[0].image}.")
             kept, total = counts[:IGNORE], max(counts[:IGNORE].sum(), 1)
             stats = {"kept": float(kept.sum() / counts.sum()), "dominant": float(kept.max() / total),
                      "share": (kept[:len(tree.data.classes)] / total).tolist()}
             (temporary / "stats.json").write_text(json.dumps(stats))
             temporary.rename(target)
     stats, found = json.loads((target / "stats.json").read_text()), {int(p.stem) for p in target.glob("*.png")}
-    print(f"{path or 'stage 0'}: Label Erase keeps {stats['kept']:.0%} of the pixels", flush=True)
     return [Picture(p.name, p.image, target / f"{i}.png") for i, p in enumerate(tree.pool) if i in found], stats
 
 
@@ -773,7 +776,7 @@ def val_record(tree: Tree, path: str, net: SegNet | None = None) -> dict:
 SEARCHES = "search alpha beam trials path stages max_run independent dev_size dev_reserve".split()
 BOOKKEEPING = ("root split split_seed unlabeled val out store resume workers device compile save_every log_every "
                "keep_nodes val_every_stage eval predict report weights").split()
-STAGE0_ONLY = [f for f in Args.__dataclass_fields__ if f.startswith(("stage0", "gan_", "mix_"))] + ["bn", "eval_every"]
+STAGE0_ONLY = [f for f in Args.__dataclass_fields__ if f.startswith(("stage0", "gan_", "mix_"))] + ["eval_every"]
 REFINE_ONLY = "cl cl_beta cl_drop cl_on phi temp steps".split()
 FLAGS_OF = {"s4gan": "gan_lr gan_gamma gan_fm gan_st", "classmix": "mix_threshold mix_alpha mix_weight mix_colour"}
 RANGES = dict.fromkeys("gan_gamma mix_threshold mix_alpha alpha cl_beta".split(), (0, 1)) | dict.fromkeys(
@@ -788,9 +791,9 @@ def check(args: Args) -> None:
     needs = dict(alpha="fist", beam="gist", path="path", trials="rist", max_run="rist", independent="rist")
     ignored = {flag: search not in args.search for flag, search in needs.items()}
     ignored |= {"init_head": args.backbone not in CAFFE, "stage0_steps": args.stage0 not in STAGE0}
-    ignored |= dict.fromkeys(("cl_beta", "cl_drop", "cl_on"), args.cl == 0)
+    ignored |= dict.fromkeys(("cl_beta", "cl_drop", "cl_on"), args.cl == 0) | {"stages": {*args.search} == {"path"}}
     runs.check_meaning(args, preset(args.dataset), args.stage0, FLAGS_OF, ignored)
-    if "path" in args.search and not (args.path and all(p == "".join(tokens(p)) and p[0] != "T" for p in args.path)):
+    if "path" in args.search and not (args.path and all(re.fullmatch(r"([LPB]|F0?\.\d+)+", p) for p in args.path)):
         raise UserError("--search path needs --path with words of L and P (or B, F0.75), such as --path LPPLLLPPL.")
     if args.stage0 not in STAGE0 and not Path(args.stage0).is_file():
         raise UserError(f"--stage0 {args.stage0} is neither {', '.join(STAGE0)} nor a file.")
@@ -850,8 +853,6 @@ def train(args: Args) -> dict:
                 "nodes": str(store.others), "visited": visited}
     state = runs.load_checkpoint(store.folder(tree.best(list(best.values()))) / "weights.pt", SCRIPT)
     runs.save_checkpoint(out / "best.pt", SCRIPT, state | {"settings": json.loads(json.dumps(vars(tree.args)))})
-    said = [f"{name} {results[name]['miou']:.2f} ({path or 'stage 0'})" for name, path in best.items()]
-    print(f"\nmiou: {', '.join(said)}, chosen by {args.dev_size} development images")
     return gist_report.write(tree, results, out)
 
 
@@ -879,8 +880,8 @@ def evaluate(args: Args) -> dict:
 def predict(args: Args) -> None:
     """--predict CKPT IMAGES...: index PNGs and overlays of images or folders into <checkpoint>.predictions/."""
     net, tree = load(args.predict[0], args)
-    plots.predictions(args.predict[1:], Path(f"{args.predict[0]}.predictions"), tree.data.classes,
-                      lambda images: upsample(net(images)[0], images.shape[-2:]), tree.world)
+    plots.predictions(args.predict[1:], Path(f"{args.predict[0]}.predictions"), tree.data.classes, lambda images:
+                      upsample(net(resized(args, images[0], None)[0][None])[0], images.shape[-2:]), tree.world)
 
 
 def settings(dataset: str = "voc", eval: str = "", predict: str = "", report: str = "") -> Args:

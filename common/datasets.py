@@ -93,9 +93,10 @@ class Whole(Dataset):
     def __getitem__(self, index: int) -> tuple[int, Tensor | None, Tensor | None]:
         try:
             return (index, *load(self.pictures[index], self.data, self.labels))
-        except BrokenImage:
+        except BrokenImage as error:
             if self.labels:
                 raise
+            warnings.warn(f"{error}; it is left out", stacklevel=2)
             return index, None, None
 
 

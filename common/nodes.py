@@ -6,16 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torch import Tensor
-
 from common.runs import claim, write_text
 
 
 @dataclass
 class Nodes:
-    """A node's folder holds node.json, written last: the node is done; and weights.pt, which may be removed again.
-
-    Who makes a node holds a lock on its folder, which the system frees when the process dies."""
+    """A node's folder holds node.json, written last: the node is done; and weights.pt, which may be removed again. Who
+    makes a node holds a lock on its folder, which the system frees when the process dies."""
 
     root: Path                                                       # folder of the node "", where all paths begin
     others: Path                                                     # holds the folders of all others
@@ -40,7 +37,7 @@ class Nodes:
 
     def lacking(self, path: str) -> str | None:
         """The first node on the way to `path`, itself included, that must be made for its weights; None: none."""
-        if (self.folder(path) / "weights.pt").is_file():
+        if self.done(path) and (self.folder(path) / "weights.pt").is_file():
             return None
         return (self.lacking(self.parent_of(path)) or path) if path else path
 
@@ -52,8 +49,8 @@ class Nodes:
             return ours
 
 
-def fingerprint(state: dict[str, Tensor]) -> str:
-    """SHA-256 of the names and values of a state dict."""
+def fingerprint(state: dict) -> str:
+    """SHA-256 of the names and values (CPU or GPU tensors) of a state dict."""
     digest = hashlib.sha256()
     for name, value in sorted(state.items()):
         digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())

@@ -208,7 +208,10 @@ def write_text(path: Path, text: str) -> None:
 def claim(folder: Path, wait: bool = False):
     """`with claim(folder) as ours`: True when no other process has this folder, which is made, until the block ends or
     this process dies; with `wait` it becomes so. UserError on a file system without locks."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise UserError(f"{folder} cannot be made ({error.strerror}); name another --store.") from None
     with open(folder / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

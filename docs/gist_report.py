@@ -82,6 +82,9 @@ def write(tree, results: dict, out: Path) -> dict:
         end = tree.best(leaves(tree, paths) or [""])
         draw_masks(tree, end, out / "previews" / f"{name.replace(' ', '-')}-{end or 'stage0'}.png")
     runs.write_text(out / "results.json", json.dumps(results, indent=1))
+    said = [f"{name} {r['miou']:.2f} ({r['path'] or 'stage 0'})" for name, r in results.items()
+            if isinstance(r, dict) and "miou" in r]
+    print(f"\nmiou: {', '.join(said)}, chosen by {results['dev_size']} development images")
     print(f"in {out}: {', '.join(sorted(p.name for p in out.iterdir() if p.name[0] != '.'))}; nodes in {store.others}")
     return results
 
