@@ -98,7 +98,7 @@ class Args:
     pixels: Literal["auto", "bgr", "rgb", "imagenet"] = "auto"  # channel order and scale. DEPARTS[pixels]
     init_head: bool = False  # load the file's classifier, too, where the classes agree. DEPARTS[init-head]
     output_stride: Literal[8, 16, 32] = 8  # of timm and torchvision backbones; the Caffe-style one has 8
-    cut: int = -1  # stages left out at the backbone's end; -1: those without weights in the file
+    cut: int = -1  # of the backbone's own stages, the last ones to leave out; -1: those without weights in the file
     aspp_rates: tuple[int, ...] = (6, 12, 18, 24)  # dilations, summed. DEPARTS[aspp]
     bn: Literal["auto", "frozen", "live"] = "auto"  # BatchNorm; auto: live in stage 0 without weights. DEPARTS[bn]
 
@@ -182,17 +182,16 @@ class SegNet(nn.Module):
     def __init__(self, args: Args, num_classes: int, pretrained: bool = False):
         super().__init__()
         self.pixels, self.bf16, self.frozen = args.pixels, args.precision == "bf16", False
-        mean = torch.tensor(MEAN.get(args.dataset, MEAN["voc"])).view(1, 3, 1, 1)
         caffe = args.backbone in CAFFE
         make = partial(backbones.build, args.backbone.removeprefix("caffe_"), 32 if caffe else args.output_stride)
         self.backbone, _, channels = make(pretrained)
         if args.cut > 0:
-            self.backbone, _, channels = make(out_indices=tuple(range(len(channels) - args.cut)))
+            self.backbone, _, channels = make(pretrained, out_indices=tuple(range(len(channels) - args.cut)))
         if caffe:
             caffe_style(self.backbone)
         conv = partial(nn.Conv2d, channels[-1], num_classes, 3)
         self.head = nn.ModuleList(conv(padding=rate, dilation=rate) for rate in args.aspp_rates)      # DEPARTS[aspp]
-        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("mean", torch.tensor(MEAN.get(args.dataset, MEAN["voc"]))[:, None, None], persistent=False)
         for branch in self.head:
             nn.init.normal_(branch.weight, std=0.01)
             nn.init.zeros_(branch.bias)
@@ -212,7 +211,7 @@ class SegNet(nn.Module):
         return images if valid is None else images * valid[:, None]
 
     def forward(self, images: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+        with torch.autocast("cuda" if images.is_cuda else "cpu", dtype=torch.bfloat16, enabled=self.bf16):
             f = self.backbone(self.scaled(images, valid).contiguous(memory_format=torch.channels_last))[-1]
             return sum(branch(f) for branch in self.head).float(), f.float()
 
@@ -228,8 +227,7 @@ class Discriminator(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         for i, conv in enumerate(self.convs):
-            x = F.leaky_relu(conv(x), 0.2)
-            x = F.dropout2d(x, 0.5, self.training) if i < 3 else x
+            x = F.dropout2d(F.leaky_relu(conv(x), 0.2), 0.5, self.training and i < 3)
         return self.score(x := x.mean((2, 3)))[:, 0].sigmoid(), x
 
 
@@ -266,7 +264,8 @@ def initial(args: Args, num_classes: int) -> tuple[Args, dict[str, Tensor] | Non
             raise UserError(f"{args.weights} lacks {len(lost)} tensors of {args.backbone}, for example {lost[0]}; the "
                             f"layouts that are read are listed in docs/gist_rist.md.")
         head = {k.removeprefix("head."): weights.pop(k) for k in list(weights) if k.startswith("head.")}
-        notes += runs.load_matching(net.head, head, args.weights) if args.init_head and head else []
+        if args.init_head and len(head.get("0.bias", ())) == num_classes:
+            notes += runs.load_matching(net.head, head, args.weights)
     notes += runs.load_matching(net.backbone, weights, args.weights)
     return args, net.state_dict(), notes
 
@@ -280,7 +279,7 @@ def cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
 
 
 def consistency(f: Tensor, f_teacher: Tensor, drop: float) -> Tensor:
-    """Eqs. 6, 7, 8: mean |drop(pool(f)) - drop(pool(f*))|, masks apart. (B, C, h, w) twice -> (). DEPARTS[cl]"""
+    """Eqs. 6, 7, 8: mean |drop(pool(f)) - drop(pool(f*))|, masks drawn apart. (B, C, h, w) twice -> (). DEPARTS[cl]"""
     pooled, pooled_teacher = (F.dropout(x.mean((2, 3)), drop) for x in (f, f_teacher))
     return (pooled - pooled_teacher).abs().mean()
 
@@ -307,15 +306,13 @@ def classmix_mask(label: Tensor, scores: Tensor) -> Tensor:
     b, k = scores.shape
     present = torch.zeros(b, k + 1, device=label.device).scatter_(1, label.clamp(max=k).flatten(1), 1)[:, :k] > 0
     rank = torch.where(present, scores, torch.inf).argsort(1).argsort(1)
-    chosen = (rank < present.sum(1, keepdim=True) // 2) & present                               # (B, K)
-    chosen = F.pad(chosen, (0, 1))                                                              # 255 is never chosen
+    chosen = F.pad((rank < present.sum(1, keepdim=True) // 2) & present, (0, 1))                # 255 is never chosen
     return chosen.gather(1, label.clamp(max=k).flatten(1)).view_as(label)
 
 
 def minmax01(images: Tensor) -> Tensor:
     """S4GAN: the batch (B, 3, H, W), stretched to [0, 1] by its own extremes."""
-    low, high = images.min(), images.max()
-    return (images - low) / (high - low).clamp(min=1e-6)
+    return (images - images.min()) / (images.max() - images.min()).clamp(min=1e-6)
 
 
 def poly(step: int, total: int) -> float:
@@ -358,9 +355,9 @@ def refine_step(s: State, args: Args, path: str, alpha: float | None, step: int,
         if s.teacher is not None:
             with torch.no_grad():
                 f_teacher = s.teacher(batch.images, batch.valid)[1]                                     # Eq. 5
-            apart = consistency(f, f_teacher, args.cl_drop)                                             # Eqs. 6, 7, 8
-            loss = loss + args.cl * apart
-            log |= {f"cl_{name}": apart.detach(), f"mean_{name}": f.detach().mean()}
+            distance = consistency(f, f_teacher, args.cl_drop)                                          # Eqs. 6, 7, 8
+            loss = loss + args.cl * distance
+            log |= {f"cl_{name}": distance.detach(), f"mean_{name}": f.detach().mean()}
     update(s.opt, loss)
     if s.teacher is not None:
         ema_update(s.teacher, s.student, args.cl_beta)                                                  # Eq. 3
@@ -389,9 +386,8 @@ def s4gan_step(s: State, args: Args, step: int, labeled: Batch, unlabeled: Batch
     loss_st = cross_entropy(z, z.detach().argmax(1).masked_fill(~chosen, IGNORE))
     update(s.opt, loss_l + args.gan_fm * loss_fm + args.gan_st * loss_st)
     s.critic.requires_grad_(True)
-    score_fake, score_real = s.critic(fake.detach())[0], s.critic(real)[0]
-    entropy = F.binary_cross_entropy
-    loss_d = (entropy(score_fake, torch.zeros_like(score_fake)) + entropy(score_real, torch.ones_like(score_real))) / 2
+    loss_d = sum(F.binary_cross_entropy(s.critic(x)[0], torch.full_like(trust, is_real))
+                 for x, is_real in ((fake.detach(), 0), (real, 1))) / 2
     update(s.opt_critic, loss_d)
     return {"loss": loss_l.detach(), "loss_fm": loss_fm.detach(), "loss_st": loss_st.detach(),
             "loss_d": loss_d.detach(), "trusted": (trust > args.gan_gamma).float().mean()}
@@ -508,11 +504,11 @@ def search_all(tree: "Tree", args: Args) -> dict[str, list[str]]:
                 if not wanted[name]:
                     del active[name]
         pending = list(dict.fromkeys(p for name in active for p in wanted[name] if not tree.store.done(p)))
-        start = distributed.launched().rank * len(pending) // distributed.launched().size        # not all at one place
-        ready = dict.fromkeys(tree.store.lacking(parent_of(p)) or p for p in pending[start:] + pending[:start])
+        start = distributed.launched().rank * len(pending) // distributed.launched().size        # each has its own
+        ready = dict.fromkeys(tree.store.first_to_make(parent_of(p)) or p for p in pending[start:] + pending[:start])
         tree.prune({tree.best(nodes) for nodes in visited.values()} | {*ready, *map(parent_of, [*ready, *pending])}
                    | {p for p in wanted.get("gist", []) if tree.store.done(p)})
-        if not pending:
+        if not active:
             return visited
         any(tree.store.make_if_free(p, tree.train) for p in ready) or tree.wait()
 
@@ -550,8 +546,8 @@ class Tree:
         state = runs.load_checkpoint(self.store.folder(path) / "weights.pt", SCRIPT)["networks"]["student"]
         self.store.records.pop(path, None)                           # another process may have trained it again
         if fingerprint(state) != self.store.record(path)["weights"]:
-            raise UserError(f"The weights in {self.store.folder(path)} are not those that were scored; remove this "
-                            f"folder, and the same command trains them again.")
+            raise runs.RankError(f"The weights in {self.store.folder(path)} are not those that were scored; remove "
+                                 f"this folder, and the same command trains them again.")
         return state
 
     def train(self, path: str) -> None:
@@ -565,11 +561,11 @@ class Tree:
 
     def prune(self, needed: set[str]) -> None:
         """The main process removes weights and pseudo labels that the searches of this run do not need any more."""
-        for path in [*self.store.records] if self.args.val_every_stage and distributed.launched().main else ():
+        main = distributed.launched().main
+        for path in [*self.store.records] if main and self.args.val_every_stage else ():
             if (self.store.folder(path) / "weights.pt").is_file():   # of a run that did not ask for the score
                 val_record(self, path)
-        ours = distributed.launched().main and not self.args.keep_nodes
-        for path in set(self.store.records) - needed if ours else ():
+        for path in set(self.store.records) - needed if main and not self.args.keep_nodes else ():
             if path != ROOT:
                 (self.store.folder(path) / "weights.pt").unlink(missing_ok=True)
             shutil.rmtree(self.store.others / f"labels-{path}", ignore_errors=True)
@@ -600,7 +596,7 @@ def train_stage0(tree: Tree) -> None:
     """Stage 0, theta_0 of Algorithm 1: --stage0, the best of its evaluations on the development images."""
     args, classes = tree.args, len(tree.data.classes)
     if args.stage0 not in STAGE0:
-        net = tree.network(None)
+        net = tree.network(tree.init)
         runs.load_exact(net, runs.read_weights(Path(args.stage0)), args.stage0)
         return finish(tree, ROOT, net, {"step": 0, "steps": 0})
     frozen = args.bn == "frozen" or (args.bn == "auto" and args.weights not in ("", "none"))
@@ -697,26 +693,29 @@ def finish(tree: Tree, path: str, net: SegNet, facts: dict) -> None:
     for name in ("last.pt", "best.pt"):
         (folder / name).unlink(missing_ok=True)
     tree.store.finish(path, record)
-    print(f"{path or 'stage 0'}: dev {tree.dev_of(path):.2f}, {facts['steps']} steps in {seconds:.0f} s", flush=True)
+    print(f"{path or 'stage 0'}: dev {tree.dev_of(path):.2f}, {facts['steps']} steps in {seconds:.0f} s",
+          *(f"(Label Erase kept {labels['kept']:.0%})" for labels in [facts.get("labels")] if labels), flush=True)
 
 
 # ============================================================================================== whole images
 @torch.no_grad()
 def forward_all(tree: Tree, net: SegNet, pictures: list[Picture], labels: bool) -> Iterator[tuple]:
-    """Whole pictures, single scale, no flip: index, label (H, W) or None, logits (K, H, W) and size on disk of each, up
-    to 16 neighbours of one size in a pass. A picture without label that cannot be read is left out."""
+    """Whole pictures, single scale, no flip: index, label (H, W) or None, logits (K, H, W) and size on disk of each,
+    neighbours of one size in one pass. A picture without label that cannot be read is left out."""
     net.eval()
     loader, group = datasets.score_loader(pictures, tree.data, tree.world, tree.args.workers, labels), []
     for index, image, label in itertools.chain(loader, [(-1, None, None)]):
-        if group and (image is None or image.shape[-2:] != group[0][3] or len(group) == 16):
-            images = torch.stack([x for _, x, _, _ in group])
+        if group and (image is None or image.shape[-2:] != group[0][3] or len(group) == room):
+            images = torch.stack([x for _, x, _, _ in group]).to(tree.world.device)
             logits = upsample(net.forward(images)[0], images.shape[-2:])         # many sizes: not the compiled one
             yield from ((i, y, z, size) for (i, _, y, size), z in zip(group, logits, strict=True))
             group = []
         if image is not None:
-            group.append((index, *resized(tree.args, image.to(tree.world.device), label), image.shape[-2:]))
+            room = min(max(2**21 // image[0].numel(), 1), 16)                    # images in a pass, by their size
+            group.append((index, *resized(tree.args, image, label), image.shape[-2:]))
 
 
+@torch.backends.cudnn.flags(enabled=True, benchmark=False)          # hundreds of sizes: no time to try algorithms
 def label_images(tree: Tree, path: str) -> tuple[list[Picture], dict]:
     """Algorithm 1, lines 6 to 8: pseudo labels of all unlabeled images from the node `path`, once for all its children,
     as index PNGs of the images' size -> the pictures with them, and what they look like. DEPARTS[le]"""
@@ -732,7 +731,7 @@ def label_images(tree: Tree, path: str) -> tuple[list[Picture], dict]:
                 counts += np.bincount(label.flatten(), minlength=256)
                 Image.fromarray(label).save(temporary / f"{i}.png", compress_level=1)
             if not counts.any():
-                raise UserError(f"None of the {len(tree.pool)} images can be read, such as {tree.pool[0].image}.")
+                raise runs.RankError(f"None of the {len(tree.pool)} images can be read, such as {tree.pool[0].image}.")
             kept, total = counts[:IGNORE], max(counts[:IGNORE].sum(), 1)
             stats = {"kept": float(kept.sum() / counts.sum()), "dominant": float(kept.max() / total),
                      "share": (kept[:len(tree.data.classes)] / total).tolist()}
@@ -742,6 +741,7 @@ def label_images(tree: Tree, path: str) -> tuple[list[Picture], dict]:
     return [Picture(p.name, p.image, target / f"{i}.png") for i, p in enumerate(tree.pool) if i in found], stats
 
 
+@torch.backends.cudnn.flags(enabled=True, benchmark=False)
 def score(tree: Tree, net: SegNet, pictures: list[Picture]) -> dict[str, np.ndarray]:
     """EVAL of Algorithm 1: `counts` (n, K, K) of each picture; of the first six also `maskN`, the predictions (Figs. 2,
     8, 9), and `confidence` (2, 50), histograms at T = 1 and --temp (Fig. 5)."""
@@ -788,10 +788,10 @@ RANGES = dict.fromkeys("gan_gamma mix_threshold mix_alpha alpha cl_beta".split()
 def check(args: Args) -> None:
     """Refuse, before any work, what cannot run and flags that would be ignored."""
     runs.check_ranges(args, RANGES)
-    needs = dict(alpha="fist", beam="gist", path="path", trials="rist", max_run="rist", independent="rist")
-    ignored = {flag: search not in args.search for flag, search in needs.items()}
-    ignored |= {"init_head": args.backbone not in CAFFE, "stage0_steps": args.stage0 not in STAGE0}
-    ignored |= dict.fromkeys(("cl_beta", "cl_drop", "cl_on"), args.cl == 0) | {"stages": {*args.search} == {"path"}}
+    ignored = {flag: search not in args.search for flag, search in dict(
+        alpha="fist", beam="gist", path="path", trials="rist", max_run="rist", independent="rist").items()} | {
+        "init_head": args.backbone not in CAFFE, "cut": args.backbone in CAFFE, "stages": {*args.search} == {"path"},
+        "stage0_steps": args.stage0 not in STAGE0, **dict.fromkeys(("cl_beta", "cl_drop", "cl_on"), args.cl == 0)}
     runs.check_meaning(args, preset(args.dataset), args.stage0, FLAGS_OF, ignored)
     if "path" in args.search and not (args.path and all(re.fullmatch(r"([LPB]|F0?\.\d+)+", p) for p in args.path)):
         raise UserError("--search path needs --path with words of L and P (or B, F0.75), such as --path LPPLLLPPL.")
@@ -803,8 +803,8 @@ def plant(args: Args) -> tuple[Tree, list[str]]:
     """Data, splits, device, initial weights, the folder of stage 0, named by what shapes it; and lines to print."""
     data = find.find(args.dataset, Path(args.root), args.val)
     split = CITYSCAPES.get(args.split, args.split) if args.dataset == "cityscapes" else args.split
-    apart = max(args.dev_reserve, args.dev_size)
-    chosen = find.choose(data, split, args.split_seed, args.unlabeled, "s4gan", True, apart)
+    chosen = find.choose(data, split, args.split_seed, args.unlabeled, "s4gan",
+                         held_out=max(args.dev_reserve, args.dev_size))
     pool = [Picture(p.name, p.image, None) for p in chosen.unlabeled]            # their labels are never opened
     args, init, notes = initial(args, len(data.classes))
     world = distributed.start(args.device, join=False)
@@ -837,21 +837,22 @@ def train(args: Args) -> dict:
         runs.open_run(out, SCRIPT, args, args.resume, not (out / "config.json").exists())
         runs.write_config(out, SCRIPT, args, tree.world, {"images": lines[0], "stage0": str(store.root)})
         print(*lines, f"{args.stage0} stage 0; {', '.join(args.search)}; in {out}, nodes in {args.store}", sep="\n")
-    while not (store.done(ROOT) and store.lacking(ROOT) is None):
+    while not (store.done(ROOT) and store.first_to_make(ROOT) is None):
         store.make_if_free(ROOT, tree.train) or tree.wait()
     store.others = Path(args.store) / key_of(tree, STAGE0_ONLY, store.record(ROOT)["weights"])
     visited = search_all(tree, args)
     if not main:
         return {}
     best = {"stage0": ROOT} | {name: tree.best(nodes) for name, nodes in visited.items()}
-    while lost := [n for path in best.values() if (n := store.lacking(path)) is not None]:
+    while lost := [n for path in best.values() if (n := store.first_to_make(path)) is not None]:
         store.make_if_free(lost[0], tree.train) or tree.wait()
     results = {name: {"path": path, "stage": len(tokens(path)), "dev": tree.dev_of(path), **val_record(tree, path),
                       "step": store.record(path)["step"]} for name, path in best.items()}
     results |= {k: getattr(args, k) for k in ("dataset", "split", "split_seed", "seed", "val", "dev_size")}
     results |= {"split_fingerprint": splits.fingerprint(p.name for p in tree.labeled), "stage0_folder": str(store.root),
-                "nodes": str(store.others), "visited": visited}
-    state = runs.load_checkpoint(store.folder(tree.best(list(best.values()))) / "weights.pt", SCRIPT)
+                "nodes": str(store.others), "visited": visited,
+                "trials": [rist_path(args, trial) for trial in range(args.trials)] if "rist" in visited else []}
+    state = runs.load_checkpoint(store.folder(tree.best([*best.values()])) / "weights.pt", SCRIPT)
     runs.save_checkpoint(out / "best.pt", SCRIPT, state | {"settings": json.loads(json.dumps(vars(tree.args)))})
     return gist_report.write(tree, results, out)
 
@@ -891,9 +892,8 @@ def settings(dataset: str = "voc", eval: str = "", predict: str = "", report: st
 
 
 def main(args: Args) -> Any:
-    if args.report:
-        return gist_report.again(plant(args)[0], Path(args.report))
-    return evaluate(args) if args.eval else predict(args) if args.predict else train(args)
+    return gist_report.again(plant(args)[0], Path(args.report)) if args.report else \
+        evaluate(args) if args.eval else predict(args) if args.predict else train(args)
 
 
 if __name__ == "__main__":

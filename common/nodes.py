@@ -35,16 +35,16 @@ class Nodes:
         write_text(self.folder(path) / "node.json", json.dumps(record, indent=1))
         self.records[path] = record
 
-    def lacking(self, path: str) -> str | None:
+    def first_to_make(self, path: str) -> str | None:
         """The first node on the way to `path`, itself included, that must be made for its weights; None: none."""
         if self.done(path) and (self.folder(path) / "weights.pt").is_file():
             return None
-        return (self.lacking(self.parent_of(path)) or path) if path else path
+        return (self.first_to_make(self.parent_of(path)) or path) if path else path
 
     def make_if_free(self, path: str, make: Callable[[str], None]) -> bool:
         """make(path), unless the node is there; False when another process makes it."""
         with claim(self.folder(path)) as ours:
-            if ours and (not (self.folder(path) / "node.json").is_file() or self.lacking(path) is not None):
+            if ours and (not (self.folder(path) / "node.json").is_file() or self.first_to_make(path) is not None):
                 make(path)
             return ours
 

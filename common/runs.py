@@ -425,7 +425,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except Exception as error:                                       # noqa: BLE001 (each format has its own)
         raise UserError(f"--weights {path} cannot be read as weights ({type(error).__name__}); save it again as a "
                         f"plain state dict.") from None
-    for wrapper in ("networks", "model", "state_dict", "teacher", "student"):
+    for wrapper in ("networks", "model", "state_dict", "teacher", "supervised", "student"):
         if isinstance(weights, dict) and isinstance(weights.get(wrapper), dict):
             weights = weights[wrapper]
     weights = weights if isinstance(weights, dict) else {}

@@ -152,7 +152,7 @@ class Chosen:
     held_out: list[Picture] = field(default_factory=list)
 
 
-def choose(data: Segmentation, split: str, split_seed: int, unlabeled: str, family: str, needed: bool,
+def choose(data: Segmentation, split: str, split_seed: int, unlabeled: str, family: str, needed: bool = True,
            held_out: int = 0) -> Chosen:
     """The labeled images that `split` names, and the unlabeled ones: all others, or what `unlabeled` names; UserError
     when there are none and they are `needed`. `held_out` labeled images are kept apart from both.

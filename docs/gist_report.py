@@ -79,7 +79,7 @@ def write(tree, results: dict, out: Path) -> dict:
     draw_tree(tree, nodes, {tree.best(paths) for paths in visited.values()}, out / "tree.png")
     draw_curves(tree, visited, val, out / "curves.png")
     for name, paths in visited.items():
-        end = tree.best(leaves(tree, paths) or [""])
+        end = deepest(tree, paths)
         draw_masks(tree, end, out / "previews" / f"{name.replace(' ', '-')}-{end or 'stage0'}.png")
     runs.write_text(out / "results.json", json.dumps(results, indent=1))
     said = [f"{name} {r['miou']:.2f} ({r['path'] or 'stage 0'})" for name, r in results.items()
@@ -121,6 +121,11 @@ def leaves(tree, paths: list[str]) -> list[str]:
     return [p for p in dict.fromkeys(paths) if p and p not in parents]
 
 
+def deepest(tree, paths: list[str]) -> str:
+    """Of the longest paths the one with the best end, by dev: GIST's leaves are also what it gave up on the way."""
+    return min(leaves(tree, paths) or [""], key=lambda p: (-tree.store.record(p)["stage"], *tree.order(p)))
+
+
 def tables(tree, results: dict, nodes: list[str], val: dict[str, float]) -> list[str]:
     """The parts of report.md."""
     store, visited, nan = tree.store, results["visited"], float("nan")
@@ -135,10 +140,14 @@ def tables(tree, results: dict, nodes: list[str], val: dict[str, float]) -> list
         (p or "stage 0", tree.dev_of(p), val[p], x["kept"], "-" if x["dominant"] != x["dominant"] else
          f"{x['dominant']:.2f}{' bloat' if alarm[x['dominant']] else ''}", store.record(p)["seconds"])
         for p, x in zip(nodes, labels, strict=True)])]
-    ends = leaves(tree, visited.get("rist", []) + visited.get("path", []))
+    drawn = results.get("trials", leaves(tree, visited.get("rist", [])))              # some may be equal
+    ends = [*drawn, *leaves(tree, visited.get("path", []))]
     chosen = [tree.best(trail(tree, end)) for end in ends]
     dev, scored = [tree.dev_of(p) for p in chosen], [val[p] for p in chosen]
-    if len(ends) > 1 and not np.isnan(scored).any():
+    if len(ends) > 1 and np.isnan(scored).any():
+        text += ["Not all chosen nodes are scored on val: Table II and Fig. 7 need --val-every-stage (and nodes whose "
+                 "weights are still there).\n"]
+    elif len(ends) > 1:
         groups = ", ".join(f"{g:.2f}" for g in group_scores(dev, scored, GROUP))
         text += ["## Paths, each at the stage that dev chooses (Table II)\n",
                  table("path, stage, dev, val", [(end, store.record(p)["stage"], tree.dev_of(p), val[p])
@@ -189,7 +198,7 @@ def draw_curves(tree, visited: dict[str, list[str]], val: dict[str, float], file
     figure, axes = pyplot().subplots(1, 3, figsize=(14, 4))
     for number, (name, paths) in enumerate(visited.items()):
         ends = leaves(tree, paths)
-        for i, end in enumerate(ends if name != "gist" else [tree.best(ends)] if ends else []):
+        for i, end in enumerate(ends if name != "gist" else [deepest(tree, paths)]):
             way = trail(tree, end)
             for axis, scores in ((axes[0], [tree.dev_of(p) for p in way]), (axes[1], [val[p] for p in way])):
                 axis.plot(range(len(way)), scores, color=f"C{number}", marker=".", label=name if i == 0 else None)

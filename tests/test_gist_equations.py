@@ -1071,8 +1071,8 @@ class Records(Nodes):
     def __init__(self, **records: dict):
         super().__init__(helpers.REPO / "absent", helpers.REPO / "absent", gist_rist.parent_of, dict(records))
 
-    def lacking(self, path: str) -> str | None:
-        return None if path in self.records else self.lacking(self.parent_of(path)) or path
+    def first_to_make(self, path: str) -> str | None:
+        return None if path in self.records else self.first_to_make(self.parent_of(path)) or path
 
     def make_if_free(self, path: str, make) -> bool:
         assert path not in self.records, f"{path} was trained twice"
