@@ -703,7 +703,7 @@ def forward_all(tree: Tree, net: SegNet, pictures: list[Picture], labels: bool) 
     """Whole pictures, single scale, no flip: index, label (H, W) or None, logits (K, H, W) and size on disk of each,
     neighbours of one size in one pass. A picture without label that cannot be read is left out."""
     net.eval()
-    loader, group = datasets.score_loader(pictures, tree.data, tree.world, tree.args.workers, labels), []
+    loader, group, room = datasets.score_loader(pictures, tree.data, tree.world, tree.args.workers, labels), [], 0
     for index, image, label in itertools.chain(loader, [(-1, None, None)]):
         if group and (image is None or image.shape[-2:] != group[0][3] or len(group) == room):
             images = torch.stack([x for _, x, _, _ in group]).to(tree.world.device)

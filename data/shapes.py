@@ -7,6 +7,7 @@ and the rest badly; many unlabeled pictures show which forms and patterns go tog
     make_voc         VOC folders with palette PNGs, train / tune / val      semantic segmentation
     make_cityscapes  leftImg8bit and gtFine with labelIds and instanceIds   for format tests
     make_coco        COCO and LVIS JSON of one long-tailed set              instance segmentation
+    make_things      COCO JSON of a few evenly frequent classes             the same, in minutes
     pretrain         a tiny backbone's weights from other drawn classes     what ImageNet is to the papers
 
     python -m data.shapes [--root datasets/shapes]      draws all of it (it is drawn on first use anyway)
@@ -59,6 +60,12 @@ PRETRAIN = Difficulty(objects=(1, 1), radius=(0.22, 0.42), grey=0.3, lying=0.0)
 SEMANTIC_CLASSES = {"disc": ("circle", "stripes", 0.00), "box": ("square", "checks", 0.02),
                     "tent": ("triangle", "dots", 0.33), "star": ("star", "rings", 0.35),
                     "hoop": ("ring", "mesh", 0.67), "plus": ("cross", "plain", 0.69)}
+
+# a few classes, evenly frequent, learned in minutes
+FEW = Difficulty(size=96, objects=(2, 4), radius=(0.13, 0.26), grey=0.2, clutter=0.2)
+THING_CLASSES = {"coin": ("circle", "stripes", 0.13), "crate": ("square", "checks", 0.10),
+                 "star": ("star", "plain", 0.15), "tent": ("triangle", "dots", 0.33),
+                 "wheel": ("ring", "rings", 0.60), "plus": ("cross", "mesh", 0.64)}
 
 # the long tail, most frequent first. Look-alikes differ in pattern (tent, flag) or by a step in hue (wheel, buoy) alone
 INSTANCE_CLASSES = {
@@ -465,6 +472,35 @@ def make_coco(root: Path, train: int = 400, val: int = 100, labeled: int | None 
     return once(root, f"coco {INSTANCE} {INSTANCE_CLASSES} {train} {val} {labeled}", make)
 
 
+def make_things(root: Path, train: int = 1000, tune: int = 200, val: int = 200) -> Path:
+    """COCO folders of a few evenly frequent classes: images/{train,tune,val}, annotations/instances_*.json."""
+    from pycocotools.mask import encode, toBbox
+
+    def make(folder: Path) -> None:
+        (folder / "annotations").mkdir()
+        categories = [{"id": c + 1, "name": name, "supercategory": kind[0]}
+                      for c, (name, kind) in enumerate(THING_CLASSES.items())]
+        for part, number in (("train", train), ("tune", tune), ("val", val)):
+            data = {"info": {"description": "drawn shapes"}, "categories": categories, "images": [], "annotations": []}
+            (folder / "images" / part).mkdir(parents=True)
+            for index in range(number):
+                rng, d = generator("things", part, index), FEW
+                chosen = rng.choice(len(categories), int(rng.integers(d.objects[0], d.objects[1] + 1))).tolist()
+                picture, instances, _ = draw(rng, [list(THING_CLASSES.values())[c] for c in chosen], chosen, d)
+                image = {"id": index + 1, "height": d.size, "width": d.size, "file_name": f"{index + 1:012d}.jpg"}
+                Image.fromarray(picture).save(folder / "images" / part / image["file_name"], quality=95, subsampling=0)
+                data["images"].append(image)
+                for n, c in enumerate(chosen, start=1):
+                    mask = instances == n
+                    if mask.sum() >= 12:
+                        box = toBbox(encode(np.asfortranarray(mask, np.uint8))).tolist()
+                        data["annotations"].append({
+                            "id": len(data["annotations"]) + 1, "image_id": index + 1, "category_id": c + 1,
+                            "area": float(mask.sum()), "bbox": box, "iscrowd": 0, "segmentation": polygons(mask)})
+            (folder / "annotations" / f"instances_{part}.json").write_text(json.dumps(data))
+    return once(root, f"things {FEW} {THING_CLASSES} {train} {tune} {val}", make)
+
+
 # ------------------------------------------------------------------------------------------------ pre-training
 def pretrain(root: Path, backbone: str, steps: int = 1200, batch_size: int = 64) -> Path:
     """Weights of a timm backbone that learned form, pattern and hue of single objects, as file root/weights/<name>.pth.
@@ -521,7 +557,8 @@ def main(argv: list[str] | None = None) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=Path("datasets/shapes"), help="default %(default)s")
     root = parser.parse_args(argv).root
-    for name, make in (("voc", make_voc), ("cityscapes", make_cityscapes), ("coco", make_coco)):
+    kinds = {"voc": make_voc, "cityscapes": make_cityscapes, "coco": make_coco, "things": make_things}
+    for name, make in kinds.items():
         start = time.perf_counter()
         try:
             folder = make(root / name)

@@ -1,0 +1,149 @@
+"""What Mask2Former's training step costs in guided_distillation.py, against transformers' with the same weights, images
+and targets, as ratios measured in one run: `make bench`.
+
+Each pair is timed in turn, A B A B ..., and the median of the pairwise ratios is printed: machines are noisy. Memory is
+the peak of the resident set above what it was before the step (Linux)."""
+
+import statistics
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import guided_distillation as gd  # noqa: E402
+
+CLASSES, OBJECTS = 80, 7                            # of COCO; objects of an image, its mean
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def seconds(function) -> float:
+    start = time.perf_counter()
+    function()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def pair(a, b, rounds: int = 3) -> tuple[float, float, float]:
+    """Median seconds of a and of b, and the median of a / b over rounds that run one after the other."""
+    a(), b()
+    times = [(seconds(a), seconds(b)) for _ in range(rounds)]
+    return (statistics.median(t for t, _ in times), statistics.median(t for _, t in times),
+            statistics.median(x / y for x, y in times))
+
+
+def peak(function) -> float:
+    """GiB that a call takes at most above what is taken before it."""
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return (torch.cuda.max_memory_allocated() - before) / 2**30
+    import ctypes
+    import gc
+
+    def status(key: str) -> int:
+        text = Path("/proc/self/status").read_text()
+        return int(next(line for line in text.splitlines() if line.startswith(key)).split()[1])
+
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)         # what was freed goes back to the system
+    Path("/proc/self/clear_refs").write_text("5")   # the peak starts anew
+    before = status("VmRSS")
+    function()
+    return (status("VmHWM") - before) / 2**20
+
+
+def build(batch: int, size: int):
+    """Training steps of transformers' network and of ours, from equal weights on equal images and targets."""
+    from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, ResNetConfig
+    torch.manual_seed(0)
+    stages = ["stage1", "stage2", "stage3", "stage4"]
+    theirs = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(
+        backbone_config=ResNetConfig(out_features=stages), num_labels=CLASSES)).to(DEVICE).train()
+    for m in theirs.modules():                      # BatchNorm as constant as in our network
+        if isinstance(m, torch.nn.BatchNorm2d):
+            m.eval().requires_grad_(False)
+    args = gd.resolve(gd.preset("coco", backbone="resnet50"))
+    ours = gd.Mask2Former(args, CLASSES).to(DEVICE)
+    ours.load_state_dict(gd.our_names(theirs.state_dict()), strict=False)
+    ours.train()
+    images = torch.randn(batch, 3, size, size, device=DEVICE)
+    coarse = torch.rand(batch * OBJECTS, 1, 8, 8)
+    masks = F.interpolate(coarse, size=(size, size), mode="bilinear")[:, 0].gt(0.6).to(torch.uint8).to(DEVICE)
+    labels = torch.randint(0, CLASSES, (batch, OBJECTS), device=DEVICE)
+    targets = [gd.Target(label, mask) for label, mask in zip(labels, masks.split(OBJECTS), strict=True)]
+    sgd = [torch.optim.SGD(net.parameters(), 1e-6) for net in (theirs, ours)]
+
+    def update(optimizer, loss) -> None:
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def their_step() -> None:
+        update(sgd[0], theirs(images, mask_labels=[t.masks.float() for t in targets],
+                              class_labels=[t.labels for t in targets]).loss)
+
+    def our_step() -> None:
+        norms = gd.normalisers(targets, args.queries, args.no_object, gd.World(device=DEVICE))
+        points = [gd.generator(DEVICE, "bench", i) for i in range(batch)]
+        update(sgd[1], gd.criterion(ours(images), targets, norms, args, points)["loss"])
+
+    return their_step, our_step, ours, images, targets, args
+
+
+def bench_step(batch: int = 1, size: int = 512) -> None:
+    theirs, ours, *_ = build(batch, size)
+    a, b, ratio = pair(ours, theirs)
+    print(f"training step, R50, {batch} x {size}: transformers {b:.2f} s, ours {a:.2f} s, ratio {ratio:.2f}")
+    memory = statistics.median(peak(ours) for _ in range(3)), statistics.median(peak(theirs) for _ in range(3))
+    print(f"peak memory above the step's start: transformers {memory[1]:.2f} GiB, ours {memory[0]:.2f} GiB, ratio "
+          f"{memory[0] / memory[1]:.2f}")
+
+
+def bench_parts(batch: int = 1, size: int = 512) -> None:
+    """Where our step goes."""
+    _, _, net, images, targets, args = build(batch, size)
+    maps = [m.detach().requires_grad_() for m in net.backbone(images)]
+    levels, features = (x.detach().requires_grad_() if isinstance(x, torch.Tensor) else
+                        [y.detach().requires_grad_() for y in x] for x in net.pixel_decoder(maps))
+    heads = gd.Heads(*(x.detach().requires_grad_() for x in net.decoder(levels, features)))
+    norms = gd.normalisers(targets, args.queries, args.no_object, gd.World(device=DEVICE))
+
+    def back(*outputs) -> None:
+        torch.autograd.backward([x.sum() for x in outputs if x.requires_grad])
+
+    parts = {"backbone": lambda: back(*net.backbone(images)),
+             "pixel decoder": lambda: back(*(y := net.pixel_decoder(maps))[0], y[1]),
+             "transformer decoder": lambda: back(*net.decoder(levels, features)),
+             "matching and losses": lambda: gd.criterion(heads, targets, norms, args, [
+                 gd.generator(DEVICE, "bench", i) for i in range(batch)])["loss"].backward()}
+    times = {}
+    for name, part in parts.items():
+        part()
+        times[name] = statistics.median(seconds(part) for _ in range(3))
+    total = sum(times.values())
+    print("forward and backward: " + ", ".join(f"{name} {t:.2f} s ({t / total:.0%})" for name, t in times.items()))
+
+
+def bench_ema() -> None:
+    nets = [gd.Mask2Former(gd.resolve(gd.preset("coco", backbone="resnet50")), CLASSES) for _ in range(2)]
+
+    def loop() -> None:
+        with torch.no_grad():
+            for t, s in zip(nets[1].parameters(), nets[0].parameters(), strict=True):
+                t.copy_(0.9996 * t + (1 - 0.9996) * s)
+
+    a, b, ratio = pair(partial(gd.ema_update, nets[1], nets[0], 0.9996), loop, rounds=7)
+    print(f"EMA of 44 M parameters: loop {b * 1e3:.0f} ms, foreach {a * 1e3:.0f} ms, ratio {ratio:.2f}")
+
+
+if __name__ == "__main__":
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {DEVICE}")
+    for bench in (bench_step, bench_parts, bench_ema):
+        bench()

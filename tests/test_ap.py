@@ -1,0 +1,401 @@
+"""data/ap.py: COCO's AP against the COCO API's demo and toys, Cityscapes' against values by hand and plain loops."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import TEST_DATA, Started, free_port
+from pycocotools import mask as coco_mask
+
+from common import distributed
+from common.distributed import World
+from common.runs import RankError
+from data import ap, instances, shapes
+from data.instances import CITYSCAPES_THINGS, Instances, masks_of
+
+GOLDEN = TEST_DATA / "coco_eval_golden"
+DEMO = {"segm": "320 562 299 387 310 327 268 415 417 469 377 381",
+        "bbox": "505 697 573 586 519 501 387 594 595 640 566 564"}
+golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no reference results in {GOLDEN}")
+real = pytest.mark.skipif(not (TEST_DATA / "coco_mini").is_dir(), reason=f"no pictures in {TEST_DATA}")
+CAR, TRUCK, PERSON = 2, 3, 0                                         # places among the eight classes
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory) -> Instances:
+    return instances.find("coco", shapes.make_coco(tmp_path_factory.mktemp("drawn") / "coco", train=40, val=40))
+
+
+@pytest.fixture(scope="module")
+def street(tmp_path_factory) -> Instances:
+    return instances.find("cityscapes", shapes.make_cityscapes(tmp_path_factory.mktemp("street"), train=4, val=4))
+
+
+def perfect(data: Instances, shift: int = 0) -> list[dict]:
+    """The truth as results, moved to the right by `shift` pixels."""
+    found = []
+    for photo in data.val:
+        labels, masks, _ = masks_of(photo, data)
+        scores = torch.linspace(1, 0.5, max(len(labels), 1))[:len(labels)]
+        found += ap.results_of(photo.id, data.ids, labels, scores, torch.roll(masks, shift, -1))
+    return found
+
+
+def box(top: int, left: int, height: int, width: int, canvas: tuple[int, int] = (60, 60)) -> np.ndarray:
+    mask = np.zeros(canvas, bool)
+    mask[top:top + height, left:left + width] = True
+    return mask
+
+
+def toy(objects: list[tuple[int, np.ndarray, bool]], first: int = 0) -> dict:
+    """A COCO file of one image, with objects (category id, mask, crowd); annotation ids start at 0."""
+    runs = [coco_mask.encode(np.asfortranarray(mask, np.uint8)) for _, mask, _ in objects]
+    return {"images": [{"id": 5, "height": 60, "width": 60}],
+            "categories": [{"id": 9, "name": "dog"}, {"id": 4, "name": "cat"}],
+            "annotations": [{"id": i + first, "image_id": 5, "category_id": c, "segmentation": r, "iscrowd": int(crowd),
+                             "area": float(mask.sum()), "bbox": coco_mask.toBbox(r).tolist()}
+                            for i, ((c, mask, crowd), r) in enumerate(zip(objects, runs, strict=True))]}
+
+
+def detected(*found: tuple[int, float, np.ndarray]) -> list[dict]:
+    labels, scores = torch.tensor([c for c, _, _ in found]), torch.tensor([s for _, s, _ in found])
+    return ap.results_of(5, [4, 9], labels, scores, torch.from_numpy(np.stack([m for _, _, m in found])))
+
+
+# ---------------------------------------------------------------------------------------------------- COCO
+@golden
+@pytest.mark.parametrize("kind", ["segm", "bbox"])
+def test_the_demo_of_the_coco_api_to_the_digit(kind, capfd):
+    truth = json.loads((GOLDEN / "instances_val2014_100.json").read_text())
+    results = json.loads((GOLDEN / f"instances_val2014_fake{kind}100_results.json").read_text())
+    before = json.dumps(truth), json.dumps(results)
+    score = ap.coco_ap(truth, results, kind)
+    assert [round(10 * x) for x in score["stats"]] == [int(x) for x in DEMO[kind].split()]
+    assert [score[k] for k in ("ap", "ap50", "ap75", "ap_s", "ap_m", "ap_l")] == score["stats"][:6]
+    assert score["ar100"] == score["stats"][8] and len(score["per_class"]) == 80
+    values = [x for x in score["per_class"].values() if x is not None]
+    assert 40 < len(values) < 80 and np.mean(values) == pytest.approx(score["ap"])
+    assert (json.dumps(truth), json.dumps(results)) == before, "what it was given has changed"
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_toy_by_hand():
+    """Two cats. The best detection is right, the second wrong: precision 1 up to recall 0.5, then 0, so AP is 51 of 101
+    recall points; dogs are not there. A detection of IoU 0.6 counts at thresholds 0.5, 0.55 and 0.6."""
+    one, two = box(0, 0, 20, 20), box(30, 0, 20, 20)
+    truth = toy([(4, one, False), (4, two, False)])
+    score = ap.coco_ap(truth, detected((0, 0.9, one), (0, 0.8, box(0, 40, 20, 20)), (1, 0.7, two)))
+    assert score["ap"] == pytest.approx(100 * 51 / 101) and score["ap75"] == score["ap50"] == score["ap"]
+    assert score["per_class"] == {"cat": score["ap"], "dog": None} and score["ar100"] == 50
+    assert score["ap_s"] == score["ap"] and score["ap_m"] is None and score["ap_l"] is None   # 400 pixels are small
+    score = ap.coco_ap(truth, detected((0, 0.9, box(0, 0, 12, 20)), (0, 0.8, two)))
+    assert score["ap50"] == pytest.approx(100) and score["ap75"] == pytest.approx(100 * 0.5 * 51 / 101)
+    assert score["ap"] == pytest.approx(100 * (3 * 1 + 7 * 0.5 * 51 / 101) / 10)      # from 0.65 on the best is wrong
+    both = detected((0, 0.9, one), (0, 0.8, two))
+    for number, ar in ((1, 50), (7, 100), (300, 100)):
+        score = ap.coco_ap(truth, both, max_dets=number)
+        assert score["ap"] == pytest.approx(100 * 51 / 101 if number == 1 else 100) and score[f"ar{number}"] == ar
+        assert score["stats"][6:9] == [50, ar, ar]
+
+
+def test_crowds_hide_detections_and_areas_come_from_masks():
+    cat, crowd = box(0, 0, 20, 20), box(20, 20, 40, 40)
+    wrong = (0, 0.95, box(25, 25, 8, 8))
+    score = ap.coco_ap(toy([(4, cat, False), (4, crowd, True)]), detected((0, 0.9, cat), wrong))
+    assert score["ap"] == pytest.approx(100)
+    assert ap.coco_ap(toy([(4, cat, False)]), detected((0, 0.9, cat), wrong))["ap"] == pytest.approx(50)
+    results = detected((0, 0.9, cat))
+    assert set(results[0]) == {"image_id", "category_id", "segmentation", "score"}
+    large = [r | {"bbox": [0, 0, 60, 60]} for r in detected((0, 0.9, cat), (0, 0.95, box(30, 30, 9, 9)))]
+    truth = toy([(4, cat, False)])
+    assert ap.coco_ap(truth, large)["ap_s"] == pytest.approx(50)
+    assert ap.coco_ap(truth, results, "bbox")["ap"] == pytest.approx(100)        # else boxes of the masks
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_an_annotation_of_id_0_can_be_found(first):
+    """pycocotools takes it for no match."""
+    cat = box(0, 0, 20, 20)
+    assert ap.coco_ap(toy([(4, cat, False)], first), detected((0, 0.9, cat)))["ap"] == pytest.approx(100)
+
+
+def test_empty_results_score_0_and_absent_classes_none():
+    score = ap.coco_ap(toy([(4, box(0, 0, 20, 20), False)]), [])
+    assert (score["ap"], score["ap50"], score["ap_s"], score["ap_l"], score["ar100"]) == (0, 0, 0, None, 0)
+    assert score["per_class"] == {"cat": 0, "dog": None}
+    score = ap.coco_ap(toy([(4, box(0, 0, 20, 20), True)]), [])
+    assert (score["ap"], score["per_class"]) == (None, {"cat": None, "dog": None})
+    empty = detected((0, 0.0, np.zeros((60, 60), bool)))
+    assert ap.coco_ap(toy([(4, box(0, 0, 20, 20), False)]), empty)["ap"] == 0
+
+
+def test_perfect_results_score_100(drawn, street):
+    for data in (drawn, street):
+        results = perfect(data)
+        assert ap.coco_ap(data, results)["ap"] == pytest.approx(100)
+        assert 5 < ap.coco_ap(data, perfect(data, 4))["ap"] < 80
+        first = ap.coco_ap(data, [r for r in results if r["image_id"] == data.val[0].id])["ap"]
+        data = replace(data, val=data.val[:1])
+        part = ap.coco_ap(data, [r for r in results if r["image_id"] == data.val[0].id])["ap"]
+        assert part == pytest.approx(100) and first < 100, "only the pictures in `val` are scored"
+
+
+@real
+@pytest.mark.parametrize("train_json", ["instances_train.json", "lvis_train.json", "instances_train_super12.json"])
+def test_perfect_results_on_real_pictures(train_json):
+    data = instances.find("coco", TEST_DATA / "coco_mini", train_json=train_json)
+    data.val = data.val[::5]
+    score = ap.coco_ap(data, perfect(data))
+    assert score["ap"] == pytest.approx(100) and score["ar100"] == pytest.approx(100)
+
+
+def test_a_file_without_areas_crowds_or_good_polygons(drawn, tmp_path):
+    content = json.loads(drawn.val_json.read_text())
+    for a in content["annotations"]:
+        del a["area"], a["bbox"], a["id"]
+        if not a["iscrowd"]:
+            del a["iscrowd"]
+    content["annotations"].append({"image_id": drawn.val[0].id, "category_id": 1, "segmentation": [[1, 2, 3, 4]]})
+    data = replace(drawn, val_json=tmp_path / "val.json")
+    data.val_json.write_text(json.dumps(content))
+    facts, other = ([(a["area"], a["iscrowd"]) for a in ap.truth_of(d)["annotations"]] for d in (data, drawn))
+    results = perfect(drawn, 2)
+    stats = [ap.coco_ap(truth, results)["stats"] for truth in (data, drawn, ap.truth_of(drawn))]
+    assert facts == other and stats[0] == stats[1] == stats[2]
+
+
+def test_cityscapes_as_a_coco_file(street):
+    truth = ap.truth_of(street)
+    assert [c["name"] for c in truth["categories"]] == street.classes and len(truth["images"]) == 4
+    for photo in street.val:
+        labels, masks, crowd = masks_of(photo, street, crowds=True)
+        here = [a for a in truth["annotations"] if a["image_id"] == photo.id]
+        assert [a["category_id"] for a in here] == [street.ids[c] for c in labels]
+        assert [a["iscrowd"] for a in here] == crowd.int().tolist() and any(crowd) == any(a["iscrowd"] for a in here)
+        for a, mask in zip(here, masks.numpy(), strict=True):
+            assert np.array_equal(coco_mask.decode(a["segmentation"]), mask) and a["area"] == mask.sum()
+            assert a["bbox"] == coco_mask.toBbox(a["segmentation"]).tolist()
+
+
+# ---------------------------------------------------------------------------------------------------- run lengths
+@pytest.mark.parametrize("kind", [torch.bool, torch.uint8, torch.float32])
+def test_encode(kind):
+    masks = (torch.rand(5, 13, 7, generator=torch.Generator().manual_seed(0)) < 0.4).to(kind)
+    if kind != torch.bool:
+        masks[2, 6:] *= 3
+    masks[3] = 0
+    runs = ap.encode(masks)
+    assert json.loads(json.dumps(runs)) == runs and runs[0]["size"] == [13, 7]
+    assert np.array_equal(np.stack([coco_mask.decode(r) for r in runs]), masks.numpy() != 0)
+    assert ap.encode(torch.zeros(0, 4, 4)) == []
+
+
+# ---------------------------------------------------------------------------------------------------- Cityscapes
+def scored(*images: tuple[np.ndarray, list]) -> dict:
+    judge = ap.CityscapesAP()
+    for truth, predictions in images:
+        judge.add(truth, predictions)
+    return judge.result()
+
+
+def region(*values: tuple[int, np.ndarray]) -> np.ndarray:
+    ids = np.full((60, 60), 7, np.int32)                             # road
+    for value, mask in values:
+        ids[mask] = value
+    return ids
+
+
+def test_three_images_by_hand():
+    """Two cars of 400 pixels. A: found (0.9), and again in part (0.8, IoU 0.6). B: missed; a detection on a group
+    (0.7) does not count, one with 3/4 on void (0.95) is wrong from threshold 0.75 on, for 3/4 is not more. C: a car of
+    64 pixels is no object, so its detection (0.5) does not count; a truck that nobody finds.
+
+    Up to 0.7: right .9, wrong .8. Points (recall, precision): (.5, .5), (.5, 1), (0, 1), widths 0, .25, .25: area .5.
+    From 0.75: wrong .95, right .9, wrong .8. Points (.5, 1/3), (.5, 1/2), (0, 0), (0, 1), widths 0, .25, .25, 0: area
+    .125."""
+    car, other = box(0, 0, 20, 20), box(30, 0, 20, 20)
+    a = region((26001, car)), [(CAR, 0.9, car), (CAR, 0.8, box(0, 0, 12, 20))]
+    b = region((26000, car), (26, other), (0, box(0, 30, 15, 20))), [(CAR, 0.7, other), (CAR, 0.95, box(0, 30, 20, 20))]
+    c = region((26001, box(5, 5, 8, 8)), (27000, other)), [(CAR, 0.5, box(5, 5, 8, 8))]
+    score = scored(a, b, c)
+    assert score["per_class"] == {name: None for name in CITYSCAPES_THINGS.values()} | {
+        "car": pytest.approx(100 * (5 * 0.5 + 5 * 0.125) / 10), "truck": 0}
+    assert score["ap"] == pytest.approx(31.25 / 2) and score["ap50"] == pytest.approx(50 / 2)
+    assert scored(c, a, b) == score
+
+
+@pytest.mark.parametrize("truth, predictions, expected", [
+    ([(26001, box(0, 0, 20, 20))], [(CAR, 0.9, box(0, 0, 20, 20))], 100),
+    ([(26001, box(0, 0, 20, 20))], [], 0),
+    ([(26001, box(0, 0, 20, 20))], [(CAR, 0.9, np.zeros((60, 60), bool))], 0),
+    ([(26001, box(0, 0, 20, 20))], [(TRUCK, 0.9, box(0, 0, 20, 20))], 0),
+    ([(26001, box(0, 0, 20, 20))], [(CAR, 0.9, box(0, 0, 10, 20))], 0),      # an IoU of 0.5 is not more than 0.5
+    ([(26001, box(0, 0, 20, 20))], [(CAR, 0.9, box(0, 0, 11, 20))], 10),     # 0.55 is
+    # wrong with a lower score than the right one: half of its step. The same outside of the curve costs nothing
+    ([(26001, box(0, 0, 20, 20))], [(CAR, 0.9, box(0, 0, 20, 20)), (CAR, 0.3, box(30, 30, 20, 20))], 100),
+    ([(26001, box(0, 0, 20, 20))], [(CAR, 0.9, box(0, 0, 20, 20)), (CAR, 0.95, box(30, 30, 20, 20))], 25),
+    # on a region that is not scored: void, a group of this class, a small object, and a group of 81 pixels, twice
+    ([(26001, box(0, 0, 20, 20)), (4, box(30, 30, 20, 20))],
+     [(CAR, 0.9, box(0, 0, 20, 20)), (CAR, 0.95, box(30, 30, 20, 20))], 100),
+    ([(26001, box(0, 0, 20, 20)), (26, box(30, 30, 20, 20))],
+     [(CAR, 0.9, box(0, 0, 20, 20)), (CAR, 0.95, box(30, 30, 20, 20))], 100),
+    ([(26001, box(0, 0, 20, 20)), (24, box(30, 30, 20, 20))],                 # a group of another class is no excuse
+     [(CAR, 0.9, box(0, 0, 20, 20)), (CAR, 0.95, box(30, 30, 20, 20))], 25),
+    ([(26001, box(0, 0, 20, 20)), (26002, box(30, 30, 9, 11))],
+     [(CAR, 0.9, box(0, 0, 20, 20)), (CAR, 0.95, box(30, 30, 9, 11))], 100),
+    ([(26001, box(0, 0, 20, 20)), (26, box(30, 30, 9, 9))],
+     [(CAR, 0.9, box(0, 0, 20, 20)), (CAR, 0.95, box(30, 30, 16, 10))], 100),   # 2 * 81 / 160 is more than 0.95
+    ([(26001, box(0, 0, 20, 20)), (4, box(30, 30, 10, 20))],                  # half on void is not more than 0.5
+     [(CAR, 0.9, box(0, 0, 20, 20)), (CAR, 0.95, box(30, 30, 20, 20))], 25),
+    # the second on an object (IoU 0.625) is wrong up to 0.6, though 2 * 60 / 160 of it lie on a small group; for that
+    # it does not count at 0.65 and 0.7. A wrong one at .8 between right ones leaves (2/3 + 1/2 + 1 + 1) / 4 = 19/24
+    ([(26001, box(0, 0, 10, 10)), (26, box(10, 0, 6, 10)), (26002, box(30, 30, 20, 20))],
+     [(CAR, 0.9, box(0, 0, 10, 10)), (CAR, 0.8, box(0, 0, 16, 10)), (CAR, 0.7, box(30, 30, 20, 20))],
+     (8 * 100 * 19 / 24 + 2 * 100) / 10),
+    # caravans (29001) are objects of a class that is not scored, but the benchmark knows them as void in groups alone
+    ([(26001, box(0, 0, 20, 20)), (29, box(30, 30, 20, 20))],
+     [(CAR, 0.9, box(0, 0, 20, 20)), (CAR, 0.95, box(30, 30, 20, 20))], 100),
+    ([(26001, box(0, 0, 20, 20)), (29001, box(30, 30, 20, 20))],
+     [(CAR, 0.9, box(0, 0, 20, 20)), (CAR, 0.95, box(30, 30, 20, 20))], 25),
+    ([(26001, box(0, 0, 10, 10))], [(CAR, 0.9, box(0, 0, 10, 10))], 100),     # 100 pixels are enough
+    ([(26001, box(0, 0, 9, 11))], [(CAR, 0.9, box(0, 0, 9, 11))], None), ([], [(CAR, 0.9, box(0, 0, 9, 9))], None),
+    # nothing is left to count
+    ([(26001, box(0, 0, 20, 20)), (0, box(30, 30, 20, 20))], [(CAR, 0.9, box(30, 30, 20, 20))], 0)])
+def test_single_rules(truth, predictions, expected):
+    score = scored((region(*truth), predictions))
+    assert score["per_class"]["car"] == (None if expected is None else pytest.approx(expected)) == score["ap"]
+
+
+def by_loops(images: list[tuple[np.ndarray, list]]) -> dict[str, list[float]]:
+    """Recipe 4.7 word by word, with full-size masks: class -> AP at each threshold, nan without objects."""
+    table = {}
+    for index, (kind, name) in enumerate(CITYSCAPES_THINGS.items()):
+        table[name] = []
+        for threshold in np.arange(0.5, 1.0, 0.05):
+            right, wrong, misses, objects = [], [], 0, 0
+            for truth, predictions in images:
+                regions = {v: truth == v for v in np.unique(truth).tolist()
+                           if (v // 1000 if v >= 1000 else v) == kind}
+                void = np.isin(truth, ap.VOID)
+                ours = [(s, m) for c, s, m in predictions if c == index and m.any()]
+
+                def iou(a, b):
+                    return (a & b).sum() / (a | b).sum()
+
+                for value, mask in regions.items():
+                    if value < 1000 or mask.sum() < 100:
+                        continue
+                    objects += 1
+                    passing = sorted(s for s, m in ours if iou(m, mask) > threshold)  # noqa: B023 (used at once)
+                    misses += not passing
+                    right += passing[-1:]
+                    wrong += passing[:-1]
+                for score, mask in ours:
+                    if any(iou(mask, m) > threshold for m in regions.values()):
+                        continue
+                    ignored = (mask & void).sum()
+                    for value, m in regions.items():
+                        ignored += (mask & m).sum() * (value < 1000)
+                        ignored += (mask & m).sum() * (m.sum() < 100)
+                    if ignored / mask.sum() <= threshold:
+                        wrong.append(score)
+            if not objects:
+                table[name].append(float("nan"))
+                continue
+            curve = []                                               # from the lowest score on
+            for score in sorted({*right, *wrong}):
+                hits, all_above = sum(s >= score for s in right), sum(s >= score for s in right + wrong)
+                curve.append((hits / (len(right) + misses), hits / all_above))
+            curve.append((0.0, 1.0))
+            recalls, area = [curve[0][0], *(r for r, _ in curve), 0.0], 0.0
+            for i, (_, precision) in enumerate(curve):
+                area += precision * (recalls[i] - recalls[i + 2]) / 2
+            table[name].append(area if right or wrong else 0.0)
+    return table
+
+
+def random_image(g: np.random.Generator) -> tuple[np.ndarray, list]:
+    """Boxes of objects, small ones, groups, void and caravans; detections near them, doubled, of wrong classes, random,
+    empty, with many equal scores."""
+    values = [24, 25, 26, 33, 24001, 24002, 24003, 26000, 26001, 27001, 29001, 29, 30, 0, 4, 9, 33000, 33001, 23]
+    truth, found = np.full((50, 70), 7, np.int32), []
+    for value in g.choice(values, 14):
+        truth[box(*g.integers(0, 55, 2), *g.integers(3, 30, 2), (50, 70))] = value
+    for _ in range(25):
+        value = int(g.choice(truth.ravel()))
+        kind = value // 1000 if value >= 1000 else value
+        index = list(CITYSCAPES_THINGS).index(kind) if kind in CITYSCAPES_THINGS and g.random() < 0.85 else \
+            int(g.integers(8))
+        mask = np.roll(truth == value, g.integers(-2, 3, 2), (0, 1)) if g.random() < 0.8 else \
+            box(*g.integers(0, 55, 2), *g.integers(0, 25, 2), (50, 70))
+        found.append((index, float(g.integers(1, 9)) / 8, mask))
+    return truth, found
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_maps_against_plain_loops(seed):
+    g = np.random.default_rng(seed)
+    images = [random_image(g) for _ in range(4)]
+    score, table = scored(*images), by_loops(images)
+    for name, values in table.items():
+        assert score["per_class"][name] == (None if np.isnan(values[0]) else pytest.approx(100 * np.mean(values)))
+    known = np.array([values for values in table.values() if not np.isnan(values[0])])
+    assert score["ap"] == pytest.approx(100 * known.mean()) and score["ap50"] == pytest.approx(100 * known[:, 0].mean())
+    assert 0 < score["ap"] < score["ap50"] < 100 and len(known) >= 3
+
+
+def test_a_drawn_street_found_perfectly(street):
+    judge = ap.CityscapesAP()
+    for photo in street.val:
+        labels, masks, _ = masks_of(photo, street)
+        judge.add(instances.read_ids(photo.label), [(int(c), 0.5, m.numpy() > 0)
+                                                    for c, m in zip(labels, masks, strict=True)])
+    score = judge.result()
+    assert score["ap"] == pytest.approx(100) and len([x for x in score["per_class"].values() if x is not None]) >= 4
+    with pytest.raises(RankError, match="70x50 pixels is scored on a label of 60x60"):
+        judge.add(region(), [(CAR, 0.5, np.ones((50, 70), bool))])
+
+
+# ---------------------------------------------------------------------------------------------------- processes
+def evaluate(root: Path, out: Path) -> None:
+    """What a script does to score, on this process of those that the environment names; results as JSON."""
+    world = distributed.start("cpu")
+    data = instances.find("cityscapes", root)
+    judge, results = ap.CityscapesAP(), []
+    for index, image in instances.score_loader(data.val, world, 0):
+        photo, g = data.val[index], np.random.default_rng(index)
+        labels, masks, _ = masks_of(photo, data)
+        masks = torch.roll(masks, 1, -1)
+        scores = torch.from_numpy(g.integers(1, 4, len(labels)) / 4)         # many are equal: their order matters
+        assert image.shape[-2:] == masks.shape[-2:]
+        results += ap.results_of(photo.id, data.ids, labels, scores, masks)
+        judge.add(instances.read_ids(photo.label), list(zip(labels.tolist(), scores.tolist(), masks.numpy() > 0,
+                                                            strict=True)))
+    results = ap.gather(world, results)
+    ranks = ap.gather(world, [(world.rank, "x")])
+    record = {"results": results, "coco": ap.coco_ap(data, results), "street": judge.result(world), "ranks": ranks}
+    (out / f"{world.size}-{world.rank}.json").write_text(json.dumps(record))
+    distributed.stop()
+
+
+def test_two_processes_score_as_one(street, tmp_path):
+    env = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    started = [Started(evaluate, (street.root, tmp_path), tmp_path / "io", {**env, "RANK": i, "LOCAL_RANK": i})
+               for i in ("0", "1")]
+    evaluate(street.root, tmp_path)
+    for process in started:
+        process.wait().ok()
+    one, first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("1-0", "2-0", "2-1"))
+    assert first == second and first["ranks"] == [[0, "x"], [1, "x"]]
+    assert one == {**first, "ranks": [[0, "x"]]}
+    assert 0 < one["coco"]["ap"] < 100 and 0 < one["street"]["ap"] < 100
+
+
+def test_gather_sorts_by_image():
+    items = [{"image_id": 3, "score": 1}, {"image_id": 1, "score": 2}, {"image_id": 3, "score": 0}]
+    assert [i["score"] for i in ap.gather(World(), items)] == [2, 1, 0]
+    assert ap.gather(World(), [(2, "b"), (0, "a"), (2, "a")]) == [(0, "a"), (2, "b"), (2, "a")]
+    assert ap.gather(World(), []) == []
