@@ -7,7 +7,8 @@ Both are Mask2Former (Cheng et al., CVPR 2022, https://arxiv.org/abs/2112.01527)
 
     paper                                            this file
     Sec. 3.1  architecture                           Mask2Former: backbone, PixelDecoder, Decoder
-    Sec. 3.1  steps 1, 2, 3; Table 1                 train_step, teaching_plan
+    Sec. 3.1  steps 1, 2 and 3                       train_step
+    Table 1   who learns when; other burn-ins        teaching_plan
     Sec. 3.1  thresholds; Eq. 3                      pseudo_labels
     Eqs. 1, 2 matching and losses                    match_costs, assign, mask_losses, criterion
     Eq. 4     L_s + lambda_u L_u                     learn (one backward pass each), train_step
@@ -553,7 +554,7 @@ def assign(costs: list[Tensor]) -> tuple[list[Tensor], int]:
     shapes = [c.shape for c in costs]
     host = torch.cat([c.flatten() for c in costs]).cpu().double().numpy()
     bad = int(np.count_nonzero(~np.isfinite(host)))
-    host = np.nan_to_num(host, nan=1e9, posinf=1e9, neginf=-1e9)
+    host = np.nan_to_num(host, nan=1e9, posinf=1e9, neginf=1e9)
     queries, start = [], 0
     for heads, q, n in shapes:
         found = np.full((heads, n), -1)
@@ -758,7 +759,7 @@ def schedule(t: int, args: Args) -> float:
     """lr / lr_init at step t of a stage. COCO: a tenth from 8/9, a hundredth from 26/27 on. Cityscapes: poly 0.9."""
     if args.schedule == "poly":
         return max(0.0, 1 - t / args.steps) ** 0.9
-    return 0.1 ** sum(t >= round(args.steps * share) for share in (8 / 9, 26 / 27))
+    return 0.1 ** sum(t >= round(args.steps * step / 368_750) for step in (327_778, 355_092))
 
 
 def adamw(net: Mask2Former, args: Args, world: World) -> torch.optim.AdamW:
@@ -999,7 +1000,7 @@ def picture(image: Tensor, labels: Tensor, scores: Tensor, masks: Tensor, classe
 STUDENT_ONLY = ("burn_in burn_in_steps ema lambda_u class_threshold size_threshold strong_aug labeled_sampling pool "
                 "teacher unlabeled")
 RANGES = dict.fromkeys("ema class_threshold drop_path no_object backbone_lr".split(), (0, 1)) | {
-    "width": (32, 4096), "decoder_layers": (1, 99), "accumulate": (1, 1e4), "points": (16, 1e6), "steps": (1, 1e9),
+    "width": (64, 4096), "decoder_layers": (1, 99), "accumulate": (1, 1e4), "points": (16, 1e6), "steps": (1, 1e9),
     "crop_size": (32, 1e5), "test_size": (16, 1e5), "scale": (0.01, 100), "eval_every": (1, 1e9)}
 
 

@@ -472,7 +472,7 @@ def make_coco(root: Path, train: int = 400, val: int = 100, labeled: int | None 
     return once(root, f"coco {INSTANCE} {INSTANCE_CLASSES} {train} {val} {labeled}", make)
 
 
-def make_things(root: Path, train: int = 1000, tune: int = 200, val: int = 200) -> Path:
+def make_things(root: Path, train: int = 400, tune: int = 200, val: int = 200) -> Path:
     """COCO folders of a few evenly frequent classes: images/{train,tune,val}, annotations/instances_*.json."""
     from pycocotools.mask import encode, toBbox
 
