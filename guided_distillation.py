@@ -1110,6 +1110,7 @@ def train(args: Args) -> dict:
     feeds = feeds_of(s)
     for step in run.steps(s.step, total):
         if step == border and s.stage == "teacher":
+            world.barrier()                                          # teacher.pt is written
             scores = {"last": s.last, "best": s.best}                # the supervised network's stay in the results
             s = replace(begin("student", args, data, world, step, border)[0], **scores)
             feeds = feeds_of(s)
