@@ -964,8 +964,7 @@ def evaluate(networks: dict[str, Mask2Former], data: instances.Instances, args: 
         photo = data.val[index]
         if shown := len(rows) < 6:
             labels, masks, _ = instances.masks_of(photo, data)
-            rows.append([image.permute(1, 2, 0).numpy(),
-                         picture(image, labels, torch.ones(len(labels)), masks.bool(), data.classes)])
+            rows.append([image.permute(1, 2, 0).numpy(), picture(image, labels, torch.ones(len(labels)), masks.bool())])
         for name, net in networks.items():
             labels, scores, masks = (t.cpu() for t in detect(net.eval(), image.to(world.device), args))
             found[name].append((index, ap.results_of(photo.id, data.ids, labels, scores, masks)))
@@ -973,7 +972,7 @@ def evaluate(networks: dict[str, Mask2Former], data: instances.Instances, args: 
                 street[name].add(instances.read_ids(photo.label), [*zip(labels.tolist(), scores.tolist(), masks.numpy(),
                                                                        strict=True)])
             if shown:
-                rows[-1].append(picture(image, labels, scores, masks, data.classes))
+                rows[-1].append(picture(image, labels, scores, masks))
     for net, training in modes:
         net.train(training)
     found = {name: [r for _, part in ap.gather(world, parts) for r in part] for name, parts in found.items()}
@@ -984,16 +983,16 @@ def evaluate(networks: dict[str, Mask2Former], data: instances.Instances, args: 
     return {name: {k: v for k, v in s.items() if k != "stats"} for name, s in scores.items()}, found, rows
 
 
-def picture(image: Tensor, labels: Tensor, scores: Tensor, masks: Tensor, classes: list[str], least: float = 0.5) \
+def picture(image: Tensor, labels: Tensor, scores: Tensor, masks: Tensor, classes: list[str] | None = None) \
         -> np.ndarray:
-    """Image (3, H, W) uint8 with the objects that score `least` or more laid over it, the best in front, and a legend
-    -> (H', W, 3) uint8."""
-    shown = [i for i in scores.argsort().tolist() if scores[i] >= least][-250:]
+    """Image (3, H, W) uint8 with the objects that score 0.5 or more laid over it, the best in front -> (H', W, 3) uint8.
+    With names of `classes`, each in a colour of its own, and a legend; else in the colour of its class."""
+    shown = [i for i in scores.argsort().tolist() if scores[i] >= 0.5][-250:]
     index = torch.zeros(image.shape[-2:], dtype=torch.uint8)
     for place, i in enumerate(shown, start=1):
-        index[masks[i]] = place
-    names = ["background", *(f"{classes[labels[i]]} {scores[i]:.2f}" for i in shown)]
-    return plots.overlay(image, index, names)
+        index[masks[i]] = place if classes else 1 + int(labels[i]) % 250
+    return plots.overlay(image, index, ["background", *(f"{classes[labels[i]]} {scores[i]:.2f}" for i in shown)]
+                         if classes else [])
 
 
 # ============================================================================================== main
