@@ -985,7 +985,7 @@ def evaluate(networks: dict[str, Mask2Former], data: instances.Instances, args: 
 
 def picture(image: Tensor, labels: Tensor, scores: Tensor, masks: Tensor, classes: list[str] | None = None) \
         -> np.ndarray:
-    """Image (3, H, W) uint8 with the objects that score 0.5 or more laid over it, the best in front -> (H', W, 3) uint8.
+    """Image (3, H, W) uint8 with the objects that score 0.5 or more on it, the best in front -> (H', W, 3) uint8.
     With names of `classes`, each in a colour of its own, and a legend; else in the colour of its class."""
     shown = [i for i in scores.argsort().tolist() if scores[i] >= 0.5][-250:]
     index = torch.zeros(image.shape[-2:], dtype=torch.uint8)
