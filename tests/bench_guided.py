@@ -148,6 +148,37 @@ def bench_parts(batch: int = 1, size: int = 512) -> None:
     print("forward and backward: " + ", ".join(f"{name} {t:.2f} s ({t / total:.0%})" for name, t in times.items()))
 
 
+def bench_memory(size: int = 1024) -> None:
+    """Counted on tensors without contents, float32: what a forward pass of one crop keeps for its backward pass, and
+    what weights, gradients and AdamW's state take; the weights of the teacher, which has neither, are in."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    backbones = ("resnet50.tv_in1k", "swin_base_patch4_window12_384.ms_in22k", "vit_base_patch14_dinov2.lvd142m",
+                 "swin_large_patch4_window12_384.ms_in22k", "vit_large_patch14_dinov2.lvd142m")
+    print(f"one crop of {size} x {size}: parameters; weights, gradients, AdamW and teacher; kept for the backward "
+          "pass; the same with --checkpointing")
+    for name in backbones:
+        kept = []
+        for checkpointing in (False, True):
+            args = gd.resolve(gd.preset("coco", backbone=name, checkpointing=checkpointing))
+            net, hold = gd.Mask2Former(args, CLASSES).train(), []
+            seen: dict[int, int] = {p.untyped_storage()._cdata: 0 for p in net.parameters()}
+
+            def pack(tensor, seen=seen, hold=hold):
+                seen.setdefault(tensor.untyped_storage()._cdata, tensor.untyped_storage().nbytes())
+                hold.append(tensor)                 # so that no place is given twice
+                return tensor
+
+            hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+            with FakeTensorMode(allow_non_fake_inputs=True), hooks:
+                hold.append(net(torch.empty(1, 3, size, size)))
+            kept.append(sum(seen.values()))
+            for cached in (gd.sine_positions, gd.cell_centres, gd.shift_mask):
+                cached.cache_clear()
+        count = sum(p.numel() for p in net.parameters())
+        print(f"  {name.split('.')[0]}: {count / 1e6:.0f} M; {count * 4 * 5 / 2**30:.1f} GiB; {kept[0] / 2**30:.1f} "
+              f"GiB; {kept[1] / 2**30:.1f} GiB")
+
+
 def bench_ema() -> None:
     nets = [gd.Mask2Former(gd.resolve(gd.preset("coco", backbone="resnet50")), CLASSES) for _ in range(2)]
 
@@ -165,5 +196,5 @@ if __name__ == "__main__":
         print_peak(*sys.argv[2:])
         sys.exit()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {DEVICE}")
-    for bench in (bench_step, bench_parts, bench_ema):
+    for bench in (bench_step, bench_parts, bench_memory, bench_ema):
         bench()
