@@ -1,0 +1,325 @@
+"""data/lvis_ap.py against the lvis package, on drawn, real and random results, and against values by hand."""
+
+import copy
+import json
+import time
+import tracemalloc
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bench_lvis import drawn, loaded, of_kind, package
+from helpers import TEST_DATA
+from pycocotools import mask as coco_mask
+
+from common.distributed import World
+from data import ap, instances, shapes
+from data.instances import Instances
+from data.lvis_ap import group_by_count, lvis_ap
+
+REAL = {"coco_mini": "coco_mini/annotations/lvis_val.json", "lvis_val_100": "lvis_val_100/lvis_val_100.json",
+        "car_parts": "car_parts/annotations/lvis_val.json"}
+NAMES = ("ap", "ap50", "ap75", "ap_s", "ap_m", "ap_l", "apr", "apc", "apf", "ar300", "ar_s", "ar_m", "ar_l")
+PARTS = 100 * 51 / 101                                               # precision 1 up to recall 0.5, then 0
+
+
+@pytest.fixture(scope="module")
+def drawn_set(tmp_path_factory) -> Instances:
+    return instances.find("lvis", shapes.make_coco(tmp_path_factory.mktemp("drawn") / "coco", train=60, val=60))
+
+
+def same(truth: dict, results: list[dict], kind: str, max_dets: int = 300) -> dict:
+    """Our score, which must be the package's: 13 numbers and the AP of each class."""
+    ours = lvis_ap(truth, results, kind, max_dets)
+    stats, per_class = package(loaded(truth), [dict(r) for r in results], kind, max_dets)
+    assert ours["stats"] == pytest.approx(stats, abs=1e-9)
+    assert ours["per_class"] == pytest.approx(per_class, abs=1e-9)
+    return ours
+
+
+def rectangle(x: float, y: float, w: float, h: float) -> list[float]:
+    return [x, y, x, y + h, x + w, y + h, x + w, y]
+
+
+def detection(image: dict, category: int, score: float, polygons: list[list[float]], kind: str) -> dict:
+    runs = coco_mask.merge(coco_mask.frPyObjects(polygons, image["height"], image["width"]))
+    entry = {"image_id": image["id"], "category_id": category, "score": score}
+    if kind == "bbox":
+        return {**entry, "bbox": coco_mask.toBbox(runs).tolist()}
+    return {**entry, "segmentation": {**runs, "counts": runs["counts"].decode()}}
+
+
+def perfect(truth: dict, kind: str) -> list[dict]:
+    images = {image["id"]: image for image in truth["images"]}
+    results = [detection(images[a["image_id"]], a["category_id"], 1 - 1e-5 * i, a["segmentation"], kind)
+               for i, a in enumerate(truth["annotations"])]
+    return [r | {"bbox": a["bbox"]} if kind == "bbox" else r
+            for r, a in zip(results, truth["annotations"], strict=True)]
+
+
+def rough(truth: dict, kind: str, seed: int = 0) -> list[dict]:
+    """Up to three moved copies of each object, some of another class, and rectangles of classes that are there, absent
+    or unknown; in the first image more than 300. Scores have two digits."""
+    g, results = np.random.default_rng(seed), []
+    images = {image["id"]: image for image in truth["images"]}
+    ids = [c["id"] for c in truth["categories"]]
+    mine = {number: [] for number in images}
+    for a in truth["annotations"]:
+        mine[a["image_id"]].append(a)
+    for place, (number, image) in enumerate(images.items()):
+        size = np.array([image["width"], image["height"]])
+        known = [a["category_id"] for a in mine[number]] + image["neg_category_ids"][:5] or ids
+        found = []
+        for a in mine[number]:
+            center, extent = np.array(a["bbox"][:2]), np.array(a["bbox"][2:])
+            for _ in range(g.integers(0, 4)):
+                scale, shift = np.exp(g.normal(0, 0.1, 2)), g.normal(0, 0.08, 2) * extent
+                moved = [((np.reshape(p, (-1, 2)) - center) * scale + center + shift).clip(0, size).ravel().tolist()
+                         for p in a["segmentation"]]
+                found.append((a["category_id"] if g.random() < 0.9 else int(g.choice(ids)), moved))
+        for _ in range(350 if place == 0 else 10):
+            category = int(g.choice(known if g.random() < 0.5 else ids))
+            found.append((category, [rectangle(*(g.random(2) * size).tolist(), *g.uniform(4, 99, 2).tolist())]))
+        results += [detection(image, c, round(g.random(), 2), p, kind) for c, p in found]
+    return [results[i] for i in g.permutation(len(results))]
+
+
+# ---------------------------------------------------------------------------------------------------- parity
+@pytest.mark.parametrize("kind", ["segm", "bbox"])
+@pytest.mark.parametrize("name", REAL)
+def test_real_annotations(name, kind):
+    path = TEST_DATA / REAL[name]
+    if not path.is_file():
+        pytest.skip(f"no {path}")
+    truth = json.loads(path.read_text())
+    held = {a["category_id"] for a in truth["annotations"]}
+    few = {**truth, "categories": [c for c in truth["categories"] if c["id"] in held]}   # the package takes its time
+    best = same(few, perfect(truth, kind), kind)
+    assert best["ap"] == pytest.approx(100) and best["ar300"] == pytest.approx(100)
+    score = same(truth if kind == "segm" else few, rough(truth, kind), kind)
+    assert 5 < score["ap"] < 80 and tuple(score)[:13] == NAMES
+    assert all(0 < x < 100 for x in score["stats"] if x is not None)
+    assert (score["apr"] is None) == (name == "car_parts")
+
+
+@pytest.mark.parametrize("kind", ["segm", "bbox"])
+def test_drawn_annotations(drawn_set, kind):
+    truth = json.loads(drawn_set.val_json.read_text())
+    assert any(image["not_exhaustive_category_ids"] for image in truth["images"])
+    assert {c["frequency"] for c in truth["categories"]} == {"r", "c"}
+    assert same(truth, perfect(truth, kind), kind)["ap"] == pytest.approx(100)
+    results = rough(truth, kind)
+    score = same(truth, results, kind)
+    assert 5 < score["ap"] < 80 and score["apf"] is None and score["apr"] != score["apc"]
+    if kind == "segm":                                               # from the data set as the scripts have it
+        assert lvis_ap(drawn_set, results) == score
+        part = replace(drawn_set, val=drawn_set.val[:9])
+        ids = {photo.id for photo in part.val}
+        mine = [r for r in results if r["image_id"] in ids]
+        assert lvis_ap(part, mine) == lvis_ap({key: [x for x in content if x.get("image_id", x["id"]) in ids]
+                                               if key in ("images", "annotations") else content
+                                               for key, content in truth.items()}, mine)
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("kind", ["segm", "bbox"])
+def test_random_rectangles(kind, seed):
+    """On a coarse grid, so that scores, overlaps and the limits of sizes are often equal: objects to ignore and without
+    area, empty detections, classes that the file does not list, ids in no order, more detections than count."""
+    g = np.random.default_rng(seed)
+    ids, images = g.permutation([2, 3, 5, 8, 13]).tolist(), []
+    for number in g.permutation(20)[:7].tolist():
+        negative = g.permutation([*ids, 99])[:3].tolist()
+        images.append({"id": number, "height": 256, "width": 256, "neg_category_ids": negative,
+                       "not_exhaustive_category_ids": g.permutation(ids)[:g.integers(0, 2)].tolist()})
+    boxes = [[32 * int(g.integers(0, 3)), 32 * int(g.integers(0, 3)), *(16 * g.integers(1, 9, 2)).tolist()]
+             for _ in range(40)]
+    boxes += [[0, 0, 32, 32], [0, 0, 96, 96], [32, 0, 96, 96], [16, 0, 96, 96]] * 3
+    annotations = [{"id": i + 1, "image_id": images[int(g.integers(7))]["id"], "category_id": ids[int(g.integers(4))],
+                    "bbox": b, "segmentation": [rectangle(*b)], "area": float(g.choice([0, 1, 1, 1, 1]) * b[2] * b[3]),
+                    **({"ignore": int(g.integers(2))} if i % 5 == 0 else {})} for i, b in enumerate(boxes)]
+    annotations += [dict(annotations[3], id=98), dict(annotations[4], id=99), dict(annotations[5], id=97,
+                                                                                  category_id=99)]
+    truth = {"images": images, "annotations": annotations, "categories": [
+        {"id": c, "name": str(c), "frequency": f} for c, f in zip(ids, "rrcfc", strict=True)]}
+    results = []
+    for _ in range(400):
+        image, b = images[int(g.integers(7))], boxes[int(g.integers(len(boxes)))]
+        b = [b[0] + 8 * int(g.integers(-1, 2)), *b[1:3], b[3] * int(g.random() < 0.9)]
+        results.append({"image_id": image["id"], "category_id": int(g.choice([*ids, 99])),
+                        "score": float(g.integers(1, 5) / 4), "bbox": b})
+        if kind == "segm":
+            runs = coco_mask.frPyObjects(np.array([results[-1].pop("bbox")], np.float64), 256, 256)[0]
+            results[-1]["segmentation"] = {**runs, "counts": runs["counts"].decode()} if g.random() < 0.5 else runs
+    before = copy.deepcopy((truth, results))
+    lvis_ap(truth, results, kind)
+    assert (truth, results) == before, "what it was given has changed"
+    for max_dets in (300, 40, 1):
+        score = same(truth, results, kind, max_dets)
+        assert score[f"ar{max_dets}"] == score["stats"][9] and (max_dets == 1 or score["ap"] > 0)
+    assert lvis_ap(truth, results, kind, 40) != lvis_ap(truth, results, kind)
+    if kind == "segm":                                               # boxes and areas of masks
+        same(truth, results, "bbox")
+
+
+# ---------------------------------------------------------------------------------------------------- by hand
+def toy(*images: tuple[list[int], list[int], list[int]]) -> dict:
+    """An LVIS file with images 10, 11, ..: classes of the objects, absent, and partly annotated. The n-th object of an
+    image is a square of 20 pixels at (30 n, 0). Annotation ids start at 0, and classes are 1 (r), 2 (c), 3 (f)."""
+    truth = {"images": [], "annotations": [],
+             "categories": [{"id": c, "name": f"k{c}", "frequency": "rcf"[c - 1]} for c in (1, 2, 3)]}
+    for number, (present, absent, partial) in enumerate(images, start=10):
+        truth["images"].append({"id": number, "height": 60, "width": 240, "neg_category_ids": absent,
+                                "not_exhaustive_category_ids": partial})
+        truth["annotations"] += [{"id": len(truth["annotations"]) + n, "image_id": number, "category_id": c,
+                                  "area": 400.0, "bbox": [30 * n, 0, 20, 20],
+                                  "segmentation": [rectangle(30 * n, 0, 20, 20)]} for n, c in enumerate(present)]
+    return truth
+
+
+def found(*entries: tuple[int, int, float, float]) -> list[dict]:
+    """Detections (image, class, score, x): squares of 20 pixels at (x, 0)."""
+    image = {"height": 60, "width": 240}
+    return [detection({**image, "id": i}, c, score, [rectangle(x, 0, 20, 20)], "segm") for i, c, score, x in entries]
+
+
+@pytest.mark.parametrize("second, expected", [
+    (([], [], []), 100), (([], [1], []), 50), (([], [1], [1]), 100), (([], [], [1]), 100), (([2], [], []), 100)])
+def test_only_known_classes_count(second, expected):
+    """A better scored detection of class 1 in a second image is wrong only where that class is known to be absent, and
+    not if its annotation is partial."""
+    truth = toy(([1], [], []), second)
+    score = lvis_ap(truth, found((10, 1, 0.5, 0), (11, 1, 0.9, 0)))
+    assert score["per_class"]["k1"] == pytest.approx(expected) and score["apr"] == score["per_class"]["k1"]
+
+
+def test_partly_annotated_classes():
+    """A second detection is wrong, unless only some objects of the class are annotated; but these must be found."""
+    results = found((10, 1, 0.9, 90), (10, 1, 0.5, 0))
+    assert lvis_ap(toy(([1], [], [])), results)["ap"] == pytest.approx(50)
+    assert lvis_ap(toy(([1], [], [1])), results)["ap"] == pytest.approx(100)
+    assert lvis_ap(toy(([1, 1], [], [1])), results)["ap"] == pytest.approx(PARTS)
+
+
+def test_the_cut_is_per_image_and_before_the_filter():
+    truth = toy(([1], [], []), ([1], [], []))
+    results = found((10, 3, 0.9, 0), (10, 77, 0.8, 0), (10, 1, 0.5, 0), (11, 1, 0.4, 0))
+    assert lvis_ap(truth, results, max_dets=3)["ap"] == pytest.approx(100)
+    for number in (1, 2):                                            # classes 3 and 77 do not count, but take places
+        score = lvis_ap(truth, results, max_dets=number)
+        assert score["ap"] == pytest.approx(PARTS) and score[f"ar{number}"] == score["ar_s"] == 50
+    many = found(*((10, 3, 0.9, 0) for _ in range(300)), (10, 1, 0.5, 0), (11, 1, 0.4, 0))
+    assert lvis_ap(truth, many)["ap"] == pytest.approx(PARTS) and lvis_ap(truth, many, max_dets=301)["ap"] > 99
+    assert lvis_ap(truth, many[:299] + many[300:])["ap"] == pytest.approx(100)
+    tied = found((10, 1, 0.5, 90), (10, 1, 0.5, 0), (11, 1, 0.4, 0))             # of equal ones the first stays
+    assert lvis_ap(truth, tied, max_dets=1)["ar1"] == lvis_ap(truth, tied[::-1], max_dets=1)["ar1"] - 50 == 50
+
+
+def test_equal_scores_rank_by_image_and_then_as_given():
+    one = toy(([1], [], []))
+    assert lvis_ap(one, found((10, 1, 0.5, 0), (10, 1, 0.5, 90)))["ap"] == pytest.approx(100)
+    assert lvis_ap(one, found((10, 1, 0.5, 90), (10, 1, 0.5, 0)))["ap"] == pytest.approx(50)
+    for first, expected in ((([1], [], []), 100), (([], [1], []), 50)):
+        truth = toy(first, ([1] if first[1] else [], [] if first[1] else [1], []))
+        for results in (found((10, 1, 0.5, 0), (11, 1, 0.5, 0)), found((11, 1, 0.5, 0), (10, 1, 0.5, 0))):
+            assert lvis_ap(truth, results)["ap"] == pytest.approx(expected)
+
+
+def test_no_results_no_objects_only_absent_classes():
+    score = lvis_ap(toy(([1], [2], [])), [])
+    assert score["stats"] == [0, 0, 0, 0, None, None, 0, None, None, 0, 0, None, None]
+    assert score["per_class"] == {"k1": 0, "k2": None, "k3": None} and score["ar300"] == 0
+    truth = toy(([], [1, 2], [3]))
+    for results in ([], found((10, 1, 0.9, 0), (10, 2, 0.9, 0), (10, 3, 0.9, 0))):
+        assert lvis_ap(truth, results)["stats"] == [None] * 13
+    same(truth, found((10, 1, 0.9, 0), (10, 2, 0.9, 0), (10, 3, 0.9, 0)), "segm")
+    assert lvis_ap(toy(([1], [], [])), found((10, 1, 0.9, 0)))["ap"] == pytest.approx(100), "an object of id 0"
+    with pytest.raises(AssertionError):
+        lvis_ap(truth, found((12, 1, 0.9, 0)))
+
+
+def test_areas_of_masks_and_uncompressed_runs():
+    truth = toy(([1], [], []))
+    results = found((10, 1, 0.9, 90), (10, 1, 0.5, 0))
+    assert lvis_ap(truth, results)["ap_s"] == pytest.approx(50)
+    large = [r | {"bbox": [0, 0, 60, 60]} for r in results]          # out of range for the package, so not wrong
+    assert lvis_ap(truth, large)["ap_s"] == pytest.approx(50)
+    truth["annotations"][0]["id"] = 1
+    assert package(loaded(truth), large, "segm")[0][3] == pytest.approx(100)
+    runs = {"size": [60, 240], "counts": [0, *[20, 40] * 19, 20, 60 * 220 + 40]}
+    truth["annotations"][0] |= {"segmentation": runs, "bbox": None}
+    assert lvis_ap(truth, results) == lvis_ap(toy(([1], [], [])), results)
+    assert lvis_ap(truth, results, "bbox") == lvis_ap(toy(([1], [], [])), results, "bbox")
+
+
+def test_groups_of_classes(drawn_set):
+    truth = toy(([1, 2, 2, 3], [], []))
+    results = found((10, 1, 0.9, 0), (10, 2, 0.9, 30))
+    score = lvis_ap(truth, results)
+    assert score["stats"][6:9] == pytest.approx([100, PARTS, 0])
+    assert lvis_ap(truth, results, frequency=["c", "c", "f"])["stats"][6:9] == [
+        None, pytest.approx(np.mean(score["stats"][6:8])), 0]
+    for c in truth["categories"]:
+        del c["frequency"]
+    bare = lvis_ap(truth, results)
+    assert bare["stats"] == score["stats"][:6] + [None] * 3 + score["stats"][9:]
+    assert bare["per_class"] == score["per_class"]
+    with pytest.raises(AssertionError):
+        lvis_ap(truth, results, frequency=["r"])
+    results = rough(json.loads(drawn_set.val_json.read_text()), "segm")
+    counts = np.bincount([c for p in drawn_set.train for c in instances.singles(p)], minlength=len(drawn_set.classes))
+    groups = group_by_count(counts)
+    score = lvis_ap(drawn_set, results, frequency=groups)
+    for group in "rcf":
+        mine = [score["per_class"][name] for name, f in zip(drawn_set.classes, groups, strict=True) if f == group]
+        assert score[f"ap{group}"] == pytest.approx(np.mean([x for x in mine if x is not None]))
+
+
+@pytest.mark.parametrize("counts, expected", [
+    ([], ""), ([5], "c"), ([7, 3], "fr"), ([2, 9, 4], "rfc"), ([4, 4, 4], "ccc"), ([1, 1, 9], "ccf"),
+    ([9, 9, 1], "ccr"), ([1, 5, 5, 9], "rccf"), ([0, 0, 0, 1, 2, 3], "rrrcff"), (list(range(13)), "rrrrcccccffff"),
+    (np.array([30, 10, 20]), "frc")])
+def test_thirds_by_count(counts, expected):
+    assert group_by_count(counts) == list(expected)
+
+
+def test_gathered_results_score_as_one(drawn_set):
+    """Two processes have every other image; `gather` puts them in the order of images."""
+    results = ap.gather(World(), rough(json.loads(drawn_set.val_json.read_text()), "segm"))
+    ids = [photo.id for photo in drawn_set.val]
+    parts = [[r for r in results if r["image_id"] in ids[rank::2]] for rank in (0, 1)]
+    score = lvis_ap(drawn_set, results)
+    assert lvis_ap(drawn_set, ap.gather(World(), parts[0] + parts[1])) == score
+    assert lvis_ap(drawn_set, parts[1] + parts[0]) == score, "the order of images does not matter"
+
+
+# ---------------------------------------------------------------------------------------------------- cost
+def test_time_and_memory():
+    """Loosely, on a small set; for a large one see bench_lvis.py."""
+    def both(*sizes: int) -> tuple:
+        truth, results = drawn(*sizes)
+        judge, given = loaded(truth), of_kind(results, "segm")
+        return lambda: package(judge, given, "segm")[0], lambda: lvis_ap(truth, results)["stats"]
+
+    def seconds(function) -> tuple[float, list]:
+        start = time.process_time()
+        stats = function()
+        return time.process_time() - start, stats
+
+    def peak(function) -> int:
+        tracemalloc.start()
+        function()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    (theirs, expected), (ours, stats) = map(seconds, both(120, 400, 100))
+    assert stats == pytest.approx(expected, abs=1e-9) and theirs > 3 * ours, f"{theirs:.2f} s, {ours:.2f} s"
+    theirs, ours = map(peak, both(30, 300, 60))
+    assert theirs > 3 * ours, f"{theirs / 2**20:.1f} MiB, {ours / 2**20:.1f} MiB"
+
+
+def test_the_package_is_for_tests_alone():
+    source = (Path(__file__).parent.parent / "data" / "lvis_ap.py").read_text()
+    assert "import lvis" not in source and "from lvis" not in source and not hasattr(np, "float")
