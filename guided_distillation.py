@@ -13,7 +13,7 @@ Both are Mask2Former (Cheng et al., CVPR 2022, https://arxiv.org/abs/2112.01527)
     Eqs. 1, 2 matching and losses                    match_costs, assign, mask_losses, criterion
     Eq. 4     L_s + lambda_u L_u                     learn (one backward pass each), train_step
     Eq. 5     exponential moving average             ema_update
-    Sec. 4.2  views: crops, flips; colour, grey, blur  jitter_crop, street_crop, strong_view
+    Sec. 4.3  views: crops, flips; colour, grey, blur  jitter_crop, street_crop, strong_view
     Sec. 4.1  schedule, optimizer, evaluation        schedule, adamw, detect, evaluate
     Tables 2-7, Fig. 6                               Args; commands in docs/guided_distillation.md
     (Mask2Former) masked attention                   blocked, Attention
@@ -163,7 +163,11 @@ class Pyramid(nn.Module):
         self.channels = [channels[i] for i in self.places]
         if args.norm == "frozen":
             from timm.utils.model import freeze_batch_norm_2d
+            from torchvision.ops.misc import FrozenBatchNorm2d
             self.body = freeze_batch_norm_2d(self.body)
+            for m in self.body.modules():
+                if isinstance(m, FrozenBatchNorm2d):                 # its buffers would make bf16 maps float32
+                    m.register_forward_hook(lambda _, inputs, out: out.to(inputs[0].dtype))
 
     def forward(self, images: Tensor) -> list[Tensor]:
         maps = self.body(images.contiguous(memory_format=torch.channels_last))
@@ -217,7 +221,7 @@ class Swin(nn.Module):
         return x + block.drop_path2(block.mlp(block.norm2(x)))
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=8)
 def shift_mask(size: tuple[int, int], window: int, shift: int, device: torch.device) -> Tensor:
     """(windows, window^2, window^2): -100 between places of a rolled map that were not neighbours, else 0."""
     parts = []
@@ -282,13 +286,14 @@ def sine_positions(size: tuple[int, int], width: int, device: torch.device) -> T
 
 
 @lru_cache(maxsize=16)
-def cell_centres(sizes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
-    """(S, 2): x and y in 0..1 of each token's own cell, for all levels one after the other."""
+def cell_centres(sizes: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(S, 2): x and y in 0..1 of each token's own cell, for all levels one after the other; and (levels, 2): width and
+    height of each level in cells."""
     parts = []
     for h, w in sizes:
         ys, xs = (torch.arange(h, device=device) + 0.5) / h, (torch.arange(w, device=device) + 0.5) / w
         parts.append(torch.stack([xs.expand(h, w), ys[:, None].expand(h, w)], dim=2).flatten(0, 1))
-    return torch.cat(parts)
+    return torch.cat(parts), torch.tensor([(w, h) for h, w in sizes], device=device)
 
 
 class DeformableAttention(nn.Module):
@@ -322,11 +327,10 @@ class DeformableAttention(nn.Module):
         offsets = offsets.permute(3, 0, 2, 4, 1, 5).flatten(1, 2)                # (levels, B heads, points, S, 2)
         weights = self.attention_weights(query).view(b, s, HEADS, -1).softmax(-1)
         weights = weights.unflatten(3, (self.levels, self.points)).permute(3, 0, 2, 4, 1).flatten(1, 2)
-        centres, out = cell_centres(sizes, query.device), 0                      # (S, 2)
-        for v, (h, w), offset, weight in zip(value.split([h * w for h, w in sizes], dim=2), sizes, offsets, weights,
-                                             strict=True):
-            grid = 2 * (centres + offset / torch.tensor((w, h), device=v.device)) - 1       # in cells of this level
-            out = out + Look.apply(v.unflatten(2, (h, w)), grid, weight)
+        (centres, cells), out = cell_centres(sizes, query.device), 0             # (S, 2), (levels, 2)
+        parts = value.split([h * w for h, w in sizes], dim=2)
+        for v, size, cell, offset, weight in zip(parts, sizes, cells, offsets, weights, strict=True):
+            out = out + Look.apply(v.unflatten(2, size), 2 * (centres + offset / cell) - 1, weight)
         return self.output_proj(out.unflatten(0, (b, HEADS)).flatten(1, 2).transpose(1, 2))
 
 
@@ -488,8 +492,8 @@ class Decoder(nn.Module):
             y = self.decoder_norm(x)
             embed = self.mask_embed(y)                                           # (B, Q, C)
             heads.append((y, embed))
-            with torch.no_grad():
-                may_look = ~blocked(embed.detach().to(small[i % 3].dtype) @ small[i % 3])
+            with torch.no_grad(), torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):
+                may_look = ~blocked(embed.float() @ small[i % 3])
             x = layer(x, place, keys[i % 3], values[i % 3], may_look)
         y = self.decoder_norm(x)
         heads.append((y, self.mask_embed(y)))
@@ -531,7 +535,7 @@ def match_costs(class_logits: Tensor, mask_embed: Tensor, mask_features: Tensor,
     """Costs (L, Q, N) of one image: `weights` of class, mask and Dice, masks compared at points (P, 2).
 
     class_logits (L, Q, K + 1), mask_embed (L, Q, C), mask_features (C, h, w). All heads share the points, so features
-    and targets are sampled once; sampling commutes with the product over channels."""
+    and targets are sampled once; sampling commutes with the product over channels. DEPARTS[points]"""
     f = sample(mask_features[None], points[None])[0]                             # (C, P)
     t = sample(target.masks[:, None].to(f.dtype), points.expand(len(target.masks), -1, -1))[:, 0]       # (N, P)
     costs = []
@@ -618,7 +622,7 @@ def criterion(heads: Heads, targets: list[Target], norms: Norms, args: Args, gen
         costs = [match_costs(heads.class_logits[:, i], heads.mask_embed[:, i], heads.mask_features[i], targets[i],
                              draw(generators[i], p), weights) for i in range(b)]
         queries, bad = assign(costs)
-    wanted = torch.full((number, b, q), last, device=device)                     # no object, unless matched
+    wanted = torch.full((number, b, q + 1), last, device=device)                 # no object; a place for the unmatched
     mask = dice = 0 * (heads.mask_embed.sum() + heads.mask_features.sum())       # DDP waits for every gradient
     head = torch.arange(number, device=device)[:, None]
     for i, (query, target) in enumerate(zip(queries, targets, strict=True)):
@@ -626,7 +630,7 @@ def criterion(heads: Heads, targets: list[Target], norms: Norms, args: Args, gen
             found = query[:, part:part + 32].to(device, non_blocking=True)       # (L, n)
             matched, place = found >= 0, found.clamp(min=0)
             labels, masks = target.labels[part:part + 32], target.masks[part:part + 32]
-            wanted[head.expand_as(found)[matched], i, found[matched]] = labels.expand_as(found)[matched]
+            wanted[head, i, found] = labels.expand_as(found)
             embed = heads.mask_embed[head, i, place].transpose(0, 1)             # (n, L, C)
             logits = torch.einsum("nlc,chw->nlhw", embed, heads.mask_features[i])
             candidates = draw(generators[i], len(masks), number, 3 * p)
@@ -634,6 +638,7 @@ def criterion(heads: Heads, targets: list[Target], norms: Norms, args: Args, gen
             bce, overlap = mask_losses(logits, masks, candidates, more)          # (n, L)
             mask = mask + (bce * matched.T).sum() / norms.masks
             dice = dice + (overlap * matched.T).sum() / norms.masks
+    wanted = wanted[..., :q]
     weight = torch.where(wanted == last, args.no_object, 1.0)
     ce = F.cross_entropy(heads.class_logits.flatten(0, 2), wanted.flatten(), reduction="none")
     ce = (ce * weight.flatten()).sum() / norms.classes
@@ -855,7 +860,7 @@ OFFICIAL = [(re.compile(pattern), new) for pattern, new in [                    
     (r"^(backbone\.res\d\.\d+\.)shortcut\.(norm\.)?", lambda m: f"{m[1]}downsample.{int(bool(m[2]))}."),
     (r"^(backbone\.res\d\.\d+\.)conv(\d)\.norm\.", r"\1bn\2."),
     (r"^backbone\.res(\d)\.", lambda m: f"backbone.body.layer{int(m[1]) - 1}."),
-    (r"^backbone\.layers\.(\d)\.downsample\.", lambda m: f"backbone.layers.{int(m[1]) + 1}.downsample."),
+    (r"^((?:backbone\.)?layers\.)(\d)\.downsample\.", lambda m: f"{m[1]}{int(m[2]) + 1}.downsample."),
     (r"^backbone\.norm(\d)\.", r"backbone.norms.\1."),
     (r"^sem_seg_head\.(?!predictor|pixel_decoder)", "sem_seg_head.pixel_decoder."),         # files of older versions
     (r"^sem_seg_head\.pixel_decoder\.(transformer\.)?(encoder\.)?", "pixel_decoder."),
@@ -903,7 +908,8 @@ def our_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     for prefix in ("modelStudent.", "modelTeacher.", "student.", "supervised."):
         inner = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
         weights = inner or weights
-    named, table = {}, OFFICIAL if any(re.match(r"sem_seg_head|(backbone\.)?(stem|res2)\.", k) for k in weights) else \
+    named, table = {}, OFFICIAL if any(
+        re.match(r"sem_seg_head|(backbone\.)?(stem\.conv1|res2|layers\.0\.downsample)\.", k) for k in weights) else \
         HUGGING_FACE if any(k.startswith("model.pixel_level_module.") for k in weights) else []
     for key, value in weights.items():
         for pattern, new in table:
@@ -926,6 +932,7 @@ def load_weights(net: Mask2Former, weights: dict[str, Tensor], what: str) -> lis
 
 # ============================================================================================== evaluation
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")                            # every size would be compiled anew
 def detect(net: Mask2Former, image: Tensor, args: Args, top: int = 100) -> tuple[Tensor, Tensor, Tensor]:
     """The `top` best (query, class) pairs of an image (3, H, W) uint8: labels (n,), scores (n,), masks (n, H, W) bool.
 
@@ -933,8 +940,8 @@ def detect(net: Mask2Former, image: Tensor, args: Args, top: int = 100) -> tuple
     size, (short, most) = tuple(image.shape[-2:]), args.test_size
     factor = min(short / min(size), most / max(size))
     new = tuple(max(round(n * factor), 1) for n in size)
-    x = F.interpolate(image[None], size=new, mode="bilinear", antialias=True) if new != size else image[None]
-    x = transforms.normalize(x)
+    x = image[None].float()
+    x = transforms.normalize(F.interpolate(x, size=new, mode="bilinear", antialias=True) if new != size else x)
     x = F.pad(x, (0, -new[1] % 32, 0, -new[0] % 32))                             # after normalising: the mean colour
     heads = net.forward(x, last_only=True)
     probs = heads.class_logits[-1, 0].softmax(-1)[:, :-1]                        # (Q, K)
@@ -966,8 +973,9 @@ def evaluate(networks: dict[str, Mask2Former], data: instances.Instances, args: 
             labels, masks, _ = instances.masks_of(photo, data)
             rows.append([image.permute(1, 2, 0).numpy(), picture(image, labels, torch.ones(len(labels)), masks.bool())])
         for name, net in networks.items():
-            labels, scores, masks = (t.cpu() for t in detect(net.eval(), image.to(world.device), args))
-            found[name].append((index, ap.results_of(photo.id, data.ids, labels, scores, masks)))
+            out = detect(net.eval(), image.to(world.device), args)
+            found[name].append((index, ap.results_of(photo.id, data.ids, *out)))
+            labels, scores, masks = (t.cpu() for t in out) if street or shown else out
             if street:
                 street[name].add(instances.read_ids(photo.label), [*zip(labels.tolist(), scores.tolist(), masks.numpy(),
                                                                        strict=True)])
@@ -976,10 +984,11 @@ def evaluate(networks: dict[str, Mask2Former], data: instances.Instances, args: 
     for net, training in modes:
         net.train(training)
     found = {name: [r for _, part in ap.gather(world, parts) for r in part] for name, parts in found.items()}
-    answers = ap.truth_of(data)
-    scores = {name: ap.coco_ap(answers, results) for name, results in found.items()}
+    answers = ap.truth_of(data) if world.main else {}
+    scores = {name: ap.coco_ap(answers, results) if world.main else {} for name, results in found.items()}
     for name, evaluator in street.items():
-        scores[name] = {"coco_ap": scores[name]["ap"], **evaluator.result(world)}
+        scores[name] = {"coco_ap": scores[name].get("ap"), **evaluator.result(world)}
+    scores = ap.gather(world, [(0, scores)] if world.main else [])[0][1]
     return {name: {k: v for k, v in s.items() if k != "stats"} for name, s in scores.items()}, found, rows
 
 
@@ -998,9 +1007,9 @@ def picture(image: Tensor, labels: Tensor, scores: Tensor, masks: Tensor, classe
 # ============================================================================================== main
 STUDENT_ONLY = ("burn_in burn_in_steps ema lambda_u class_threshold size_threshold strong_aug labeled_sampling pool "
                 "teacher unlabeled")
-RANGES = dict.fromkeys("ema class_threshold drop_path no_object backbone_lr".split(), (0, 1)) | {
-    "width": (64, 4096), "decoder_layers": (1, 99), "accumulate": (1, 1e4), "points": (16, 1e6), "steps": (1, 1e9),
-    "crop_size": (32, 1e5), "test_size": (16, 1e5), "scale": (0.01, 100), "eval_every": (1, 1e9)}
+RANGES = dict.fromkeys("ema class_threshold drop_path no_object backbone_lr".split(), (0, 1)) | dict.fromkeys(
+    "decoder_layers encoder_layers accumulate steps eval_every".split(), (1, 1e9)) | {
+    "width": (64, 4096), "points": (16, 1e6), "crop_size": (32, 1e5), "test_size": (16, 1e5), "scale": (0.01, 100)}
 
 
 def resolve(args: Args) -> Args:
@@ -1034,7 +1043,9 @@ def check(args: Args, world: World) -> None:
     runs.check_meaning(args, base, args.stage, {"student all": STUDENT_ONLY}, {
         "drop_path": not args.backbone.startswith("swin"), "norm": plain and args.norm != base.norm,
         "vit_resize": not args.backbone.startswith(("vit", "deit")), "scale": args.dataset == "cityscapes",
-        "burn_in_steps": args.burn_in in ("fixed", "none")})
+        "burn_in_steps": args.burn_in in ("fixed", "none"), "ema": args.burn_in == "fixed", "pool": args.unlabeled > "",
+        "select": bool(args.teacher) or args.burn_in in ("standard", "none"), "split_seed": args.split == "all",
+        **dict.fromkeys(("train_json", "val_json", "images"), args.dataset == "cityscapes")})
 
 
 def network(args: Args, num_classes: int, world: World, name: str, pretrained: bool = True) -> tuple[Mask2Former, list]:
@@ -1054,7 +1065,7 @@ def begin(stage: str, args: Args, data: instances.Instances, world: World, step:
     teacher = None
     if stage == "student":
         teacher = network(args, len(data.classes), world, "teacher", pretrained=False)[0]
-        if args.burn_in in ("guided", "fixed"):
+        if args.burn_in in ("guided", "fixed") and step == begun:    # later it comes from the checkpoint
             notes = [*notes, *load_teacher(teacher, Path(args.teacher or Path(args.out) / "teacher.pt"))]
         teacher.requires_grad_(False).eval()
     if args.compile:
@@ -1214,9 +1225,9 @@ def predict(args: Args) -> None:
     results, _ = [], out.mkdir(exist_ok=True)
     for i, file in list(enumerate(files))[world.rank::world.size]:
         image = read.read_image(file)
-        labels, scores, masks = (t.cpu() for t in detect(net, image.to(world.device), args))
-        results.append((i, ap.results_of(str(file), state["ids"], labels, scores, masks)))
-        shown = picture(image, labels, scores, masks, state["classes"])
+        out = detect(net, image.to(world.device), args)
+        results.append((i, ap.results_of(str(file), state["ids"], *out)))
+        shown = picture(image, *(t.cpu() for t in out), state["classes"])
         plots.save_picture(shown, out / f"{i:05d}_{file.stem}_overlay.jpg")
     results = [r for _, part in ap.gather(world, results) for r in part]
     if world.main:
