@@ -45,6 +45,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torchvision.ops import FrozenBatchNorm2d
 
 from common import backbones, distributed, plots, runs, transforms
 from common.distributed import World, rng
@@ -163,7 +164,6 @@ class Pyramid(nn.Module):
         self.channels = [channels[i] for i in self.places]
         if args.norm == "frozen":
             from timm.utils.model import freeze_batch_norm_2d
-            from torchvision.ops.misc import FrozenBatchNorm2d
             self.body = freeze_batch_norm_2d(self.body)
             for m in self.body.modules():
                 if isinstance(m, FrozenBatchNorm2d):                 # its buffers would make bf16 maps float32
@@ -611,9 +611,8 @@ def criterion(heads: Heads, targets: list[Target], norms: Norms, args: Args, gen
     """Eqs. 1 and 2 of one part of a batch: the sum over heads of 2 CE + 5 mask + 5 Dice. DEPARTS[loss-weights]
 
     `generators` draw each image's points, so that they depend neither on the batch nor on the number of processes."""
-    number, b, q, last = heads.class_logits.shape[0], *heads.class_logits.shape[1:3], heads.class_logits.shape[3] - 1
-    device, p = heads.class_logits.device, args.points
-    weights = (args.class_weight, args.mask_weight, args.dice_weight)
+    (number, b, q), last = heads.class_logits.shape[:3], heads.class_logits.shape[3] - 1
+    p, device, weights = args.points, heads.class_logits.device, (args.class_weight, args.mask_weight, args.dice_weight)
 
     def draw(generator: torch.Generator, *shape: int) -> Tensor:
         return torch.rand(*shape, 2, generator=generator, device=device)
@@ -1225,9 +1224,9 @@ def predict(args: Args) -> None:
     results, _ = [], out.mkdir(exist_ok=True)
     for i, file in list(enumerate(files))[world.rank::world.size]:
         image = read.read_image(file)
-        out = detect(net, image.to(world.device), args)
-        results.append((i, ap.results_of(str(file), state["ids"], *out)))
-        shown = picture(image, *(t.cpu() for t in out), state["classes"])
+        objects = detect(net, image.to(world.device), args)
+        results.append((i, ap.results_of(str(file), state["ids"], *objects)))
+        shown = picture(image, *(t.cpu() for t in objects), state["classes"])
         plots.save_picture(shown, out / f"{i:05d}_{file.stem}_overlay.jpg")
     results = [r for _, part in ap.gather(world, results) for r in part]
     if world.main:
