@@ -963,9 +963,8 @@ def evaluate(networks: dict[str, Mask2Former], data: instances.Instances, args: 
 
     COCO's AP by pycocotools; on Cityscapes its own AP, with COCO's as `coco_ap`. Every image counts once on any number
     of processes."""
-    found: dict[str, list] = {name: [] for name in networks}
+    found, rows = {name: [] for name in networks}, []
     street = {name: ap.CityscapesAP() for name in networks if args.dataset == "cityscapes"}
-    rows, modes = [], [(net, net.training) for net in networks.values()]
     for index, image in instances.score_loader(data.val, world, args.workers):
         photo = data.val[index]
         if shown := len(rows) < 6:
@@ -980,14 +979,14 @@ def evaluate(networks: dict[str, Mask2Former], data: instances.Instances, args: 
                                                                        strict=True)])
             if shown:
                 rows[-1].append(picture(image, labels, scores, masks))
-    for net, training in modes:
-        net.train(training)
     found = {name: [r for _, part in ap.gather(world, parts) for r in part] for name, parts in found.items()}
     answers = ap.truth_of(data) if world.main else {}
     scores = {name: ap.coco_ap(answers, results) if world.main else {} for name, results in found.items()}
     for name, evaluator in street.items():
         scores[name] = {"coco_ap": scores[name].get("ap"), **evaluator.result(world)}
     scores = ap.gather(world, [(0, scores)] if world.main else [])[0][1]
+    if any(s["ap"] is None for s in scores.values()):
+        raise UserError(f"--val {args.val} of {data.root} has no object to score on.")
     return {name: {k: v for k, v in s.items() if k != "stats"} for name, s in scores.items()}, found, rows
 
 
@@ -1022,7 +1021,7 @@ def resolve(args: Args) -> Args:
 def check(args: Args, world: World) -> None:
     """Refuse, before any work, what cannot run and flags that would be ignored."""
     runs.check_ranges(args, RANGES)
-    share = world.share(args.batch_size) if args.batch_size != world.size else 1          # one image each is enough
+    share = world.share(args.batch_size) if args.batch_size != world.size or args.norm == "live" else 1
     if any(n % 32 for n in args.crop_size) or args.width % 32:
         raise UserError(f"--crop-size {args.crop_size[0]} {args.crop_size[1]} and --width {args.width} must be "
                         f"multiples of 32.")
@@ -1076,7 +1075,7 @@ def begin(stage: str, args: Args, data: instances.Instances, world: World, step:
 
 def load_teacher(net: Mask2Former, path: Path) -> list[str]:
     """A whole model: the teacher of a checkpoint of this script, or official weights."""
-    notes = load_weights(net, runs.read_weights(path), str(path))
+    notes = load_weights(net, runs.read_weights(path, "--teacher"), str(path))
     if any(not n.startswith("in the file") for n in notes):
         raise UserError(f"--teacher {path} does not fit this network ({notes[0][:120]}); give the --backbone, --width "
                         f"and --queries it was trained with.")
@@ -1153,6 +1152,7 @@ def score_networks(s: State, data: instances.Instances, args: Args, world: World
     if "teacher" in s.last and s.step - s.begun <= teaching_plan(s.stage, args)[0]:
         networks.pop("teacher")                     # burn-in: it is what it was
     scores, found, rows = evaluate(networks, data, args, world)
+    s.student.train()
     for name, score in scores.items():
         s.last[name] = {"step": s.step, **score}
         if name not in s.best or s.last[name]["ap"] > s.best[name]["ap"]:

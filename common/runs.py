@@ -409,10 +409,10 @@ def load_checkpoint(path: Path, script: str) -> dict:
     return state | {"path": str(path)}
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path, flag: str = "--weights") -> dict[str, Tensor]:
     """A flat dict of tensors from .pth/.pt/.bin (weights_only), .safetensors or .pkl, without wrappers' prefixes."""
     if not path.is_file():
-        raise UserError(f"--weights {path}: no such file; give imagenet, none or a file.")
+        raise UserError(f"{flag} {path}: no such file; give imagenet, none or a file.")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -423,7 +423,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         else:
             weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                                       # noqa: BLE001 (each format has its own)
-        raise UserError(f"--weights {path} cannot be read as weights ({type(error).__name__}); save it again as a "
+        raise UserError(f"{flag} {path} cannot be read as weights ({type(error).__name__}); save it again as a "
                         f"plain state dict.") from None
     for wrapper in ("networks", "model", "state_dict", "teacher", "supervised", "student"):
         if isinstance(weights, dict) and isinstance(weights.get(wrapper), dict):
@@ -433,7 +433,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     while weights and all(k.startswith("module.") for k in weights):
         weights = {k.removeprefix("module."): v for k, v in weights.items()}
     if not weights:
-        raise UserError(f"--weights {path} holds no tensors.")
+        raise UserError(f"{flag} {path} holds no tensors.")
     return weights
 
 
