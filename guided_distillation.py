@@ -931,7 +931,8 @@ def load_weights(net: Mask2Former, weights: dict[str, Tensor], what: str) -> lis
 
 # ============================================================================================== evaluation
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")                            # every size would be compiled anew
+@torch.compiler.set_stance("force_eager")                            # every size would be compiled anew ...
+@torch.backends.cudnn.flags(enabled=True, benchmark=False)           # ... and tried with all algorithms
 def detect(net: Mask2Former, image: Tensor, args: Args, top: int = 100) -> tuple[Tensor, Tensor, Tensor]:
     """The `top` best (query, class) pairs of an image (3, H, W) uint8: labels (n,), scores (n,), masks (n, H, W) bool.
 
@@ -1023,8 +1024,7 @@ def check(args: Args, world: World) -> None:
     runs.check_ranges(args, RANGES)
     share = world.share(args.batch_size) if args.batch_size != world.size or args.norm == "live" else 1
     if any(n % 32 for n in args.crop_size) or args.width % 32:
-        raise UserError(f"--crop-size {args.crop_size[0]} {args.crop_size[1]} and --width {args.width} must be "
-                        f"multiples of 32.")
+        raise UserError(f"--crop-size {args.crop_size} and --width {args.width} must be multiples of 32.")
     if args.accumulate > share:
         raise UserError(f"--accumulate {args.accumulate} is more than the {share} labeled images of a process.")
     if args.accumulate > 1 and args.norm == "live" and not args.backbone.startswith(("swin", "vit", "deit")):

@@ -16,8 +16,7 @@ def confusion(prediction: Tensor, label: Tensor, num_classes: int) -> Tensor:
     Pixels whose label is not a class (255) are not counted."""
     # labels out of range share one extra row, which is cut off: no masking of the pixels, one pass
     rows = label.to(torch.int64).clamp(max=num_classes)
-    index = (rows * num_classes + prediction.to(torch.int64)).flatten()
-    bins = (num_classes + 1) * num_classes
+    index, bins = (rows * num_classes + prediction.to(torch.int64)).flatten(), (num_classes + 1) * num_classes
     if index.device.type == "cpu":                                   # numpy counts ten times faster than torch here
         counts = torch.from_numpy(np.bincount(index.numpy(), minlength=bins))
     else:
@@ -26,6 +25,7 @@ def confusion(prediction: Tensor, label: Tensor, num_classes: int) -> Tensor:
 
 
 @torch.no_grad()
+@torch.backends.cudnn.flags(enabled=True, benchmark=False)           # many sizes: no time to try algorithms for each
 def score(networks: dict[str, nn.Module], logits_of: Callable, images: Iterable, view: Callable, num_classes: int,
           world, previews: int = 6) -> tuple[dict[str, Tensor], list]:
     """Confusion counts (K, K) of each network over all processes' `images` (index, image, label), and preview rows.
