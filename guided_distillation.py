@@ -1024,7 +1024,7 @@ def check(args: Args, world: World) -> None:
     runs.check_ranges(args, RANGES)
     share = world.share(args.batch_size) if args.batch_size != world.size or args.norm == "live" else 1
     if any(n % 32 for n in args.crop_size) or args.width % 32:
-        raise UserError(f"--crop-size {args.crop_size} and --width {args.width} must be multiples of 32.")
+        raise UserError(f"--crop-size {' '.join(map(str, args.crop_size))} or --width {args.width} is not 32 times n.")
     if args.accumulate > share:
         raise UserError(f"--accumulate {args.accumulate} is more than the {share} labeled images of a process.")
     if args.accumulate > 1 and args.norm == "live" and not args.backbone.startswith(("swin", "vit", "deit")):

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import time
 from functools import partial
 from pathlib import Path
@@ -40,10 +41,17 @@ def test_torchrun_with_two_processes(tiny, tmp_path):
 
 
 def test_two_nodes_on_one_machine(tiny, tmp_path):
-    out, port = tmp_path / "out", free_port()
-    flags = dict(nnodes=2, master_addr="127.0.0.1", master_port=port)
-    nodes = [torchrun(1, tiny(out=out, steps=3), start=True, node_rank=rank, **flags) for rank in (0, 1)]
-    said = [node.communicate(timeout=120) for node in nodes]
+    for attempt in range(2):                        # another program may have taken the port meanwhile
+        out, flags = tmp_path / f"out{attempt}", dict(nnodes=2, master_addr="127.0.0.1", master_port=free_port())
+        nodes = [torchrun(1, tiny(out=out, steps=3), start=True, node_rank=rank, **flags) for rank in (0, 1)]
+        try:
+            said = [node.communicate(timeout=90) for node in nodes]
+            break
+        except subprocess.TimeoutExpired:
+            for node in nodes:
+                node.kill()
+            if attempt:
+                raise
     assert [node.returncode for node in nodes] == [0, 0], said
     assert json.loads((out / "config.json").read_text())["processes"] == 2
     assert json.loads((out / "results.json").read_text())["teacher"]["last"]["step"] == 3
