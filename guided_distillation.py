@@ -1024,7 +1024,7 @@ def check(args: Args, world: World) -> None:
     runs.check_ranges(args, RANGES)
     share = world.share(args.batch_size) if args.batch_size != world.size or args.norm == "live" else 1
     if any(n % 32 for n in args.crop_size) or args.width % 32:
-        raise UserError(f"--crop-size {' '.join(map(str, args.crop_size))} or --width {args.width} is not 32 times n.")
+        raise UserError(f"--crop-size {'{} {}'.format(*args.crop_size)}, --width {args.width}: give multiples of 32.")
     if args.accumulate > share:
         raise UserError(f"--accumulate {args.accumulate} is more than the {share} labeled images of a process.")
     if args.accumulate > 1 and args.norm == "live" and not args.backbone.startswith(("swin", "vit", "deit")):
