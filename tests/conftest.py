@@ -3,7 +3,9 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 DRAWS = "the first step of a process takes other dropout: the DataLoader draws its seed after seed_torch (gta_seg.py)"
 DEFECTS = {  # part of a test's name -> what the product does; take the line out when it is mended (strict: it tells)
@@ -68,3 +70,17 @@ def folder_line(folder_root, tmp_path):
         return helpers.argv(**{"dataset": "folder", "root": folder_root, "split": "random:4", "steps": 2,
                                **helpers.TINY, "out": tmp_path / "run", "warmup_epochs": 0, "log_every": 1, **flags})
     return line
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def seeded():
+    torch.manual_seed(0)
+    np.random.seed(0)

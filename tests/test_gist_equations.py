@@ -31,18 +31,7 @@ from gist_rist import Args, Discriminator, SegNet, State, Tree
 CLASSES, SIZE, IGNORE, WORLD = 4, 16, 255, World()
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-    np.random.seed(0)
+pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
 
 
 # ------------------------------------------------------------------------------------------------------------- helpers

@@ -29,18 +29,7 @@ WORLD, CPU = World(), torch.device("cpu")
 LEVELS = ((2, 3), (3, 5), (4, 6))                   # cells of three levels, as strides 32, 16, 8 give them
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-    np.random.seed(0)
+pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
 
 
 # -------------------------------------------------------------------------------------------------------------- helpers
