@@ -33,11 +33,20 @@ def encode(masks: Tensor) -> list[dict]:
             for runs in coco_mask.encode(columns.transpose(2, 1, 0))]
 
 
-def results_of(image_id: int, ids: list[int], labels: Tensor, scores: Tensor, masks: Tensor) -> list[dict]:
+def results_of(image_id: int, ids: list[int], labels: Tensor, scores: Tensor, masks: Tensor | None,
+               boxes: Tensor | None = None) -> list[dict]:
     """One image's entries of a COCO results file: class indices (N,), scores (N,) and masks (N, H, W) in the image's
-    own size. `ids` are the data set's category ids. There is no bbox, or pycocotools would take areas from it."""
-    return [{"image_id": image_id, "category_id": ids[label], "segmentation": runs, "score": score}
-            for label, score, runs in zip(labels.tolist(), scores.tolist(), encode(masks), strict=True)]
+    own size, or none. `ids` are the data set's category ids. Boxes (N, 4), x0, y0, x1, y1, become x, y, width, height;
+    without them there is no bbox, or pycocotools would take areas from it."""
+    entries = [{"image_id": image_id, "category_id": ids[label], "score": score}
+               for label, score in zip(labels.tolist(), scores.tolist(), strict=True)]
+    if masks is not None:
+        for entry, runs in zip(entries, encode(masks), strict=True):
+            entry["segmentation"] = runs
+    if boxes is not None:
+        for entry, (x0, y0, x1, y1) in zip(entries, boxes.tolist(), strict=True):
+            entry["bbox"] = [x0, y0, x1 - x0, y1 - y0]
+    return entries
 
 
 def gather(world: World, items: list) -> list:
@@ -52,12 +61,13 @@ def gather(world: World, items: list) -> list:
 
 
 # ---------------------------------------------------------------------------------------------------- COCO
-def coco_ap(data: Instances | dict, results: list[dict], kind: str = "segm", max_dets: int = 100) -> dict:
+def coco_ap(data: Instances | dict, results: list[dict], kind: str = "segm", max_dets: int = 100,
+            frequency: list[str] | None = None) -> dict:
     """COCO's AP of `results` on the scored pictures of a data set, or on the content of a COCO file (see `truth_of`).
 
     `kind` is segm or bbox. Gives ap, ap50, ap75, ap_s, ap_m, ap_l (objects under 32^2, under 96^2, larger), ar100 (the
-    recall with `max_dets` detections an image), `stats`, the twelve numbers in the order of pycocotools, and
-    `per_class`, name -> ap."""
+    recall with `max_dets` detections an image), `stats`, the twelve numbers in the order of pycocotools, `per_class`,
+    name -> ap; and, with the `frequency` (r, c or f) of each class by ascending id, their means apr, apc, apf."""
     truth = data if isinstance(data, dict) else truth_of(data)
     # pycocotools takes an object of id 0 for no match, and writes into what it is given
     truth = {**truth, "annotations": [{**a, "id": i} for i, a in enumerate(truth["annotations"], start=1)]}
@@ -82,7 +92,8 @@ def coco_ap(data: Instances | dict, results: list[dict], kind: str = "segm", max
              *(percent(recall[..., a, 2]) for a in sizes[1:])]
     names = {record["id"]: record["name"] for record in truth["categories"]}
     per_class = {names[c]: percent(precision[:, :, k, 0, 2]) for k, c in enumerate(judge.params.catIds)}
-    return {**dict(zip(("ap", "ap50", "ap75", "ap_s", "ap_m", "ap_l"), stats, strict=False)),
+    groups = {f"ap{g}": percent(precision[:, :, [f == g for f in frequency], 0, 2]) for g in "rcf"} if frequency else {}
+    return {**dict(zip(("ap", "ap50", "ap75", "ap_s", "ap_m", "ap_l"), stats, strict=False)), **groups,
             f"ar{max_dets}": stats[8], "stats": stats, "per_class": per_class}
 
 
@@ -93,10 +104,11 @@ def percent(values: np.ndarray) -> float | None:
 
 
 def truth_of(data: Instances) -> dict:
-    """A COCO file's content for the scored pictures: their JSON file, without annotations that have no mask, or made of
-    Cityscapes' label PNGs, where groups are crowds. Read it once when it is needed often."""
+    """A COCO or LVIS file's content for the scored pictures: their JSON file, without annotations that have no mask, or
+    made of Cityscapes' label PNGs, where groups are crowds, or of the objects of the pictures that
+    `instances.scored_on` names. Read it once when it is needed often."""
     if data.val_json is None:
-        return truth_of_labels(data)
+        return truth_of_labels(data) if any(photo.label for photo in data.val) else truth_of_things(data)
     content = json.loads(data.val_json.read_text(encoding="utf-8"))
     ids, annotations = {photo.id for photo in data.val}, []
     images = {record["id"]: record for record in content["images"] if record["id"] in ids}
@@ -106,10 +118,8 @@ def truth_of(data: Instances) -> dict:
             continue
         area = a.get("area")
         if area is None:
-            image, runs = images[a["image_id"]], segmentation
-            if isinstance(runs, list):
-                runs = coco_mask.merge(coco_mask.frPyObjects(runs, int(image["height"]), int(image["width"])))
-            area = float(coco_mask.area(runs))
+            image = images[a["image_id"]]
+            area = float(coco_mask.area(runs_of(segmentation, int(image["height"]), int(image["width"]))))
         annotations.append({**a, "segmentation": segmentation, "area": area, "iscrowd": int(a.get("iscrowd") or 0)})
     return {"images": list(images.values()), "categories": content["categories"], "annotations": annotations}
 
@@ -132,8 +142,43 @@ def truth_of_labels(data: Instances) -> dict:
             annotations.append({"image_id": photo.id, "category_id": data.ids[thing.category], "segmentation": runs,
                                 "area": thing.area, "bbox": coco_mask.toBbox(runs).tolist(),
                                 "iscrowd": int(thing.crowd)})
-    categories = [{"id": i, "name": name} for i, name in zip(data.ids, data.classes, strict=True)]
-    return {"images": images, "categories": categories, "annotations": annotations}
+    return {"images": images, "categories": categories_of(data), "annotations": annotations}
+
+
+def truth_of_things(data: Instances) -> dict:
+    """The same from the objects of the Photos. Of an object whose file gives no area, or 0, the mask's is taken. A bbox
+    is the extent of the polygons to two digits, as in COCO and LVIS, or that of the mask, which is one pixel wider and
+    higher than COCO says of its crowds."""
+    images, annotations = [], []
+    for photo in data.val:
+        assert photo.things is not None, f"{photo.name} has no labels"
+        images.append({"id": photo.id, "file_name": photo.name, "height": photo.height, "width": photo.width})
+        if data.lvis:
+            images[-1] |= {"neg_category_ids": [data.ids[c] for c in photo.negative],
+                           "not_exhaustive_category_ids": [data.ids[c] for c in photo.partial]}
+        for category, segmentation, crowd, area in photo.things:
+            if isinstance(segmentation, list):
+                points = np.concatenate(segmentation).reshape(-1, 2)
+                box = np.concatenate([points.min(axis=0), np.ptp(points, axis=0)]).round(2)
+            else:
+                box = coco_mask.toBbox(segmentation)
+            area = area or float(coco_mask.area(runs_of(segmentation, photo.height, photo.width)))
+            annotations.append({"id": len(annotations) + 1, "image_id": photo.id, "category_id": data.ids[category],
+                                "segmentation": segmentation, "area": area, "bbox": box.tolist(),
+                                "iscrowd": int(crowd)})
+    return {"images": images, "categories": categories_of(data), "annotations": annotations}
+
+
+def runs_of(segmentation: list | dict, height: int, width: int) -> dict:
+    """Run lengths of polygons in a picture of this size, or those that there are."""
+    if isinstance(segmentation, list):
+        return coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
+    return segmentation
+
+
+def categories_of(data: Instances) -> list[dict]:
+    found = [{"id": i, "name": name} for i, name in zip(data.ids, data.classes, strict=True)]
+    return [c | {"frequency": f} for c, f in zip(found, data.frequency, strict=True)] if data.frequency else found
 
 
 # ---------------------------------------------------------------------------------------------------- Cityscapes

@@ -1,8 +1,10 @@
-"""Fetch data sets and published label lists:  python -m data.download {voc,splits,cityscapes} [--root DIR]
+"""Fetch data sets and published label lists:  python -m data.download {voc,splits,cityscapes,coco,lvis} [--root DIR]
 
 voc         VOC 2012 and SBD from their official hosts, the 10,582 + 1,449 masks in SegmentationClassAug, the lists.
 splits      only the published lists of --dataset, into <root>/splits.
 cityscapes  what to do by hand (the site asks for a login), and the lists; unpacks the two zips once they are there.
+coco        COCO 2017: annotations, train2017, val2017 (20 GB), the lists; --unlabeled adds unlabeled2017 (20 GB).
+lvis        LVIS v1: annotations, and COCO's pictures as above; --root datasets/coco shares those that are there.
 
 Every step skips what is already there and right, so a command that was stopped is simply given again.
 """
@@ -44,6 +46,18 @@ SBD_MD5 = "82b4d87ceb2ed10f6038a1cba92111cb"  # as torchvision publishes it
 SBD_FILES = {"cls/*.mat": 11355, "*.txt": 2}
 CITYSCAPES_FILES = {"leftImg8bit": ("leftImg8bit_trainvaltest.zip", "11 GB", "leftImg8bit/train/*/*_leftImg8bit.png"),
                     "gtFine": ("gtFine_trainvaltest.zip", "241 MB", "gtFine/train/*/*_gtFine_labelIds.png")}
+COCO_ZIPS = "http://images.cocodataset.org/zips/"  # cocodataset.org names no https; hence the hashes below
+COCO_PICTURES = {"train2017": 118287, "val2017": 5000, "unlabeled2017": 123403}
+COCO_ANNOTATIONS = {"http://images.cocodataset.org/annotations/annotations_trainval2017.zip":
+                    ("instances_train2017.json", "instances_val2017.json")}
+LVIS_ANNOTATIONS = {f"https://dl.fbaipublicfiles.com/LVIS/lvis_v1_{part}.json.zip": (f"lvis_v1_{part}.json",)
+                    for part in ("train", "val")}
+ZIP_CHECKS = {  # bytes and SHA-256 as TensorFlow Datasets publishes them; of unlabeled2017 the pictures are counted
+    "train2017.zip": (19336861798, "69a8bb58ea5f8f99d24875f21416de2e9ded3178e903f1f7603e283b9e06d929"),
+    "val2017.zip": (815585330, "4f7e2ccb2866ec5041993c9cf2a952bbed69647b115d0f74da7ce8f4bef82f05"),
+    "annotations_trainval2017.zip": (252907541, "113a836d90195ee1f884e704da6304dfaaecff1f023f49b6ca93c4aaae470268"),
+    "lvis_v1_train.json.zip": (350264821, "334a4caa374030a7817cf050364525e910f7960f9b6968cef47cffbf3893f8ba"),
+    "lvis_v1_val.json.zip": (64026968, "5cae9a3c79aadb667550c2b5dcf7f4d86e059a41ec91ef690225b667e28e9ba5")}
 
 ATTEMPTS = 4  # per address, when a connection breaks
 WAIT_S = 2.0
@@ -427,14 +441,54 @@ def cityscapes(root: Path) -> None:
     splits(root, "cityscapes")
 
 
+# ------------------------------------------------------------------------------------------------------ COCO and LVIS
+
+
+def coco(root: Path, lvis: bool = False, images: bool = True, unlabeled: bool = False) -> None:
+    """COCO 2017's or LVIS v1's annotations into `<root>/annotations` and COCO's pictures into `<root>/train2017` and
+    `<root>/val2017`, unless `images` is False; with `unlabeled` also `<root>/unlabeled2017`. COCO's published lists.
+    Raises DownloadError, SplitError."""
+    folder, zips = root / "annotations", []
+    for url, names in (LVIS_ANNOTATIONS if lvis else COCO_ANNOTATIONS).items():
+        _unpacked(url, root, folder if lvis else root, {f"annotations/{name}": 1 for name in names}, zips)
+    parts = ["val2017", "train2017"] * images + ["unlabeled2017"] * unlabeled
+    for part in parts:
+        _unpacked(f"{COCO_ZIPS}{part}.zip", root, root, {f"{part}/*.jpg": COCO_PICTURES[part]}, zips)
+    if not lvis:
+        splits(root, "coco")
+    name, pictures = "LVIS v1" if lvis else "COCO 2017", f", pictures in {', '.join(parts)}" if parts else ""
+    print(f"{name} is complete in {root}: {', '.join(sorted(p.name for p in folder.glob('*.json')))}{pictures}."
+          + (f" No longer needed: {', '.join(map(str, zips))}." if zips else ""))
+
+
+def _unpacked(url: str, root: Path, target: Path, files: dict[str, int], zips: list[Path]) -> None:
+    """Fetch a zip into `root` and unpack it in `target`, unless `files` (pattern under `root` -> number) are there;
+    they must be afterwards. A zip that lies in `root` is added to `zips`. Raises DownloadError."""
+    archive = root / url.rsplit("/", 1)[-1]
+    if not _complete(root, files):
+        size, sha256 = ZIP_CHECKS.get(archive.name, (None, None))
+        extract(fetch(url, archive, sha256, size), target)
+        if not _complete(root, files):
+            wanted = ", ".join(f"{number:,} {pattern}" for pattern, number in files.items())
+            raise DownloadError(f"{archive} does not hold what it should ({wanted}); remove it and give the same "
+                                f"command again")
+    if archive.is_file():
+        zips.append(archive)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m data.download", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("voc", "splits", "cityscapes"))
+    parser.add_argument("what", choices=("voc", "splits", "cityscapes", "coco", "lvis"))
     parser.add_argument("--root", type=Path, help="where to put it; default datasets/<data set>")
     parser.add_argument("--dataset", choices=("voc", "cityscapes", "coco"), default="voc",
                         help="for splits: whose lists")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--unlabeled", action="store_true", help="for coco and lvis: the pictures unlabeled2017, too")
+    only.add_argument("--without-images", action="store_true", help="for coco and lvis: the annotations alone")
     args = parser.parse_args(argv)
+    if (args.unlabeled or args.without_images) and args.what not in ("coco", "lvis"):
+        parser.error(f"--unlabeled and --without-images are for coco and lvis, not for {args.what}")
     dataset = args.dataset if args.what == "splits" else args.what
     root = args.root or Path("datasets") / dataset
     try:
@@ -443,6 +497,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             voc(root)
         elif args.what == "cityscapes":
             cityscapes(root)
+        elif args.what in ("coco", "lvis"):
+            coco(root, args.what == "lvis", not args.without_images, args.unlabeled)
         else:
             splits(root, dataset)
     except (DownloadError, SplitError) as error:

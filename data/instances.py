@@ -9,9 +9,9 @@ import itertools
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,7 +51,10 @@ class Thing(NamedTuple):
 
 class Photo(NamedTuple):
     """One picture. `things` is None where no label may be opened, or where it is still to be read from `label`, a
-    Cityscapes instanceIds PNG (None elsewhere). `id` is -1 and the size in pixels 0 where no file gives them."""
+    Cityscapes instanceIds PNG (None elsewhere). `id` is -1 and the size in pixels 0 where no file gives them.
+
+    LVIS says of a picture which classes are known to be absent (`negative`), and of which only some objects are
+    annotated (`partial`), class indices; elsewhere both are empty."""
     name: str
     image: Path
     id: int = -1
@@ -59,14 +62,16 @@ class Photo(NamedTuple):
     width: int = 0
     things: tuple[Thing, ...] | None = None
     label: Path | None = None
+    negative: tuple[int, ...] = ()
+    partial: tuple[int, ...] = ()
 
 
 @dataclass
 class Instances:
     """A data set as found on disk, pictures by ascending id. `ids` are the category ids of the `classes`.
 
-    LVIS files add the `frequency` of each class (r, c, f, in training pictures) and, of each scored image id, the
-    classes known to be absent (`negative`) and those of which only some objects are annotated (`partial`)."""
+    LVIS files add the `frequency` of each class (r, c, f, in training pictures) and, of each scored image id, what its
+    Photo says of `negative` and `partial` classes. `val_json` is the file of `val`, or None (see `scored_on`)."""
     name: str
     root: Path
     classes: list[str]
@@ -162,9 +167,20 @@ def find_coco(name: str, root: Path, train_json: str, val_json: str, images: str
     frequency = {record["id"]: record.get("frequency") for record in content[train_path]["categories"]}
     if None not in frequency.values():
         data.lvis, data.frequency = True, [frequency[i] for i in ids]
-        for key, lists in (("neg_category_ids", data.negative), ("not_exhaustive_category_ids", data.partial)):
-            lists |= {r["id"]: [index[c] for c in r.get(key, ()) if c in index] for r in content[val_path]["images"]}
+        data.negative, data.partial = said_of(score)
     return data
+
+
+def said_of(photos: list[Photo]) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
+    """`negative` and `partial` of Instances that are scored on these pictures."""
+    return {p.id: list(p.negative) for p in photos}, {p.id: list(p.partial) for p in photos}
+
+
+def scored_on(data: Instances, photos: list[Photo]) -> Instances:
+    """The same data set, but scored on these pictures, which have labels: such as training pictures that are held
+    out. What is true is then made of the Photos (data.ap.truth_of)."""
+    negative, partial = said_of(photos) if data.lvis else ({}, {})
+    return replace(data, val=list(photos), val_json=None, negative=negative, partial=partial)
 
 
 def singles(photo: Photo) -> set[int]:
@@ -174,7 +190,7 @@ def singles(photo: Photo) -> set[int]:
 
 def bare(photo: Photo) -> Photo:
     """The picture without its labels, so that none can be opened."""
-    return photo._replace(things=None, label=None)
+    return photo._replace(things=None, label=None, negative=(), partial=())
 
 
 def read_json(path: Path) -> dict:
@@ -247,19 +263,24 @@ def finder(bases: list[Path], part: str) -> Callable[[dict], Path | None]:
 
 def photos_of(content: dict, path: Path, index: dict[int, int], locate: Callable) -> list[Photo]:
     """The pictures of a file by ascending id, with their objects; UserError where it contradicts itself or the disk."""
+    def places(record: dict, key: str) -> tuple[int, ...]:
+        return tuple(index[category] for category in record.get(key) or () if category in index)
+
     try:
-        records = {r["id"]: (r.get("file_name") or "/".join(r["coco_url"].split("/")[-2:]), locate(r), r["id"],
-                             int(r["height"]), int(r["width"])) for r in content["images"]}
-        records = dict(sorted(records.items()))
+        photos = {r["id"]: Photo(r.get("file_name") or "/".join(r["coco_url"].split("/")[-2:]), locate(r), r["id"],
+                                 int(r["height"]), int(r["width"]), negative=places(r, "neg_category_ids"),
+                                 partial=places(r, "not_exhaustive_category_ids")) for r in content["images"]}
+        photos = dict(sorted(photos.items()))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: an image lacks its id, height, width, or file_name ({error}); correct it.") from None
-    if not len(content["images"]) == len(records) == len({r[0] for r in records.values() if min(r[3:]) > 0}):
+    sized = {p.name for p in photos.values() if min(p.height, p.width) > 0}
+    if not len(content["images"]) == len(photos) == len(sized):
         raise UserError(f"{path} lists an image twice or without a size; ids and file names must differ.")
-    lost = [name for name, image, *_ in records.values() if image is None]
+    lost = [p.name for p in photos.values() if p.image is None]
     if lost:
-        raise UserError(f"{len(lost)} of the {len(records)} images of {path} are not on disk, for example {lost[0]}; "
+        raise UserError(f"{len(lost)} of the {len(photos)} images of {path} are not on disk, for example {lost[0]}; "
                         f"name the folder that holds them with --images (layout in data/README.md).")
-    things, left_out = {number: [] for number in records}, 0
+    things, left_out = {number: [] for number in photos}, 0
     for image, category, segmentation, crowd, area in content["annotations"]:
         if image not in things or category not in index:
             unknown = f"image {image}" if image not in things else f"category {category}"
@@ -270,7 +291,7 @@ def photos_of(content: dict, path: Path, index: dict[int, int], locate: Callable
     if left_out:
         warnings.warn(f"{left_out} annotations of {path} have no polygon of three points; they are left out",
                       stacklevel=2)
-    return [Photo(*record, tuple(things[number])) for number, record in records.items()]
+    return [photo._replace(things=tuple(things[number])) for number, photo in photos.items()]
 
 
 # ---------------------------------------------------------------------------------------------------- masks
@@ -405,11 +426,13 @@ class Chosen:
     fingerprint: str
 
 
-def choose(data: Instances, split: str, split_seed: int, unlabeled: str, pool: str, needed: bool) -> Chosen:
+def choose(data: Instances, split: str, split_seed: int, unlabeled: str, pool: str, needed: bool,
+           balanced: bool = True) -> Chosen:
     """The labeled pictures that `split` names, and the unlabeled ones; UserError when there are none and they are
     `needed`.
 
-    `split`: all; a list file, or a COCO file of the labeled pictures; random:183, random:5%, drawn with `split_seed`;
+    `split`: all; a list file, or a COCO file of the labeled pictures; random:183, random:5%, drawn with `split_seed`,
+    `balanced` over the classes, or not, which keeps a long tail;
     a published list of COCO or Cityscapes (elsewhere 183 or 5% mean random:). COCO's are Unbiased Teacher's, whose draw
     is `split_seed` (0 to 9; its configurations use 1) and whose numbers are places in `data.train`, sorted by image id.
     `unlabeled`: a folder or a list. Else `pool` "all" takes all training pictures (labeled ones too, as the released
@@ -426,7 +449,8 @@ def choose(data: Instances, split: str, split_seed: int, unlabeled: str, pool: s
         try:
             number = splits.count(split.removeprefix("random:"), len(data.train))
             able = {p.name: p for p in labels_read([p for p in data.train if p.label is None or p.label.is_file()])}
-            names = splits.draw(list(able), number, split_seed, lambda name: singles(able[name]))
+            held = (lambda name: singles(able[name])) if balanced else None
+            names = splits.draw(list(able), number, split_seed, held)
         except splits.SplitError as error:
             raise UserError(f"--split {split}: {error}") from None
         labeled, origin = [able[name] for name in names], f"{number} drawn with --split-seed {split_seed}"
@@ -448,6 +472,49 @@ def choose(data: Instances, split: str, split_seed: int, unlabeled: str, pool: s
     if len(labeled) < len(names):
         text += f"; {len(names) - len(labeled)} listed ones without an object are left out"
     return Chosen(labeled, [bare(p) for p in rest], text, fingerprint)
+
+
+def hold_out(photos: list[Photo], share: float, seed: int, stratify: bool = False,
+             num_classes: int = 0) -> tuple[list[Photo], list[Photo]]:
+    """The pictures to learn from and those held out, both in the order given. round(share * n) are held out, but one at
+    least and one at most not; which ones, depends on the seed and the names alone.
+
+    With `stratify` a class (of `num_classes`) that two pictures have, or more, comes into both parts where that is
+    possible: the rarest class not yet held out chooses first, and never the last picture to learn a class from."""
+    if len(photos) < 2:
+        raise UserError(f"Of {len(photos)} labeled images none can be held out; a part to tune on needs two or more.")
+    number = min(max(round(share * len(photos)), 1), len(photos) - 1)
+    ranked = sorted(range(len(photos)), key=lambda i: photos[i].name)
+    order = [ranked[i] for i in rng(seed, "hold out").permutation(len(photos))]
+    if stratify:
+        order = [order[i] for i in spread([sorted(singles(photos[i])) for i in order], num_classes, number)]
+    chosen = set(order[:number])
+    return ([p for i, p in enumerate(photos) if i not in chosen], [p for i, p in enumerate(photos) if i in chosen])
+
+
+def spread(held: list[list[int]], num_classes: int, number: int) -> list[int]:
+    """For pictures that hold these classes, their places, with the `number` to hold out first (see `hold_out`); where
+    the classes leave a choice, earlier pictures are taken first."""
+    counts = np.bincount(np.array([c for classes in held for c in classes], np.int64), minlength=num_classes)
+    left, taken = counts.copy(), {}                                  # a dict keeps the order
+    homes: list[list[int]] = [[] for _ in counts]
+    for i, classes in enumerate(held):
+        for c in classes:
+            homes[c].append(i)
+
+    def take(places: Iterable[int], most: int) -> None:
+        for least in (0, 2):                                         # a class's only picture only if there is no other
+            for i in places:
+                if most > 0 and i not in taken and all(left[c] > 1 or counts[c] < least for c in held[i]):
+                    taken[i] = True
+                    left[held[i]] -= 1
+                    most -= 1
+
+    for c in np.argsort(counts, kind="stable"):
+        if counts[c] > 1 and left[c] == counts[c]:
+            take(homes[c], 1)
+    take(range(len(held)), number - len(taken))
+    return [*taken, *(i for i in range(len(held)) if i not in taken)]
 
 
 def labels_read(photos: list[Photo]) -> list[Photo]:

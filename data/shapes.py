@@ -8,6 +8,7 @@ and the rest badly; many unlabeled pictures show which forms and patterns go tog
     make_cityscapes  leftImg8bit and gtFine with labelIds and instanceIds   for format tests
     make_coco        COCO and LVIS JSON of one long-tailed set              instance segmentation
     make_things      COCO JSON of a few evenly frequent classes             the same, in minutes
+    make_tail        LVIS JSON of a few long-tailed classes                 the same, in minutes
     pretrain         a tiny backbone's weights from other drawn classes     what ImageNet is to the papers
 
     python -m data.shapes [--root datasets/shapes]      draws all of it (it is drawn on first use anyway)
@@ -66,6 +67,16 @@ FEW = Difficulty(size=96, objects=(2, 4), radius=(0.13, 0.26), grey=0.2, clutter
 THING_CLASSES = {"coin": ("circle", "stripes", 0.13), "crate": ("square", "checks", 0.10),
                  "star": ("star", "plain", 0.15), "tent": ("triangle", "dots", 0.33),
                  "wheel": ("ring", "rings", 0.60), "plus": ("cross", "mesh", 0.64)}
+
+# a short long tail in clearer scenes (three networks are trained on it), most frequent first: the later half are the
+# look-alikes of the first, in another pattern
+TAIL = Difficulty(size=96, objects=(2, 4), radius=(0.15, 0.28), grey=0.1, clutter=0.15, pattern=(0.4, 1.0))
+TAIL_CLASSES = {"coin": ("circle", "stripes", 0.13), "tent": ("triangle", "dots", 0.33),
+                "wheel": ("ring", "rings", 0.60), "crate": ("square", "checks", 0.08),
+                "star": ("star", "plain", 0.17), "plus": ("cross", "mesh", 0.95),
+                "cookie": ("circle", "dots", 0.13), "flag": ("triangle", "stripes", 0.33),
+                "wreath": ("ring", "dots", 0.60), "quilt": ("square", "mesh", 0.08),
+                "medal": ("star", "rings", 0.17), "mill": ("cross", "checks", 0.95)}
 
 # the long tail, most frequent first. Look-alikes differ in pattern (tent, flag) or by a step in hue (wheel, buoy) alone
 INSTANCE_CLASSES = {
@@ -474,31 +485,65 @@ def make_coco(root: Path, train: int = 400, val: int = 100, labeled: int | None 
 
 def make_things(root: Path, train: int = 400, tune: int = 200, val: int = 200) -> Path:
     """COCO folders of a few evenly frequent classes: images/{train,tune,val}, annotations/instances_*.json."""
-    from pycocotools.mask import encode, toBbox
-
     def make(folder: Path) -> None:
-        (folder / "annotations").mkdir()
-        categories = [{"id": c + 1, "name": name, "supercategory": kind[0]}
-                      for c, (name, kind) in enumerate(THING_CLASSES.items())]
         for part, number in (("train", train), ("tune", tune), ("val", val)):
-            data = {"info": {"description": "drawn shapes"}, "categories": categories, "images": [], "annotations": []}
-            (folder / "images" / part).mkdir(parents=True)
-            for index in range(number):
-                rng, d = generator("things", part, index), FEW
-                chosen = rng.choice(len(categories), int(rng.integers(d.objects[0], d.objects[1] + 1))).tolist()
-                picture, instances, _ = draw(rng, [list(THING_CLASSES.values())[c] for c in chosen], chosen, d)
-                image = {"id": index + 1, "height": d.size, "width": d.size, "file_name": f"{index + 1:012d}.jpg"}
-                Image.fromarray(picture).save(folder / "images" / part / image["file_name"], quality=95, subsampling=0)
-                data["images"].append(image)
-                for n, c in enumerate(chosen, start=1):
-                    mask = instances == n
-                    if mask.sum() >= 12:
-                        box = toBbox(encode(np.asfortranarray(mask, np.uint8))).tolist()
-                        data["annotations"].append({
-                            "id": len(data["annotations"]) + 1, "image_id": index + 1, "category_id": c + 1,
-                            "area": float(mask.sum()), "bbox": box, "iscrowd": 0, "segmentation": polygons(mask)})
+            data = annotated(folder, "things", part, number, FEW, THING_CLASSES, None)
             (folder / "annotations" / f"instances_{part}.json").write_text(json.dumps(data))
     return once(root, f"things {FEW} {THING_CLASSES} {train} {tune} {val}", make)
+
+
+def make_tail(root: Path, train: int = 600, tune: int = 200, val: int = 200) -> Path:
+    """LVIS folders of a short long tail: images/{train,tune,val}, annotations/lvis_*.json, federated, with frequencies
+    of the training pictures. The others are drawn half by the same law, half evenly, or rare classes went unscored."""
+    law = 1 / np.arange(2, 2 + len(TAIL_CLASSES)) ** 2
+    law /= law.sum()
+
+    def make(folder: Path) -> None:
+        files = {}
+        for part, number in (("train", train), ("tune", tune), ("val", val)):
+            files[part] = annotated(folder, "tail", part, number, TAIL, TAIL_CLASSES,
+                                    law if part == "train" else (law + 1 / len(law)) / 2)
+        pairs = [(a["category_id"], a["image_id"]) for a in files["train"]["annotations"]]
+        for kind in files["train"]["categories"]:
+            images = len({i for c, i in pairs if c == kind["id"]})
+            facts = {"image_count": images, "instance_count": sum(c == kind["id"] for c, _ in pairs),
+                     "frequency": "r" if images <= 10 else "c" if images <= 100 else "f"}
+            for data in files.values():
+                data["categories"][kind["id"] - 1].update(facts)
+        for part, data in files.items():
+            for image in data["images"]:
+                here = {a["category_id"] for a in data["annotations"] if a["image_id"] == image["id"]}
+                absent = sorted({c["id"] for c in data["categories"]} - here)
+                few = generator("tail negative", part, image["id"]).permutation(absent)[:6]
+                image.update(neg_category_ids=sorted(few.tolist()), not_exhaustive_category_ids=[])
+            (folder / "annotations" / f"lvis_{part}.json").write_text(json.dumps(data))
+    return once(root, f"tail {TAIL} {TAIL_CLASSES} {train} {tune} {val}", make)
+
+
+def annotated(folder: Path, name: str, part: str, number: int, d: Difficulty, classes: dict,
+              law: np.ndarray | None) -> dict:
+    """Draws scenes of a part into folder/images/<part>; what a COCO file says of them. `law`: share of each class."""
+    from pycocotools.mask import encode, toBbox
+
+    data = {"info": {"description": "drawn shapes"}, "images": [], "annotations": [], "categories": [
+        {"id": c + 1, "name": kind, "supercategory": form[0]} for c, (kind, form) in enumerate(classes.items())]}
+    for made in (folder / "annotations", folder / "images" / part):
+        made.mkdir(parents=True, exist_ok=True)
+    for index in range(number):
+        rng = generator(name, part, index)
+        chosen = rng.choice(len(classes), int(rng.integers(d.objects[0], d.objects[1] + 1)), p=law).tolist()
+        picture, instances, _ = draw(rng, [list(classes.values())[c] for c in chosen], chosen, d)
+        image = {"id": index + 1, "height": d.size, "width": d.size, "file_name": f"{index + 1:012d}.jpg"}
+        Image.fromarray(picture).save(folder / "images" / part / image["file_name"], quality=95, subsampling=0)
+        data["images"].append(image)
+        for n, c in enumerate(chosen, start=1):
+            mask = instances == n
+            if mask.sum() >= 12:
+                box = toBbox(encode(np.asfortranarray(mask, np.uint8))).tolist()
+                data["annotations"].append({
+                    "id": len(data["annotations"]) + 1, "image_id": index + 1, "category_id": c + 1,
+                    "area": float(mask.sum()), "bbox": box, "iscrowd": 0, "segmentation": polygons(mask)})
+    return data
 
 
 # ------------------------------------------------------------------------------------------------ pre-training
@@ -557,7 +602,8 @@ def main(argv: list[str] | None = None) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=Path("datasets/shapes"), help="default %(default)s")
     root = parser.parse_args(argv).root
-    kinds = {"voc": make_voc, "cityscapes": make_cityscapes, "coco": make_coco, "things": make_things}
+    kinds = {"voc": make_voc, "cityscapes": make_cityscapes, "coco": make_coco, "things": make_things,
+             "tail": make_tail}
     for name, make in kinds.items():
         start = time.perf_counter()
         try:

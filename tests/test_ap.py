@@ -14,7 +14,8 @@ from common import distributed
 from common.distributed import World
 from common.runs import RankError
 from data import ap, instances, shapes
-from data.instances import CITYSCAPES_THINGS, Instances, masks_of
+from data.instances import CITYSCAPES_THINGS, Instances, Thing, masks_of
+from data.lvis_ap import lvis_ap
 
 GOLDEN = TEST_DATA / "coco_eval_golden"
 DEMO = {"segm": "320 562 299 387 310 327 268 415 417 469 377 381",
@@ -66,6 +67,81 @@ def detected(*found: tuple[int, float, np.ndarray]) -> list[dict]:
 
 
 # ---------------------------------------------------------------------------------------------------- COCO
+def by_photos(data: Instances) -> dict:
+    """What is true by the objects of the Photos, without the file."""
+    return ap.truth_of(instances.scored_on(data, data.val))
+
+
+def moved(truth: dict, seed: int = 0) -> list[dict]:
+    """Boxes and masks of the objects, a few pixels off, some of another class; scores have one digit."""
+    g, results = np.random.default_rng(seed), []
+    sizes = {r["id"]: (r["height"], r["width"]) for r in truth["images"]}
+    for a in truth["annotations"]:
+        mask = coco_mask.decode(ap.runs_of(a["segmentation"], *sizes[a["image_id"]]))
+        mask = np.roll(mask, g.integers(0, 4, 2), (0, 1))
+        runs = coco_mask.encode(np.asfortranarray(mask))
+        results.append({"image_id": a["image_id"], "category_id": a["category_id"], "score": round(g.random(), 1),
+                        "segmentation": runs, "bbox": (np.array(a["bbox"]) + g.integers(0, 4, 4)).tolist()})
+    for r in results[::7]:
+        r["category_id"] = truth["categories"][int(g.integers(len(truth["categories"])))]["id"]
+    return results
+
+
+@pytest.mark.parametrize("name", ["drawn", "drawn as lvis", "coco_mini", "coco_mini as lvis", "car_parts as lvis"])
+def test_what_is_true_by_the_photos_is_what_the_file_says(name, drawn, monkeypatch):
+    folder, _, kind = name.partition(" as ")
+    root = drawn.root if folder == "drawn" else TEST_DATA / folder
+    if not root.is_dir():
+        pytest.skip(f"no {root}")
+    data = instances.find("coco", root, train_json="annotations/lvis_train.json" if kind else "")
+    data.val = data.val[::2]
+    content, made = ap.truth_of(data), by_photos(data)
+    assert made["images"] and len(made["annotations"]) == len(content["annotations"])
+    assert [a["id"] for a in made["annotations"]] == list(range(1, len(made["annotations"]) + 1))
+    given = {"images": ("id", "height", "width", "neg_category_ids", "not_exhaustive_category_ids"),
+             "categories": ("id", "name", "frequency"), "annotations": ("image_id", "category_id", "area", "iscrowd")}
+    for key, fields in given.items():
+        records, others = ([json.dumps({k: float(r[k]) if k == "area" else r[k] for k in fields if k in r})
+                            for r in c[key]] for c in (made, content))
+        assert sorted(records) == sorted(others)
+    assert (kind == "lvis") == ("frequency" in made["categories"][0]) == ("neg_category_ids" in made["images"][0])
+    for a in content["annotations"]:                                 # COCO's boxes of crowds are a pixel too small
+        if folder == "coco_mini" and a["iscrowd"]:
+            a["bbox"] = [*a["bbox"][:2], a["bbox"][2] + 1, a["bbox"][3] + 1]
+    results = moved(content)
+    for what in ("segm", "bbox"):
+        if folder == "car_parts" and what == "bbox":                 # the file's boxes are those of masks
+            continue
+        scores = [(ap.coco_ap(truth, results, what), lvis_ap(truth, results, what)) for truth in (content, made)]
+        assert scores[0] == scores[1] and 1 < scores[0][0]["ap"] < 99
+    monkeypatch.setattr(type(data.val_json), "read_text", lambda *_, **__: pytest.fail("the file was read"))
+    assert ap.coco_ap(instances.scored_on(data, data.val), results) == ap.coco_ap(made, results)
+
+
+def test_objects_without_area_and_boxes_of_polygons(drawn):
+    """Polygons have the extent of their points, run lengths that of the mask; where there is no area it is measured."""
+    polygons = [np.array([2.004, 3, 12, 3, 12, 9, 2.004, 9]), np.array([20.3, 3, 22, 3, 22, 5])]
+    runs = coco_mask.encode(np.asfortranarray(box(5, 6, 7, 8), np.uint8))
+    things = (Thing(1, polygons, False, 0.0), Thing(0, runs, True, 0.0), Thing(0, runs, False, 5.5))
+    photo = drawn.val[0]._replace(things=things, height=60, width=60, negative=(2,), partial=(3,))
+    truth = ap.truth_of(instances.scored_on(drawn, [photo]))
+    assert truth["images"] == [{"id": photo.id, "file_name": photo.name, "height": 60, "width": 60}], "it is not LVIS"
+    first, *others = truth["annotations"]
+    assert first["bbox"] == [2, 3, 20, 6] and first["category_id"] == drawn.ids[1] and first["iscrowd"] == 0
+    assert first["area"] == masks_of(photo, drawn)[1][0].sum() > 59
+    assert [(a["bbox"], a["area"], a["iscrowd"]) for a in others] == [([6, 5, 8, 7], 56, 1), ([6, 5, 8, 7], 5.5, 0)]
+    with pytest.raises(AssertionError, match="has no labels"):
+        ap.truth_of(instances.scored_on(drawn, [instances.bare(photo)]))
+
+
+def test_held_out_streets_are_read_from_their_labels(street):
+    held = instances.hold_out(instances.labels_read(street.train), 0.5, 0)[1]
+    ids = {p.id for p in held}
+    whole = ap.truth_of(replace(street, val=street.train))
+    truth = ap.truth_of(instances.scored_on(street, held))
+    assert truth["annotations"] == [a for a in whole["annotations"] if a["image_id"] in ids] != []
+
+
 @golden
 @pytest.mark.parametrize("kind", ["segm", "bbox"])
 def test_the_demo_of_the_coco_api_to_the_digit(kind, capfd):

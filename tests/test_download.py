@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import io
+import json
 import os
 import shutil
 import stat
@@ -18,7 +19,7 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from data import download, splits
+from data import download, instances, splits
 from data.download import DownloadError
 
 REPO = Path(__file__).resolve().parents[1]
@@ -541,6 +542,152 @@ def test_cityscapes_says_what_to_do_then_unpacks(published_lists, tmp_path, caps
         file.writestr("gtFine/train/ulm/ulm_000079_000019_gtFine_labelIds.png", "label")
     assert download.main(["cityscapes", "--root", str(tmp_path)]) == 0
     assert "Cityscapes is complete" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------------ COCO and LVIS
+
+PICTURES = {"train2017": 3, "val2017": 2, "unlabeled2017": 4}
+
+
+def zip_of(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        for name, content in files.items():
+            file.writestr(name, content)
+    return buffer.getvalue()
+
+
+def annotations(part: str, number: int) -> bytes:
+    """A file of LVIS: pictures by coco_url alone."""
+    images = [{"id": i + 100 * (part == "val2017"), "height": 6, "width": 8, "neg_category_ids": [1],
+               "not_exhaustive_category_ids": [], "coco_url": f"http://images.cocodataset.org/{part}/{part}_{i}.jpg"}
+              for i in range(number)]
+    things = [{"id": 1 + i, "image_id": r["id"], "category_id": 2, "area": 9, "bbox": [1, 1, 3, 3],
+               "segmentation": [[1, 1, 4, 1, 4, 4, 1, 4]]} for i, r in enumerate(images)]
+    categories = [{"id": i, "name": f"k{i}", "frequency": "r"} for i in (1, 2)]
+    return json.dumps({"images": images, "annotations": things, "categories": categories}).encode()
+
+
+@pytest.fixture
+def coco_site(server, monkeypatch):
+    """The server stands for cocodataset.org and LVIS's host, with sets of two and three pictures."""
+    picture = io.BytesIO()
+    Image.fromarray(np.zeros((6, 8, 3), np.uint8)).save(picture, "JPEG")
+    for part, number in PICTURES.items():
+        server.files[f"/zips/{part}.zip"] = zip_of({f"{part}/{part}_{i}.jpg": picture.getvalue()
+                                                    for i in range(number)})
+    own = {part: annotations(part, PICTURES[part]) for part in ("train2017", "val2017")}
+    server.files["/annotations_trainval2017.zip"] = zip_of(
+        {f"annotations/{kind}_{part}.json": text for part, text in own.items() for kind in ("instances", "captions")})
+    for part in ("train", "val"):
+        server.files[f"/lvis_v1_{part}.json.zip"] = zip_of({f"lvis_v1_{part}.json": own[f"{part}2017"]})
+    checks = {Path(path).name: (len(content), hashlib.sha256(content).hexdigest())
+              for path, content in server.files.items() if path not in ("/file.bin", "/zips/unlabeled2017.zip")}
+    assert checks.keys() == download.ZIP_CHECKS.keys()
+    monkeypatch.setattr(download, "ZIP_CHECKS", checks)
+    monkeypatch.setattr(download, "COCO_ZIPS", server.url("/zips/"))
+    monkeypatch.setattr(download, "COCO_PICTURES", PICTURES)
+    for name in ("COCO_ANNOTATIONS", "LVIS_ANNOTATIONS"):
+        table = {server.url(f"/{Path(url).name}"): files for url, files in getattr(download, name).items()}
+        monkeypatch.setattr(download, name, table)
+    monkeypatch.setattr(download, "splits", lambda root, dataset: print(f"lists of {dataset}"))
+    return server
+
+
+def asked_of(server) -> list[str]:
+    paths = [Path(path).name for path, _ in server.asked]
+    server.asked.clear()
+    return paths
+
+
+def test_official_addresses_and_numbers():
+    hosts = ["http://images.cocodataset.org/annotations/annotations_trainval2017.zip",
+             "https://dl.fbaipublicfiles.com/LVIS/lvis_v1_train.json.zip",
+             "https://dl.fbaipublicfiles.com/LVIS/lvis_v1_val.json.zip"]
+    assert [*download.COCO_ANNOTATIONS, *download.LVIS_ANNOTATIONS] == hosts
+    assert download.COCO_ZIPS == "http://images.cocodataset.org/zips/"
+    assert download.COCO_PICTURES == {"train2017": 118287, "val2017": 5000, "unlabeled2017": 123403}
+    assert all(size > 6e7 and len(sha256) == 64 for size, sha256 in download.ZIP_CHECKS.values())
+
+
+@pytest.mark.parametrize("what", ["lvis", "coco"])
+def test_coco_and_lvis_are_ready_to_be_read(what, coco_site, tmp_path, capsys):
+    """The readers find what was fetched; a second call asks for nothing, also without the zips."""
+    zips = ["lvis_v1_train.json.zip", "lvis_v1_val.json.zip"] if what == "lvis" else ["annotations_trainval2017.zip"]
+    zips += ["val2017.zip", "train2017.zip"]
+    assert download.main([what, "--root", str(tmp_path)]) == 0
+    assert asked_of(coco_site) == zips and not (tmp_path / "unlabeled2017").exists()
+    data = instances.find(what, tmp_path)
+    assert (len(data.train), len(data.val), data.classes) == (3, 2, ["k1", "k2"])
+    assert data.val[0].image == tmp_path / "val2017" / "val2017_0.jpg" and data.val[0].negative == (0,)
+    said = capsys.readouterr().out
+    assert ("lists of coco" in said) == (what == "coco") and "is complete" in said
+    for name in zips:
+        assert str(tmp_path / name) in said.split("No longer needed: ")[1]
+        (tmp_path / name).unlink()
+    assert download.main([what, "--root", str(tmp_path)]) == 0
+    assert asked_of(coco_site) == [] and "No longer needed" not in capsys.readouterr().out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["annotations", "train2017", "val2017"]
+    assert download.main([what, "--unlabeled", "--root", str(tmp_path)]) == 0
+    assert asked_of(coco_site) == ["unlabeled2017.zip"] and len(list((tmp_path / "unlabeled2017").iterdir())) == 4
+
+
+def test_lvis_beside_coco_and_without_pictures(coco_site, tmp_path, capsys):
+    root = tmp_path / "coco"
+    assert download.main(["coco", "--root", str(root)]) == 0
+    asked_of(coco_site)
+    assert download.main(["lvis", "--root", str(root)]) == 0
+    assert asked_of(coco_site) == ["lvis_v1_train.json.zip", "lvis_v1_val.json.zip"]
+    assert instances.find("lvis", root).train_json.name == "lvis_v1_train.json"
+    assert instances.find("coco", root).train_json.name == "instances_train2017.json"
+    for what, files in (("lvis", ["lvis_v1_train.json", "lvis_v1_val.json"]),
+                        ("coco", [f"{kind}_{part}2017.json" for kind in ("captions", "instances")
+                                  for part in ("train", "val")])):
+        capsys.readouterr()
+        assert download.main([what, "--without-images", "--root", str(tmp_path / what / "bare")]) == 0
+        assert sorted(p.name for p in (tmp_path / what / "bare" / "annotations").iterdir()) == files
+        assert not list((tmp_path / what / "bare").glob("*2017")) and "pictures in" not in capsys.readouterr().out
+    assert all("annotations" in name or "lvis" in name for name in asked_of(coco_site))
+
+
+def test_a_stopped_download_of_coco_goes_on(coco_site, tmp_path, capsys):
+    """The part of a zip is kept; a picture that was lost is taken from the zip that is still there."""
+    assert download.main(["coco", "--without-images", "--root", str(tmp_path)]) == 0
+    asked_of(coco_site), capsys.readouterr()
+    coco_site.break_after = [100] * download.ATTEMPTS
+    assert download.main(["coco", "--root", str(tmp_path)]) == 2
+    assert one_sentence(capsys.readouterr().err) and not (tmp_path / "val2017").exists()
+    coco_site.asked.clear()
+    assert download.main(["coco", "--root", str(tmp_path)]) == 0
+    assert coco_site.asked[0] == ("/zips/val2017.zip", f"bytes={100 * download.ATTEMPTS}-")
+    coco_site.asked.clear()
+    (tmp_path / "train2017" / "train2017_1.jpg").unlink()
+    assert download.main(["coco", "--root", str(tmp_path)]) == 0
+    assert (tmp_path / "train2017" / "train2017_1.jpg").is_file() and coco_site.asked == []
+
+
+def test_wrong_zips_of_coco_are_refused(coco_site, tmp_path, capsys):
+    good = coco_site.files["/zips/val2017.zip"]
+    assert download.main(["lvis", "--without-images", "--root", str(tmp_path)]) == 0
+    capsys.readouterr()
+    for content, name in ((good[:-1] + b"?", "sha256"), (good + b"?", "bytes instead of")):
+        coco_site.files["/zips/val2017.zip"] = content
+        assert download.main(["lvis", "--root", str(tmp_path)]) == 2
+        said = capsys.readouterr().err
+        assert one_sentence(said) and name in said and not (tmp_path / "val2017").exists()
+        assert not list(tmp_path.glob("val2017.zip*"))
+    coco_site.files["/zips/val2017.zip"] = good
+    coco_site.files["/zips/unlabeled2017.zip"] = zip_of({"unlabeled2017/0.jpg": b"", "unlabeled2017/1.txt": b""})
+    assert download.main(["lvis", "--unlabeled", "--root", str(tmp_path)]) == 2
+    assert "unlabeled2017.zip does not hold what it should (4 unlabeled2017/*.jpg); remove" in capsys.readouterr().err
+    coco_site.files["/zips/unlabeled2017.zip"] = zip_of({"../0.jpg": b""})
+    (tmp_path / "unlabeled2017.zip").unlink()
+    assert download.main(["lvis", "--unlabeled", "--root", str(tmp_path)]) == 2
+    assert "outside the target folder" in capsys.readouterr().err and not (tmp_path.parent / "0.jpg").exists()
+    for wrong in (["voc", "--unlabeled"], ["splits", "--without-images"], ["coco", "--unlabeled", "--without-images"]):
+        with pytest.raises(SystemExit) as caught:
+            download.main([*wrong, "--root", str(tmp_path)])
+        assert caught.value.code == 2 and "--unlabeled" in capsys.readouterr().err
 
 
 def one_sentence(text: str) -> bool:

@@ -20,7 +20,7 @@ from common import datasets, distributed, transforms
 from common.distributed import World
 from common.runs import RankError, UserError
 from data import instances, shapes, splits
-from data.instances import CITYSCAPES_THINGS, Instances, Photo, Thing, Window, choose, masks_of
+from data.instances import CITYSCAPES_THINGS, Instances, Photo, Thing, Window, choose, hold_out, masks_of, scored_on
 from data.read import BrokenImage
 
 COCO_MINI, CAR_PARTS, LISTS = TEST_DATA / "coco_mini", TEST_DATA / "car_parts", TEST_DATA / "splits"
@@ -118,6 +118,39 @@ def test_super_categories_and_car_parts():
     first = found.val[0]
     assert first.id == 401 and found.negative[401] == [4, 6, 7, 8, 11] and found.partial[401] == []
     assert not set(found.negative[401]) & instances.singles(first)
+    assert first.negative == (4, 6, 7, 8, 11) and first.partial == ()
+
+
+@real
+def test_what_lvis_says_of_absent_classes_comes_with_each_picture():
+    data, content = instances.find("lvis", COCO_MINI), {}
+    for part in ("train", "val"):
+        content |= {r["id"]: r for r in json.loads((COCO_MINI / f"annotations/lvis_{part}.json").read_text())["images"]}
+    photos = data.train + data.val
+    for photo in photos:
+        record = content[photo.id]
+        assert [data.ids[c] for c in photo.negative] == record["neg_category_ids"]
+        assert [data.ids[c] for c in photo.partial] == record["not_exhaustive_category_ids"]
+        assert not set(photo.negative) & instances.singles(photo)
+    for part in (data.train, data.val):                              # both have it
+        assert sum(map(len, (p.negative for p in part))) > 100 and any(p.partial for p in part)
+    assert data.negative == {p.id: list(p.negative) for p in data.val}
+    assert data.partial == {p.id: list(p.partial) for p in data.val}
+    rich = next(p for p in photos if p.negative and p.partial)
+    assert instances.bare(rich) == Photo(*rich[:5]) and Photo(*rich[:5]).negative == ()
+
+
+def test_scored_on_other_pictures(drawn):
+    few = drawn.train[3:9]
+    data = scored_on(drawn, few)
+    assert (data.val, data.val_json, data.negative, data.partial) == (few, None, {}, {})
+    assert data.train is drawn.train and data.classes is drawn.classes and drawn.val_json and len(drawn.val) == 100
+    lvis = instances.find("coco", drawn.root, train_json="annotations/lvis_train.json")
+    few = [p for p in lvis.train if p.partial][:2] + lvis.train[:3]
+    data = scored_on(lvis, few)
+    assert data.lvis and data.frequency == lvis.frequency and set(data.negative) == {p.id for p in few}
+    assert all(data.negative[p.id] == list(p.negative) and data.partial[p.id] == list(p.partial) for p in few)
+    assert any(data.negative.values()) and any(data.partial.values())
 
 
 def test_shapes_are_drawn_on_first_use(tmp_path, monkeypatch):
@@ -492,6 +525,82 @@ def test_a_draw_is_seeded_nested_and_covers_the_classes(drawn):
     for split in ("0", "401", "120%", "x", "random:x"):
         with pytest.raises(UserError, match=f"--split {split}: "):
             choose(drawn, split, 0, "", "all", True)
+
+
+def holding(*classes: list[int]) -> list[Photo]:
+    """Pictures with objects of these classes; a negative number stands for a crowd."""
+    return [Photo(f"{i:03d}.jpg", Path(f"{i:03d}.jpg"), i, 4, 4, tuple(Thing(abs(c), [], c < 0, 1.0) for c in mine))
+            for i, mine in enumerate(classes)]
+
+
+def test_pictures_held_out_are_a_draw_of_names(drawn):
+    learn, held = hold_out(drawn.train, 0.15, 0)
+    assert (len(learn), len(held)) == (340, 60)
+    for part in (learn, held):
+        assert [p.id for p in part] == sorted(p.id for p in part)
+    assert {p.id for p in learn} | {p.id for p in held} == {p.id for p in drawn.train}
+    shuffled = [drawn.train[i] for i in np.random.default_rng(1).permutation(400)]
+    for stratify in (False, True):
+        learn, held = hold_out(drawn.train, 0.15, 0, stratify, 24)
+        mixed, taken = hold_out(shuffled, 0.15, 0, stratify, 24)
+        assert {p.name for p in taken} == {p.name for p in held} and len(mixed) == 340
+        assert [p.name for p in taken] == [p.name for p in shuffled if p in taken] != [p.name for p in held]
+        assert {p.name for p in hold_out(drawn.train, 0.15, 1, stratify, 24)[1]} != {p.name for p in held}
+    counts = np.zeros(40, int)                                       # every picture is as likely as the others
+    for seed in range(200):
+        for photo in hold_out(holding(*[[0]] * 40), 0.25, seed)[1]:
+            counts[photo.id] += 1
+    assert counts.sum() == 2000 and 30 < counts.min() and counts.max() < 75
+
+
+@pytest.mark.parametrize("n, share, number", [(2, 0.0, 1), (2, 1.0, 1), (9, 0.0, 1), (9, 1.0, 8), (10, 0.15, 2),
+                                              (100, 0.15, 15), (7, 0.5, 4)])
+def test_how_many_are_held_out(n, share, number):
+    for stratify in (False, True):
+        learn, held = hold_out(holding(*[[i % 3] for i in range(n)]), share, 0, stratify, 3)
+        assert (len(learn), len(held)) == (n - number, number)
+    with pytest.raises(UserError, match="Of 1 labeled images none can be held out"):
+        hold_out(holding([0]), share, 0)
+
+
+def parts(photos: list[Photo], share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(4,) in how many pictures to learn from, and held out, each class of four is."""
+    return tuple(np.bincount([c for p in part for c in instances.singles(p)], minlength=4)
+                 for part in hold_out(photos, share, seed, True, 4))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_stratified_draw_has_each_class_in_both_parts(seed, drawn):
+    """Class 0 in half of 40 pictures, class 1 in two, class 2 in one; class 3 in three, but twice as a crowd alone."""
+    photos = holding(*[[0, 0] if i % 2 else [] for i in range(36)], [0, 1], [1, 2], [0, 3, -3], [-3])
+    for share in (0.05, 0.1, 0.5):
+        learn, held = parts(photos, share, seed)
+        assert learn.tolist() == [19 + 1 - held[0], 1, 1 - held[2], 1] and held[:2].min() > 0 == held[3]
+        if share > 0.05:                                             # the other picture of class 1 is the better one
+            assert learn[2] == 1
+    learn, held = (np.bincount([c for p in part for c in instances.singles(p)], minlength=24)
+                   for part in hold_out(drawn.train, 0.15, seed, True, 24))
+    assert learn.min() > 0 and held.min() > 0
+
+
+def test_what_a_stratified_draw_cannot_have():
+    """Of two pictures with the same two classes one goes; a class whose pictures all hold an only one goes to both
+    parts nevertheless; three pictures that share a class two by two leave one class in a single part; and the number is
+    kept where there are more classes than places (the rarest go first), or more places than can be spared."""
+    for seed in range(9):
+        learn, held = parts(holding([0, 1], [0, 2], *[[3]] * 6), 0.25, seed)
+        assert (learn[0], held[0], held[3]) == (1, 1, 1)
+        assert [x.tolist() for x in parts(holding(*[[0]] * 5, [1], [1]), 0.1, seed)] == [[5, 1, 0, 0], [0, 1, 0, 0]]
+        assert parts(holding(*[[0]] * 3, *[[1]] * 3), 0.34, seed)[1].tolist() == [1, 1, 0, 0]
+        assert [x.tolist() for x in parts(holding([0, 1], [0, 1]), 0.5, seed)] == [[1, 1, 0, 0]] * 2
+        learn, held = parts(holding([0, 1], [0, 2]), 0.5, seed)
+        assert (learn[0], held[0]) == (1, 1) and sorted(held[1:3]) == [0, 1]
+        learn, held = parts(holding([0, 1], [1, 2], [2, 0]), 0.34, seed)
+        assert held.sum() == 2 and learn.min() == 0 and sorted(learn[:3]) == [1, 1, 2]
+        learn, held = parts(holding(*[[c] for c in (0, 1, 2, 3)] * 2), 0.25, seed)
+        assert held.sum() == 2 and held.max() == 1
+        learn, held = parts(holding([0], [1], [2], [2]), 0.5, seed)
+        assert held.sum() == 2 and held[2] == 1
 
 
 def test_unlabeled_pools_carry_no_labels(drawn, street):

@@ -16,7 +16,7 @@ from pycocotools import mask as coco_mask
 from common.distributed import World
 from data import ap, instances, shapes
 from data.instances import Instances
-from data.lvis_ap import group_by_count, lvis_ap
+from data.lvis_ap import Samples, group_by_count, lvis_ap, samples
 
 REAL = {"coco_mini": "coco_mini/annotations/lvis_val.json", "lvis_val_100": "lvis_val_100/lvis_val_100.json",
         "car_parts": "car_parts/annotations/lvis_val.json"}
@@ -237,6 +237,161 @@ def test_no_results_no_objects_only_absent_classes():
     assert lvis_ap(toy(([1], [], [])), found((10, 1, 0.9, 0)))["ap"] == pytest.approx(100), "an object of id 0"
     with pytest.raises(AssertionError):
         lvis_ap(truth, found((12, 1, 0.9, 0)))
+
+
+# ---------------------------------------------------------------------------------------------------- samples
+def dumb(truth: dict, results: list[dict], kind: str, overlap: float, max_dets: int, federated: bool) -> list:
+    """The samples (class, confidence, right), sorted, one detection after the other."""
+    def area(record: dict) -> float:
+        return record["bbox"][2] * record["bbox"][3] if kind == "bbox" else record["mask"].sum()
+
+    def shared(a: dict, b: dict) -> float:
+        if kind == "segm":
+            return float((a["mask"] & b["mask"]).sum())
+        sides = (min(a["bbox"][i] + a["bbox"][i + 2], b["bbox"][i] + b["bbox"][i + 2]) - max(a["bbox"][i], b["bbox"][i])
+                 for i in (0, 1))
+        return float(np.prod([max(side, 0) for side in sides]))
+
+    found, ids = [], sorted(c["id"] for c in truth["categories"])
+    for image in truth["images"]:
+        size = image["height"], image["width"]
+        mine = sorted((r for r in results if r["image_id"] == image["id"]), key=lambda r: -r["score"])[:max_dets]
+        for place, c in enumerate(ids):
+            true = [dict(a) for a in truth["annotations"] if (a["image_id"], a["category_id"]) == (image["id"], c)
+                    and a["area"] > 0]
+            if federated and not true and c not in image["neg_category_ids"]:
+                continue
+            given = [dict(r) for r in mine if r["category_id"] == c]
+            if kind == "segm":
+                for record in true + given:
+                    mask = record["segmentation"]
+                    if isinstance(mask, list):
+                        mask = coco_mask.merge(coco_mask.frPyObjects(mask, *size))
+                    record["mask"] = coco_mask.decode(mask).astype(bool)
+            free = [a for a in true if not a.get("iscrowd")]
+            for r in given:
+                if area(r) == 0:
+                    continue
+                near = []
+                for turn, a in enumerate(free):
+                    both = shared(r, a)
+                    ratio = both / (area(r) + area(a) - both)
+                    if ratio >= overlap:
+                        near.append((not a.get("ignore"), ratio, turn))
+                if near:
+                    taken = free.pop(max(near)[2])
+                    if not taken.get("ignore"):
+                        found.append((place, r["score"], True))
+                elif not (c in image.get("not_exhaustive_category_ids", ())
+                          or any(a.get("iscrowd") and shared(r, a) / area(r) >= overlap for a in true)):
+                    found.append((place, r["score"], False))
+    return sorted(found)
+
+
+def as_list(found: Samples) -> list:
+    assert (found.labels.dtype, found.conf.dtype, found.right.dtype) == (np.int64, np.float64, bool)
+    assert (np.diff(found.labels) >= 0).all()
+    return sorted(zip(*(x.tolist() for x in found), strict=True))
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("kind", ["segm", "bbox"])
+def test_samples_of_random_rectangles(kind, seed):
+    """On a coarse grid, as above, with crowds; class 13 has no object, and 99 is not listed."""
+    g = np.random.default_rng(seed)
+    ids, images = g.permutation([2, 3, 5, 8, 13]).tolist(), []
+    for number in g.permutation(20)[:6].tolist():
+        images.append({"id": number, "height": 96, "width": 96,
+                       "neg_category_ids": g.permutation([*ids, 99])[:2].tolist(),
+                       "not_exhaustive_category_ids": g.permutation(ids)[:g.integers(0, 3)].tolist()})
+    present = [c for c in ids if c != 13]
+    boxes = [[16 * int(g.integers(0, 3)), 16 * int(g.integers(0, 3)), *(8 * g.integers(1, 6, 2)).tolist()]
+             for _ in range(60)]
+    annotations = [{"id": i, "image_id": images[int(g.integers(6))]["id"], "category_id": present[int(g.integers(4))],
+                    "bbox": b, "segmentation": [rectangle(*b)], "area": float(g.choice([0, 1, 1, 1]) * b[2] * b[3]),
+                    "iscrowd": int(g.random() < 0.15), "ignore": int(g.random() < 0.15)} for i, b in enumerate(boxes)]
+    truth = {"images": images, "annotations": annotations, "categories": [{"id": c, "name": str(c)} for c in ids]}
+    results = []
+    for i, (x, y, w, h) in enumerate(boxes * 8):
+        b = [x + 4 * int(g.integers(-1, 2)), y, w, h * int(g.random() < 0.9)]
+        results.append({"image_id": images[int(g.integers(6))]["id"], "category_id": int(g.choice([*ids, 99])),
+                        "score": 0.25 * int(g.integers(1, 4)) + 1e-3 * (i % 50), "bbox": b})
+        if kind == "segm":
+            runs = coco_mask.frPyObjects(np.array([results[-1].pop("bbox")], np.float64), 96, 96)[0]
+            results[-1]["segmentation"] = runs
+    results, seen = [results[i] for i in g.permutation(len(results))], set()
+    for overlap, max_dets, federated in ((0.5, 300, True), (0.5, 300, False), (0.5, 30, True), (0.75, 300, True),
+                                         (0.3, 40, False)):
+        found = as_list(samples(truth, results, kind, overlap, max_dets, federated))
+        assert found == dumb(truth, results, kind, overlap, max_dets, federated)
+        assert {True, False} == {right for *_, right in found}
+        seen.add(json.dumps(found))
+    assert len(seen) == 5, "overlap, number and federation make a difference"
+    assert as_list(samples(truth, results, kind)) == as_list(samples(truth, results, kind, federated=True))
+    place = sorted(ids).index(13)                                    # no object in the whole set
+    assert any(c == place for c, *_ in found) and not any(right for c, _, right in found if c == place)
+    for image in images:
+        del image["neg_category_ids"]
+    assert as_list(samples(truth, results, kind)) == as_list(samples(truth, results, kind, federated=False))
+
+
+@pytest.mark.parametrize("kind", ["segm", "bbox"])
+def test_samples_on_real_annotations(kind):
+    path = TEST_DATA / REAL["coco_mini"]
+    if not path.is_file():
+        pytest.skip(f"no {path}")
+    truth = json.loads(path.read_text())
+    truth["images"] = truth["images"][::4]
+    kept = {image["id"] for image in truth["images"]}
+    truth["annotations"] = [a for a in truth["annotations"] if a["image_id"] in kept]
+    for image in truth["images"]:                                    # it says of every class whether it is there
+        image["neg_category_ids"] = image["neg_category_ids"][::4]
+    results = rough(truth, kind)
+    found = samples(truth, results, kind)
+    assert as_list(found) == dumb(truth, results, kind, 0.5, 300, True) and 100 < found.right.sum() < len(found.right)
+    every = samples(truth, results, kind, federated=False)
+    assert as_list(every) == dumb(truth, results, kind, 0.5, 300, False) and len(every.labels) > 1.2 * len(found.labels)
+
+
+def test_samples_of_a_data_set(drawn_set):
+    truth = json.loads(drawn_set.val_json.read_text())
+    results = rough(truth, "bbox")
+    for federated in (None, True, False):
+        expected = as_list(samples(truth, results, federated=federated))
+        for data in (drawn_set, instances.scored_on(drawn_set, drawn_set.val)):
+            assert as_list(samples(data, results, federated=federated)) == expected
+        assert expected
+    plain = instances.find("coco", drawn_set.root)
+    assert not plain.lvis and samples(plain, results).labels.max() < 24
+    assert as_list(samples(plain, results)) == as_list(samples(plain, results, federated=False))
+
+
+def test_samples_by_hand():
+    """An object of class 1 is found twice: right, then wrong. Class 2 is absent, nothing is known of 3."""
+    results = found((10, 1, 0.9, 0), (10, 1, 0.8, 1), (10, 2, 0.7, 0), (10, 3, 0.6, 0), (10, 77, 0.5, 0))
+    truth = toy(([1], [2], []))
+    assert as_list(samples(truth, results)) == [(0, 0.8, False), (0, 0.9, True), (1, 0.7, False)]
+    assert as_list(samples(truth, results, federated=False)) == [(0, 0.8, False), (0, 0.9, True), (1, 0.7, False),
+                                                                 (2, 0.6, False)]
+    partly = toy(([1], [2], [1]))
+    assert as_list(samples(partly, results)) == [(0, 0.9, True), (1, 0.7, False)]
+    assert as_list(samples(truth, results, max_dets=1)) == [(0, 0.9, True)]
+    assert as_list(samples(truth, results, overlap=0.96)) == [(0, 0.8, False), (0, 0.9, True), (1, 0.7, False)]
+    assert as_list(samples(truth, found((10, 1, 0.8, 6)), "segm", 0.5)) == [(0, 0.8, True)]
+    assert as_list(samples(truth, found((10, 1, 0.8, 6)), "segm", 0.75)) == [(0, 0.8, False)]
+    truth["annotations"].append({**truth["annotations"][0], "id": 9, "iscrowd": 1, "area": 3600,
+                                 "bbox": [60, 0, 60, 60], "segmentation": [rectangle(60, 0, 60, 60)]})
+    crowded = found((10, 1, 0.9, 70), (10, 1, 0.8, 90), (10, 1, 0.7, 51), (10, 1, 0.6, 49), (10, 2, 0.5, 70),
+                    (10, 1, 0.4, 0))
+    for kind in ("segm", "bbox"):
+        assert as_list(samples(truth, crowded, kind)) == [(0, 0.4, True), (0, 0.6, False), (1, 0.5, False)]
+    for empty in (samples(truth, []), samples({**truth, "annotations": []}, results[:1]),
+                  samples({"images": [], "annotations": [], "categories": []}, [])):
+        assert as_list(empty) == []
+    assert as_list(samples({**truth, "annotations": []}, results[:1], federated=False)) == [(0, 0.9, False)]
+    for wrong in (0, 1.1):
+        with pytest.raises(AssertionError):
+            samples(truth, results, overlap=wrong)
 
 
 def test_areas_of_masks_and_uncompressed_runs():

@@ -1,0 +1,176 @@
+"""Boxes, masks, crops and pictures of objects, true or found. Boxes are x0, y0, x1, y1 in pixels."""
+
+import json
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.ops import batched_nms, box_iou
+
+from common import plots, runs
+from common.distributed import World, rng
+from data import ap, instances
+from data.instances import Instances, Photo
+from data.read import read_image
+
+
+def boxes_of(masks: Tensor) -> Tensor:
+    """Masks (N, h, w), none of them empty -> boxes (N, 4) float32 along pixel edges."""
+    rows, columns = masks.any(2).int(), masks.any(1).int()
+    ends = [x.argmax(1) for x in (columns, rows)] + [x.shape[1] - x.flip(1).argmax(1) for x in (columns, rows)]
+    return torch.stack(ends, dim=1).float()
+
+
+@lru_cache(maxsize=4)
+def anchors_of(size: int, scale: float, device: torch.device) -> tuple[Tensor, list[int]]:
+    """Anchors (A, 4) of strides 4, 8, .., 64 on a square, by level, row, column, shape; and how many a level has."""
+    levels = []
+    for stride in (4, 8, 16, 32, 64):
+        at = torch.arange(-(-size // stride), device=device) * stride
+        y, x = torch.meshgrid(at, at, indexing="ij")
+        ratio = torch.tensor([0.5, 1.0, 2.0], device=device).sqrt()             # height over width
+        half = scale * stride / 2 * torch.stack([1 / ratio, ratio], dim=1)      # (3, 2)
+        centre = torch.stack([x, y], dim=2).view(-1, 1, 2).float()
+        levels.append(torch.cat([centre - half, centre + half], dim=2).view(-1, 4))
+    return torch.cat(levels), [len(x) for x in levels]
+
+
+def encode(boxes: Tensor, anchors: Tensor, weights: tuple[float, ...]) -> Tensor:
+    """Deltas (n, 4) that lead from `anchors` to `boxes`: shift of the centre over the size, log of the ratio of sizes,
+    each times its weight."""
+    size, target = anchors[:, 2:] - anchors[:, :2], boxes[:, 2:] - boxes[:, :2]
+    shift = (boxes[:, :2] + boxes[:, 2:] - anchors[:, :2] - anchors[:, 2:]) / 2 / size
+    return torch.cat([shift, (target / size).log()], dim=1) * boxes.new_tensor(weights)
+
+
+def decode(deltas: Tensor, anchors: Tensor, weights: tuple[float, ...], size: int) -> Tensor:
+    """The reverse of `encode`, clipped to the square of `size` pixels. A side grows by a factor of 62.5 at most."""
+    deltas = deltas / deltas.new_tensor(weights)
+    sides = anchors[:, 2:] - anchors[:, :2]
+    centre = (anchors[:, :2] + anchors[:, 2:]) / 2 + deltas[:, :2] * sides
+    half = deltas[:, 2:].clamp(max=math.log(1000 / 16)).exp() * sides / 2
+    return torch.cat([centre - half, centre + half], dim=1).clamp(0, size)
+
+
+def sided(boxes: Tensor, least: float = 0.0) -> Tensor:
+    """(n, 4) -> (n,) bool: finite, and both sides longer than `least` pixels."""
+    return torch.isfinite(boxes).all(1) & (boxes[:, 2:] - boxes[:, :2] > least).all(1)
+
+
+def match(candidates: Tensor, boxes: Tensor, low: float, high: float, rescue: bool = False) -> Tensor:
+    """The object of each candidate box (n,): index of the most overlapping of `boxes` (N, 4); -1, background, where the
+    overlap is under `low`; -2, neither, from there to `high`. With `rescue` an object's best candidates, even under
+    `high`, are not lost (low-quality matches)."""
+    best = candidates.new_zeros(len(candidates))
+    index, rescued = torch.zeros_like(best, dtype=torch.int64), torch.zeros_like(best, dtype=torch.bool)
+    for start in range(0, len(boxes), 64):                           # 300 objects and 260,000 anchors: 64 rows at once
+        overlap = box_iou(boxes[start:start + 64], candidates)       # (<= 64, n)
+        value, place = overlap.max(0)
+        index = torch.where(value > best, place + start, index)
+        best = torch.maximum(best, value)
+        if rescue and len(candidates):
+            rescued |= ((overlap == overlap.amax(1, keepdim=True)) & (overlap > 0)).any(0)
+    state = torch.where(best >= high, index, torch.where(best < low, -1, -2))
+    return torch.where(rescued, index, state)
+
+
+def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, overlap: float, soft: bool) -> tuple[Tensor, Tensor]:
+    """Indices of the boxes (n, 4) that stay, best first, none that overlaps a better one of its class by `overlap`, and
+    their scores. `soft` (linear soft-NMS, arXiv 1704.04503) lowers the scores by the overlap instead, where it is over
+    0.6; the best 1,000 stay."""
+    if not soft:
+        keep = batched_nms(boxes, scores, labels.unique(return_inverse=True)[1], overlap)
+        return keep, scores[keep]
+    order, scores = [], scores.clone()
+    left = scores.clone()
+    for _ in range(min(len(scores), 1000)):
+        order.append(i := int(left.argmax()))
+        scores[i], left[i] = left[i], -1
+        shared = box_iou(boxes[i:i + 1], boxes)[0] * (labels == labels[i])
+        left = torch.where(shared > 0.6, left * (1 - shared), left)
+    return torch.tensor(order, dtype=torch.int64, device=boxes.device), scores[order]
+
+
+def true_objects(photo: Photo, data: Instances, chosen: list[int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Labels (N,), masks (N, H, W) uint8 and boxes (N, 4) of the objects of a picture, or of the `chosen` ones, in its
+    own frame; crowds and empty masks are left out."""
+    if chosen is not None:
+        photo = photo._replace(things=tuple(photo.things[i] for i in chosen))
+    labels, masks, _ = instances.masks_of(photo, data)
+    seen = masks.flatten(1).any(1).bool()
+    return labels[seen], masks[seen], boxes_of(masks[seen])
+
+
+def paste(probs: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Masks (n, m, m) of boxes (n, 4) -> (n, *size) float32, bilinear, 0 outside of a box."""
+    def places(low: Tensor, high: Tensor, number: int) -> Tensor:    # (n, number) in -1 .. 1 of the box
+        at = torch.arange(number, device=probs.device) + 0.5
+        return (at - low[:, None]) / (high - low)[:, None] * 2 - 1
+
+    parts = [probs.new_zeros(0, *size)]
+    for p, b in zip(probs.split(64), boxes.split(64), strict=True):
+        x, y = places(b[:, 0], b[:, 2], size[1]), places(b[:, 1], b[:, 3], size[0])
+        where = torch.stack([x[:, None, :].expand(-1, size[0], -1), y[:, :, None].expand(-1, -1, size[1])], dim=3)
+        parts.append(F.grid_sample(p[:, None], where, align_corners=False)[:, 0])
+    return torch.cat(parts)
+
+
+def choose_objects(photos: list[Photo], classes: set[int], most: int, seed: int) -> list[tuple[Photo, list[int]]]:
+    """Up to `most` objects (crowds are none) of each of the `classes`, at random: pictures and the places of theirs."""
+    places: dict[int, list] = {}
+    for p, photo in enumerate(photos):
+        for i, thing in enumerate(photo.things):
+            if thing.category in classes and not thing.crowd:
+                places.setdefault(thing.category, []).append((p, i))
+    taken: dict[int, list[int]] = {}
+    for category, here in sorted(places.items()):
+        for j in sorted(rng(seed, "objects", category).permutation(len(here))[:most].tolist()):
+            taken.setdefault(here[j][0], []).append(here[j][1])
+    return [(photos[p], sorted(taken[p])) for p in sorted(taken)]
+
+
+def crops(photo: Photo, data: Instances, chosen: list[int], size: int) -> tuple[Tensor, Tensor]:
+    """Crops (n, 3, size, size) uint8 of `chosen` objects, their boxes enlarged by a tenth of the side at each end, and
+    their classes (n,)."""
+    image = instances.load(photo)
+    labels, _, boxes = true_objects(photo, data, chosen)
+    found = [torch.zeros(0, 3, size, size, dtype=torch.uint8)]
+    for x0, y0, x1, y1 in boxes.tolist():
+        dx, dy = 0.1 * (x1 - x0), 0.1 * (y1 - y0)
+        part = image[None, :, max(int(y0 - dy), 0):math.ceil(y1 + dy), max(int(x0 - dx), 0):math.ceil(x1 + dx)]
+        found.append(F.interpolate(part, (size, size), mode="bicubic", antialias=True))
+    return torch.cat(found), labels
+
+
+def picture(image: Tensor, labels: Tensor, scores: Tensor, masks: Tensor, classes: list[str] | None = None) \
+        -> np.ndarray:
+    """Image (3, H, W) uint8 with the objects that score 0.5 or more on it, the best in front -> (H', W, 3) uint8.
+    With names of `classes`, each in a colour of its own, and a legend; else in the colour of its class."""
+    shown = [i for i in scores.argsort().tolist() if scores[i] >= 0.5][-250:]
+    index = torch.zeros(image.shape[-2:], dtype=torch.uint8)
+    for place, i in enumerate(shown, start=1):
+        index[masks[i]] = place if classes else 1 + int(labels[i]) % 250
+    return plots.overlay(image, index, ["background", *(f"{classes[labels[i]]} {scores[i]:.2f}" for i in shown)]
+                         if classes else [])
+
+
+def predictions(files: list[Path], out: Path, detect: Callable[[Tensor], tuple[Tensor, ...]], ids: list[int],
+                classes: list[str], world: World) -> None:
+    """Overlays of images, and predictions.json in COCO's result format, with paths for `image_id`, into `out`.
+    `detect`: (3, H, W) uint8 -> labels (n,), scores (n,), masks (n, H, W) and boxes (n, 4)."""
+    results, _ = [], out.mkdir(exist_ok=True)
+    for i, file in list(enumerate(files))[world.rank::world.size]:
+        image = read_image(file)
+        found = detect(image)
+        results.append((i, ap.results_of(str(file), ids, *found)))
+        shown = picture(image, *(t.cpu() for t in found[:3]), classes)
+        plots.save_picture(shown, out / f"{i:05d}_{file.stem}_overlay.jpg")
+    results = [entry for _, part in ap.gather(world, results) for entry in part]
+    if world.main:
+        runs.write_text(out / "predictions.json", json.dumps(results))
+        print(f"{len(files)} images: {out}/*_overlay.jpg (scores from 0.5) and predictions.json (all)")
