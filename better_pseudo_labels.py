@@ -18,7 +18,7 @@ rare objects. Both networks are Cascade Mask R-CNN with an EVA-02 backbone, comp
     Sec. 4.1  Cascade Mask R-CNN                       Detector: RPN, CascadeHeads, MaskHead
     Sec. 4.1  EVA-02                                   EVA02, SimplePyramid
     Sec. 4.1  schedule, optimizer, evaluation          schedule, adamw, detect, evaluate
-    Tables 1; Figs. 2-4                                Args, evaluate; commands in docs/better_pseudo_labels.md
+    Table 1; Figs. 2-4                                 Args, evaluate; commands in docs/better_pseudo_labels.md
 
 Shapes: B images of S x S pixels, C classes, N objects of an image, A anchors, R regions (RoIs), W channels of the
 pyramid. Boxes are x0, y0, x1, y1 in pixels of the padded square. There is no public code of this paper; where it is
@@ -56,7 +56,6 @@ from data import ap, calibration, features, instances, lvis_ap, read, regions, r
 from data.instances import Batch, Instances, Photo, Target
 
 SCRIPT = "better_pseudo_labels.py"
-ANCHORS = 3                                         # at each place: heights over widths of 1/2, 1 and 2
 CASCADE = ((0.5, (10.0, 10.0, 5.0, 5.0)), (0.6, (20.0, 20.0, 10.0, 10.0)), (0.7, (30.0, 30.0, 15.0, 15.0)))
 FRINGE = 0.02                                       # smaller scores are no detections, and no support in Eq. 5
 FILL = torch.tensor(transforms.IMAGENET_MEAN).round().to(torch.uint8).view(3, 1, 1)      # nearly 0 when normalised
@@ -194,9 +193,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "lvis": {},
     "coco": dict(root="datasets/coco", frequency="subset", federated=0),
     "shapes": dict(root="datasets/shapes", split="60", frequency="subset", backbone="test_resnet", weights="shapes",
-                   norm="live", image_size=96, width=48, fc=96, head_convs=1, anchor_scale=6.0, proposals=100,
-                   rpn_batch=64, roi_batch=32, embed_size=64, batch_size=8, teacher_batch_size=8, teacher_steps=800,
-                   steps=800, lr=2e-3, layer_decay=0.3, weight_decay=0.05, scale=(0.7, 1.4), ema=0.99, eval_every=400,
+                   norm="live", image_size=96, width=32, fc=64, head_convs=1, anchor_scale=6.0, proposals=100,
+                   rpn_batch=64, roi_batch=20, embed_size=64, batch_size=8, teacher_batch_size=8, teacher_steps=1200,
+                   steps=600, lr=2e-3, layer_decay=0.3, weight_decay=0.05, scale=(0.7, 1.4), ema=0.99, eval_every=600,
                    drop_path=0.0, retrieval_model="test_resnet", retrieval_weights="shapes", warmup=0.05, repeat=0.3),
 }
 
@@ -206,17 +205,6 @@ def preset(dataset: str = "lvis", **overrides: Any) -> Args:
 
 
 # ============================================================================================== backbones
-def resize_patch(kernel: Tensor, size: int, how: str) -> Tensor:
-    """Patch embedding (D, 3, p, p) -> (D, 3, size, size). `timm`: so that the answer to an enlarged picture stays
-    (pseudo-inverse of the resizing); `bicubic`: the kernel itself is enlarged, so answers grow by (size / p)^2."""
-    if kernel.shape[-1] == size:
-        return kernel
-    if how == "bicubic":
-        return F.interpolate(kernel, (size, size), mode="bicubic", align_corners=False)
-    from timm.layers import resample_patch_embed
-    return resample_patch_embed(kernel, [size, size])
-
-
 class EVA02(nn.Module):
     """EVA-02 (Fang et al., 2023) as a detector's backbone: (B, 3, S, S) -> (B, D, S/16, S/16), the tokens of the last
     block, without a final norm. Most blocks attend within windows, in which rotary positions start anew (ViTDet)."""
@@ -226,16 +214,24 @@ class EVA02(nn.Module):
         body = features.create(args.backbone, weights, drop_path_rate=args.drop_path, dynamic_img_size=True)
         patch, grid, self.channels = body.patch_embed.proj, body.patch_embed.grid_size, body.embed_dim
         self.proj = nn.Conv2d(3, self.channels, 16, stride=16)
-        self.proj.weight = nn.Parameter(resize_patch(patch.weight.data, 16, args.patch_resize))
+        self.proj.weight = nn.Parameter(features.resize_patch(patch.weight.data, 16, args.patch_resize))
         self.proj.bias = patch.bias
         places = body.pos_embed.data[:, 1:].transpose(1, 2)                      # without the class token's
         self.pos_embed = nn.Parameter(places.reshape(1, self.channels, *grid).contiguous())
         self.blocks, self.rope = body.blocks, body.rope
         for block in self.blocks:
             block.attn.num_prefix_tokens = 0                                     # there is no class token
-        every = len(self.blocks) // args.global_blocks
-        self.whole = [(i + 1) % every == 0 for i in range(len(self.blocks))]
+        depth = len(self.blocks)
+        if depth % args.global_blocks:
+            raise UserError(f"--global-blocks {args.global_blocks} does not divide {depth} blocks; give another.")
+        self.whole = [(i + 1) % (depth // args.global_blocks) == 0 for i in range(depth)]
         self.window, self.checkpointing = args.window, args.checkpointing
+
+    def _load_from_state_dict(self, state: dict, prefix: str, *more):
+        table = state.get(f"{prefix}pos_embed", self.pos_embed)      # EVA-02's detectors have another size
+        if table.shape != self.pos_embed.shape:
+            self.pos_embed = nn.Parameter(table.to(self.pos_embed))
+        super()._load_from_state_dict(state, prefix, *more)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.proj(images)
@@ -343,8 +339,8 @@ class RPN(nn.Module):
         self.args, w = args, args.width
         self.convs = nn.Sequential(drawn(nn.Conv2d(w, w, 3, padding=1), 0.01), nn.ReLU(),
                                    drawn(nn.Conv2d(w, w, 3, padding=1), 0.01), nn.ReLU())
-        self.objectness = drawn(nn.Conv2d(w, ANCHORS, 1), 0.01)
-        self.deltas = drawn(nn.Conv2d(w, 4 * ANCHORS, 1), 0.01)
+        self.objectness = drawn(nn.Conv2d(w, 3, 1), 0.01)                        # three anchors at each place
+        self.deltas = drawn(nn.Conv2d(w, 12, 1), 0.01)
 
     def forward(self, pyramid: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Five maps -> objectness logits (B, A) and deltas (B, A, 4), in the order of `anchors_of`."""
@@ -505,9 +501,9 @@ class CascadeHeads(nn.Module):
         goal = torch.cat([mask_targets(o.masks, m, b) for o, m, b in zip(objects, mine, boxes, strict=True)])
         return (F.binary_cross_entropy_with_logits(logits, goal, reduction="none").mean((1, 2)) * shares(mine)).sum()
 
-    def scores(self, pyramid: list[Tensor], proposals: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    def scores(self, pyramid: list[Tensor], boxes: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """Of each image the boxes (R, 4) after three heads, and the mean of the heads' class probabilities (R, C)."""
-        boxes, total = proposals, 0
+        total = 0
         for head, (_, weights) in zip(self.boxes, CASCADE, strict=True):
             logits, deltas = head(roi_pool(pyramid, boxes, 7))
             total = total + (logits.sigmoid() if self.args.cls_loss == "sigmoid" else logits.softmax(1)[:, :-1])
@@ -661,7 +657,7 @@ def learn_classes(args: Args, data: Instances, labeled: list[Photo], world: Worl
         similarity = cosines(runs.load_checkpoint(path, SCRIPT)["prototypes"], args.sim_center)
     similar = similar_classes(similarity, counts, args.gamma if args.smoothing == "similarity+freq" else 0.0,
                               args.sim_tau, args.sim_exclude_self, args.sim_topk)
-    uniform = (there.float() / there.sum()).expand(c, c)
+    uniform = (there.float() / there.sum()).expand(c, c) * there[:, None]
     distribution = {"none": torch.eye(c), "uniform": uniform}.get(args.smoothing, similar)
     near = similarity >= similarity.topk(min(21, c), dim=1).values[:, -1:]
     targets = smoothed_targets(distribution, 0.0 if args.smoothing == "none" else args.eps, args.convention)
@@ -671,18 +667,17 @@ def learn_classes(args: Args, data: Instances, labeled: list[Photo], world: Worl
 def embed_objects(args: Args, data: Instances, photos: list[Photo], world: World) -> dict[str, Tensor]:
     """The prototypes (C, D) of Eq. 1, of up to --proto-per-class objects of each class, and how many they were (C,).
     `roi` pools the detector's own features of stride 16 from the whole image instead of crops. DEPARTS[proto]"""
-    everything, found = set(range(len(data.classes))), []
-    chosen = regions.choose_objects(photos, everything, args.proto_per_class, args.split_seed)
+    chosen = regions.choose_objects(photos, {*range(len(data.classes))}, args.proto_per_class, args.split_seed)
     if args.proto == "crop":
         net = features.Embedder(args.backbone, args.weights, args.root, args.embed_size).to(world.device)
         embeddings, labels, _ = features.embed_objects(net, chosen, data, args.embed_size, world, args.workers)
     else:
-        net = network(args, len(data.classes), world, "prototypes")[0].eval()
+        net, found = network(args, len(data.classes), world, "prototypes")[0].eval(), []
         for photo, places in chosen[world.rank::world.size]:
             x, factor = test_view(instances.load(photo), args)
             labels, _, boxes = regions.true_objects(photo, data, places)
             with torch.no_grad():
-                maps = net.backbone(x.to(world.device))
+                maps = getattr(net.backbone, "cnn", net.backbone)(x.to(world.device))
             maps = maps if isinstance(maps, Tensor) else maps[2]
             pooled = roi_align(maps.float(), [boxes.to(maps) * factor], 1, 1 / 16, 0, aligned=True)
             found.append((0, pooled.flatten(1).cpu(), labels))
@@ -708,15 +703,16 @@ def ccece(conf: Tensor, right: Tensor, labels: Tensor, num_classes: int, bins: i
 
 
 def shrunk(delta: Tensor, number: Tensor, groups: list[str], kappa: float) -> Tensor:
-    """Delta (C,) of few samples is drawn to the mean of its group (r, c, f), weighted by samples:
-    (n_i Delta_i + kappa Delta_g) / (n_i + kappa). kappa = 0 is Eq. 4 alone. DEPARTS[shrink]"""
+    """Delta (C,) of few samples is drawn to Delta_g, the mean of its group (r, c, f): (n_i Delta_i + kappa Delta_g) /
+    (n_i + kappa); and Delta_g in the same way to the mean of all. kappa = 0 is Eq. 4 alone. DEPARTS[shrink]"""
     if kappa == 0:
         return delta
-    out = delta.clone()
+    total, out = number * delta, delta.clone()
+    everything = total.sum() / number.sum().clamp(min=1)
     for group in set(groups):
         mine = torch.tensor([g == group for g in groups], device=delta.device)
-        mean = (number * delta)[mine].sum() / number[mine].sum().clamp(min=1)
-        out[mine] = ((number * delta)[mine] + kappa * mean) / (number[mine] + kappa)
+        mean = (total[mine].sum() + kappa * everything) / (number[mine].sum() + kappa)
+        out[mine] = (total[mine] + kappa * mean) / (number[mine] + kappa)
     return out
 
 
@@ -742,7 +738,7 @@ def objects_found(boxes: Tensor, probs: Tensor, args: Args, least: float = 0.05,
     more confident one by half, of whatever class. DEPARTS[pseudo-nms]"""
     conf, labels = probs.max(1)
     chosen = (conf > least).nonzero().flatten()
-    one = labels.new_zeros(len(chosen)) if args.pseudo_nms == "agnostic" else labels[chosen]
+    one = (0 * labels if args.pseudo_nms == "agnostic" else labels)[chosen].unique(return_inverse=True)[1]
     return chosen[batched_nms(boxes[chosen], conf[chosen], one, 0.5)[:most]]
 
 
@@ -807,7 +803,7 @@ def samples_of(entries: list, data: Instances, args: Args, world: World) -> lvis
     entries = ap.gather(world, entries)
     if args.calib_samples == "detections":
         return lvis_ap.samples(data, entries, "bbox" if args.calib_iou == "box" else "segm")
-    rows = np.array([e[1:] for e in entries if e[2] >= args.calib_min_score]).reshape(-1, 3)
+    rows = np.array([e[1:] for e in entries if e[2] > args.calib_min_score]).reshape(-1, 3)
     return lvis_ap.Samples(rows[:, 0].astype(np.int64), rows[:, 1], rows[:, 2] > 0)
 
 
@@ -1017,7 +1013,8 @@ def load_detector(net: Detector, path: Path, flag: str = "--init-detector") -> l
     for key, value in runs.read_weights(path, flag).items():
         for prefix in ("teacher.", "supervised.", "student.", "model_ema.", "model."):
             key = key.removeprefix(prefix)
-        for pattern, new in EVA_NAMES if not key.startswith(("rpn.", "heads.", "neck.", "backbone.proj")) else ():
+        theirs = key.startswith(("backbone.net.", "backbone.simfp_", "proposal_generator.", "roi_heads."))
+        for pattern, new in EVA_NAMES if theirs else ():
             key = pattern.sub(new, key)
         weights.setdefault(key, value)
     weights = {k: v for k, v in weights.items() if ".rope." not in k and not k.startswith("backbone.rope")}
@@ -1113,9 +1110,9 @@ def evaluate(networks: dict[str, Detector], data: Instances, groups: list[str], 
 
 
 # ============================================================================================== retrieval
-def retrieve(args: Args, data: Instances, labeled: list[Photo], groups: list[str], world: World) -> Path:
+def retrieve(args: Args, data: Instances, labeled: list[Photo], groups: list[str], world: World) -> None:
     """Sec. 4.1: the --neighbours images of the pool nearest to each labeled object of a rare class, without duplicates
-    and without what is labeled or scored: a list for --unlabeled, beside a report of what each class found."""
+    and what is labeled or scored: retrieved.txt, a list for --unlabeled, beside a report of what each class found."""
     out, size = Path(args.out), args.embed_size
     net = features.Embedder(args.retrieval_model, args.retrieval_weights, args.root, size).to(world.device)
     rare = {c for c, g in enumerate(groups) if g == "r"}
@@ -1136,7 +1133,6 @@ def retrieve(args: Args, data: Instances, labeled: list[Photo], groups: list[str
         print(retrieval.histogram(store, found, args.duplicate))
         retrieval.report(out, store, found, kept, rows, cosine, labels.numpy(), examples, data.classes)
     world.barrier()
-    return out / "retrieved.txt"
 
 
 # ============================================================================================== main
@@ -1160,9 +1156,8 @@ def check(args: Args, world: World) -> None:
         if name in phases or (name == "teacher" and "heldout" in phases):
             share = world.share(size) if args.norm == "live" and not eva else size // world.size
             if size % world.size or args.accumulate > share:
-                flag = "--batch-size" if name == "student" else "--teacher-batch-size"
-                raise UserError(f"{flag} {size} does not divide into {world.size} processes of --accumulate "
-                                f"{args.accumulate} parts; give a multiple.")
+                raise UserError(f"The batch of the {name}, {size}, does not divide into {world.size} processes of "
+                                f"--accumulate {args.accumulate} parts; give a multiple.")
     student, given = args.stage == "student", args.calibration or measures_teacher(args)
     for wrong, sentence in (
             (eva and args.image_size % (16 * args.window), f"--image-size {args.image_size} does not divide into "
@@ -1180,24 +1175,26 @@ def check(args: Args, world: World) -> None:
         if wrong:
             raise UserError(sentence)
     delta = args.pseudo == "calibrated" or args.stage == "calibrate"
+    measures = delta and not args.calibration and args.stage in ("calibrate", "student", "all")
     base = preset(args.dataset)
     runs.check_meaning(args, base, args.stage, {
         "student all": STUDENT_ONLY, "teacher calibrate all": "teacher_steps teacher_batch_size",
         "calibrate student all": "shrink delta_from", "calibrate all student": "teacher",
         "student all retrieve": "pool neighbours retrieval_model retrieval_weights index duplicate"}, {
         "eps": args.smoothing == "none", "gamma": args.smoothing != "similarity+freq",
-        "norm": eva and args.norm != base.norm, "filter_on": args.pseudo == "onehot", "pool": args.unlabeled > "",
+        "norm": eva and args.norm != base.norm, "filter_on": args.pseudo != "calibrated", "pool": args.unlabeled > "",
         "fed_soft": not args.federated or args.cls_loss == "softmax", "calib_iou": args.calib_samples == "gt",
-        "val": args.tune,
         **{name: off for names, off in (
             ("sim_tau sim_center sim_exclude_self sim_topk counts", not args.smoothing.startswith("similarity")),
-            ("proto proto_per_class", not needs_prototypes(args)),
-            ("convention smooth_heads student_labels", args.smoothing == "none"),
+            ("proto proto_per_class", not needs_prototypes(args)), ("val", args.tune),
+            ("holdout stratify", not (args.tune or args.refresh or measures)),
+            ("embed_size", not needs_prototypes(args) and not args.pool),
+            ("convention student_labels", args.smoothing == "none"),
             ("lambda_calib support refresh calibration", not delta),
             ("shrink delta_from", not delta or (args.calibration > "" and not args.refresh)),
             ("neighbours retrieval_model retrieval_weights index duplicate", not args.pool),
-            ("window global_blocks patch_resize drop_path", not eva), ("federated prior", args.cls_loss == "softmax"),
-            ("ema burn_in", args.teacher_update == "frozen"),
+            ("window global_blocks patch_resize drop_path checkpointing", not eva),
+            ("federated prior", args.cls_loss == "softmax"), ("ema burn_in", args.teacher_update == "frozen"),
             ("teacher_steps teacher_batch_size", not {"teacher", "heldout"} & {*phases})) for name in names.split()}})
 
 
@@ -1213,8 +1210,8 @@ def plan(args: Args) -> list[tuple[str, int]]:
 
 
 def measures_teacher(args: Args) -> bool:
-    """Whether Eq. 4 is measured of the teacher itself: it has not seen the held-out labels with --tune."""
-    return args.tune or args.delta_from == "teacher"
+    """Whether Eq. 4 is measured of the teacher itself; with --tune or --refresh it has not seen the held-out labels."""
+    return args.tune or args.refresh > 0 or args.delta_from == "teacher"
 
 
 def needs_prototypes(args: Args) -> bool:
@@ -1235,9 +1232,8 @@ def network(args: Args, num_classes: int, world: World, name: str, pretrained: b
     """A detector with its starting weights, on the device; and lines on weights that did not load."""
     distributed.seed_torch(args.seed, name)
     net = Detector(args, num_classes, world.bf16(args.precision), args.weights if pretrained else "none")
-    notes, eva = [], args.backbone.startswith("eva02")
-    weights = backbones.read(args.weights, args.backbone, args.root) if pretrained and not eva else None
-    if weights is not None:
+    notes, cnn = [], not args.backbone.startswith("eva02")
+    if pretrained and cnn and (weights := backbones.read(args.weights, args.backbone, args.root)) is not None:
         notes = runs.load_matching(net.backbone.cnn.body, weights, args.weights)
     if pretrained and args.init_detector:
         notes = load_detector(net, Path(args.init_detector))
@@ -1306,7 +1302,7 @@ def train(args: Args) -> dict:
     choose = partial(instances.choose, data, args.split, args.split_seed, pool="remaining", balanced=False)
     chosen = choose(args.unlabeled, needed=student and not args.pool)
     learned, held = instances.hold_out(chosen.labeled, args.holdout, args.split_seed, args.stratify, len(data.classes))
-    labeled = learned if args.tune else chosen.labeled
+    labeled = learned if args.tune or args.refresh else chosen.labeled
     scored = instances.scored_on(data, held) if args.tune else data
     resuming = runs.open_run(out, SCRIPT, args, args.resume, distributed.launched().main)
     world = distributed.start(args.device)
@@ -1319,10 +1315,9 @@ def train(args: Args) -> dict:
             f"{', '.join(f'{name} ({steps} steps)' for name, steps in phases) or 'none'}; in {out}")
     classes = learn_classes(args, data, labeled, world)
     if args.stage == "retrieve" or (student and args.pool):
-        path = out / "retrieved.txt"
-        path = path if path.exists() else retrieve(args, data, chosen.labeled, classes.groups, world)
-        if student:
-            chosen = choose(str(path), needed=True)
+        if not (out / "retrieved.txt").exists():
+            retrieve(args, data, chosen.labeled, classes.groups, world)
+        chosen = choose(str(out / "retrieved.txt"), needed=student)
 
     last, best, border = {}, {}, 0
     for phase, steps in phases:
@@ -1331,7 +1326,7 @@ def train(args: Args) -> dict:
             last, best = state["last"], state["best"]
             continue
         delta = measured(args, data, held, classes, world) if phase == "student" else None
-        photos = learned if phase == "heldout" or args.tune or (phase == "student" and args.refresh) else chosen.labeled
+        photos = learned if phase == "heldout" or args.tune or args.refresh else chosen.labeled
         own = learn_classes(args, data, photos, world)
         s, notes = begin(phase, args, data, own, delta, world, step, begun)
         run.say(*(f"weights {note}" for note in notes))
@@ -1433,16 +1428,14 @@ def restore(s: State, state: dict) -> None:
 def grid(args: Args) -> dict:
     """Sec. 4.1: the small search on labels held out, one resumable run after the other; a table, and grid.json with the
     best by AP."""
-    out, names = Path(runs.default_out(SCRIPT, args)), list(GRIDS[args.grid])
-    rows = []
+    if args.stage != "all":
+        raise UserError("--grid chooses the stage itself; leave --stage out.")
+    out, names, rows = Path(runs.default_out(SCRIPT, args)), list(GRIDS[args.grid]), []
     for values in itertools.product(*GRIDS[args.grid].values()):
         here = dict(zip(names, values, strict=True))
-        folder = out / "_".join(f"{name}-{value:g}" for name, value in here.items())
-        path = folder / "results.json"
-        if not path.exists():
-            train(replace(args, grid="no", tune=True, stage=args.grid, out=str(folder), resume=True, **here))
-            distributed.stop()
-        results = json.loads(path.read_text())
+        name = "_".join(f"{k}-{value:g}" for k, value in here.items())
+        results = train(replace(args, grid="no", tune=True, stage=args.grid, out=str(out / name), resume=True, **here))
+        distributed.stop()
         rows.append({**here, **{k: results["teacher" if args.grid == "student" else "supervised"]["last"][k]
                                 for k in ("ap", "apr", "ece")}})
         print(*(f"{k} {'-' if v is None else f'{v:.3g}'}" for k, v in rows[-1].items()))
@@ -1498,8 +1491,8 @@ def settings(dataset: str = "lvis", eval: str = "", predict: str = "") -> Args:
 
 def main(args: Args) -> Any:
     try:
-        action = score_checkpoint if args.eval else predict if args.predict else grid if args.grid != "no" else train
-        return action(args)
+        run = score_checkpoint if args.eval else predict if args.predict else train if args.grid == "no" else grid
+        return run(args)
     finally:
         distributed.stop()
 

@@ -1,6 +1,7 @@
 """Networks of timm with their weights, and backbones as feature extractors."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.ops import FrozenBatchNorm2d
@@ -25,6 +26,17 @@ def create(name: str, weights: str, **more) -> nn.Module:
     except Exception as error:                                       # noqa: BLE001 (hub, network, unknown name)
         raise UserError(f"timm cannot give {name} with weights {weights} ({str(error)[:200]}); correct the name, or "
                         f"without a network give a file of weights, or none.") from None
+
+
+def resize_patch(kernel: Tensor, size: int, how: str) -> Tensor:
+    """Patch embedding (D, 3, p, p) -> (D, 3, size, size). `timm`: so that the answer to an enlarged picture stays
+    (pseudo-inverse of the resizing); `bicubic`: the kernel itself is enlarged, so answers grow by (size / p)^2."""
+    if kernel.shape[-1] == size:
+        return kernel
+    if how == "bicubic":
+        return F.interpolate(kernel, (size, size), mode="bicubic", align_corners=False)
+    from timm.layers import resample_patch_embed
+    return resample_patch_embed(kernel, [size, size])
 
 
 class Embedder(nn.Module):

@@ -1,0 +1,1226 @@
+"""better_pseudo_labels.py from the command line: stages, kills, processes, evaluation, prediction, presets, errors."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import time
+import zlib
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import helpers
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from helpers import TEST_DATA, Ran, argv, differences, log_of, state, tensors, torchrun, until
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+import better_pseudo_labels as bp
+from common import plots, runs
+from common.distributed import World
+from common.runs import UserError
+from data import calibration, features, instances, lvis_ap, regions, retrieval, shapes
+
+NAME = "better_pseudo_labels"
+helpers.CHOOSERS[NAME] = ("dataset", "eval", "predict")
+HERE = ["--workers", "0", "--device", "cpu"]                         # beside a checkpoint, which does not settle these
+
+# 8 labeled pictures, 2 of them held out; 2 steps of each network that learns from labels, 3 of the student
+TINY = dict(split="8", frequency="subset", backbone="test_resnet", weights="none", norm="frozen", image_size=64,
+            width=32, fc=64, head_convs=1, anchor_scale=4.0, proposals=20, rpn_batch=32, roi_batch=16, embed_size=32,
+            batch_size=2, teacher_batch_size=2, teacher_steps=2, steps=3, lr=1e-3, layer_decay=0.5, eval_every=2,
+            log_every=1, workers=0, device="cpu", scale=(0.7, 1.4), ema=0.9, holdout=0.25, threshold=0.2,
+            calib_min_score=0.1)
+LATE = dict(eval_every=99)                                           # evaluated at the ends alone
+
+
+# ---------------------------------------------------------------------------------------------------- tools
+def quick(*more: Callable, put: Callable = setattr) -> None:
+    """No pictures, no TensorBoard, no git and no flushing, which take most of a tiny run's time; then `more`."""
+    def touch(*args, **keywords) -> None:
+        path = next(a for a in args if isinstance(a, Path))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+    for owner, name, value in ((runs, "commit", str), (os, "fsync", lambda number: None), (plots, "strip", touch),
+                               (plots, "curves", touch), (calibration, "diagram", touch),
+                               (calibration, "scatter", touch)):
+        put(owner, name, value)
+    no_tensorboard()
+    for change in more:
+        change()
+
+
+def no_tensorboard() -> None:
+    sys.modules["torch.utils.tensorboard"] = None                    # a second for each process that imports it
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    quick(put=monkeypatch.setattr)
+    handlers, threads = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}, torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def tail(tmp_path_factory) -> Path:
+    """LVIS folders of a drawn long tail: 12 pictures to learn from, 5 to score. Do not change them."""
+    return shapes.make_tail(tmp_path_factory.mktemp("tail") / "tail", 12, 2, 5)
+
+
+@pytest.fixture
+def data(tail, tmp_path) -> Path:
+    """A copy of `tail` that a test may break."""
+    return Path(shutil.copytree(tail, tmp_path / "data"))
+
+
+@pytest.fixture(scope="module")
+def trained(tail, tmp_path_factory) -> Path:
+    """The folder of a run whose network finds things on the pictures that it learned from, which are scored, too."""
+    folder = tmp_path_factory.mktemp("trained")
+    torch.manual_seed(0)
+    torch.save(timm.create_model("test_resnet").state_dict(), folder / "body.pth")
+    with pytest.MonkeyPatch.context() as patch:
+        quick(put=patch.setattr)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        bp.main(bp.preset(**tiny(tail, folder / "run", split="all", stage="teacher", norm="live", layer_decay=1.0,
+                                 lr=6e-3, teacher_steps=60, teacher_batch_size=4, scale=(1, 1), **LATE, val="train", init_detector="", weights=folder / "body.pth")))
+        torch.set_num_threads(threads)
+    STARTS.update(weights=folder / "body.pth", init_detector=folder / "run" / "teacher.pt")
+    return folder / "run"
+
+
+STARTS: dict[str, Path] = {}                                         # where runs start from, once it is made
+
+
+def tiny(data: Path, out: Path, **flags) -> dict:
+    """Settings of a run; those that would be refused beside `flags` are left out."""
+    every = {"dataset": "lvis", **TINY, **STARTS, "root": data, "out": out} | flags
+    while True:
+        plain = {k: str(v) if isinstance(v, Path) else v for k, v in every.items() if v is not None}
+        try:
+            bp.check(bp.preset(**plain), World())
+        except UserError as error:
+            idle = re.match(r"--([\w-]+) (?:does nothing|has no meaning)", str(error))
+            name = idle and idle[1].replace("-", "_")
+            if name in every and name not in flags:
+                del every[name]
+                continue
+        except KeyError:
+            pass                                                     # an unknown name, which is for the test to see
+        return plain
+
+
+def train(data: Path, out: Path, **flags) -> dict:
+    """A run in this process -> what main returns."""
+    return bp.main(bp.preset(**tiny(data, out, **flags)))
+
+
+def as_line(**flags) -> list[str]:
+    return ["--dataset", flags.pop("dataset"), *argv(**flags)]
+
+
+@pytest.fixture
+def line(trained, tail, tmp_path):
+    """line(...) -> the command line of a tiny run into tmp_path/out, on `tail`."""
+    return lambda out=None, data=None, **flags: as_line(**tiny(data or tail, out or tmp_path / "out", **flags))
+
+
+def forked(flags: list[str], folder: Path, *setup: Callable, **more) -> Ran:
+    """The same in a process of its own; `folder` keeps what it says."""
+    return helpers.run(flags, folder, partial(quick, *setup), name=NAME, **more)
+
+
+def on_ranks(n: int, flags: list[str], folder: Path, *setup: Callable) -> list[Ran]:
+    return helpers.ranks(n, flags, folder, partial(quick, *setup), name=NAME)
+
+
+@pytest.fixture
+def typed(monkeypatch, capsys):
+    """typed(LINE) -> exit code and output of `python better_pseudo_labels.py LINE`, run in this process."""
+    def enter(flags: list[str]) -> Ran:
+        capsys.readouterr()
+        with monkeypatch.context() as patch:
+            patch.setattr(runs, "leave", sys.exit)
+            try:
+                runs.cli(bp.Args, bp.settings, bp.main, choosers=helpers.CHOOSERS[NAME], argv=flags)
+            except SystemExit as left:
+                return Ran(left.code or 0, *capsys.readouterr())
+        return Ran(0, *capsys.readouterr())
+    return enter
+
+
+@pytest.fixture(scope="module")
+def finished(trained, tail, tmp_path_factory):
+    """finished(...) -> the folder of that run, uninterrupted; made once. Do not change it."""
+    made = {}
+
+    def make(**flags) -> Path:
+        key = repr(sorted(flags.items()))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("finished") / "run"
+            returned = train(tail, made[key], **flags)
+            if flags.get("stage") not in ("calibrate", "prototypes", "retrieve"):
+                assert returned == json.loads((made[key] / "results.json").read_text())
+        return made[key]
+    return make
+
+
+@pytest.fixture
+def short(trained, tail, tmp_path, monkeypatch):
+    """short(...) -> the State after each phase of a run of few steps that is not scored, and its `args`."""
+    def run(**flags) -> SimpleNamespace:
+        found = {}
+
+        def begin(phase, *args, real=bp.begin):
+            found[phase], notes = real(phase, *args)
+            return found[phase], notes
+        with monkeypatch.context() as patch:
+            patch.setattr(bp, "begin", begin)
+            patch.setattr(bp, "score_networks", lambda *args: None)
+            out = tmp_path / f"short{len(list(tmp_path.glob('short*')))}"
+            settings = tiny(tail, out, **flags)
+            bp.main(bp.preset(**settings))
+        return SimpleNamespace(**found, out=out, args=bp.preset(**settings))
+    return run
+
+
+def results(out: Path) -> dict:
+    """results.json without the clock."""
+    read = json.loads((out / "results.json").read_text())
+    return {k: v for k, v in read.items() if k not in ("seconds", "images_per_second")}
+
+
+def networks(out: Path) -> set[str]:
+    return {name for name, value in results(out).items() if isinstance(value, dict)}
+
+
+def steps_of(out: Path) -> list[dict]:
+    """The lines of the log that are of steps, not of evaluations."""
+    return [record for record in log_of(out) if "loss_l" in record]
+
+
+def found_by(out: Path, name: str) -> list[dict]:
+    return json.loads((out / f"{name}.segm.json").read_text())
+
+
+def files(out: Path) -> set[str]:
+    return {str(p.relative_to(out)) for p in out.rglob("*") if not p.name.startswith("events.")}
+
+
+def weights(path: Path) -> dict[str, dict[str, torch.Tensor]]:
+    return torch.load(path, weights_only=True)["networks"]
+
+
+def apart(a, b) -> float:
+    """The largest difference between two nests of tensors with the same names."""
+    a, b = tensors(a), tensors(b)
+    assert a.keys() == b.keys() and a
+    return max((a[k].double() - b[k].double()).abs().max().item() for k in a)
+
+
+def content(path: Path) -> dict:
+    return torch.load(path, weights_only=True) if path.name == "prototypes.pt" else state(path)
+
+
+def assert_equal_runs(out: Path, reference: Path) -> None:
+    """Networks, optimizer, prototypes, Delta, scores, detections and log, bit by bit; nothing more in the folder."""
+    assert files(out) == files(reference) and results(out) == results(reference)
+    for name in sorted(p.name for p in reference.glob("*.pt")):
+        wrong = differences(content(out / name), content(reference / name))
+        assert not wrong, f"{name}: {wrong[:5]}"
+    a, b = ([r | {"images_per_second": 0} for r in log_of(folder)] for folder in (out, reference))
+    assert a == b
+    for path in (*reference.glob("*.segm.json"), *reference.glob("*.reliability.json"), *reference.glob("calib*.json")):
+        assert (out / path.name).read_text() == path.read_text(), path.name
+
+
+def named(photos) -> set[str]:
+    return {Path(p.name).stem for p in photos}
+
+
+def words(x) -> str:
+    return " ".join(f"{k}={v}" for k, v in x.items()) if isinstance(x, dict) else ""
+
+
+def part(data: Path, name: str) -> Path:
+    return data / "annotations" / f"lvis_{name}.json"
+
+
+def altered(data: Path, folder: Path, change: Callable[[dict], object]) -> dict[str, Path]:
+    """Flags for copies of both annotation files, changed."""
+    for name in ("train", "val"):
+        read = json.loads(part(data, name).read_text())
+        change(read)
+        (folder / f"{name}.json").write_text(json.dumps(read))
+    return {f"{name}_json": folder / f"{name}.json" for name in ("train", "val")}
+
+
+# ---------------------------------------------------------------------------------------------------- a run
+def small_shapes() -> None:
+    """`--dataset shapes` draws few pictures, and starts from the weights that lie in BODY."""
+    shapes.make_tail = lambda root, make=shapes.make_tail: make(root, 12, 2, 5)
+    shapes.pretrain = lambda root, backbone: Path(os.environ["BODY"])
+
+
+@pytest.fixture(scope="module")
+def whole(trained, tmp_path_factory) -> tuple[Path, Ran]:
+    """`--dataset shapes --stage all` in a process of its own, with its pictures; and what it said."""
+    folder = tmp_path_factory.mktemp("whole")
+    flags = {k: v for k, v in TINY.items() if k not in ("frequency", "backbone", "weights", "norm")}
+    flags = flags | dict(out=folder / "run", root=folder / "data", init_detector=STARTS["init_detector"], stratify=True)
+    done = helpers.run(["--dataset", "shapes", *argv(**flags)], folder, partial(no_tensorboard_and, small_shapes),
+                       env={"BODY": str(STARTS["weights"])}, name=NAME)
+    return folder / "run", done.ok()
+
+
+def no_tensorboard_and(more: Callable) -> None:
+    no_tensorboard()
+    more()
+
+
+SCORES = ("ap", "ap50", "ap75", "ap_s", "ap_m", "ap_l", "apr", "apc", "apf", "ar300", "ar_s", "ar_m", "ar_l", "ece",
+          "box_ap", "box_apr", "box_apc", "box_apf", "per_class", "step")
+
+
+def test_results_of_a_run(whole):
+    out, said = whole
+    read, classes = json.loads((out / "results.json").read_text()), list(shapes.TAIL_CLASSES)
+    for name, steps in {"supervised": (4,), "student": (6, 7), "teacher": (6, 7)}.items():
+        assert read[name].keys() == {"last", "best"} and read[name]["best"]["ap"] >= read[name]["last"]["ap"]
+        for record in read[name].values():
+            assert record.keys() == set(SCORES) and record["step"] in steps
+            numbers = [v for k, v in record.items() if k not in ("step", "per_class", "ap_l", "ar_l")]
+            assert all(np.isfinite(v) and 0 <= v <= 100 for v in numbers if v is not None), record
+            assert None not in [record[k] for k in ("ap", "ap50", "box_ap", "ece", "ar300")] and record["ece"] <= 1
+            present = [v for v in record["per_class"].values() if v is not None]
+            assert list(record["per_class"]) == classes
+            assert present and np.mean(present) == pytest.approx(record["ap"], abs=1e-9)
+        assert read[name]["last"]["step"] == steps[-1]
+    assert read["supervised"]["last"]["box_ap"] > 1                  # it finds something
+    assert read["dataset"] == "shapes" and read["split"] == "8" and (read["split_seed"], read["seed"]) == (0, 0)
+    assert read["stage"] == "all" and read["val"] == "val"
+    assert re.fullmatch("[0-9a-f]{64}", read["split_fingerprint"]) and read["seconds"] > 0 < read["images_per_second"]
+    assert f"ap: teacher {read['teacher']['last']['ap']:.2f}" in said.out and str(out) in said.out
+    assert "8 labeled images" in said.out and "4 unlabeled" in said.out and "scored on 5" in said.out
+    assert "heldout (2 steps), teacher (2 steps), student (3 steps)" in said.out and "2 held-out images" in said.out
+
+
+def test_folder_and_pictures_of_a_run(whole):
+    out, _ = whole
+    pictures = {"curves.png", "calibration.png", "per_class.png", "reliability_teacher.png", "reliability_student.png",
+                *(f"previews/000000{step}.png" for step in (4, 6, 7))}
+    assert files(out) == {"config.json", "log.jsonl", "last.pt", "best.pt", "heldout.pt", "teacher.pt", "prototypes.pt",
+                          "calibration.json", "results.json", "previews", *pictures,
+                          *(f"{name}.{kind}.json" for name in ("supervised", "student", "teacher")
+                            for kind in ("segm", "reliability"))}
+    for name in pictures:
+        with Image.open(out / name) as picture:
+            assert np.array(picture.convert("L")).std() > 10 and min(picture.size) > 100, name
+    config = json.loads((out / "config.json").read_text())
+    assert config["script"] == "better_pseudo_labels.py" and config["classes"] == list(shapes.TAIL_CLASSES)
+    assert config["settings"]["proposals"] == 20 and config["settings"]["norm"] == "live" and config["processes"] == 1
+    assert config["fingerprint"] == results(out)["split_fingerprint"] and "8 labeled" in config["images"]
+    assert len(config["held_out"]) == 2 and {"commit", "torch", "python", "device", "command"} <= config.keys()
+
+
+def test_checkpoints_of_a_run(whole):
+    out, _ = whole
+    last, best, heldout, teacher = (content(out / f"{name}.pt") for name in ("last", "best", "heldout", "teacher"))
+    assert last["step"] == 7 and last.keys() - best.keys() == {"optimizer"} and "optimizer" not in teacher
+    assert last["networks"].keys() == best["networks"].keys() == {"student", "teacher"}
+    assert teacher["networks"].keys() == heldout["networks"].keys() == {"supervised"}
+    assert (heldout["step"], teacher["step"], best["step"]) == (2, 4, results(out)["teacher"]["best"]["step"])
+    assert apart(heldout["networks"], teacher["networks"]) > 1e-4
+    made, train_json = content(out / "prototypes.pt"), part(out.parent / "data" / "tail", "train").read_text()
+    assert made["prototypes"].shape == (12, 96) and made["classes"] == list(shapes.TAIL_CLASSES)
+    assert ((made["prototypes"].abs().sum(1) > 0) == (made["embedded"] > 0)).all()
+    assert 8 <= made["embedded"].sum() < len(json.loads(train_json)["annotations"])      # of the labeled ones alone
+
+
+def test_calibration_of_a_run(whole):
+    read = json.loads((whole[0] / "calibration.json").read_text())
+    assert read.keys() == {"classes", "delta", "raw_delta", "samples", "images", "reliability"} and read["images"] == 2
+    assert read["classes"] == list(shapes.TAIL_CLASSES) and sum(read["samples"]) == read["reliability"]["n"] > 0
+    assert all(-1 <= d <= 1 for d in read["delta"] + read["raw_delta"]) and any(read["delta"])
+    assert all(d == 0 for d, n in zip(read["raw_delta"], read["samples"], strict=True) if n == 0)
+    delta = content(whole[0] / "last.pt")["delta"]
+    assert delta.tolist() == pytest.approx(read["delta"]) and content(whole[0] / "teacher.pt")["delta"] is None
+
+
+PARTS = ("loss", "rpn", "rpn_box", "mask", *(f"{what}{i}" for what in ("class", "box") for i in (1, 2, 3)))
+LABELED = {f"{name}_l" for name in PARTS} | {"step", "lr", "images_per_second"}
+BOTH = LABELED | {f"{name}_u" for name in PARTS} | {"pseudo_per_image", "pseudo_none", "conf", "mass"}
+
+
+def test_log_of_a_run(whole):
+    steps, scores = steps_of(whole[0]), [r for r in log_of(whole[0]) if "loss_l" not in r]
+    assert [r["step"] for r in steps] == list(range(1, 8)) and [r["step"] for r in scores] == [4, 6, 7]
+    assert [set(r) for r in steps] == [LABELED] * 4 + [BOTH] * 3
+    assert [set(r) - {"step"} for r in scores] == [{"ap_supervised", "apr_supervised", "ece_supervised"}] + [
+        {f"{k}_{name}" for k in ("ap", "apr", "ece") for name in ("student", "teacher")}] * 2
+    assert max(r["pseudo_per_image"] for r in steps[4:]) > 0 < max(r["mask_u"] for r in steps[4:])
+    lengths, begun = (2, 2, 2, 2, 3, 3, 3), (0, 0, 2, 2, 4, 4, 4)
+    for r, length, first in zip(steps, lengths, begun, strict=True):
+        for x in "lu" if "loss_u" in r else "l":
+            total = sum(r[f"{name}_{x}"] for name in PARTS[1:])
+            assert r[f"loss_{x}"] == pytest.approx(total, rel=1e-5) and np.isfinite(total)
+        args = bp.preset("shapes")                                   # each phase has a schedule of its own
+        assert r["lr"] == pytest.approx(1e-3 * 0.5 ** 0 * bp.schedule(r["step"] - 1 - first, length, args))
+
+
+# ---------------------------------------------------------------------------------------------------- stages
+def test_stage_prototypes(finished):
+    out = finished(stage="prototypes")
+    assert files(out) == {"config.json", "log.jsonl", "prototypes.pt"} and log_of(out) == []
+    assert not differences(content(out / "prototypes.pt"), content(finished() / "prototypes.pt"))
+
+
+def test_stage_teacher(finished):
+    """The network of a run of two stages; no student's, no Delta."""
+    out, both = finished(stage="teacher"), finished(pseudo="soft")
+    assert networks(out) == {"supervised"} and not {"heldout.pt", "calibration.json", "per_class.png"} & files(out)
+    assert not differences(weights(out / "teacher.pt"), weights(both / "teacher.pt"))
+    assert results(out)["supervised"] == results(both)["supervised"] and state(out / "last.pt")["step"] == 2
+
+
+def test_stage_calibrate(finished):
+    """What the whole run measures before its student begins; and the same of a teacher that is given."""
+    out = finished(stage="calibrate")
+    assert {"heldout.pt", "calibration.json", "calibration.png"} <= files(out)
+    assert not {"teacher.pt", "results.json", "supervised.segm.json"} & files(out)
+    for reference in (finished(), finished(stage="calibrate", teacher=out / "heldout.pt")):
+        assert (reference / "calibration.json").read_text() == (out / "calibration.json").read_text()
+    assert not {p for p in files(reference) if p.endswith(".pt")} - {"prototypes.pt"}            # it trains nothing
+    mine, whole_run = weights(out / "heldout.pt"), weights(finished() / "heldout.pt")
+    assert not differences(mine, whole_run)
+
+
+@pytest.mark.parametrize("flags", [dict(tune=True), dict(delta_from="teacher")], ids=words)
+def test_calibration_of_the_teacher_itself(finished, flags):
+    """It is trained and measured, and no network beside it."""
+    out = finished(stage="calibrate", **flags)
+    assert {"teacher.pt", "calibration.json", "results.json"} <= files(out) and "heldout.pt" not in files(out)
+    alone = finished(stage="calibrate", teacher=out / "teacher.pt", **flags)
+    assert (alone / "calibration.json").read_text() == (out / "calibration.json").read_text()
+
+
+def test_stage_student_with_teacher_and_calibration(finished, tail):
+    """Of a run of all stages; the labels held out are learned from, for others were needed to measure Delta."""
+    both = dict(teacher=finished() / "teacher.pt", calibration=finished() / "calibration.json")
+    out = finished(stage="student", **both)
+    assert networks(out) == {"student", "teacher"} and state(out / "last.pt")["step"] == 3
+    assert not {"teacher.pt", "heldout.pt", "calibration.json", "per_class.png"} & files(out)
+    assert state(out / "last.pt")["delta"].tolist() == json.loads(both["calibration"].read_text())["delta"]
+    again = finished(stage="all", **both)                            # nothing else is left to do
+    assert not differences(weights(again / "last.pt"), weights(out / "last.pt"))
+    last = weights(out / "last.pt")
+    assert apart(last["student"], last["teacher"]) > 1e-5 < apart(
+        last["teacher"], weights(both["teacher"])["supervised"])
+
+
+@pytest.mark.parametrize("name", ["best.pt", "last.pt"])
+def test_of_two_networks_in_a_file_the_teacher_teaches(finished, name):
+    given = finished() / name
+    out = finished(stage="student", pseudo="soft", teacher=given, lr=0.0)
+    for net in weights(out / "last.pt").values():                    # and the student begins as its copy
+        assert apart(net, weights(given)["teacher"]) < 1e-6
+
+
+def test_pseudo_labels_of_each_kind(short, monkeypatch, trained, finished):
+    """Table 1: the same objects of the same teacher, with other targets."""
+    made, real = {}, bp.pseudo_labels
+
+    def seen(teacher, weak, delta, args):
+        found = real(teacher, weak, delta, args)
+        made.setdefault(args.pseudo, []).append((found[0], delta))
+        return found
+    monkeypatch.setattr(bp, "pseudo_labels", seen)
+    for pseudo in ("onehot", "soft", "calibrated"):
+        more = dict(calibration=finished() / "calibration.json") if pseudo == "calibrated" else {}
+        run = short(stage="student", teacher=trained / "teacher.pt", pseudo=pseudo, steps=2, batch_size=4, lr=0.0, **more)
+        assert not (run.out / "calibration.json").exists() and (run.student.delta is None) == (not more)
+        found, delta = [o for some, _ in made[pseudo] for o in some], made[pseudo][0][1]
+        made[pseudo] = bp.Objects(*(torch.cat([getattr(o, k) for o in found]) for k in bp.Objects._fields)), delta
+    (hard, _), (soft, none), (right, delta) = (made[k] for k in ("onehot", "soft", "calibrated"))
+    assert none is None and delta.abs().max() > 0 and len(soft.labels) > 0
+    assert torch.equal(hard.boxes, soft.boxes) and torch.equal(soft.boxes, right.boxes)      # filtered on raw scores
+    assert torch.equal(hard.probs, F.one_hot(soft.probs.argmax(1), 12).float())
+    assert torch.equal(hard.labels, soft.labels) and ((soft.probs == 0) | (soft.probs > 0.02)).all()
+    want = torch.where(soft.probs > 0, (soft.probs + 2.0 * delta).clamp(0, 1), 0.0)
+    assert torch.allclose(right.probs, want) and not torch.equal(right.probs, soft.probs)
+
+
+def spied_lists(monkeypatch) -> dict[str, set[str]]:
+    """Which pictures each feed of a run may give, by its name, and which are scored."""
+    lists = {}
+
+    def views(photos, augment, seed, name, real=instances.Views):
+        lists[name] = named(photos)
+        return real(photos, augment, seed, name)
+
+    def evaluate(nets, data, *args, real=bp.evaluate):
+        lists["scored"] = named(data.val)
+        return real(nets, data, *args)
+
+    def calibrate(net, data, *args, real=bp.calibrate):
+        lists["measured"] = named(data.val)
+        return real(net, data, *args)
+    monkeypatch.setattr(instances, "Views", views)
+    monkeypatch.setattr(bp, "evaluate", evaluate)
+    monkeypatch.setattr(bp, "calibrate", calibrate)
+    return lists
+
+
+EVERYONE = {f"{i:012d}" for i in range(1, 13)}
+
+
+def test_who_learns_from_what(finished, trained, tail, tmp_path, monkeypatch):
+    """Of 8 labeled pictures 2 are held out: from the network that Delta is measured of, not from the two others."""
+    lists = spied_lists(monkeypatch)
+    train(tail, tmp_path / "out", **LATE)
+    held = {Path(p).stem for p in json.loads((tmp_path / "out" / "config.json").read_text())["held_out"]}
+    assert len(held) == 2 and lists["measured"] == held and len(lists["scored"]) == 5
+    assert lists["heldout labeled"] | held == lists["teacher labeled"] == lists["student labeled"]
+    assert not lists["heldout labeled"] & held and len(lists["teacher labeled"]) == 8
+    assert lists["unlabeled"] == EVERYONE - lists["teacher labeled"]
+
+
+@pytest.mark.parametrize("flags", [dict(tune=True), dict(refresh=2)], ids=words)
+def test_labels_that_teach_no_one(trained, tail, tmp_path, monkeypatch, flags):
+    """--tune scores on the held-out labels, --refresh measures on them while the student learns: nothing learns from
+    them, not the teacher either, and they are no unlabeled pictures."""
+    lists = spied_lists(monkeypatch)
+    train(tail, tmp_path / "out", **LATE, **flags)
+    held = {Path(p).stem for p in json.loads((tmp_path / "out" / "config.json").read_text())["held_out"]}
+    assert len(held) == 2 and lists["measured"] == held
+    assert (lists["scored"] == held) == ("tune" in flags) == (results(tmp_path / "out")["val"] == "held out")
+    for name in {"teacher labeled", "student labeled", "unlabeled"}:
+        assert lists[name] and not lists[name] & held, name
+    made = content(tmp_path / "out" / "prototypes.pt")["embedded"]   # nor do prototypes speak of them
+    read = json.loads(part(tail, "train").read_text())
+    ids = {p["id"] for p in read["images"] if Path(p["file_name"]).stem in lists["teacher labeled"]}
+    assert made.sum() == sum(a["image_id"] in ids for a in read["annotations"])
+
+
+def test_grid(line, typed, tmp_path, monkeypatch):
+    """One run for each pair, on labels held out; the second call trains nothing."""
+    monkeypatch.setattr(bp, "GRIDS", {"teacher": {"eps": (0.05, 0.2), "gamma": (0.0,)}, "student": bp.GRIDS["student"]})
+    trainings = []
+    monkeypatch.setattr(bp, "train_step", lambda *args, real=bp.train_step: (trainings.append(1), real(*args))[1])
+    flags = [f for f in line(tune=True, stage="teacher")] + ["--grid", "teacher"]
+    at = flags.index("--stage")
+    flags = flags[:at] + flags[at + 2:]
+    said = typed(flags).ok().out
+    out, table = tmp_path / "out", json.loads((tmp_path / "out" / "grid.json").read_text())
+    assert [(r["eps"], r["gamma"]) for r in table["runs"]] == [(0.05, 0.0), (0.2, 0.0)] and len(trainings) == 4
+    for r, folder in zip(table["runs"], ("eps-0.05_gamma-0", "eps-0.2_gamma-0"), strict=True):
+        read = results(out / folder)
+        assert read["val"] == "held out" and read["supervised"]["last"]["ap"] == r["ap"] and folder.split("_")[0] in said \
+            or f"eps {r['eps']:.3g}" in said
+    assert table["best"] == max(table["runs"], key=lambda r: r["ap"])
+    before = {p: p.read_bytes() for p in out.rglob("*.pt")}
+    typed(flags).ok()
+    assert len(trainings) == 4 and json.loads((out / "grid.json").read_text()) == table
+    assert all(p.read_bytes() == there for p, there in before.items())
+
+
+def test_grid_of_the_student_on_two_processes(finished, line, tmp_path):
+    """Each run joins the group anew; the others' results are read when they are there; one process speaks."""
+    given = finished(stage="teacher", tune=True) / "teacher.pt"
+    flags = line(tune=True, stage="student", teacher=given, steps=1, **LATE) + ["--grid", "student"]
+    at = flags.index("--stage")
+    every = on_ranks(2, flags[:at] + flags[at + 2:], tmp_path, small_grid)
+    assert [done.code for done in every] == [0, 0], every[0].err[-2000:] + every[1].err[-2000:]
+    table = json.loads((tmp_path / "out" / "grid.json").read_text())
+    assert [r["lambda_calib"] for r in table["runs"]] == [0.0, 2.0] and table["best"] in table["runs"]
+    assert every[0].out.count("lambda_calib 0") == 1 and not every[1].out.strip()
+
+
+def small_grid() -> None:
+    bp.GRIDS = {"student": {"lambda_calib": (0.0, 2.0), "unsup_weight": (1.0,)}}
+
+
+# ---------------------------------------------------------------------------------------------------- retrieval
+@pytest.fixture(scope="session")
+def pool(tail, tmp_path_factory) -> Path:
+    """A folder of 8 other pictures, 2 of them twice, 2 that are labeled or scored, one that cannot be read."""
+    folder = tmp_path_factory.mktemp("pool") / "pool"
+    things = shapes.make_things(folder.parent / "things", 8, 1, 1)
+    shutil.copytree(things / "images" / "train", folder / "a")
+    for i in (1, 2):
+        shutil.copy(folder / "a" / f"{i:012d}.jpg", folder / f"again_{i}.jpg")
+    for name in ("train", "val"):
+        shutil.copy(tail / "images" / name / "000000000003.jpg", folder / f"known_{name}.jpg")
+    (folder / "torn.jpg").write_bytes((folder / "a" / "000000000003.jpg").read_bytes()[:500])
+    return folder
+
+
+SEARCH = dict(retrieval_model="test_resnet", neighbours=3, duplicate=0.9999, frequency="file")
+
+
+def two_frequent(read: dict) -> None:
+    for kind in read["categories"]:
+        kind["frequency"] = "rf"[kind["id"] <= 2]
+
+
+@pytest.fixture(scope="module")
+def searched(trained, tail, pool, tmp_path_factory) -> dict:
+    """Flags of a search for neighbours of rare objects, of all classes but two."""
+    return dict(pool=pool, retrieval_weights=STARTS["weights"], **SEARCH,
+                **altered(tail, tmp_path_factory.mktemp("frequencies"), two_frequent))
+
+
+@pytest.fixture(scope="module")
+def retrieved(searched, tail, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("retrieved") / "run"
+    with pytest.warns(UserWarning, match="torn.jpg"):
+        train(tail, out, stage="retrieve", **searched)
+    return out
+
+
+def test_stage_retrieve(retrieved, pool):
+    """A list of files, none of them twice, labeled, scored or torn; what each class found, and a picture of it."""
+    assert {"retrieved.txt", "retrieved.json", "retrieved.png", "embedded/pool"} <= files(retrieved)
+    assert not list(retrieved.glob("*.pt"))
+    listed = (retrieved / "retrieved.txt").read_text().splitlines()
+    assert 3 <= len(listed) == len(set(listed)) and all(Path(p).is_file() and pool in Path(p).parents for p in listed)
+    stems = [Path(p).stem.replace("again_", f"{0:011d}") for p in listed]
+    assert len(set(stems)) == len(stems) and not any(s.startswith(("known", "torn")) for s in stems)
+    report = json.loads((retrieved / "retrieved.json").read_text())
+    assert (report["pool"], report["unreadable"], report["neighbours"], report["kept"]) == (13, 1, 3, len(listed))
+    assert report["classes"] and report["queries"] == sum(c["queries"] for c in report["classes"].values())
+    with Image.open(retrieved / "retrieved.png") as sheet:
+        assert sheet.height == 16 + 164 * len(report["classes"])
+
+
+def test_queries_are_all_objects_of_rare_classes(retrieved, tail):
+    chosen = instances.choose(instances.find("lvis", tail), "8", 0, "", "remaining", False, balanced=False).labeled
+    names, rare = list(shapes.TAIL_CLASSES), [t.category for p in chosen for t in p.things if t.category > 1]
+    report = json.loads((retrieved / "retrieved.json").read_text())
+    assert {k: c["queries"] for k, c in report["classes"].items()} == {names[c]: rare.count(c) for c in rare}
+
+
+def test_retrieved_list_is_what_a_student_learns_from(retrieved, finished, trained, tail, tmp_path, monkeypatch):
+    """With --unlabeled."""
+    lists = spied_lists(monkeypatch)
+    file, flags = retrieved / "retrieved.txt", dict(stage="student", pseudo="soft", teacher=trained / "teacher.pt")
+    train(tail, tmp_path / "out", unlabeled=file, **flags, **LATE)
+    assert lists["unlabeled"] == named([SimpleNamespace(name=p) for p in file.read_text().splitlines()])
+    a, b = weights(tmp_path / "out" / "last.pt"), weights(finished(**flags, **LATE) / "last.pt")
+    assert apart(a["student"], b["student"]) > 1e-5
+
+
+def test_pool_inside_a_run(retrieved, searched, tmp_path, monkeypatch, line, typed):
+    """Embedded, searched, and learned from; a resumed run does not search again, and says which pictures it took."""
+    lists = spied_lists(monkeypatch)
+    flags = dict(pseudo="soft", **searched, **LATE)
+    with pytest.warns(UserWarning, match="torn.jpg"):
+        said = typed(line(**flags)).ok().out
+    out, listed = tmp_path / "out", (retrieved / "retrieved.txt").read_text()
+    assert (out / "retrieved.txt").read_text() == listed
+    assert lists["unlabeled"] == {Path(p).stem for p in listed.splitlines()} and networks(out) == {
+        "supervised", "student", "teacher"}
+    assert f"{len(listed.splitlines())} images of 13" in said
+    monkeypatch.setattr(bp, "retrieve", lambda *args: pytest.fail("it searches again"))
+    typed(line(resume=True, **flags)).ok()
+
+
+# ---------------------------------------------------------------------------------------------------- kill -9
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die(at: int | str) -> None:
+    """In a process of its own: SIGKILL at the end of the step `at`; when half of the file `at` is written; when the
+    networks of the phase `begin ...` are to be made; or when `embed` or `measure`, prototypes or Delta, is to begin."""
+    tally, made = runs.Run.tally, bp.begin
+
+    def opened(path, mode="r", **more):
+        file = open(path, mode, **more)
+        if mode == "wb" and isinstance(at, str) and at in path.name:     # also a temporary name
+            file.write = lambda data, half=file.write: (half(bytes(data)[:len(data) // 2]), file.flush(), kill())
+        return file
+    runs.Run.tally = lambda self, step, *args: kill() if step == at else tally(self, step, *args)
+    bp.begin = lambda phase, *args: kill() if at == f"begin {phase}" else made(phase, *args)
+    if at == "embed":
+        bp.embed_objects = lambda *args: kill()
+    if at == "measure":
+        bp.calibrate = lambda *args: kill()
+    runs.open = opened
+
+
+def graded() -> None:
+    """AP is a hash of the detections, another one in each evaluation."""
+    real = lvis_ap.lvis_ap
+    lvis_ap.lvis_ap = lambda truth, found, *more: real(truth, found, *more) | {
+        "ap": zlib.crc32(repr(found).encode()) % 9999 / 99}
+
+
+MOMENTS = [  # where it is killed, each time in the run that the one before left; the step that is then saved
+    ("embed", 0), ("prototypes.pt", 0), ("begin heldout", 0), (0, 0), (1, 1), ("heldout.pt", 1), ("last.pt", 1),
+    ("begin teacher", 2), (2, 2), (3, 3), ("teacher.pt", 3), ("last.pt", 3), ("measure", 4), ("calibration.json", 4),
+    ("begin student", 4), (4, 4), ("last.pt", 4), (5, 5), ("student.segm.json", 5), (6, 6), ("last.pt", 6),
+    ("results.json", 7)]
+
+
+def test_killed_at_chosen_moments_and_resumed_is_bit_equal(line, tmp_path):
+    """In each phase, at each border, while each kind of file is written."""
+    out, flags = tmp_path / "out", line(resume=True, save_every=1)
+    for at, saved in MOMENTS:
+        done = forked(flags, tmp_path, graded, partial(die, at))
+        assert done.code == -signal.SIGKILL and "Traceback" not in done.err, f"{at}: {done}"
+        assert (state(out / "last.pt")["step"] if (out / "last.pt").exists() else 0) == saved, at
+        assert at != "measure" or not (out / "calibration.json").exists() and (out / "teacher.pt").exists()
+    for each in (flags, line(tmp_path / "reference")):
+        forked(each, tmp_path, graded).ok()
+    assert_equal_runs(out, tmp_path / "reference")
+    assert len({r[k] for r in log_of(out) for k in r if k.startswith("ap_")}) == 5       # no evaluation is another's
+
+
+def test_killed_at_random_moments_and_resumed_is_bit_equal(line, tmp_path):
+    """A kill never loses what was saved. KILLS=50 for more of them."""
+    rng, out, at, kills = random.Random(0), tmp_path / "out", [0], int(os.environ.get("KILLS", 4))
+    settings = dict(teacher_steps=2 * kills, steps=2 * kills, save_every=2, eval_every=6)
+    while len(at) <= kills:
+        started = helpers.begin(line(resume=True, **settings), tmp_path, partial(quick, graded), name=NAME)
+        goal = at[-1] + rng.randrange(1, 6)
+        until(lambda goal=goal: (out / "log.jsonl").exists() and len(log_of(out, torn=True)) >= goal, started)
+        time.sleep(rng.uniform(0, 0.05))
+        assert started.alive(), "the run was over before it could be killed: more steps are needed"
+        started.kill(signal.SIGKILL)
+        assert started.wait().code == -signal.SIGKILL
+        at.append(state(out / "last.pt")["step"] if (out / "last.pt").exists() else 0)
+    for each in (line(resume=True, **settings), line(tmp_path / "reference", **settings)):
+        forked(each, tmp_path, graded).ok()
+    assert at == sorted(at) and at[-1] > 0
+    assert_equal_runs(out, tmp_path / "reference")
+
+
+# ---------------------------------------------------------------------------------------------------- signals, resume
+def interrupt(patch: pytest.MonkeyPatch, at: int, number: int = signal.SIGTERM) -> None:
+    """This process gets the signal in the step `at`."""
+    def at_step(self, step, *args, tally=runs.Run.tally):
+        if step == at:
+            os.kill(os.getpid(), number)
+        return tally(self, step, *args)
+    patch.setattr(runs.Run, "tally", at_step)
+
+
+EVA = dict(backbone="eva02_tiny_patch14_224", weights="none", image_size=64, window=2, init_detector="", embed_size=28,
+           norm=None, layer_decay=0.8)
+SETTINGS = {"": {}, "refresh": dict(refresh=2), "tune": dict(tune=True, pseudo="soft"),
+            "fresh": dict(student_init="fresh", burn_in=2, pseudo="onehot"),
+            "frozen": dict(teacher_update="frozen", delta_from="teacher"),
+            "live": dict(norm="live", cls_loss="softmax", smoothing="uniform", schedule="constant", clip=1.0, seed=1),
+            "drop path": EVA | dict(drop_path=0.5, depth=2, pseudo="soft", smoothing="uniform")}
+
+
+def shallow(monkeypatch, depth: int, width: int = 48) -> None:
+    """EVA-02's of this many blocks."""
+    real = timm.create_model
+
+    def create(name, *args, **more):
+        small = dict(depth=depth, embed_dim=width, num_heads=2) if name.startswith("eva02") else {}
+        return real(name, *args, **more, **small)
+    monkeypatch.setattr(timm, "create_model", create)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_stopped_by_sigterm_and_resumed_is_bit_equal(line, typed, tail, tmp_path, monkeypatch, name):
+    """In each phase, and at their borders (the second and the fourth step are the last of theirs)."""
+    settings = {k: v for k, v in SETTINGS[name].items() if k != "depth"}
+    if "depth" in SETTINGS[name]:
+        shallow(monkeypatch, SETTINGS[name]["depth"])
+        settings["global_blocks"] = 1
+    out, flags = tmp_path / "out", line(resume=True, **settings)
+    train(tail, tmp_path / "reference", **settings)
+    last = state(tmp_path / "reference" / "last.pt")["step"]
+    for at in range(0, last - 1) if name in ("", "refresh") else (0, last - 3, last - 2):
+        with monkeypatch.context() as patch:
+            interrupt(patch, at)
+            stopped = typed(flags).ok()
+        assert f"Stopped by SIGTERM after step {at + 1}; {out / 'last.pt'} is saved" in stopped.out
+        assert "--resume" in stopped.out and state(out / "last.pt")["step"] == at + 1
+        assert not (out / "results.json").exists() and not list(out.glob(".*"))
+    typed(flags).ok()
+    assert_equal_runs(out, tmp_path / "reference")
+
+
+def test_settings_that_matter_give_other_weights(finished):
+    """What the comparisons above would miss if they compared nothing."""
+    found = [weights(finished(**SETTINGS[name]) / "last.pt")["student"] for name in ("", "refresh", "tune", "frozen")]
+    assert all(apart(a, b) > 1e-5 for i, a in enumerate(found) for b in found[:i])
+
+
+def test_resume_in_an_empty_folder_starts_afresh_and_says_so(line, typed, finished, tmp_path):
+    """With workers, on which nothing depends."""
+    (tmp_path / "out").mkdir()
+    done = typed(line(resume=True, workers=2)).ok()
+    assert "starts afresh" in done.out and str(tmp_path / "out") in done.out
+    assert_equal_runs(tmp_path / "out", finished())
+
+
+def test_results_do_not_depend_on_what_the_process_did_before(tail, tmp_path, trained):
+    """Also with random weights, which are drawn for prototypes, too."""
+    for name in "ab":
+        torch.manual_seed(ord(name))
+        train(tail, tmp_path / name, init_detector="", weights="none", stage="teacher", **LATE)
+    assert_equal_runs(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize("flags", [{}, dict(stage="teacher"), dict(stage="calibrate"), dict(stage="prototypes")],
+                         ids=words)
+def test_finished_run_resumed_changes_nothing(line, typed, finished, tmp_path, flags):
+    out = Path(shutil.copytree(finished(**flags), tmp_path / "out"))
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name != "config.json"}
+    typed(line(resume=True, **flags)).ok()
+    assert [p for p in before if before[p] != p.read_bytes()] == []
+
+
+def test_used_folder_and_resume_with_other_settings(line, typed, finished, tmp_path):
+    out = Path(shutil.copytree(finished(), tmp_path / "out"))
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    assert "--resume" in (error := typed(line()).error()) and "--out" in error and str(out) in error
+    error = typed(line(resume=True, lr=0.2, eps=0.2, pseudo="soft")).error()
+    assert "lr (0.001 then, 0.2 now)" in error and "pseudo (calibrated then, soft now)" in error and "eps (" in error
+    assert "--resume" in error and str(out) in error and "steps" not in error
+    assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    typed(line(resume=True, workers=1, save_every=3, log_every=2)).ok()
+
+
+def test_folder_of_another_script(line, typed, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text('{"script": "guided_distillation.py", "settings": {}}')
+    error = typed(line(resume=True)).error()
+    assert "guided_distillation.py" in error and "--out" in error and str(tmp_path / "out") in error
+
+
+def test_run_whose_teacher_file_is_gone_goes_on(line, typed, finished, tmp_path, monkeypatch):
+    """last.pt holds the teacher, and Delta."""
+    given = {name: Path(shutil.copy(finished() / name, tmp_path)) for name in ("teacher.pt", "calibration.json")}
+    flags = dict(stage="student", teacher=given["teacher.pt"], calibration=given["calibration.json"], resume=True)
+    with monkeypatch.context() as patch:
+        interrupt(patch, 1)
+        typed(line(**flags)).ok()
+    for file in given.values():
+        file.unlink()
+    typed(line(**flags)).ok()
+    assert state(tmp_path / "out" / "last.pt")["step"] == 3
+
+
+# ---------------------------------------------------------------------------------------------------- processes
+def test_as_a_user_types_it(line, tmp_path):
+    """Under torchrun with two processes; the tests start the script as its last line does."""
+    done = torchrun(2, line(steps=1, teacher_steps=1, **LATE), name=NAME).ok()
+    assert done.out.count("8 labeled images") == done.out.count("ap: teacher") == 1              # one process speaks
+    assert results(tmp_path / "out")["teacher"]["last"]["step"] == 3
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["processes"] == 2
+    choosers = ", ".join(f'"{name}"' for name in helpers.CHOOSERS[NAME])
+    assert f"runs.cli(Args, settings, main, choosers=({choosers}))" in (helpers.REPO / f"{NAME}.py").read_text()
+
+
+# batches of four with frozen BatchNorm; weights that were trained, or rounding would decide what is sampled
+FOUR = dict(batch_size=4, teacher_batch_size=4, steps=4, teacher_steps=4, lr=3e-4, **LATE)
+
+
+def signal_to_one() -> None:
+    if os.environ["RANK"] == "1":
+        interrupt(pytest.MonkeyPatch(), 9)
+
+
+def test_steps_are_equal_on_one_and_two_processes(line, typed, finished, tmp_path):
+    """In all phases: prototypes, Delta, losses, pseudo labels. Then a signal to one of two processes, which all hear at
+    the next fifth step, here within the student's phase; and one process goes on."""
+    one, two, out = finished(**FOUR), tmp_path / "two", tmp_path / "out"
+    for done in on_ranks(2, line(two, **FOUR), tmp_path):
+        done.ok()
+    assert apart(content(one / "prototypes.pt"), content(two / "prototypes.pt")) < 1e-6
+    for name in ("heldout.pt", "teacher.pt", "last.pt"):
+        assert apart(weights(one / name), weights(two / name)) < 2e-6
+        assert apart(weights(one / name), weights(finished(**FOUR | dict(batch_size=2, teacher_batch_size=2)) / name)
+                     ) > 1e-4
+    for a, b in zip(steps_of(one), steps_of(two), strict=True):
+        assert a.keys() == b.keys()
+        for name in a.keys() - {"images_per_second"}:
+            assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6), name
+    assert min(r["pseudo_per_image"] for r in steps_of(one)[8:]) > 0
+    a, b = (json.loads((folder / "calibration.json").read_text()) for folder in (one, two))
+    assert a["samples"] == b["samples"] and a["delta"] == pytest.approx(b["delta"], abs=1e-6)
+    for name in networks(one):
+        a, b = ({k: v for k, v in results(folder)[name]["last"].items()} for folder in (one, two))
+        assert a.pop("per_class") == pytest.approx(b.pop("per_class"), abs=1e-6)
+        assert a == pytest.approx(b, abs=1e-6)
+    every = on_ranks(2, line(resume=True, **FOUR | dict(steps=7)), tmp_path, signal_to_one)
+    assert [done.code for done in every] == [0, 0] and not any("Traceback" in done.err for done in every)
+    assert "Stopped by a signal to another process after step 10" in every[0].out
+    assert state(out / "last.pt")["step"] == 10
+    typed(line(resume=True, **FOUR | dict(steps=7))).ok()
+    assert apart(weights(finished(**FOUR | dict(steps=7)) / "last.pt"), weights(out / "last.pt")) < 2e-6
+
+
+def test_refresh_and_live_statistics_on_two_processes(line, tmp_path):
+    """All processes have the same networks and Delta after each step."""
+    flags = line(norm="live", refresh=1, batch_size=4, teacher_batch_size=4, **LATE)
+    every = on_ranks(2, flags, tmp_path, partial(keep_last, tmp_path))
+    assert [done.code for done in every] == [0, 0], every[0].err[-3000:] + every[1].err[-3000:]
+    a, b = (torch.load(tmp_path / f"kept{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert not differences(a, b) and a["delta"].abs().max() > 0
+
+
+def keep_last(folder: Path) -> None:
+    """The state of each process before its last evaluation."""
+    def score(s, *args, real=bp.score_networks):
+        if s.phase == "student":
+            torch.save({"delta": s.delta, **{k: v.state_dict() for k, v in s.networks().items()}},
+                       folder / f"kept{os.environ['RANK']}.pt")
+        return real(s, *args)
+    bp.score_networks = score
+
+
+@pytest.fixture
+def copy(trained, tmp_path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "copy"))
+
+
+def test_evaluation_and_prediction_are_equal_on_any_number_of_processes(copy, typed, tail, tmp_path):
+    """12 and 5 pictures, shared out unevenly."""
+    found, file = {}, str(copy / "teacher.pt")
+    for n in (1, 3):
+        for flags in (["--eval", file], ["--predict", file, str(tail / "images" / "val")]):
+            for done in [typed([*flags, *HERE])] if n == 1 else on_ranks(n, [*flags, *HERE], tmp_path):
+                done.ok()
+        made = ("supervised.segm.json", "results.json", "predictions/predictions.json")
+        found[n] = [(copy / f"teacher.pt.{name}").read_text() for name in made]
+    assert found[1] == found[3]
+    assert json.loads(found[1][1])["supervised"]["last"]["ap"] > 2 and len(json.loads(found[1][2])) > 5
+
+
+@pytest.mark.parametrize("flags", [dict(batch_size=0), dict(batch_size=3), dict(teacher_batch_size=5)], ids=words)
+def test_batch_that_does_not_divide_is_said_before_processes_meet(line, tmp_path, flags):
+    for rank in "01":                                                # nobody listens at the address: none may wait
+        env = {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+        error = forked(line(**flags), tmp_path, env=env).error()
+        assert f" {next(iter(flags.values()))}" in error and "2 processes" in error and "batch" in error.lower()
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_image_that_one_process_cannot_score_stops_all_with_one_sentence(line, data, tmp_path):
+    truncate(data / "images" / "val" / "000000000002.jpg")           # the second of five: process 1 meets it
+    every = on_ranks(2, line(data=data, stage="teacher"), tmp_path)
+    assert [done.code for done in every] == [2, 2] and not any("Traceback" in done.err for done in every)
+    assert any("000000000002.jpg" in re.findall("error: .*", done.err)[0] for done in every if "error: " in done.err)
+
+
+@pytest.mark.parametrize("flags", [dict(accumulate=2), dict(accumulate=3), dict(accumulate=4)], ids=words)
+def test_same_steps_in_less_memory(finished, trained, tail, tmp_path, flags):
+    """Of four images, three parts are two and two. The pictures have 1 to 4 objects, pseudo labels from none on."""
+    train(tail, tmp_path / "out", **FOUR, **flags)
+    for name in ("heldout.pt", "teacher.pt", "last.pt"):
+        assert apart(weights(finished(**FOUR) / name), weights(tmp_path / "out" / name)) < 5e-6
+    for a, b in zip(steps_of(finished(**FOUR)), steps_of(tmp_path / "out"), strict=True):
+        assert all(b[k] == pytest.approx(a[k], rel=1e-4, abs=1e-6) for k in a if k != "images_per_second")
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("numbers", [(0, 3, 1, 2), (0, 0, 2, 1), (0, 0, 0, 0)], ids=str)
+def test_parts_with_other_numbers_of_objects_or_none(short, tail, monkeypatch, numbers):
+    """One step on four images of which some have no object: gradients of --accumulate 2 are those of 1."""
+    found = {}
+    for parts in (1, 2):
+        s = short(stage="teacher", teacher_steps=1, teacher_batch_size=4, accumulate=parts).teacher
+        g = np.random.default_rng(0)
+        images = torch.from_numpy(g.integers(0, 256, (4, 3, 64, 64), np.uint8))
+        masks = [torch.zeros(n, 64, 64, dtype=torch.uint8) for n in numbers]
+        for mask in (m for some in masks for m in some):
+            y, x = g.integers(0, 40, 2)
+            mask[y:y + 20, x:x + 24] = 1
+        batch = instances.Batch(images, None, [instances.Target(torch.arange(len(m)), m) for m in masks],
+                                torch.zeros(4))
+        s.optimizer.step, s.step = lambda: None, 1
+        log = bp.train_step(s, batch, None, bp.preset("lvis", image_size=64, accumulate=parts, roi_batch=16,
+                                                      rpn_batch=32, proposals=20, anchor_scale=4.0), World())
+        found[parts] = ({k: p.grad for k, p in s.student.named_parameters() if p.grad is not None}, log)
+        assert all(v.isfinite() for v in log.values())
+    assert apart(found[1][0], found[2][0]) < 1e-6 and found[1][0].keys() == {
+        k for k, p in s.student.named_parameters() if p.requires_grad}
+    assert found[1][1].keys() == found[2][1].keys()
+    for k, v in found[1][1].items():
+        assert float(v) == pytest.approx(float(found[2][1][k]), rel=1e-5, abs=1e-7), k
+    assert (float(log["mask_l"]) == 0) == (sum(numbers) == 0) and float(log["rpn_l"]) > 0
+
+
+def test_bf16(finished, trained, tail, tmp_path):
+    """Backbone and pyramid; what is saved and the losses are float32."""
+    train(tail, tmp_path / "out", precision="bf16", **LATE)
+    a, b = ([r["loss_l"] for r in steps_of(out)] for out in (finished(), tmp_path / "out"))
+    last = tensors(weights(tmp_path / "out" / "last.pt")).values()
+    assert a[0] != b[0] and a == pytest.approx(b, rel=0.3)
+    assert {v.dtype for v in last} <= {torch.float32, torch.int64, torch.bool}
+    assert all(v.isfinite().all() for v in last)
+
+
+# ---------------------------------------------------------------------------------------------------- eval, predict
+@pytest.mark.parametrize("name, which", [("last", "last"), ("best", "best"), ("teacher", "last"), ("heldout", None)])
+def test_eval_gives_the_runs_own_results(finished, typed, tail, tmp_path, name, which):
+    run = Path(shutil.copytree(finished(), tmp_path / "copy"))
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    said = typed(["--eval", str(run / f"{name}.pt"), *HERE]).ok().out
+    scored, read = json.loads((run / f"{name}.pt.results.json").read_text()), results(run)
+    for network in ("student", "teacher") if name in ("last", "best") else ("supervised",):
+        record = scored[network]["last"]
+        assert which is None or record == read[network]["last" if record["step"] == 7 else which]
+        assert record["box_ap"] > 1 and f"{network}: ap {record['ap']:.2f}" in said
+        found = json.loads((run / f"{name}.pt.{network}.segm.json").read_text())
+        again = lvis_ap.lvis_ap(json.loads(part(tail, "val").read_text()), found, "segm", 300,
+                                state(run / f"{name}.pt")["groups"])
+        assert [again[k] for k in SCORES[:10]] == [record[k] for k in SCORES[:10]]
+        if which == "last":
+            assert found == found_by(run, network)
+    assert scored["dataset"] == "lvis" and scored["val"] == "val"
+    assert all(p.read_bytes() == there for p, there in before.items())
+    assert {f"{name}.pt.previews.png", f"{name}.pt.reliability.png"} <= files(run)
+
+
+def test_eval_with_other_flags(copy, typed):
+    """Soft-NMS keeps what NMS drops, with lower scores; maskness lowers scores; fewer detections."""
+    def scored(*flags: str) -> list[dict]:
+        typed(["--eval", str(copy / "teacher.pt"), *HERE, "--frequency", "subset", *flags]).ok()
+        return json.loads((copy / "teacher.pt.supervised.segm.json").read_text())
+    plain, soft, masked, few = (scored(*f) for f in ((), ("--soft-nms",), ("--maskness",), ("--detections", "2")))
+    assert plain == found_by(copy, "supervised") and len(soft) > len(plain) == len(masked) > len(few)
+    for a, b in zip(plain, masked, strict=True):
+        assert b["score"] < a["score"] and {**a, "score": 0} == {**b, "score": 0}
+    best = {i: max(r["score"] for r in plain if r["image_id"] == i) for i in {r["image_id"] for r in plain}}
+    assert best == {i: max(r["score"] for r in soft if r["image_id"] == i) for i in best}
+    assert sum(r["score"] for r in soft) < len(soft) / len(plain) * sum(r["score"] for r in plain)
+    assert max(sum(r["image_id"] == i for r in few) for i in best) <= 2
+
+
+def test_predict_writes_overlays_and_predictions(copy, typed, tail, tmp_path):
+    """Of a file and of a folder; pictures of odd sizes; COCO's result format."""
+    (tmp_path / "photos").mkdir()
+    source, alone = (tail / "images" / "train" / f"00000000000{i}.jpg" for i in (1, 2))
+    source = Image.open(source)
+    made = {"a.jpg": source, "grey.png": source.convert("L"), "odd.png": source.resize((37, 91)),
+            "pixel.bmp": source.resize((1, 1)), "wide.png": source.resize((400, 3)), "x.webp": source.convert("RGBA")}
+    for name, picture in made.items():
+        picture.save(tmp_path / "photos" / name)
+    (tmp_path / "photos" / "notes.txt").write_text("no picture")
+    done = typed(["--predict", str(copy / "best.pt"), str(tmp_path / "photos"), str(alone), *HERE]).ok()
+    folder = copy / "best.pt.predictions"
+    overlays = {name: folder / f"{i:05d}_{Path(name).stem}_overlay.jpg" for i, name in enumerate([*made, alone.name])}
+    assert "7 images" in done.out and str(folder) in done.out
+    assert set(folder.iterdir()) == {folder / "predictions.json", *overlays.values()}
+    found = json.loads((folder / "predictions.json").read_text())
+    for name, picture in made.items():
+        mine = [r for r in found if r["image_id"] == str(tmp_path / "photos" / name)]
+        assert (mine or name in ("pixel.bmp", "wide.png")) and len(mine) <= 300
+        for r in mine:
+            assert r.keys() == {"image_id", "category_id", "segmentation", "score", "bbox"} and 0.02 < r["score"] <= 1
+            assert r["segmentation"]["size"] == [picture.height, picture.width] and 1 <= r["category_id"] <= 12
+            x, y, w, h = r["bbox"]
+            assert 0 <= min(x, y, w, h) and x + w <= picture.width + 1e-3 and y + h <= picture.height + 1e-3
+        with Image.open(overlays[name]) as overlay:
+            assert overlay.width == picture.width and overlay.height >= picture.height
+    best = max((r for r in found if r["image_id"].endswith("a.jpg")), key=lambda r: r["score"])
+    assert best["score"] > 0.5                                       # something is drawn, inside its box
+    x, y, w, h = best["bbox"]
+    rows, columns = np.nonzero(coco_mask.decode(best["segmentation"]))
+    assert len(rows) > 20 and x - 1 <= columns.min() and columns.max() <= x + w and y - 1 <= rows.min()
+    drawn = np.array(Image.open(overlays["a.jpg"]))[:96].astype(int)
+    assert (abs(drawn - np.array(source)).max(2) > 60).sum() > 20
+
+
+def test_predictions_of_a_scored_picture_are_what_is_evaluated(copy, typed, tail):
+    """But for the classes that LVIS does not know of a picture."""
+    typed(["--predict", str(copy / "teacher.pt"), str(tail / "images" / "train"), *HERE]).ok()
+    predicted = json.loads((copy / "teacher.pt.predictions" / "predictions.json").read_text())
+    every = [{**r, "image_id": int(Path(r["image_id"]).stem)} for r in predicted]
+    scored = found_by(copy, "supervised")
+    assert scored and all(r in every for r in scored) and len(every) > len(scored)
+
+
+# ---------------------------------------------------------------------------------------------------- data
+def test_broken_image_is_skipped_with_a_warning_and_counted_in_training(trained, data, tmp_path):
+    truncate(data / "images" / "train" / "000000000003.jpg")
+    with pytest.warns(UserWarning, match="000000000003.jpg .*training goes on without it"):
+        train(data, tmp_path / "out", split="all", stage="teacher", smoothing="uniform", teacher_batch_size=12)
+    assert [r["skipped_images"] for r in steps_of(tmp_path / "out")] == [1, 2]
+
+
+def test_images_that_cannot_be_used_are_named(data, line, typed, tmp_path, recwarn):
+    flags = dict(data=data, stage="teacher", smoothing="uniform")
+    truncate(data / "images" / "val" / "000000000004.jpg")
+    assert "000000000004.jpg" in typed(line(**flags)).error() and not (tmp_path / "out" / "best.pt").exists()
+    Image.new("RGB", (80, 90)).save(data / "images" / "val" / "000000000004.jpg")
+    error = typed(line(tmp_path / "b", **flags)).error()
+    assert "80x90" in error and "96x96" in error and "images/val" in error
+    for path in (data / "images" / "train").iterdir():
+        Image.new("RGB", (80, 90)).save(path)
+    assert "80x90" in (error := typed(line(tmp_path / "c", **flags)).error()) and "images/train" in error
+    assert "80x90" in typed(line(tmp_path / "d", data, stage="prototypes")).error()
+    for path in (data / "images" / "train").iterdir():
+        path.write_bytes(b"no picture")
+    assert "can be read" in typed(line(tmp_path / "e", **flags)).error() and len(recwarn) >= 4
+
+
+def test_broken_image_among_prototypes_is_named(data, line, typed):
+    """Whose labels are learned from: a warning in training, and here one sentence."""
+    for path in (data / "images" / "train").iterdir():
+        truncate(path)
+    assert "images/train" in typed(line(data=data, stage="prototypes")).error()
+
+
+def resized(data: Path) -> None:
+    """Every picture, and its annotations, another odd size."""
+    for name in ("train", "val"):
+        read = json.loads(part(data, name).read_text())
+        for record in read["images"]:
+            path = data / "images" / name / record["file_name"]
+            size = ((37, 91), (91, 37), (64, 65), (130, 33))[record["id"] % 4]
+            with Image.open(path) as picture:
+                picture.resize(size).save(path)
+            for a in (a for a in read["annotations"] if a["image_id"] == record["id"]):
+                a["segmentation"] = [[v * size[i % 2] / 96 for i, v in enumerate(p)] for p in a["segmentation"]]
+                a["bbox"] = [v * size[i % 2] / 96 for i, v in enumerate(a["bbox"])]
+                a["area"] *= size[0] * size[1] / 96 / 96
+            record["width"], record["height"] = size
+        part(data, name).write_text(json.dumps(read))
+
+
+@pytest.mark.parametrize("proto", ["crop", "roi"])
+def test_pictures_of_odd_sizes(trained, data, tmp_path, proto):
+    resized(data)
+    train(data, tmp_path / "out", proto=proto, calib_iou="mask", **LATE)
+    sizes = {i: tuple(s[::-1]) for i, s in enumerate(((37, 91), (91, 37), (64, 65), (130, 33)))}
+    for r in found_by(tmp_path / "out", "teacher"):
+        h, w = sizes[r["image_id"] % 4]
+        assert r["segmentation"]["size"] == [h, w] and r["bbox"][0] + r["bbox"][2] <= w + 1e-3
+    assert results(tmp_path / "out")["supervised"]["last"]["box_ap"] > 0
+
+
+def test_images_without_an_object(trained, tail, line, typed, tmp_path):
+    """In the training file they are unlabeled, wherever they are listed; in the scored one they stay."""
+    def bare(read: dict) -> None:
+        read["annotations"] = [a for a in read["annotations"] if a["image_id"] > 2]
+
+    files = altered(tail, tmp_path, bare)
+    (tmp_path / "list.txt").write_text("".join(f"{i:012d}.jpg\n" for i in (1, 3, 4, 5)))
+    done = typed(line(split=tmp_path / "list.txt", calib_samples="gt", **files)).ok()
+    assert "3 labeled images" in done.out and "and 9 unlabeled" in done.out and "scored on 5" in done.out
+    assert {r["image_id"] for r in found_by(tmp_path / "out", "teacher")} >= {3, 4, 5}
+    (tmp_path / "bare.txt").write_text("1\n2\n")
+    error = typed(line(tmp_path / "other", split=tmp_path / "bare.txt", **files)).error()
+    assert "none of its images has an object" in error and not (tmp_path / "other").exists()
+
+
+def test_no_object_in_any_crop(trained, tail, tmp_path, monkeypatch):
+    """In all phases; nor pseudo labels."""
+    def empty(photo, data, window=None, crowds=False, real=instances.masks_of):
+        labels, masks, crowd = real(photo, data, window, crowds)
+        return labels, masks if window is None else torch.zeros_like(masks), crowd
+    monkeypatch.setattr(instances, "masks_of", empty)
+    train(tail, tmp_path / "out", threshold=1.0, **LATE)
+    for r in steps_of(tmp_path / "out"):
+        for x in "lu" if "loss_u" in r else "l":
+            assert r[f"mask_{x}"] == r[f"rpn_box_{x}"] == r[f"box1_{x}"] == 0 < min(r[f"rpn_{x}"], r[f"class1_{x}"])
+            assert np.isfinite(r[f"loss_{x}"])
+    assert all(r["pseudo_none"] == 1 for r in steps_of(tmp_path / "out")[4:])
+
+
+def test_class_never_seen_and_ids_that_are_no_places(trained, tail, tmp_path):
+    def more(read: dict) -> None:
+        for record in read["annotations"]:
+            record["category_id"] *= 10
+        read["categories"] = [{"id": 5, "name": "ghost", "frequency": "r"}] + [
+            {**c, "id": 10 * c["id"]} for c in read["categories"][::-1]]
+        for image in read["images"]:
+            image["neg_category_ids"] = [10 * c for c in image["neg_category_ids"]] + [5]
+
+    read = train(tail, tmp_path / "out", **altered(tail, tmp_path, more), **LATE)
+    last, found = read["teacher"]["last"], found_by(tmp_path / "out", "teacher")
+    assert list(last["per_class"]) == ["ghost", *shapes.TAIL_CLASSES] and last["per_class"]["ghost"] is None
+    learned = weights(tmp_path / "out" / "last.pt")["teacher"]["heads.learned"]
+    ids = [5, *range(10, 130, 10)]
+    assert not learned[0] and {r["category_id"] for r in found} <= {i for i, x in zip(ids, learned, strict=True) if x}
+    targets = content(tmp_path / "out" / "prototypes.pt")
+    assert targets["embedded"][0] == 0 and not targets["prototypes"][0].any()
+
+
+def test_one_class_alone(trained, tail, tmp_path):
+    def one(read: dict) -> None:
+        read["categories"] = [{"id": 7, "name": "thing", "frequency": "r"}]
+        for record in read["annotations"]:
+            record["category_id"] = 7
+        for image in read["images"]:
+            image["neg_category_ids"] = []
+
+    files = altered(tail, tmp_path, one)
+    for name, flags in (("a", {}), ("b", dict(cls_loss="softmax", smoothing="uniform"))):
+        last = train(tail, tmp_path / name, **files, **LATE, **flags)["teacher"]["last"]
+        assert last["per_class"] == {"thing": last["ap"]}
+        assert {r["category_id"] for r in found_by(tmp_path / name, "teacher")} <= {7}
+    assert weights(tmp_path / "b" / "last.pt")["student"]["heads.boxes.0.classes.weight"].shape == (2, 64)
+
+
+def test_one_labeled_picture(trained, tail, line, typed, tmp_path):
+    """It teaches; but where some must be held out one is not enough."""
+    train(tail, tmp_path / "a", split="1", stage="teacher", **LATE)
+    assert state(tmp_path / "a" / "last.pt")["step"] == 2
+    for flags in ({}, dict(tune=True, pseudo="soft"), dict(stage="calibrate")):
+        error = typed(line(split="1", **flags)).error()
+        assert "held out" in error and not (tmp_path / "out").exists()
+
+
+def with_crowds(read: dict) -> None:
+    """The class 5 has a crowd and no other object."""
+    for a in read["annotations"]:
+        a["iscrowd"] = int(a["category_id"] == 5 or a.get("iscrowd", 0))
+
+
+def test_class_whose_only_object_is_a_crowd(trained, tail, tmp_path):
+    """It is not learned, counted, embedded, or found; Delta is its group's; and its picture stays."""
+    files = altered(tail, tmp_path, lambda read: (read["annotations"].append(
+        {"id": 999, "image_id": 3, "category_id": 5, "iscrowd": 1, "area": 400.0, "bbox": [5, 5, 20, 20],
+         "segmentation": [[5, 5, 25, 5, 25, 25, 5, 25]]}), with_crowds(read)))
+    out = tmp_path / "out"
+    train(tail, out, dataset="coco", split="all", **{k: v for k, v in files.items()}, **LATE)
+    assert not weights(out / "last.pt")["teacher"]["heads.learned"][4]
+    assert content(out / "prototypes.pt")["embedded"][4] == 0
+    read = json.loads((out / "calibration.json").read_text())
+    assert read["samples"][4] == 0 == read["raw_delta"][4]
+    assert not any(r["category_id"] == 5 for r in found_by(out, "teacher"))
+    assert results(out)["teacher"]["last"]["per_class"]["star"] is None
+
+
+def test_crowd_does_not_count_as_an_object_when_a_class_is_measured(trained, tail, monkeypatch):
+    """Of classes without an object in the held-out pictures the group's mean is taken, not their own Delta."""
+    data = instances.find("lvis", tail)
+    photos = [p._replace(things=tuple(t._replace(crowd=t.category == 0) for t in p.things)) for p in data.train]
+    data = instances.scored_on(data, photos)
+    args = bp.preset("lvis", device="cpu", workers=0, shrink=1.0, calib_min_score=0.0)
+    samples = lvis_ap.Samples(np.array([0] * 9 + [1]), np.array([0.9] * 9 + [0.5]), np.array([False] * 9 + [True]))
+    monkeypatch.setattr(bp, "look", lambda *a: None)
+    monkeypatch.setattr(bp, "counted", lambda *a: [])
+    monkeypatch.setattr(bp, "samples_of", lambda *a: samples)
+    delta = bp.calibrate(None, data, ["r"] + ["f"] * 11, args, World())["delta"]
+    assert delta[0] > 0.1, "nine wrong detections of a class without an object decide its Delta"
