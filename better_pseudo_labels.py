@@ -235,29 +235,20 @@ class EVA02(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.proj(images)
-        size, w = x.shape[-2:], self.window
-        places = F.interpolate(self.pos_embed, size, mode="bicubic", align_corners=False)
-        x = windows((x + places).permute(0, 2, 3, 1), w)                         # (B * windows, w * w, D)
-        inside, across = self.rope.get_embed(shape=[w, w]), self.rope.get_embed(shape=list(size))
+        size, w = list(x.shape[-2:]), self.window
+        x = (x + F.interpolate(self.pos_embed, size, mode="bicubic", align_corners=False)).permute(0, 2, 3, 1)
+        inside, across = self.rope.get_embed(shape=[w, w]), self.rope.get_embed(shape=size)
         for block, whole in zip(self.blocks, self.whole, strict=True):
-            if whole:
-                x = unwindows(x, w, size).flatten(1, 2)
-            x = maybe_checkpoint(self.checkpointing and self.training, block, x, across if whole else inside)
-            if whole:
-                x = windows(x.unflatten(1, size), w)
-        return unwindows(x, w, size).permute(0, 3, 1, 2).contiguous()
+            x = maybe_checkpoint(self.checkpointing and self.training, self.block, block, x, whole,
+                                 across if whole else inside)
+        return x.permute(0, 3, 1, 2).contiguous()
 
-
-def windows(x: Tensor, w: int) -> Tensor:
-    """(B, h, v, D) tokens -> (B * h/w * v/w, w * w, D)."""
-    b, h, v, d = x.shape
-    return x.view(b, h // w, w, v // w, w, d).transpose(2, 3).reshape(-1, w * w, d)
-
-
-def unwindows(x: Tensor, w: int, size: tuple[int, int]) -> Tensor:
-    """The reverse of `windows`: -> (B, *size, D)."""
-    h, v = size
-    return x.view(-1, h // w, v // w, w, w, x.shape[-1]).transpose(2, 3).reshape(-1, h, v, x.shape[-1])
+    def block(self, block: nn.Module, x: Tensor, whole: bool, rope: Tensor) -> Tensor:
+        """One block on (B, h, v, D): attention, within windows unless `whole`, and MLP, both residual."""
+        y, size = block.norm1(x), x.shape[1:3]
+        y = block.attn(y.flatten(1, 2) if whole else features.windows(y, self.window), rope=rope)
+        x = x + block.drop_path1(y.unflatten(1, size) if whole else features.unwindows(y, self.window, size))
+        return x + block.drop_path2(block.mlp(block.norm2(x)))
 
 
 # SAME AS guided_distillation.py
@@ -305,16 +296,7 @@ class Objects(NamedTuple):
     boxes: Tensor                                   # (N, 4)
     masks: Tensor                                   # (N, S, S) uint8 or bool
     probs: Tensor                                   # (N, C) what the scores of the classes shall become
-
-
-def sample(matches: Tensor, number: int, share: float, g: torch.Generator) -> Tensor:
-    """Indices of `number` candidates at random: up to `share` of them objects (matches >= 0), the others background."""
-    def pick(chosen: Tensor, most: int) -> Tensor:
-        places = chosen.nonzero().flatten()
-        return places[torch.randperm(len(places), generator=g, device=g.device)[:most]]
-
-    real = pick(matches >= 0, int(number * share))
-    return torch.cat([real, pick(matches == -1, number - len(real))])
+    named: Tensor                                   # (N, C) bool: of which classes its label speaks
 
 
 # SAME AS guided_distillation.py
@@ -377,7 +359,7 @@ class RPN(nn.Module):
         loss = {"rpn": objectness.new_zeros(()), "rpn_box": objectness.new_zeros(())}
         for scores, steps, o, g in zip(objectness, deltas, objects, draws, strict=True):
             matches = regions.match(anchors, o.boxes, 0.3, 0.7, rescue=True)
-            taken = sample(matches, self.args.rpn_batch, 0.5, g)
+            taken = regions.sample(matches, self.args.rpn_batch, 0.5, g)
             real = taken[matches[taken] >= 0]
             answer = (matches[taken] >= 0).float()
             goal = regions.encode(o.boxes[matches[real]], anchors[real], (1.0, 1.0, 1.0, 1.0))
@@ -464,7 +446,7 @@ class CascadeHeads(nn.Module):
         args, boxes, loss = self.args, [], {}
         for b, o, g in zip(proposals, objects, draws, strict=True):
             b = torch.cat([b, o.boxes])                              # true boxes are proposals, too
-            boxes.append(b[sample(regions.match(b, o.boxes, 0.5, 0.5), args.roi_batch, 0.25, g)])
+            boxes.append(b[regions.sample(regions.match(b, o.boxes, 0.5, 0.5), args.roi_batch, 0.25, g)])
         matches = [regions.match(b, o.boxes, 0.5, 0.5) for b, o in zip(boxes, objects, strict=True)]
         loss["mask"] = self.mask_loss(pyramid, boxes, matches, objects)
         more = args.cls_loss == "softmax" or args.fed_soft == "fg-all"
@@ -493,12 +475,12 @@ class CascadeHeads(nn.Module):
 
     def mask_loss(self, pyramid: list[Tensor], boxes: list[Tensor], matches: list[Tensor],
                   objects: list[Objects]) -> Tensor:
-        """Binary cross-entropy of the masks of the first head's objects, on 28 x 28 cells."""
+        """Binary cross-entropy of the masks of the first head's objects, on 28 x 28 cells. DEPARTS[mask-targets]"""
         real = [m >= 0 for m in matches]
         boxes, mine = ([x[r] for x, r in zip(xs, real, strict=True)] for xs in (boxes, matches))
         labels = torch.cat([o.labels[m] for o, m in zip(objects, mine, strict=True)])
         logits = self.mask(roi_pool(pyramid, boxes, 14), labels)
-        goal = torch.cat([mask_targets(o.masks, m, b) for o, m, b in zip(objects, mine, boxes, strict=True)])
+        goal = torch.cat([regions.mask_targets(o.masks, m, b) for o, m, b in zip(objects, mine, boxes, strict=True)])
         return (F.binary_cross_entropy_with_logits(logits, goal, reduction="none").mean((1, 2)) * shares(mine)).sum()
 
     def scores(self, pyramid: list[Tensor], boxes: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -540,14 +522,6 @@ def softmax_loss(logits: Tensor, probs: Tensor) -> Tensor:
     return -(probs / probs.sum(1, keepdim=True) * logits.log_softmax(1)).sum(1)
 
 
-def mask_targets(masks: Tensor, matches: Tensor, boxes: Tensor, size: int = 28) -> Tensor:
-    """Masks (N, S, S), the object of each box (n,) and boxes (n, 4) -> (n, size, size) 0/1: what of the object lies in
-    the box, averaged over each cell, from a half on. DEPARTS[mask-targets]"""
-    used, place = matches.unique(return_inverse=True)
-    rois = torch.cat([place[:, None].to(boxes), boxes], dim=1)
-    return (roi_align(masks[used][:, None].float(), rois, size, 1.0, 0, aligned=True)[:, 0] >= 0.5).float()
-
-
 # ============================================================================================== detector
 class Detector(nn.Module):
     """Cascade Mask R-CNN. In training normalised images (B, 3, S, S) and what to find -> losses."""
@@ -576,13 +550,13 @@ class Detector(nn.Module):
             return self.rpn.losses(*scored, objects, draws) | self.heads.losses(
                 pyramid, self.rpn.propose(*scored), objects, known, draws)
 
-    def infer(self, images: Tensor, boxes: list[Tensor] | None = None) -> tuple[list[Tensor], list]:
-        """The pyramid, and of each image boxes (R, 4) and class scores (R, C); `boxes` replace the proposals."""
+    def infer(self, images: Tensor) -> tuple[list[Tensor], list]:
+        """The pyramid, and of each image boxes (R, 4) and class scores (R, C)."""
         pyramid = self.pyramid(images)
         with torch.autocast(images.device.type, enabled=False):
-            boxes = self.rpn.propose(*self.rpn(pyramid)) if boxes is None else boxes
-            return pyramid, self.heads.scores(pyramid, boxes)
+            return pyramid, self.heads.scores(pyramid, self.rpn.propose(*self.rpn(pyramid)))
 
+    @torch.backends.cudnn.flags(enabled=True, benchmark=False)                   # another number of boxes each time
     def masks(self, pyramid: list[Tensor], image: int, boxes: Tensor, labels: Tensor) -> Tensor:
         """Mask probabilities (n, 28, 28) of boxes of one image, each of its class."""
         mine = [x[image:image + 1] for x in pyramid]
@@ -623,12 +597,13 @@ def similar_classes(similarity: Tensor, counts: Tensor, gamma: float, tau: float
     larger the exponent S_ij / N_j^gamma. A class with N = 0 gets nothing, and its row is zero. DEPARTS[temperature]"""
     there = counts > 0
     logits = similarity / (tau * counts.clamp(min=1).to(similarity) ** gamma)
-    logits = logits.masked_fill(~there, -math.inf)
+    able = there.expand(len(counts), -1)
     if exclude_self:
-        logits = logits.masked_fill(torch.eye(len(counts), dtype=torch.bool, device=counts.device), -math.inf)
+        able = able & ~torch.eye(len(counts), dtype=torch.bool, device=counts.device)
     if 0 < topk < len(counts):
-        logits = logits.masked_fill(logits < logits.topk(topk, dim=1).values[:, -1:], -math.inf)
-    return logits.softmax(1).nan_to_num() * there[:, None]
+        near = similarity.masked_fill(~able, -math.inf)
+        able = able & (near >= near.topk(topk, dim=1).values[:, -1:])
+    return logits.masked_fill(~able, -math.inf).softmax(1).nan_to_num() * there[:, None]
 
 
 def smoothed_targets(distribution: Tensor, eps: float, convention: str = "row") -> Tensor:
@@ -639,29 +614,35 @@ def smoothed_targets(distribution: Tensor, eps: float, convention: str = "row") 
     return (1 - eps) * one_hot + eps * mixed
 
 
-def learn_classes(args: Args, data: Instances, labeled: list[Photo], world: World) -> Classes:
-    """Counts, groups and the targets of Eq. 3, from the labeled images. The prototypes of Eq. 1 are made once, and kept
-    in the run folder: prototypes.pt."""
-    c, path = len(data.classes), Path(args.out) / "prototypes.pt"
-    if needs_prototypes(args) and not path.exists():
+def similarities(args: Args, data: Instances, labeled: list[Photo], world: World) -> Tensor:
+    """S (C, C) of Eq. 2. The prototypes of Eq. 1 are made once and kept in the run folder: prototypes.pt."""
+    path = Path(args.out) / "prototypes.pt"
+    if not needs_prototypes(args):
+        return torch.eye(len(data.classes))
+    if main_says(world, path.exists()):
+        made = runs.load_checkpoint(path, SCRIPT)
+    else:
         made = embed_objects(args, data, labeled, world)
         if world.main:
             runs.save_checkpoint(path, SCRIPT, {**made, "classes": data.classes})
-        world.barrier()
-    held = [np.bincount([t.category for t in p.things if not t.crowd], minlength=c) for p in labeled]
-    instances_, images = torch.from_numpy(np.sum(held, axis=0)), torch.from_numpy(np.sum(np.stack(held) > 0, axis=0))
-    counts = instances_ if args.counts == "instances" else images
+    return cosines(made["prototypes"], args.sim_center)
+
+
+def label_statistics(args: Args, data: Instances, labeled: list[Photo], similarity: Tensor, world: World) -> Classes:
+    """Counts, groups and the targets of Eq. 3 (Fig. 2's four smoothings), from the labeled images and S (C, C)."""
+    held, c = [[t.category for t in p.things if not t.crowd] for p in labeled], len(data.classes)
+    number, images = (torch.bincount(torch.tensor([k for ks in held for k in of(ks)]), minlength=c)
+                      for of in (list, set))
+    counts = number if args.counts == "instances" else images
+    there, same = counts > 0, torch.eye(c)
     groups = data.frequency if args.frequency == "file" and data.frequency else lvis_ap.group_by_count(images.numpy())
-    there, similarity = counts > 0, torch.eye(c)
-    if needs_prototypes(args):
-        similarity = cosines(runs.load_checkpoint(path, SCRIPT)["prototypes"], args.sim_center)
-    similar = similar_classes(similarity, counts, args.gamma if args.smoothing == "similarity+freq" else 0.0,
-                              args.sim_tau, args.sim_exclude_self, args.sim_topk)
-    uniform = (there.float() / there.sum()).expand(c, c) * there[:, None]
-    distribution = {"none": torch.eye(c), "uniform": uniform}.get(args.smoothing, similar)
+    mixed = similar_classes(similarity, counts, args.gamma if args.smoothing == "similarity+freq" else 0.0,
+                            args.sim_tau, args.sim_exclude_self, args.sim_topk)
+    if args.smoothing == "uniform":
+        mixed = (there.float() / there.sum()).expand(c, c) * there[:, None]
+    targets = same if args.smoothing == "none" else smoothed_targets(mixed, args.eps, args.convention)
     near = similarity >= similarity.topk(min(21, c), dim=1).values[:, -1:]
-    targets = smoothed_targets(distribution, 0.0 if args.smoothing == "none" else args.eps, args.convention)
-    return Classes(*(x.to(world.device) for x in (images, instances_, targets, near & there)), groups)
+    return Classes(*(x.to(world.device) for x in (images, number, targets, near & there)), groups)
 
 
 def embed_objects(args: Args, data: Instances, photos: list[Photo], world: World) -> dict[str, Tensor]:
@@ -674,12 +655,12 @@ def embed_objects(args: Args, data: Instances, photos: list[Photo], world: World
     else:
         net, found = network(args, len(data.classes), world, "prototypes")[0].eval(), []
         for photo, places in chosen[world.rank::world.size]:
-            x, factor = test_view(instances.load(photo), args)
+            x, factors = test_view(instances.load(photo), args)
             labels, _, boxes = regions.true_objects(photo, data, places)
             with torch.no_grad():
                 maps = getattr(net.backbone, "cnn", net.backbone)(x.to(world.device))
             maps = maps if isinstance(maps, Tensor) else maps[2]
-            pooled = roi_align(maps.float(), [boxes.to(maps) * factor], 1, 1 / 16, 0, aligned=True)
+            pooled = roi_align(maps.float(), [boxes.to(maps) * factors.to(maps)], 1, 1 / 16, 0, aligned=True)
             found.append((0, pooled.flatten(1).cpu(), labels))
         embeddings, labels = (torch.cat(x) for x in list(zip(*ap.gather(world, found), strict=True))[1:])
     return {"prototypes": prototypes(embeddings, labels, len(data.classes)),
@@ -755,10 +736,12 @@ def pseudo_labels(teacher: Detector, weak: Tensor, delta: Tensor | None, args: A
         conf = (probs if args.filter_on == "raw" else targets).amax(1)
         keep = (conf >= args.threshold) & regions.sided(boxes, 2)
         boxes, probs, targets, conf = (x[keep] for x in (boxes, probs, targets, conf))
-        best = torch.where(targets == targets.amax(1, keepdim=True), probs, -1.0).argmax(1)     # ties: the raw best
+        able = targets.masked_fill(probs <= FRINGE, -1.0)                        # also where Eq. 5 corrects all
+        best = torch.where(able == able.amax(1, keepdim=True), probs, -1.0).argmax(1)           # ties: the raw best
         masks = regions.paste(teacher.masks(pyramid, i, boxes, best), boxes, tuple(weak.shape[-2:])) > 0.5
         large = masks.sum((1, 2)) > args.size_threshold
-        found.append(Objects(best[large], boxes[large], masks[large], targets[large]))
+        named = targets > 0 if args.pseudo == "onehot" else (targets > 0) | (probs > FRINGE)
+        found.append(Objects(*(x[large] for x in (best, boxes, masks, targets, named))))
         confs.append(conf[large])
     counts = torch.tensor([float(len(o.labels)) for o in found], device=weak.device)
     number, mass = counts.sum().clamp(min=1), sum(o.probs.sum() for o in found)
@@ -772,7 +755,7 @@ def calibrate(net: Detector, data: Instances, groups: list[str], args: Args, wor
     entries = []
     for index, image in instances.score_loader(data.val, world, args.workers):
         entries += counted(net, image, look(net, image, args), data.val[index], data, args)
-    samples = samples_of(entries, data, args, world)
+    samples = samples_of(ap.gather(world, entries), ap.truth_of(data), data, args)
     conf, right, labels = (torch.from_numpy(x) for x in (samples.conf, samples.right, samples.labels))
     delta, number = ccece(conf, right, labels, len(data.classes), args.bins)
     there = torch.zeros(len(data.classes), dtype=torch.bool)
@@ -782,27 +765,29 @@ def calibrate(net: Detector, data: Instances, groups: list[str], args: Args, wor
             "reliability": calibration.reliability(samples, args.bins, groups)}
 
 
+@torch.no_grad()
 def counted(net: Detector, image: Tensor, seen: "Seen", photo: Photo, data: Instances, args: Args) -> list:
     """What Eq. 4 counts on an image (3, H, W) uint8: `detections`, found as pseudo labels are, as entries of a results
     file; or of each true object, `gt`, class, best score at its box, and whether it is its class's. DEPARTS[samples]"""
     if args.calib_samples == "gt":
         labels, _, boxes = regions.true_objects(photo, data)
-        conf, best = (t.cpu() for t in look(net, image, args, boxes).probs.max(1))
+        [(_, probs)] = net.heads.scores(seen.pyramid, [boxes.to(seen.boxes) * seen.factors])
+        conf, best = (t.cpu() for t in probs.max(1))
         return [*zip([photo.id] * len(labels), labels.tolist(), conf.tolist(), (best == labels).tolist(), strict=True)]
     keep = objects_found(seen.boxes, seen.probs, args, args.calib_min_score)
     boxes, (conf, best) = seen.boxes[keep], seen.probs[keep].max(1)
     masks = None
     if args.calib_iou == "mask":
         masks = net.masks(seen.pyramid, 0, boxes, best)
-        masks = regions.paste(masks, boxes / seen.factor, tuple(image.shape[1:])) > 0.5
-    return ap.results_of(photo.id, data.ids, best, conf, masks, boxes / seen.factor)
+        masks = regions.paste(masks, boxes / seen.factors, tuple(image.shape[1:])) > 0.5
+    return ap.results_of(photo.id, data.ids, best, conf, masks, boxes / seen.factors)
 
 
-def samples_of(entries: list, data: Instances, args: Args, world: World) -> lvis_ap.Samples:
-    """The samples of Eq. 4 of all processes: class, confidence, and whether right."""
-    entries = ap.gather(world, entries)
+def samples_of(entries: list, truth: dict, data: Instances, args: Args) -> lvis_ap.Samples:
+    """The samples of Eq. 4: class, confidence, and whether right. `truth` is what ap.truth_of gives."""
     if args.calib_samples == "detections":
-        return lvis_ap.samples(data, entries, "bbox" if args.calib_iou == "box" else "segm")
+        kind = "bbox" if args.calib_iou == "box" else "segm"
+        return lvis_ap.samples(truth, entries, kind, federated=data.lvis)
     rows = np.array([e[1:] for e in entries if e[2] > args.calib_min_score]).reshape(-1, 3)
     return lvis_ap.Samples(rows[:, 0].astype(np.int64), rows[:, 1], rows[:, 2] > 0)
 
@@ -849,14 +834,15 @@ def unlabeled_view(args: Args, image: Tensor, photo: Photo, g: np.random.Generat
     return strong_view(weak, g), weak, None
 
 
-def test_view(image: Tensor, args: Args) -> tuple[Tensor, float]:
+def test_view(image: Tensor, args: Args) -> tuple[Tensor, Tensor]:
     """(3, H, W) uint8 -> (1, 3, S, S) normalised, the longer side S pixels, zeros at the right and the bottom; and the
-    factor from its pixels to those."""
+    factors (4,) of a box from its pixels to those."""
     factor = args.image_size / max(image.shape[-2:])
     new, x = tuple(max(round(n * factor), 1) for n in image.shape[-2:]), image[None].float()
     x = F.interpolate(x, size=new, mode="bilinear", antialias=True) if new != tuple(image.shape[-2:]) else x
     x = transforms.normalize(x)
-    return F.pad(x, (0, args.image_size - new[1], 0, args.image_size - new[0])), factor
+    factors = x.new_tensor([new[1] / image.shape[2], new[0] / image.shape[1]] * 2)
+    return F.pad(x, (0, args.image_size - new[1], 0, args.image_size - new[0])), factors
 
 
 # ============================================================================================== training
@@ -901,13 +887,15 @@ def train_step(s: State, labeled: Batch, unlabeled: Batch | None, args: Args, wo
     t = s.step - s.begun + 1                                         # steps of this phase that are done
     if student and args.teacher_update == "ema" and t >= args.burn_in:
         ema_update(s.teacher, s.student, 0.0 if t == args.burn_in else args.ema)
+        s.teacher.heads.learned |= s.student.heads.learned
     return log
 
 
 def labeled_objects(target: Target, classes: Classes, smooth: bool) -> Objects:
     """The objects of a labeled image, whose classes become their rows of Eq. 3."""
     table = classes.targets if smooth else torch.eye(len(classes.targets), device=target.labels.device)
-    return Objects(target.labels, regions.boxes_of(target.masks), target.masks, table[target.labels])
+    named = F.one_hot(target.labels, len(table)).bool()
+    return Objects(target.labels, regions.boxes_of(target.masks), target.masks, table[target.labels], named)
 
 
 def learn(s: State, images: Tensor, objects: list[Objects], factor: float, name: str, args: Args, world: World,
@@ -938,24 +926,22 @@ def known_classes(objects: list[Objects], classes: Classes, pseudo: bool, args: 
         return there.expand(len(objects), -1)
     rows = []
     for o, g in zip(objects, draws, strict=True):
-        mine = torch.zeros_like(there)
-        mine[o.labels] = True
-        if pseudo:
-            mine |= (o.probs > 0).any(0)                             # all that a soft label speaks of
-        elif args.fed_soft == "topk":
+        mine = o.named.any(0)
+        if args.fed_soft == "topk" and not pseudo:
             mine |= classes.similar[o.labels].any(0)
+        mine &= there
         weights = classes.images.float().sqrt() * ~mine
         number = min(max(args.federated - int(mine.sum()), 0), int((weights > 0).sum()))
         if number:
             mine[torch.multinomial(weights, number, generator=g)] = True
-        rows.append(mine & there)
+        rows.append(mine)
     return torch.stack(rows)
 
 
 # SAME AS guided_distillation.py
 @torch.no_grad()
 def ema_update(teacher: nn.Module, student: nn.Module, decay: float) -> None:
-    """Eq. 5: teacher <- decay * teacher + (1 - decay) * student, parameters and float buffers, in place. 0 copies."""
+    """teacher <- decay * teacher + (1 - decay) * student, parameters and float buffers, in place. 0 copies."""
     pairs = [(t, s) for t, s in zip(itertools.chain(teacher.parameters(), teacher.buffers()),
                                     itertools.chain(student.parameters(), student.buffers()), strict=True)
              if t.is_floating_point()]
@@ -1017,7 +1003,7 @@ def load_detector(net: Detector, path: Path, flag: str = "--init-detector") -> l
         for pattern, new in EVA_NAMES if theirs else ():
             key = pattern.sub(new, key)
         weights.setdefault(key, value)
-    weights = {k: v for k, v in weights.items() if ".rope." not in k and not k.startswith("backbone.rope")}
+    weights = {k: v for k, v in weights.items() if ".rope." not in k and "fed_loss_cls_weights" not in k}
     places = weights.get("backbone.pos_embed")
     if places is not None and places.dim() == 3 and hasattr(net.backbone, "pos_embed"):         # (1, 1 + g * g, D)
         side = math.isqrt(places.shape[1])
@@ -1027,27 +1013,28 @@ def load_detector(net: Detector, path: Path, flag: str = "--init-detector") -> l
     for k, own in net.state_dict().items():
         if re.search(r"\.classes\.\w+$", k) and k in weights and len(weights[k]) == len(own) + 1:
             weights[k] = weights[k][:-1]
-    return runs.load_matching(net, weights, str(path))
+    notes = runs.load_matching(net, weights, str(path))
+    return [note for note in notes if not note.endswith("(1): heads.learned")]  # which labels there are is no weight
 
 
 # ============================================================================================== evaluation
 class Seen(NamedTuple):
-    """What a network sees on one image: R regions in pixels of the padded square, which are `factor` of its own."""
-    factor: float
+    """What a network sees on one image: R regions in pixels of the padded square, `factors` (4,) times its own."""
+    factors: Tensor
     pyramid: list[Tensor]
-    boxes: Tensor                                   # (R, 4)
+    boxes: Tensor                                   # (R, 4), within the image
     probs: Tensor                                   # (R, C)
 
 
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")
 @torch.backends.cudnn.flags(enabled=True, benchmark=False)
-def look(net: Detector, image: Tensor, args: Args, boxes: Tensor | None = None) -> Seen:
-    """An image (3, H, W) uint8 as `net` sees it; with `boxes` (N, 4) in its own pixels, these instead of proposals."""
-    x, factor = test_view(image, args)
-    x = x.to(next(net.parameters()).device)
-    pyramid, [(boxes, probs)] = net.infer(x, None if boxes is None else [boxes.to(x) * factor])
-    return Seen(factor, pyramid, boxes, probs)
+def look(net: Detector, image: Tensor, args: Args) -> Seen:
+    """An image (3, H, W) uint8 as `net` sees it."""
+    x, factors = test_view(image.to(next(net.parameters()).device), args)
+    pyramid, [(boxes, probs)] = net.infer(x)
+    ends = factors * factors.new_tensor([image.shape[2], image.shape[1]] * 2)
+    return Seen(factors, pyramid, torch.minimum(boxes, ends), probs)
 
 
 @torch.no_grad()
@@ -1066,8 +1053,8 @@ def detect(net: Detector, image: Tensor, seen: Seen, args: Args, known: Tensor |
     if args.maskness:
         inside = probs > 0.5
         scores = scores * (probs * inside).sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)
-    boxes = torch.minimum(boxes / seen.factor, boxes.new_tensor([size[1], size[0]] * 2))
-    masks = [regions.paste(p, b, size) > 0.5 for p, b in zip(probs.split(64), boxes.split(64), strict=True)]
+    boxes = boxes / seen.factors
+    masks = [regions.paste(p, b, size) > 0.5 for p, b in zip(probs.split(16), boxes.split(16), strict=True)]
     return labels, scores, torch.cat([torch.zeros(0, *size, dtype=torch.bool, device=boxes.device), *masks]), boxes
 
 
@@ -1093,13 +1080,13 @@ def evaluate(networks: dict[str, Detector], data: Instances, groups: list[str], 
             entries[name] += counted(net, image, seen, photo, data, args)
             if shown:
                 rows[-1].append(regions.picture(image, *(t.cpu() for t in out[:3])))
-    found = {name: ap.gather(world, results) for name, results in found.items()}
-    records = {name: calibration.reliability(samples_of(entries[name], data, args, world), args.bins, groups)
-               for name in networks}
-    scores = {}
+    found, entries = ({name: ap.gather(world, part) for name, part in parts.items()} for parts in (found, entries))
+    scores, records = {}, {}
     if world.main:
         answers, judge = ap.truth_of(data), lvis_ap.lvis_ap if data.lvis else ap.coco_ap
         for name, results in found.items():
+            samples = samples_of(entries[name], answers, data, args)
+            records[name] = calibration.reliability(samples, args.bins, groups)
             masks, boxes = (judge(answers, results, kind, args.detections, groups) for kind in ("segm", "bbox"))
             scores[name] = {k: v for k, v in masks.items() if k != "stats"} | {"ece": records[name]["ece"]} | {
                 f"box_{k}": boxes[k] for k in ("ap", "apr", "apc", "apf")}
@@ -1126,11 +1113,12 @@ def retrieve(args: Args, data: Instances, labeled: list[Photo], groups: list[str
     store = embed(pool, folder=out / "embedded" / "pool")
     others = embed([p.image for p in data.train + data.val], folder=out / "embedded" / "known")
     if world.main:
-        cosine, rows = retrieval.search(F.normalize(queries, dim=1).numpy(), store, args.neighbours, args.index)
+        queries, at = F.normalize(queries, dim=1).numpy(), {"device": world.device}
+        cosine, rows = retrieval.search(queries, store, args.neighbours, args.index, **at)
         found = np.unique(rows[rows >= 0])
-        kept = found[retrieval.duplicates(store, found, args.duplicate) == found]
-        kept = kept[~retrieval.known(store, kept, others, args.duplicate)]
-        print(retrieval.histogram(store, found, args.duplicate))
+        kept = found[retrieval.duplicates(store, found, args.duplicate, **at) == found]
+        kept = kept[~retrieval.known(store, kept, others, args.duplicate, **at)]
+        print(retrieval.histogram(store, found, args.duplicate, **at))
         retrieval.report(out, store, found, kept, rows, cosine, labels.numpy(), examples, data.classes)
     world.barrier()
 
@@ -1175,7 +1163,6 @@ def check(args: Args, world: World) -> None:
         if wrong:
             raise UserError(sentence)
     delta = args.pseudo == "calibrated" or args.stage == "calibrate"
-    measures = delta and not args.calibration and args.stage in ("calibrate", "student", "all")
     base = preset(args.dataset)
     runs.check_meaning(args, base, args.stage, {
         "student all": STUDENT_ONLY, "teacher calibrate all": "teacher_steps teacher_batch_size",
@@ -1187,7 +1174,7 @@ def check(args: Args, world: World) -> None:
         **{name: off for names, off in (
             ("sim_tau sim_center sim_exclude_self sim_topk counts", not args.smoothing.startswith("similarity")),
             ("proto proto_per_class", not needs_prototypes(args)), ("val", args.tune),
-            ("holdout stratify", not (args.tune or args.refresh or measures)),
+            ("holdout stratify", not holds_out(args)),
             ("embed_size", not needs_prototypes(args) and not args.pool),
             ("convention student_labels", args.smoothing == "none"),
             ("lambda_calib support refresh calibration", not delta),
@@ -1212,6 +1199,12 @@ def plan(args: Args) -> list[tuple[str, int]]:
 def measures_teacher(args: Args) -> bool:
     """Whether Eq. 4 is measured of the teacher itself; with --tune or --refresh it has not seen the held-out labels."""
     return args.tune or args.refresh > 0 or args.delta_from == "teacher"
+
+
+def holds_out(args: Args) -> bool:
+    """Whether some of the labels are held out."""
+    measures = args.stage == "calibrate" or args.stage in ("student", "all") and args.pseudo == "calibrated"
+    return args.tune or args.refresh > 0 or (measures and not args.calibration)
 
 
 def needs_prototypes(args: Args) -> bool:
@@ -1244,13 +1237,15 @@ def network(args: Args, num_classes: int, world: World, name: str, pretrained: b
 def begin(phase: str, args: Args, data: Instances, classes: Classes, delta: Tensor | None, world: World, step: int,
           begun: int) -> tuple[State, list[str]]:
     """The networks of a phase at its beginning: student and its teacher have the trained teacher's weights."""
-    net, notes = network(args, len(data.classes), world, phase)
-    net.heads.learned.copy_(classes.images > 0)
-    teacher = None
+    copied, teacher = phase == "student" and args.student_init == "teacher", None
+    net, notes = network(args, len(data.classes), world, phase, pretrained=not copied)
     if phase == "student":
         teacher = trained(args, data, args.teacher or "teacher.pt", world).requires_grad_(False)
-        if args.student_init == "teacher":
-            net.load_state_dict(teacher.state_dict())
+    if copied:
+        net.load_state_dict(teacher.state_dict())
+        net.heads.learned |= classes.images > 0
+    else:
+        net.heads.learned.copy_(classes.images > 0)
     if args.compile:
         net.backbone.compile()
     parallel = distributed.parallel(net.train(), world)
@@ -1267,25 +1262,29 @@ def trained(args: Args, data: Instances, name: str, world: World) -> Detector:
     return net.eval()
 
 
-def measured(args: Args, data: Instances, held: list[Photo], classes: Classes, world: World) -> Tensor | None:
+def main_says(world: World, fact: bool) -> bool:
+    """What the main process finds: on other machines a network disk may show its files later."""
+    return ap.gather(world, [(world.rank, fact)])[0][1]
+
+
+def delta_of(args: Args, data: Instances, held: list[Photo], groups: list[str], world: World) -> Tensor | None:
     """Delta of Eq. 5 (C,): from --calibration, or measured on the held-out labels and written to the run folder."""
     if args.pseudo != "calibrated" and args.stage != "calibrate":
         return None
-    path = Path(args.calibration or Path(args.out) / "calibration.json")
-    if not args.calibration and not path.exists():
+    path, record = Path(args.calibration or Path(args.out) / "calibration.json"), None
+    if not args.calibration and not main_says(world, path.exists()):
         name = args.teacher if args.teacher and (measures_teacher(args) or args.stage == "calibrate") else \
             "teacher.pt" if measures_teacher(args) else "heldout.pt"
         net = trained(args, data, name, world)
-        record = calibrate(net, instances.scored_on(data, held), classes.groups, args, world)
+        record = calibrate(net, instances.scored_on(data, held), groups, args, world)
         if world.main:
             calibration.diagram({Path(name).stem: record["reliability"]}, path.with_suffix(".png"))
             runs.write_text(path, json.dumps(record, indent=1))
             ece = record["reliability"]["ece"]
             print(f"calibration: {sum(record['samples'])} samples on {len(held)} held-out images, ECE "
                   f"{'none' if ece is None else f'{ece:.3f}'}; {path}")
-        world.barrier()
     try:
-        record = json.loads(path.read_text())
+        record = record or json.loads(path.read_text())
         delta = dict(zip(record["classes"], record["delta"], strict=True))
         return torch.tensor([delta[name] for name in data.classes], device=world.device)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -1301,7 +1300,9 @@ def train(args: Args) -> dict:
     student = "student" in dict(phases)
     choose = partial(instances.choose, data, args.split, args.split_seed, pool="remaining", balanced=False)
     chosen = choose(args.unlabeled, needed=student and not args.pool)
-    learned, held = instances.hold_out(chosen.labeled, args.holdout, args.split_seed, args.stratify, len(data.classes))
+    learned, held = chosen.labeled, []
+    if holds_out(args):
+        learned, held = instances.hold_out(learned, args.holdout, args.split_seed, args.stratify, len(data.classes))
     labeled = learned if args.tune or args.refresh else chosen.labeled
     scored = instances.scored_on(data, held) if args.tune else data
     resuming = runs.open_run(out, SCRIPT, args, args.resume, distributed.launched().main)
@@ -1313,10 +1314,11 @@ def train(args: Args) -> dict:
         "held_out": [p.name for p in held]})
     run.say(f"{chosen.text}; scored on {len(scored.val)}; networks: "
             f"{', '.join(f'{name} ({steps} steps)' for name, steps in phases) or 'none'}; in {out}")
-    classes = learn_classes(args, data, labeled, world)
+    similarity = similarities(args, data, labeled, world)
+    classes = label_statistics(args, data, labeled, similarity, world)
     if args.stage == "retrieve" or (student and args.pool):
-        if not (out / "retrieved.txt").exists():
-            retrieve(args, data, chosen.labeled, classes.groups, world)
+        if not main_says(world, (out / "retrieved.txt").exists()):
+            retrieve(args, data, labeled, classes.groups, world)
         chosen = choose(str(out / "retrieved.txt"), needed=student)
 
     last, best, border = {}, {}, 0
@@ -1325,9 +1327,9 @@ def train(args: Args) -> dict:
         if step >= border:
             last, best = state["last"], state["best"]
             continue
-        delta = measured(args, data, held, classes, world) if phase == "student" else None
+        delta = delta_of(args, data, held, classes.groups, world) if phase == "student" else None
         photos = learned if phase == "heldout" or args.tune or args.refresh else chosen.labeled
-        own = learn_classes(args, data, photos, world)
+        own = label_statistics(args, data, photos, similarity, world)
         s, notes = begin(phase, args, data, own, delta, world, step, begun)
         run.say(*(f"weights {note}" for note in notes))
         s.last, s.best = last, best
@@ -1370,7 +1372,7 @@ def train(args: Args) -> dict:
         last, best, step = s.last, s.best, border
         world.barrier()                             # its checkpoint is written
     if args.stage == "calibrate":
-        measured(args, data, held, classes, world)
+        delta_of(args, data, held, classes.groups, world)
     facts = {"stage": args.stage, "val": "held out" if args.tune else args.val, "split_fingerprint": chosen.fingerprint}
     if world.main and {"supervised", "student"} <= last.keys():                  # Fig. 4
         new = "student" if args.teacher_update == "frozen" else "teacher"
@@ -1426,24 +1428,17 @@ def restore(s: State, state: dict) -> None:
 
 
 def grid(args: Args) -> dict:
-    """Sec. 4.1: the small search on labels held out, one resumable run after the other; a table, and grid.json with the
-    best by AP."""
+    """Sec. 4.1: the small search on labels held out, one resumable run after the other; grid.json has the best."""
     if args.stage != "all":
         raise UserError("--grid chooses the stage itself; leave --stage out.")
-    out, names, rows = Path(runs.default_out(SCRIPT, args)), list(GRIDS[args.grid]), []
-    for values in itertools.product(*GRIDS[args.grid].values()):
-        here = dict(zip(names, values, strict=True))
-        name = "_".join(f"{k}-{value:g}" for k, value in here.items())
-        results = train(replace(args, grid="no", tune=True, stage=args.grid, out=str(out / name), resume=True, **here))
+
+    def run(folder: Path, **values: float) -> dict:
+        results = train(replace(args, grid="no", tune=True, stage=args.grid, out=str(folder), resume=True, **values))
         distributed.stop()
-        rows.append({**here, **{k: results["teacher" if args.grid == "student" else "supervised"]["last"][k]
-                                for k in ("ap", "apr", "ece")}})
-        print(*(f"{k} {'-' if v is None else f'{v:.3g}'}" for k, v in rows[-1].items()))
-    best = max(rows, key=lambda row: row["ap"])
-    if distributed.launched().main:
-        print("best:", best)
-        runs.write_text(out / "grid.json", json.dumps({"runs": rows, "best": best}, indent=1))
-    return best
+        return results["supervised" if args.grid == "teacher" else best]
+
+    best = "teacher" if args.teacher_update == "ema" else "student"
+    return calibration.search(run, GRIDS[args.grid], runs.default_out(SCRIPT, args), distributed.launched().main)
 
 
 def load(path: str, args: Args) -> tuple[dict[str, Detector], dict, World]:

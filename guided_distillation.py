@@ -664,7 +664,7 @@ def pseudo_labels(heads: Heads, class_threshold: float = 0.7, size_threshold: fl
 
 @torch.no_grad()
 def ema_update(teacher: nn.Module, student: nn.Module, decay: float) -> None:
-    """Eq. 5: teacher <- decay * teacher + (1 - decay) * student, parameters and float buffers, in place. 0 copies."""
+    """teacher <- decay * teacher + (1 - decay) * student, parameters and float buffers, in place. 0 copies."""
     pairs = [(t, s) for t, s in zip(itertools.chain(teacher.parameters(), teacher.buffers()),
                                     itertools.chain(student.parameters(), student.buffers()), strict=True)
              if t.is_floating_point()]

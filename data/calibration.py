@@ -3,10 +3,14 @@
 Samples come from data.lvis_ap.samples, or are any three arrays: class, confidence, and whether it was right. Errors lie
 in 0..1; those of a class with a sign (CCECE) are better_pseudo_labels.py's own. Matplotlib is imported for pictures."""
 
+import itertools
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from common.runs import write_text
 from data.lvis_ap import Samples
 
 GROUPS = {"f": ("frequent", "#009e73"), "c": ("common", "#0072b2"), "r": ("rare", "#d55e00"),
@@ -121,3 +125,19 @@ def scatter(before: dict[str, float | None], after: dict[str, float | None], gro
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def search(run: Callable[..., dict], values: dict[str, tuple], out: Path, main: bool) -> dict:
+    """Runs every combination of `values`, run(folder, **combination) -> a record of results.json, prints a table and
+    writes out/grid.json: `runs` and, by AP, the `best`, which is returned."""
+    rows = []
+    for chosen in itertools.product(*values.values()):
+        here = dict(zip(values, chosen, strict=True))
+        record = run(out / "_".join(f"{name}-{value:g}" for name, value in here.items()), **here)["last"]
+        rows.append({**here, **{k: record[k] for k in ("ap", "apr", "ece")}})
+        if main:
+            print(*(f"{k} {'-' if v is None else f'{v:.3g}'}" for k, v in rows[-1].items()), flush=True)
+    best = max(rows, key=lambda row: row["ap"])
+    if main:
+        write_text(out / "grid.json", json.dumps({"runs": rows, "best": best}, indent=1))
+    return best

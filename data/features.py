@@ -39,6 +39,18 @@ def resize_patch(kernel: Tensor, size: int, how: str) -> Tensor:
     return resample_patch_embed(kernel, [size, size])
 
 
+def windows(x: Tensor, w: int) -> Tensor:
+    """(B, h, v, D) tokens -> (B * h/w * v/w, w * w, D)."""
+    b, h, v, d = x.shape
+    return x.view(b, h // w, w, v // w, w, d).transpose(2, 3).reshape(-1, w * w, d)
+
+
+def unwindows(x: Tensor, w: int, size: tuple[int, int]) -> Tensor:
+    """The reverse of `windows`: -> (B, *size, D)."""
+    h, v = size
+    return x.view(-1, h // w, v // w, w, w, x.shape[-1]).transpose(2, 3).reshape(-1, h, v, x.shape[-1])
+
+
 class Embedder(nn.Module):
     """Pictures (B, 3, size, size) uint8 -> (B, D) float32. Of EVA-02 the mean of the patch tokens, through the norm of
     its pre-training; of DINOv2 the class token; of a CNN the mean of its last map. Pictures are normalised as the
@@ -56,6 +68,9 @@ class Embedder(nn.Module):
         else:
             more = {"img_size": size} if name.startswith(PLAIN) else {}
             self.body = create(name, "none" if found is not None else weights, **more)
+            if more and size % self.body.patch_embed.patch_size[0]:
+                raise UserError(f"--embed-size {size} does not divide into patches of {name}, "
+                                f"{self.body.patch_embed.patch_size[0]} pixels; give a multiple.")
         if found is not None:
             runs.load_matching(self.body, found, weights)
         facts = getattr(self.body, "pretrained_cfg", {})

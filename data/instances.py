@@ -577,9 +577,10 @@ def listed(path: Path, data: Instances, files: bool = False) -> list[Photo]:
         found = [table.get(splits.short_id(e, data.name) if kind == "stem" else e) for e in entries]
         if kind == "name" or found.count(None) < best.count(None):
             best = found
-    for i, entry in enumerate(entries):
+    for i, entry in enumerate(entries):                              # a path is that file, whatever else has its name
         paths = (base / entry for base in (data.root, path.parent, Path()))
-        if files and best[i] is None and (image := next((p for p in paths if p.is_file()), None)):
+        wanted = files and (best[i] is None or "/" in entry and best[i].name != entry)
+        if wanted and (image := next((p for p in paths if p.is_file()), None)):
             best[i] = Photo(entry, image)
     if None in best:
         raise UserError(f"{best.count(None)} of {len(best)} images listed in {path} are not among the training images "

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.ops import batched_nms, box_iou
+from torchvision.ops import batched_nms, box_iou, roi_align
 
 from common import plots, runs
 from common.distributed import World, rng
@@ -79,20 +79,30 @@ def match(candidates: Tensor, boxes: Tensor, low: float, high: float, rescue: bo
     return torch.where(rescued, index, state)
 
 
+def sample(matches: Tensor, number: int, share: float, g: torch.Generator) -> Tensor:
+    """Indices of `number` candidates at random: up to `share` of them objects (matches >= 0), the others background."""
+    def pick(chosen: Tensor, most: int) -> Tensor:
+        places = chosen.nonzero().flatten()
+        return places[torch.randperm(len(places), generator=g, device=g.device)[:most]]
+
+    real = pick(matches >= 0, int(number * share))
+    return torch.cat([real, pick(matches == -1, number - len(real))])
+
+
 def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, overlap: float, soft: bool) -> tuple[Tensor, Tensor]:
     """Indices of the boxes (n, 4) that stay, best first, none that overlaps a better one of its class by `overlap`, and
     their scores. `soft` (linear soft-NMS, arXiv 1704.04503) lowers the scores by the overlap instead, where it is over
     0.6; the best 1,000 stay."""
     if not soft:
-        keep = batched_nms(boxes, scores, labels.unique(return_inverse=True)[1], overlap)
+        keep = batched_nms(boxes.double(), scores.double(), labels, overlap)       # classes are told apart by an offset
         return keep, scores[keep]
-    order, scores = [], scores.clone()
-    left = scores.clone()
+    order, left, scores = [], scores.clone(), scores.clone()
     for _ in range(min(len(scores), 1000)):
         order.append(i := int(left.argmax()))
-        scores[i], left[i] = left[i], -1
+        scores[i] = left[i]
         shared = box_iou(boxes[i:i + 1], boxes)[0] * (labels == labels[i])
         left = torch.where(shared > 0.6, left * (1 - shared), left)
+        left[order] = -1
     return torch.tensor(order, dtype=torch.int64, device=boxes.device), scores[order]
 
 
@@ -106,14 +116,22 @@ def true_objects(photo: Photo, data: Instances, chosen: list[int] | None = None)
     return labels[seen], masks[seen], boxes_of(masks[seen])
 
 
+def mask_targets(masks: Tensor, matches: Tensor, boxes: Tensor, size: int = 28) -> Tensor:
+    """Masks (N, S, S), the object of each box (n,) and boxes (n, 4) -> (n, size, size) 0/1: what of the object lies in
+    the box, averaged over each cell, from a half on."""
+    used, place = matches.unique(return_inverse=True)
+    rois = torch.cat([place[:, None].to(boxes), boxes], dim=1)
+    return (roi_align(masks[used][:, None].float(), rois, size, 1.0, 0, aligned=True)[:, 0] >= 0.5).float()
+
+
 def paste(probs: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
     """Masks (n, m, m) of boxes (n, 4) -> (n, *size) float32, bilinear, 0 outside of a box."""
     def places(low: Tensor, high: Tensor, number: int) -> Tensor:    # (n, number) in -1 .. 1 of the box
         at = torch.arange(number, device=probs.device) + 0.5
         return (at - low[:, None]) / (high - low)[:, None] * 2 - 1
 
-    parts = [probs.new_zeros(0, *size)]
-    for p, b in zip(probs.split(64), boxes.split(64), strict=True):
+    parts, few = [probs.new_zeros(0, *size)], max(64 * 1024**2 // (size[0] * size[1]), 1)
+    for p, b in zip(probs.split(few), boxes.split(few), strict=True):
         x, y = places(b[:, 0], b[:, 2], size[1]), places(b[:, 1], b[:, 3], size[0])
         where = torch.stack([x[:, None, :].expand(-1, size[0], -1), y[:, :, None].expand(-1, -1, size[1])], dim=3)
         parts.append(F.grid_sample(p[:, None], where, align_corners=False)[:, 0])
@@ -163,7 +181,8 @@ def predictions(files: list[Path], out: Path, detect: Callable[[Tensor], tuple[T
                 classes: list[str], world: World) -> None:
     """Overlays of images, and predictions.json in COCO's result format, with paths for `image_id`, into `out`.
     `detect`: (3, H, W) uint8 -> labels (n,), scores (n,), masks (n, H, W) and boxes (n, 4)."""
-    results, _ = [], out.mkdir(exist_ok=True)
+    out.mkdir(exist_ok=True)
+    results = []
     for i, file in list(enumerate(files))[world.rank::world.size]:
         image = read_image(file)
         found = detect(image)

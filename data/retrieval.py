@@ -177,8 +177,8 @@ def contents(store: Store, rows: np.ndarray) -> np.ndarray:
 
 
 # ---------------------------------------------------------------------------------------------------- search
-def search(queries: np.ndarray, store: Store, k: int, index: str = "exact", nprobe: int = 64,
-           rerank: int = 8) -> tuple[np.ndarray, np.ndarray]:
+def search(queries: np.ndarray, store: Store, k: int, index: str = "exact", nprobe: int = 64, rerank: int = 8,
+           device: torch.device | str = "cpu") -> tuple[np.ndarray, np.ndarray]:
     """The k rows of `store` with the largest inner product with each of the `queries` (Q, D): scores (Q, k) float32,
     falling, and rows (Q, k) int64; -inf and -1 where fewer are found. Broken pictures are not.
 
@@ -187,7 +187,7 @@ def search(queries: np.ndarray, store: Store, k: int, index: str = "exact", npro
     has some, and gives rerank * k candidates, which are ranked by their vectors on disk."""
     queries = np.ascontiguousarray(queries, np.float32)
     if index == "exact":
-        return exact(torch.from_numpy(queries), store, k)
+        return exact(torch.from_numpy(queries).to(device), store, k)
     found = candidates(queries, store, k * rerank, index, nprobe)
     scores, rows = np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1)
     for start in range(0, len(queries), 64):
@@ -204,10 +204,11 @@ def search(queries: np.ndarray, store: Store, k: int, index: str = "exact", npro
 
 def exact(queries: Tensor, store: Store, k: int) -> tuple[np.ndarray, np.ndarray]:
     """`search` by comparing each query with each row."""
-    scores, rows = torch.full((len(queries), k), -torch.inf), torch.full((len(queries), k), -1)
-    broken = torch.tensor(store.broken, dtype=torch.int64)
+    at = {"device": queries.device}
+    scores, rows = torch.full((len(queries), k), -torch.inf, **at), torch.full((len(queries), k), -1, **at)
+    broken = torch.tensor(store.broken, dtype=torch.int64, **at)
     for s in range(len(store.shards)):
-        x, first = torch.from_numpy(store.shard(s).astype(np.float32)), s * store.shard_size
+        x, first = torch.from_numpy(store.shard(s).astype(np.float32)).to(**at), s * store.shard_size
         gone = broken[(broken >= first) & (broken < first + len(x))] - first
         for start in range(0, len(queries), BLOCK):
             part = slice(start, start + BLOCK)
@@ -217,7 +218,7 @@ def exact(queries: Tensor, store: Store, k: int) -> tuple[np.ndarray, np.ndarray
             scores[part], order = torch.cat([scores[part], found], 1).topk(k)
             rows[part] = torch.cat([rows[part], places + first], 1).gather(1, order)
     rows[scores == -torch.inf] = -1
-    return scores.numpy(), rows.numpy()
+    return scores.cpu().numpy(), rows.cpu().numpy()
 
 
 def candidates(queries: np.ndarray, store: Store, k: int, index: str, nprobe: int) -> np.ndarray:

@@ -89,7 +89,7 @@ def close(a: Tensor, b: Tensor, bound: float) -> bool:
     return a.shape == b.shape and (a - b).abs().max().item() <= bound
 
 
-def share_equal(a: Tensor, b: Tensor) -> float:
+def shared_part(a: Tensor, b: Tensor) -> float:
     """Intersection over union of two masks."""
     return ((a > 0.5) & (b > 0.5)).sum().item() / ((a > 0.5) | (b > 0.5)).sum().item()
 
@@ -606,10 +606,10 @@ def test_mask_targets_are_nearly_detectron2s_polygons():
         moved = (polygon.reshape(-1, 2) - (x0, y0)) * (28 / (x1 - x0), 28 / (y1 - y0))
         drawn = raster(moved.reshape(-1), 28)
         same.append((target == drawn).float().mean().item())
-        alike.append(share_equal(target, drawn))
+        alike.append(shared_part(target, drawn))
         [pooled_] = theirs.project_masks_on_boxes(mask[None], box[None], torch.tensor([0]), 28)
         other.append((target == (pooled_ >= 0.5)).float().mean().item())
-        apart.append(share_equal(target, pooled_))
+        apart.append(shared_part(target, pooled_))
     assert np.mean(same) > 0.98 and min(same) > 0.93 and np.mean(alike) > 0.95
     assert 0.95 < np.mean(other) < np.mean(same) and 0.88 < np.mean(apart) < np.mean(alike)
 
@@ -639,11 +639,11 @@ def test_pasted_masks_are_nearly_torchvisions():
     """torchvision pastes into whole pixels, one too many a side. Only pixels beside an edge differ."""
     found = []
     for _ in range(20):
-        mask = (8 * F.interpolate(torch.randn(1, 1, 4, 4), (28, 28), mode="bicubic")).sigmoid()
+        mask = (8 * F.interpolate(torch.randn(1, 1, 3, 3), (28, 28), mode="bicubic")).sigmoid()
         box = torch.cat([c := 5 + 25 * torch.rand(2), c + 130 + 60 * torch.rand(2)])[None]
         ours = regions.paste(mask[0], box, (180, 200))[0] > 0.5
         other = theirs.paste_masks_in_image(mask, box, (180, 200))[0, 0] > 0.5
-        found.append(share_equal(ours, other))
+        found.append(shared_part(ours, other))
         near = [F.max_pool2d(x[None].float(), 3, 1, 1)[0] > 0 for x in (ours, ~ours)]
         assert not ((ours != other) & ~(near[0] & near[1])).any()
     assert np.mean(found) > 0.97 and min(found) > 0.95
