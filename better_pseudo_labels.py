@@ -650,6 +650,7 @@ def embed_objects(args: Args, data: Instances, photos: list[Photo], world: World
     `roi` pools the detector's own features of stride 16 from the whole image instead of crops. DEPARTS[proto]"""
     chosen = regions.choose_objects(photos, {*range(len(data.classes))}, args.proto_per_class, args.split_seed)
     if args.proto == "crop":
+        distributed.seed_torch(args.seed, "prototypes")
         net = features.Embedder(args.backbone, args.weights, args.root, args.embed_size).to(world.device)
         embeddings, labels, _ = features.embed_objects(net, chosen, data, args.embed_size, world, args.workers)
     else:
@@ -724,9 +725,8 @@ def objects_found(boxes: Tensor, probs: Tensor, args: Args, least: float = 0.05,
 
 
 @torch.no_grad()
-def pseudo_labels(teacher: Detector, weak: Tensor, delta: Tensor | None, args: Args) \
-        -> tuple[list[Objects], dict[str, Tensor]]:
-    """What the teacher finds on weak views (B, 3, S, S) uint8, from --threshold on; and what is logged of it."""
+def pseudo_labels(teacher: Detector, weak: Tensor, delta: Tensor | None, args: Args) -> tuple[list[Objects], Tensor]:
+    """What the teacher finds on weak views (B, 3, S, S) uint8, from --threshold on, and its confidences."""
     pyramid, seen = teacher.infer(transforms.normalize(weak))
     found, confs = [], []
     for i, (boxes, probs) in enumerate(seen):
@@ -743,10 +743,15 @@ def pseudo_labels(teacher: Detector, weak: Tensor, delta: Tensor | None, args: A
         named = targets > 0 if args.pseudo == "onehot" else (targets > 0) | (probs > FRINGE)
         found.append(Objects(*(x[large] for x in (best, boxes, masks, targets, named))))
         confs.append(conf[large])
-    counts = torch.tensor([float(len(o.labels)) for o in found], device=weak.device)
-    number, mass = counts.sum().clamp(min=1), sum(o.probs.sum() for o in found)
-    return found, {"pseudo_per_image": counts.mean(), "pseudo_none": (counts == 0).float().mean(),
-                   "conf": torch.cat(confs).sum() / number, "mass": mass / number}
+    return found, torch.cat(confs)
+
+
+def pseudo_log(found: list[Objects], conf: Tensor, world: World) -> dict[str, Tensor]:
+    """What is logged of pseudo labels; means over processes are means over their images, or objects."""
+    counts = torch.tensor([float(len(o.labels)) for o in found]).to(conf.device)
+    number = world.mean(counts.sum()).clamp(min=1 / world.size)
+    return {"pseudo_per_image": counts.mean(), "pseudo_none": (counts == 0).float().mean(),
+            "conf": conf.sum() / number, "mass": sum(o.probs.sum() for o in found) / number}
 
 
 def calibrate(net: Detector, data: Instances, groups: list[str], args: Args, world: World) -> dict:
@@ -759,7 +764,7 @@ def calibrate(net: Detector, data: Instances, groups: list[str], args: Args, wor
     conf, right, labels = (torch.from_numpy(x) for x in (samples.conf, samples.right, samples.labels))
     delta, number = ccece(conf, right, labels, len(data.classes), args.bins)
     there = torch.zeros(len(data.classes), dtype=torch.bool)
-    there[[t.category for photo in data.val for t in photo.things]] = True       # else its group's mean alone
+    there[[t.category for photo in data.val for t in photo.things if not t.crowd]] = True     # else its group's mean
     return {"classes": data.classes, "delta": shrunk(delta, number * there, groups, args.shrink).tolist(),
             "raw_delta": delta.tolist(), "samples": number.tolist(), "images": len(data.val),
             "reliability": calibration.reliability(samples, args.bins, groups)}
@@ -879,7 +884,7 @@ def train_step(s: State, labeled: Batch, unlabeled: Batch | None, args: Args, wo
         parts = [pseudo_labels(s.teacher, x, s.delta, args)
                  for x in unlabeled.weak.split(-(-len(unlabeled.weak) // args.accumulate))]
         objects = [o for found, _ in parts for o in found]                                               # Eq. 5
-        log |= {k: torch.stack([seen[k] for _, seen in parts]).mean() for k in parts[0][1]}
+        log |= pseudo_log(objects, torch.cat([conf for _, conf in parts]), world)
         log |= learn(s, unlabeled.images, objects, args.unsup_weight, "u", args, world, last=True)
     if args.clip > 0:
         nn.utils.clip_grad_norm_(s.student.parameters(), args.clip, foreach=True)
@@ -887,7 +892,7 @@ def train_step(s: State, labeled: Batch, unlabeled: Batch | None, args: Args, wo
     t = s.step - s.begun + 1                                         # steps of this phase that are done
     if student and args.teacher_update == "ema" and t >= args.burn_in:
         ema_update(s.teacher, s.student, 0.0 if t == args.burn_in else args.ema)
-        s.teacher.heads.learned |= s.student.heads.learned
+        s.teacher.heads.learned.copy_(s.student.heads.learned)
     return log
 
 
@@ -1101,13 +1106,14 @@ def retrieve(args: Args, data: Instances, labeled: list[Photo], groups: list[str
     """Sec. 4.1: the --neighbours images of the pool nearest to each labeled object of a rare class, without duplicates
     and what is labeled or scored: retrieved.txt, a list for --unlabeled, beside a report of what each class found."""
     out, size = Path(args.out), args.embed_size
+    distributed.seed_torch(args.seed, "retrieval")
     net = features.Embedder(args.retrieval_model, args.retrieval_weights, args.root, size).to(world.device)
     rare = {c for c, g in enumerate(groups) if g == "r"}
     chosen = regions.choose_objects(labeled, rare, 10**9, args.split_seed)
     if not chosen:
-        raise UserError("--pool: no labeled object is of a rare class, to search with; give --frequency subset.")
+        raise UserError("--pool: no labeled object is of a rare class, to search with; give another --frequency.")
     queries, labels, examples = features.embed_objects(net, chosen, data, size, world, args.workers)
-    pool = [p.image for p in instances.unlabeled_photos(args.pool, data)]
+    pool = [p.image for p in instances.unlabeled_photos(args.pool, data, "--pool")]
     key = f"{args.retrieval_model} {fingerprint(net.state_dict())}"
     embed = partial(retrieval.embed, network=net, key=key, size=size, world=world, workers=args.workers)
     store = embed(pool, folder=out / "embedded" / "pool")
@@ -1119,18 +1125,21 @@ def retrieve(args: Args, data: Instances, labeled: list[Photo], groups: list[str
         kept = found[retrieval.duplicates(store, found, args.duplicate, **at) == found]
         kept = kept[~retrieval.known(store, kept, others, args.duplicate, **at)]
         print(retrieval.histogram(store, found, args.duplicate, **at))
-        retrieval.report(out, store, found, kept, rows, cosine, labels.numpy(), examples, data.classes)
-    world.barrier()
+        if len(kept):
+            retrieval.report(out, store, found, kept, rows, cosine, labels.numpy(), examples, data.classes)
+    if not main_says(world, world.main and len(kept) > 0):
+        raise UserError(f"--pool {args.pool}: all neighbours are duplicates, or labeled or scored themselves; take "
+                        f"another pool, or a higher --duplicate.")
 
 
 # ============================================================================================== main
 STUDENT_ONLY = ("pseudo lambda_calib support refresh threshold filter_on size_threshold unsup_weight ema unlabeled "
-                "steps teacher_update student_init burn_in student_labels batch_size")
-RANGES = dict.fromkeys("eps ema threshold drop_path calib_min_score layer_decay warmup duplicate".split(), (0, 1)) | \
-    dict.fromkeys("accumulate steps teacher_steps eval_every bins neighbours global_blocks window head_convs proposals "
-                  "rpn_batch roi_batch detections proto_per_class".split(), (1, 1e9)) | {
+                "steps teacher_update student_init burn_in student_labels batch_size calibration")
+RANGES = dict.fromkeys("eps ema threshold drop_path calib_min_score layer_decay warmup duplicate nms".split(), (0, 1))
+RANGES |= dict.fromkeys("accumulate steps teacher_steps eval_every bins neighbours global_blocks window head_convs "
+                        "proposals rpn_batch roi_batch detections proto_per_class".split(), (1, 1e9)) | {
     "image_size": (32, 8192), "width": (8, 4096), "fc": (8, 65536), "scale": (0.01, 100), "holdout": (0.01, 0.99),
-    "prior": (1e-9, 0.5), "embed_size": (14, 4096), "nms": (0.01, 1), "sim_tau": (1e-6, 1e6), "repeat": (0, 1)}
+    "prior": (1e-9, 0.5), "embed_size": (14, 4096), "repeat": (0, 1), "anchor_scale": (0.1, 99), "sim_tau": (1e-6, 1e6)}
 GRIDS = {"teacher": {"eps": (0.05, 0.1, 0.2), "gamma": (0.0, 0.5, 1.0, 1.5, 2.0)},
          "student": {"lambda_calib": (0.5, 1.0, 2.0, 3.0), "unsup_weight": (0.5, 1.0, 2.0)}}    # DEPARTS[grid]
 
@@ -1215,6 +1224,8 @@ def needs_prototypes(args: Args) -> bool:
 def find(args: Args, classes: list[str] | None = None) -> Instances:
     """The data set; of `shapes` the long-tailed one, in LVIS's layout."""
     root = Path(args.root)
+    if root.is_file():
+        raise UserError(f"--root {root} is a file; name the folder that holds the data.")
     if args.dataset == "shapes":
         root = shapes.make_tail(root / "tail")
     kind = "coco" if args.dataset == "coco" else "lvis"
@@ -1234,22 +1245,29 @@ def network(args: Args, num_classes: int, world: World, name: str, pretrained: b
     return net.to(world.device), notes
 
 
-def begin(phase: str, args: Args, data: Instances, classes: Classes, delta: Tensor | None, world: World, step: int,
-          begun: int) -> tuple[State, list[str]]:
-    """The networks of a phase at its beginning: student and its teacher have the trained teacher's weights."""
+def begin(phase: str, args: Args, data: Instances, classes: Classes, delta: Tensor | None, world: World, begun: int,
+          state: dict | None) -> tuple[State, list[str]]:
+    """The networks of a phase at its beginning, student and its teacher with the trained teacher's weights; or as its
+    checkpoint `state` has them, which needs no other file."""
     copied, teacher = phase == "student" and args.student_init == "teacher", None
-    net, notes = network(args, len(data.classes), world, phase, pretrained=not copied)
+    net, notes = network(args, len(data.classes), world, phase, pretrained=not copied and state is None)
     if phase == "student":
-        teacher = trained(args, data, args.teacher or "teacher.pt", world).requires_grad_(False)
+        teacher = network(args, len(data.classes), world, "teacher", False)[0].eval() if state is not None else \
+            trained(args, data, args.teacher or "teacher.pt", world)
+        teacher.requires_grad_(False)
     if copied:
         net.load_state_dict(teacher.state_dict())
-        net.heads.learned |= classes.images > 0
-    else:
-        net.heads.learned.copy_(classes.images > 0)
+    net.heads.learned.copy_(net.heads.learned * copied | (classes.images > 0))
     if args.compile:
         net.backbone.compile()
-    parallel = distributed.parallel(net.train(), world)
-    return State(phase, net, teacher, adamw(net, args, world), parallel, classes, delta, step, begun), notes
+    s = State(phase, net, teacher, None, None, classes, delta, begun, begun)
+    for name, weights in (state["networks"] if state else {}).items():
+        runs.load_exact(s.networks()[name], weights, state["path"])
+    s.optimizer, s.forward = adamw(net, args, world), distributed.parallel(net.train(), world)
+    if state is not None:
+        s.step, s.delta = state["step"], None if state["delta"] is None else state["delta"].to(world.device)
+        s.optimizer.load_state_dict(state["optimizer"])
+    return s, notes
 
 
 def trained(args: Args, data: Instances, name: str, world: World) -> Detector:
@@ -1309,11 +1327,9 @@ def train(args: Args) -> dict:
     world = distributed.start(args.device)
     state = runs.load_checkpoint(out / "last.pt", SCRIPT) if resuming else None
     step, total = state["step"] if state else 0, sum(steps for _, steps in phases)
-    run = runs.Run(out, SCRIPT, args, world, step, state, {
-        "classes": data.classes, "images": chosen.text, "fingerprint": chosen.fingerprint,
-        "held_out": [p.name for p in held]})
-    run.say(f"{chosen.text}; scored on {len(scored.val)}; networks: "
-            f"{', '.join(f'{name} ({steps} steps)' for name, steps in phases) or 'none'}; in {out}")
+    if state is None:                               # files are looked at before anything is trained
+        _ = args.teacher and trained(args, data, args.teacher, world)
+        _ = args.calibration and delta_of(args, data, held, [], world)
     similarity = similarities(args, data, labeled, world)
     classes = label_statistics(args, data, labeled, similarity, world)
     if args.stage == "retrieve" or (student and args.pool):
@@ -1321,35 +1337,43 @@ def train(args: Args) -> dict:
             retrieve(args, data, labeled, classes.groups, world)
         chosen = choose(str(out / "retrieved.txt"), needed=student)
 
-    last, best, border = {}, {}, 0
-    for phase, steps in phases:
-        begun, border = border, border + steps
-        if step >= border:
-            last, best = state["last"], state["best"]
-            continue
-        delta = delta_of(args, data, held, classes.groups, world) if phase == "student" else None
-        photos = learned if phase == "heldout" or args.tune or args.refresh else chosen.labeled
+    def start(phase: str, begun: int) -> tuple[State, list[str], list[Photo]]:
+        """A phase from its beginning or its checkpoint, lines on its weights, and its labeled images."""
+        photos, again = labeled if phase != "heldout" else learned, state is not None and state["phase"] == phase
         own = label_statistics(args, data, photos, similarity, world)
-        s, notes = begin(phase, args, data, own, delta, world, step, begun)
+        delta = delta_of(args, data, held, classes.groups, world) if phase == "student" and not again else None
+        return *begin(phase, args, data, own, delta, world, begun, state if again else None), photos
+
+    spans = [(phase, begun := sum(steps for _, steps in phases[:i]), begun + phases[i][1])
+             for i, (phase, _) in enumerate(phases)]
+    ahead = [span for span in spans if step < span[2]]
+    first = start(*ahead[0][:2]) if ahead else None
+    run = runs.Run(out, SCRIPT, args, world, step, state, {
+        "classes": data.classes, "images": chosen.text, "fingerprint": chosen.fingerprint,
+        "held_out": [p.name for p in held]})
+    run.say(f"{chosen.text}; scored on {len(scored.val)}; networks: "
+            f"{', '.join(f'{name} ({steps} steps)' for name, steps in phases) or 'none'}; in {out}")
+    last, best = (state["last"], state["best"]) if state else ({}, {})
+    for phase, begun, border in ahead:
+        s, notes, photos = first or start(phase, begun)
+        first = None
         run.say(*(f"weights {note}" for note in notes))
         s.last, s.best = last, best
-        if state is not None and state["step"] == step:
-            restore(s, state)
         batch_size = args.batch_size if phase == "student" else args.teacher_batch_size
         views = instances.Views(photos, partial(labeled_view, args, data), args.seed, f"{phase} labeled")
         more = instances.Views(chosen.unlabeled, partial(unlabeled_view, args), args.seed, "unlabeled")
         factors = instances.repeat_factors(photos, len(data.classes), args.repeat)
-        stream = partial(instances.stream, batch_size=batch_size, start=step, stop=border, world=world,
+        stream = partial(instances.stream, batch_size=batch_size, start=s.step, stop=border, world=world,
                          workers=args.workers, collate=instances.collate)
         feeds = [stream(views, factors=factors), stream(more) if phase == "student" else itertools.repeat(None)]
-        for now in run.steps(step, border):
+        for now in run.steps(s.step, border):
             done = now - begun
             if phase == "student" and args.refresh and done and done % args.refresh == 0:
                 some = instances.scored_on(data, held[:2000])
-                record = calibrate(s.teacher, some, own.groups, args, world)
+                record = calibrate(s.teacher, some, classes.groups, args, world)
                 s.delta = torch.tensor(record["delta"], device=world.device)
             for group in s.optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * schedule(done, steps, args)
+                group["lr"] = group["initial_lr"] * schedule(done, border - begun, args)
             batches = [instances.to_device(next(feed), world.device) for feed in feeds]
             distributed.seed_torch(args.seed, "step", now, world.rank)           # drop path
             values = train_step(s, *batches, args, world)
@@ -1369,7 +1393,7 @@ def train(args: Args) -> dict:
                 run.save("last.pt", snapshot(s, args, data))
             if asked and s.step < total:
                 run.leave(s.step)                   # does not return
-        last, best, step = s.last, s.best, border
+        last, best = s.last, s.best
         world.barrier()                             # its checkpoint is written
     if args.stage == "calibrate":
         delta_of(args, data, held, classes.groups, world)
@@ -1415,16 +1439,6 @@ def snapshot(s: State, args: Args, data: Instances, optimizer: bool = True) -> d
              "step": s.step, "last": s.last, "best": s.best, "delta": s.delta, "groups": s.classes.groups,
              "networks": {name: net.state_dict() for name, net in s.networks().items()}}
     return state | ({"optimizer": s.optimizer.state_dict()} if optimizer else {})
-
-
-def restore(s: State, state: dict) -> None:
-    """The reverse of `snapshot`. A checkpoint of a border, where the phase before is done, gives scores alone."""
-    s.step, s.last, s.best = state["step"], state["last"], state["best"]
-    if state["phase"] == s.phase:
-        s.delta = None if state["delta"] is None else state["delta"].to(s.classes.images.device)
-        for name, weights in state["networks"].items():
-            runs.load_exact(s.networks()[name], weights, state["path"])
-        s.optimizer.load_state_dict(state["optimizer"])
 
 
 def grid(args: Args) -> dict:

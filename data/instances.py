@@ -588,14 +588,14 @@ def listed(path: Path, data: Instances, files: bool = False) -> list[Photo]:
     return [photo for photo in best if files or photo.things is not None or photo.label is not None]
 
 
-def unlabeled_photos(text: str, data: Instances) -> list[Photo]:
-    """--unlabeled: a folder of images, also in folders below it, or a list of them."""
+def unlabeled_photos(text: str, data: Instances, flag: str = "--unlabeled") -> list[Photo]:
+    """What a flag names: a folder of images, also in folders below it, or a list of them."""
     path = Path(text)
     if path.is_file():
         return listed(path, data, files=True)
     found = [Photo(str(p.relative_to(path)), p) for p in sorted(path.rglob("*")) if p.suffix.lower() in IMAGES]
     if not found:
-        raise UserError(f"--unlabeled {path}: {'no images in that folder' if path.is_dir() else 'no folder or list'}.")
+        raise UserError(f"{flag} {path}: {'no images in that folder' if path.is_dir() else 'no folder or list'}.")
     return found
 
 

@@ -173,6 +173,7 @@ def test_matching_is_torchvisions(number, low, high, rescue):
     boxes = candidates[torch.randint(len(candidates), (number,))]
     boxes[1::2] = jittered(boxes[1::2], 0.1, 60)
     boxes[number - number // 10:] = boxes[:number // 10]             # twice, in two parts
+    boxes[1:2] = torch.tensor([1.1, 1.2, 3.7, 3.9])                  # smaller than any candidate on the grid
     overlap = box_iou(boxes, candidates)
     assert (overlap.amax(1) > 0).all()
     want = coding.Matcher(high, low, rescue)(overlap)
@@ -214,7 +215,8 @@ def objects_at(boxes: Tensor, size: int, classes: int = 5) -> Objects:
     number, masks = len(boxes), torch.zeros(len(boxes), size, size, dtype=torch.uint8)
     for mask, (x0, y0, x1, y1) in zip(masks, boxes.int().tolist(), strict=True):
         mask[y0:y1, x0:x1] = torch.rand(y1 - y0, x1 - x0) < 0.8
-    return Objects(torch.randint(classes, (number,)), boxes, masks, torch.rand(number, classes) ** 4)
+    probs = torch.rand(number, classes) ** 4
+    return Objects(torch.randint(classes, (number,)), boxes, masks, probs, probs > 0)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -256,9 +258,9 @@ def test_rpn_losses_are_torchvisions(monkeypatch):
     """Of the same sampled anchors; torchvision's smooth L1 with beta 0 is L1. One image has no object."""
     args = small()
     ours, rpn = rpns(args, True)
-    maps, drawn, draw = pyramid_of(64, 8, 3), [], bpl.sample
+    maps, drawn, draw = pyramid_of(64, 8, 3), [], regions.sample
     objects = [objects_at(some_boxes(n, 64, 8), 64) for n in (3, 0, 1)]
-    monkeypatch.setattr(bpl, "sample", lambda *a: drawn.append((a[0], draw(*a))) or drawn[-1][1])
+    monkeypatch.setattr(regions, "sample", lambda *a: drawn.append((a[0], draw(*a))) or drawn[-1][1])
     got = ours.losses(*ours(maps), objects, [torch.Generator()] * 3)
 
     def fixed(labels):
@@ -344,7 +346,7 @@ def cascade_by_loops(heads: bpl.CascadeHeads, pyramid, sampled, objects, known) 
         for box in boxes:
             if (n := best_object(box, o, 0.5)) is not None:
                 x = F.relu(heads.mask.up(heads.mask.convs(pooled(pyramid, i, box, 14))))
-                goal = bpl.mask_targets(o.masks, torch.tensor([n]), box[None])[0]
+                goal = regions.mask_targets(o.masks, torch.tensor([n]), box[None])[0]
                 masks.append(surprise(heads.mask.masks(x)[0, o.labels[n]], goal).mean())
         loss["mask"] += sum(masks) / max(len(masks), 1) / len(objects)
         for stage, (head, (least, weights)) in enumerate(zip(heads.boxes, STAGES, strict=True), start=1):
@@ -377,7 +379,7 @@ def lively(heads: bpl.CascadeHeads) -> bpl.CascadeHeads:
 def cascade(monkeypatch):
     """Heads with random weights in double precision, and what they train on: three images, one without an object."""
     args = small(image_size=512, roi_batch=40)
-    heads, drawn, draw = lively(bpl.CascadeHeads(args, 5)).double(), [], bpl.sample
+    heads, drawn, draw = lively(bpl.CascadeHeads(args, 5)).double(), [], regions.sample
     pyramid = [x.requires_grad_() for x in pyramid_of(512, 8, 3, torch.float64)]
     boxes = torch.tensor([[200, 30, 270, 90], [10, 300, 150, 450.5], [220, 180, 500, 470]]), torch.zeros(0, 4), \
         torch.tensor([[10, 20, 490, 500.0], [300, 100, 460, 300]])   # of all levels
@@ -387,8 +389,9 @@ def cascade(monkeypatch):
     near[1][3] = torch.tensor([512, 100, 512, 130.0])
     known = torch.rand(3, 5) < 0.6
     known[:, 3] = False
-    monkeypatch.setattr(bpl, "sample", lambda *a: drawn.append(draw(*a)) or drawn[-1])
-    monkeypatch.setattr(bpl, "mask_targets", lambda m, i, b, make=bpl.mask_targets: make(m, i, b.float()).double())
+    monkeypatch.setattr(regions, "sample", lambda *a: drawn.append(draw(*a)) or drawn[-1])
+    make = regions.mask_targets
+    monkeypatch.setattr(regions, "mask_targets", lambda m, i, b: make(m, i, b.float()).double())
     got = heads.losses(pyramid, near, objects, known, [torch.Generator()] * 3)
     sampled = [torch.cat([b, o.boxes])[i] for b, o, i in zip(near, objects, drawn, strict=True)]
     assert len({len(b) for b in sampled}) == 3
@@ -464,22 +467,31 @@ def survivors(boxes: Tensor, probs: Tensor, overlap: float) -> list[tuple[float,
 @pytest.mark.parametrize("overlap, most", [(0.5, 300), (0.3, 300), (0.5, 5000)])
 def test_detections_by_loops(overlap, most):
     """Threshold 0.02, suppression within a class, the best 300 of the image; boxes in its own pixels."""
-    boxes, probs = jittered(some_boxes(40, 120, 20), 0, 128).repeat(3, 1), torch.rand(120, 30) ** 5
-    boxes, image = jittered(boxes, 0.1, 128), torch.zeros(3, 48, 64, dtype=torch.uint8)
-    seen, args = bpl.Seen(2.0, [], boxes, probs), small(image_size=128, nms=overlap, detections=most)
+    boxes, probs = some_boxes(40, 120, 20).repeat(3, 1), (torch.randperm(3600).view(120, 30) / 3600) ** 5
+    image, factors = torch.zeros(3, 48, 64, dtype=torch.uint8), torch.tensor([2.0, 2.5] * 2)
+    boxes = torch.minimum(jittered(boxes, 0.1, 128), torch.tensor([128.0, 120] * 2))
+    seen, args = bpl.Seen(factors, [], boxes, probs), small(image_size=128, nms=overlap, detections=most)
     net = SimpleNamespace(masks=lambda pyramid, i, b, labels: torch.ones(len(b), 28, 28) * (labels != 7)[:, None, None])
     want = survivors(boxes, probs, overlap)
     labels, scores, masks, found = bpl.detect(net, image, seen, args)
     n = min(most, len(want))
     assert 300 < len(want) < (probs > 0.02).sum() < probs.numel() and masks.shape == (n, 48, 64)
     assert [(s, c) for s, c, _ in want[:n]] == list(zip(scores.tolist(), labels.tolist(), strict=True))
-    own = torch.stack([boxes[i] / 2 for *_, i in want[:n]])
-    assert torch.equal(found, torch.minimum(own, torch.tensor([64.0, 48, 64, 48]))) and (found != own).any()
+    assert torch.equal(found, torch.stack([boxes[i] / factors for *_, i in want[:n]]))
     empty = (labels == 7) | ~regions.sided(found, 1)
     assert torch.equal(masks.flatten(1).any(1) | empty, torch.ones(n, dtype=torch.bool)) and (labels == 7).any()
     known = torch.arange(30) % 3 == 0                                # after the cut
     some = bpl.detect(net, image, seen, args, known)
     assert torch.equal(some[1], scores[known[labels]]) and len(some[0]) < n
+
+
+def test_boxes_end_with_the_image():
+    """Not with the square that it is padded to; its sides are whole pixels, so each has a factor of its own."""
+    found, image = torch.tensor([[3, 5, 128, 128], [10, 90, 20, 128.0]]), torch.zeros(3, 33, 50, dtype=torch.uint8)
+    net = SimpleNamespace(parameters=lambda: iter([found]), infer=lambda x: ([], [(found, torch.rand(2, 3))]))
+    seen = bpl.look(net, image, small(image_size=128))
+    assert seen.factors.tolist() == pytest.approx([128 / 50, 84 / 33] * 2)               # 84.48 pixels are 84
+    assert seen.boxes.tolist() == [[3, 5, 128, 84], [10, 84, 20, 84]]
 
 
 def doubles(classes: list[int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -491,10 +503,7 @@ def doubles(classes: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     return torch.cat([boxes, moved]), torch.rand(2 * n), torch.tensor(classes).repeat(2)
 
 
-@pytest.mark.parametrize("classes", [
-    [7, 1202] * 20, [1202] * 500,
-    pytest.param(list(range(703, 1203)), marks=defect("float32 offsets of many classes blur boxes: suppress needs "
-                                                      "float64 for batched_nms"))], ids=len)
+@pytest.mark.parametrize("classes", [[7, 1202] * 20, [1202] * 500, [*range(703, 1203)]], ids=["two", "one", "many"])
 def test_suppression_is_exact_for_classes_of_high_number(classes):
     """1,202 times 1,500 pixels leaves float32 an eighth of a pixel; classes apart are suppressed apart."""
     boxes, scores, labels = doubles(classes)
@@ -577,23 +586,23 @@ def test_mask_targets_by_loops():
     objects = stars(12, 96)
     masks, boxes = torch.stack([m for _, m, _ in objects]), torch.stack([b for *_, b in objects])
     matches = torch.tensor([11, 3, 3, 0, 7])
-    got = bpl.mask_targets(masks, matches, boxes[matches])
+    got = regions.mask_targets(masks, matches, boxes[matches])
     assert got.shape == (5, 28, 28) and {*got.unique().tolist()} == {0.0, 1.0}
     for target, i in zip(got, matches.tolist(), strict=True):
         mean = mean_in_cells(masks[i].numpy().astype(float), boxes[i].double().tolist(), 28)
         sure = np.abs(mean - 0.5) > 1e-4
         assert np.array_equal(target.numpy()[sure], mean[sure] >= 0.5) and sure.mean() > 0.99
-    assert bpl.mask_targets(masks, matches[:0], boxes[:0]).shape == (0, 28, 28)
+    assert regions.mask_targets(masks, matches[:0], boxes[:0]).shape == (0, 28, 28)
 
 
 def test_mask_targets_of_whole_cells_are_the_mask_itself():
     mask = (torch.rand(1, 40, 50) < 0.5).to(torch.uint8)
     for k, (x, y) in itertools.product((1,), ((0, 0), (5, 3), (22, 12))):
         box = torch.tensor([[x, y, x + 28 * k, y + 28 * k]]).float()
-        assert torch.equal(bpl.mask_targets(mask, torch.tensor([0]), box)[0], mask[0, y:y + 28, x:x + 28].float())
+        assert torch.equal(regions.mask_targets(mask, torch.tensor([0]), box)[0], mask[0, y:y + 28, x:x + 28].float())
     blocks = (torch.rand(1, 28, 28) < 0.5).to(torch.uint8)
     large = blocks.repeat_interleave(2, 1).repeat_interleave(2, 2)
-    assert torch.equal(bpl.mask_targets(large, torch.tensor([0]), torch.tensor([[0.0, 0, 56, 56]])), blocks.float())
+    assert torch.equal(regions.mask_targets(large, torch.tensor([0]), torch.tensor([[0.0, 0, 56, 56]])), blocks.float())
 
 
 def test_mask_targets_are_nearly_detectron2s_polygons():
@@ -601,7 +610,7 @@ def test_mask_targets_are_nearly_detectron2s_polygons():
     0.96. torchvision pools half a pixel aside and keeps fractions: 3 %, 0.91."""
     same, alike, other, apart = [], [], [], []
     for polygon, mask, box in stars(60, 128):
-        [target] = bpl.mask_targets(mask[None], torch.tensor([0]), box[None])
+        [target] = regions.mask_targets(mask[None], torch.tensor([0]), box[None])
         x0, y0, x1, y1 = box.double().tolist()
         moved = (polygon.reshape(-1, 2) - (x0, y0)) * (28 / (x1 - x0), 28 / (y1 - y0))
         drawn = raster(moved.reshape(-1), 28)
@@ -619,7 +628,8 @@ def test_mask_loss_is_torchvisions_with_our_targets(monkeypatch):
     args, masks = small(image_size=96), stars(6, 96)
     heads, pyramid = shaken(bpl.CascadeHeads(args, 5), 0.1), pyramid_of(96, 8, 2)
     objects = [Objects(torch.randint(5, (3,)), torch.stack([b for *_, b in part]),
-                       torch.stack([m for _, m, _ in part]), torch.zeros(3, 5)) for part in (masks[:3], masks[3:])]
+                       torch.stack([m for _, m, _ in part]), torch.zeros(3, 5), torch.ones(3, 5).bool())
+               for part in (masks[:3], masks[3:])]
     boxes = [jittered(o.boxes.repeat(2, 1), 0.02, 96) for o in objects]
     matches = [torch.tensor([0, 1, 2, -1, 1, -1]), torch.tensor([2, 1, -1, 0, -1, 0])]
     got = heads.mask_loss(pyramid, boxes, matches, objects)
@@ -636,17 +646,17 @@ def test_mask_loss_is_torchvisions_with_our_targets(monkeypatch):
 
 
 def test_pasted_masks_are_nearly_torchvisions():
-    """torchvision pastes into whole pixels, one too many a side. Only pixels beside an edge differ."""
+    """torchvision pastes into whole pixels, one too many a side. Only pixels along an edge differ."""
     found = []
     for _ in range(20):
-        mask = (8 * F.interpolate(torch.randn(1, 1, 3, 3), (28, 28), mode="bicubic")).sigmoid()
+        mask = (4 + 8 * F.interpolate(torch.randn(1, 1, 4, 4), (28, 28), mode="bicubic")).sigmoid()
         box = torch.cat([c := 5 + 25 * torch.rand(2), c + 130 + 60 * torch.rand(2)])[None]
         ours = regions.paste(mask[0], box, (180, 200))[0] > 0.5
         other = theirs.paste_masks_in_image(mask, box, (180, 200))[0, 0] > 0.5
         found.append(shared_part(ours, other))
-        near = [F.max_pool2d(x[None].float(), 3, 1, 1)[0] > 0 for x in (ours, ~ours)]
+        near = [F.max_pool2d(x[None].float(), 5, 1, 2)[0] > 0 for x in (ours, ~ours)]
         assert not ((ours != other) & ~(near[0] & near[1])).any()
-    assert np.mean(found) > 0.97 and min(found) > 0.95
+    assert np.mean(found) > 0.97 and min(found) > 0.94
 
 
 def test_paste_moves_a_mask_of_its_own_size():
@@ -698,14 +708,15 @@ def timms(ours: bpl.EVA02, name: str, tokens: int, window: tuple[int, int, int] 
     return net
 
 
-def outputs_of_blocks(net: bpl.EVA02, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-    found = []
-    handles = [block.register_forward_hook(lambda *a: found.append(a[2])) for block in net.blocks]
-    with torch.no_grad():
-        out = net(images)
-    for handle in handles:
-        handle.remove()
-    return out, found
+def of_blocks(net: bpl.EVA02, images: Tensor, *numbers: int) -> list[Tensor]:
+    """The output after each of these numbers of blocks."""
+    blocks, whole, found = net.blocks, net.whole, []
+    for n in numbers:
+        net.blocks, net.whole = blocks[:n], whole[:n]
+        with torch.no_grad():
+            found.append(net(images))
+    net.blocks, net.whole = blocks, whole
+    return found
 
 
 @pytest.mark.parametrize("name, tokens, blocks", [("eva02_tiny_patch14_224", 16, 4), (EVA, 6, 3)])
@@ -714,16 +725,15 @@ def test_blocks_are_timms_when_one_window_covers_the_image(slim, name, tokens, b
     slim(embed_dim=128, depth=blocks)
     args = eva(backbone=name, window=tokens, image_size=16 * tokens)
     net, images = shaken(bpl.EVA02(args, "none"), 0.1).eval(), torch.randn(2, 3, 16 * tokens, 16 * tokens)
-    theirs_, (out, found) = timms(net, name, tokens), outputs_of_blocks(net, images)
+    other, found = timms(net, name, tokens), of_blocks(net, images, *range(1, blocks + 1))
     with torch.no_grad():
-        want = theirs_.forward_intermediates(images, norm=False, intermediates_only=True)
+        want = other.forward_intermediates(images, norm=False, intermediates_only=True)
         assert len(found) == len(want) == blocks
         for a, b in zip(found, want, strict=True):
-            assert torch.allclose(a, b.flatten(2).transpose(1, 2), rtol=1e-4, atol=1e-4)
-        assert torch.allclose(out, want[-1], rtol=1e-4, atol=1e-4)
-        theirs_.rope.get_embed = lambda: torch.cat([torch.zeros(tokens**2, 64), torch.ones(tokens**2, 64)], dim=1)
-        plain = theirs_.forward_intermediates(images, norm=False, intermediates_only=True)[-1]
-    assert (plain - out).abs().max() > 0.1, "rotary positions change nothing"
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-4)
+        other.rope.get_embed = lambda: torch.cat([torch.zeros(tokens**2, 64), torch.ones(tokens**2, 64)], dim=1)
+        plain = other.forward_intermediates(images, norm=False, intermediates_only=True)[-1]
+    assert (plain - found[-1]).abs().max() > 0.1, "rotary positions change nothing"
 
 
 def test_windows_are_images_of_their_own(slim):
@@ -742,18 +752,19 @@ def test_windows_are_images_of_their_own(slim):
         want = across.blocks[2](tokens.flatten(2).transpose(1, 2), rope=across.rope.get_embed())
         out = net(images)
     assert torch.allclose(out, want.transpose(1, 2).view(1, 64, 8, 8), rtol=1e-4, atol=1e-4)
-    _, found = outputs_of_blocks(net, images)
+    found = of_blocks(net, images, 1, 2, 3)
     images[:, :, :16, :16] += 1.0                                    # a patch of the first window
-    _, moved = outputs_of_blocks(net, images)
-    changed = [(a - b).abs().amax((1, 2)) > 1e-3 for a, b in zip(found, moved, strict=True)]
-    assert [c.tolist() for c in changed] == [[True, False, False, False]] * 2 + [[True]]
+    inside = torch.zeros(8, 8, dtype=torch.bool)
+    inside[:4, :4] = True
+    changed = [(a - b)[0].abs().amax(0) > 1e-5 for a, b in zip(found, of_blocks(net, images, 1, 2, 3), strict=True)]
+    assert torch.equal(changed[0], inside) and torch.equal(changed[1], inside) and changed[2].all()
 
 
 def test_windows_by_loops():
     x = torch.randn(2, 4, 6, 5)
-    parts = bpl.windows(x, 2)
+    parts = features.windows(x, 2)
     want = [x[b, i:i + 2, j:j + 2].reshape(4, 5) for b in range(2) for i in (0, 2) for j in (0, 2, 4)]
-    assert torch.equal(parts, torch.stack(want)) and torch.equal(bpl.unwindows(parts, 2, (4, 6)), x)
+    assert torch.equal(parts, torch.stack(want)) and torch.equal(features.unwindows(parts, 2, (4, 6)), x)
 
 
 @pytest.mark.parametrize("depth, number, want", [
@@ -808,15 +819,14 @@ def cubic(old: int, new: int) -> np.ndarray:
 @pytest.mark.parametrize("tokens", [16, 24, 8])
 def test_positions_are_resized_bicubically(slim, tokens):
     slim()
-    net, found = bpl.EVA02(eva(image_size=16 * tokens, window=tokens), "none").eval(), []
+    net = bpl.EVA02(eva(image_size=16 * tokens, window=tokens), "none").eval()
     with torch.no_grad():
         net.pos_embed.normal_()
         net.proj.weight.zero_(), net.proj.bias.zero_()
-        net.blocks[0].register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
-        net(torch.randn(1, 3, 16 * tokens, 16 * tokens))
+    [[found]] = of_blocks(net, torch.randn(1, 3, 16 * tokens, 16 * tokens), 0)
     m = cubic(16, tokens)
-    want = np.einsum("ip,jq,dpq->ijd", m, m, net.pos_embed[0].detach().double().numpy())
-    assert np.abs(found[0][0].numpy() - want.reshape(tokens**2, 32)).max() < 1e-4
+    want = np.einsum("ip,jq,dpq->dij", m, m, net.pos_embed[0].detach().double().numpy())
+    assert np.abs(found.numpy() - want).max() < 1e-4
 
 
 def test_there_is_no_class_token_and_no_final_norm(slim):
@@ -880,15 +890,15 @@ def test_checkpointing_gives_the_same_gradients(slim):
     assert any(a.abs().sum() > 0 for a in found[0])
 
 
-@defect("timm's DropPath draws for each row, and a row is a window: EVA-02 drops the block of a whole image")
 def test_a_dropped_block_is_dropped_for_the_whole_image(slim):
+    """Not for some of its windows."""
     slim(depth=4)
-    net, seen = bpl.EVA02(eva(image_size=128, drop_path=0.8), "none").train(), []
-    nn.init.zeros_(net.blocks[2].mlp.fc2.weight)
-    net.blocks[2].register_forward_hook(lambda _, inputs, out: seen.append(out - inputs[0]))
-    net(torch.randn(16, 3, 128, 128))                                # 16 windows of 2 x 2 tokens an image
-    kept = seen[0].flatten().view(16, -1) != 0
-    assert 0.2 < kept.float().mean() < 0.8 and (kept.all(1) | ~kept.any(1)).all()
+    net, images = bpl.EVA02(eva(image_size=128, drop_path=0.8), "none").train(), torch.randn(16, 3, 128, 128)
+    net.blocks, net.whole = net.blocks[2:3], [False]                 # 16 windows of 2 x 2 tokens an image
+    nn.init.zeros_(net.blocks[0].mlp.fc2.weight)
+    tokens, out = of_blocks(net, images, 0, 1)
+    kept = (out != tokens).flatten(1)
+    assert 0.2 < kept.float().mean() < 0.8 and ((kept.float().mean(1) > 0.9) | ~kept.any(1)).all()
 
 
 # ---------------------------------------------------------------------------------------------------- the whole network
@@ -1067,11 +1077,10 @@ def test_every_tensor_of_a_released_detector_lands(loaded):
         assert torch.equal(own[place], value), f"{name} is not in {place}"
         places.add(place)
     assert {n for n, _ in net.named_parameters()} == places
-    said = {word.strip(" ,") for note in notes for word in note.split(":", 1)[1].split(",")}
-    assert {s for s in said if "fed_loss" not in s} <= {"heads.learned"}, notes
+    assert not any("left fresh" in note for note in notes), notes
 
 
-@defect("heads.learned and fed_loss_cls_weights are no weights, yet a good file is reported as incomplete")
+@defect("rope_win and rope_glb, buffers of every release, are reported: the filter knows .rope. alone")
 def test_a_released_detector_is_loaded_without_a_word(loaded):
     assert loaded[2] == []
 
@@ -1167,7 +1176,7 @@ def test_a_loaded_detector_computes_what_the_released_one_does(loaded):
             total = total + F.linear(x, *both(file, f"roi_heads.box_predictor.{k}.cls_score")).sigmoid()[:, :C] / 3
             steps = F.linear(x, *both(file, f"roi_heads.box_predictor.{k}.bbox_pred"))
             moved = clip_boxes_to_image(coding.BoxCoder(weights).decode_single(steps, moved), (64, 64))
-        _, (_, (found, probs)) = net.infer(images, [boxes[:0], boxes])
+        _, (found, probs) = net.heads.scores(pyramid, [boxes[:0], boxes])
         assert close(probs, total, 1e-3) and close(found, moved, 1e-2) and (moved - boxes).abs().max() > 1
         assert probs.std() > 0.05
 

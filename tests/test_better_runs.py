@@ -28,7 +28,7 @@ import better_pseudo_labels as bp
 from common import plots, runs
 from common.distributed import World
 from common.runs import UserError
-from data import calibration, features, instances, lvis_ap, regions, retrieval, shapes
+from data import calibration, features, instances, lvis_ap, shapes
 
 NAME = "better_pseudo_labels"
 helpers.CHOOSERS[NAME] = ("dataset", "eval", "predict")
@@ -99,7 +99,8 @@ def trained(tail, tmp_path_factory) -> Path:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         bp.main(bp.preset(**tiny(tail, folder / "run", split="all", stage="teacher", norm="live", layer_decay=1.0,
-                                 lr=6e-3, teacher_steps=60, teacher_batch_size=4, scale=(1, 1), **LATE, val="train", init_detector="", weights=folder / "body.pth")))
+                                 lr=6e-3, teacher_steps=60, teacher_batch_size=4, scale=(1, 1), val="train",
+                                 init_detector="", weights=folder / "body.pth", **LATE)))
         torch.set_num_threads(threads)
     STARTS.update(weights=folder / "body.pth", init_detector=folder / "run" / "teacher.pt")
     return folder / "run"
@@ -1210,17 +1211,17 @@ def test_one_labeled_picture(trained, tail, line, typed, tmp_path):
 
 
 def with_crowds(read: dict) -> None:
-    """The class 5 has a crowd and no other object."""
-    for a in read["annotations"]:
-        a["iscrowd"] = int(a["category_id"] == 5 or a.get("iscrowd", 0))
+    """A COCO file, in which the class 5 has a crowd in each part and no other object."""
+    read["annotations"] = [a for a in read["annotations"] if a["category_id"] != 5] + [
+        {"id": 999, "image_id": 3, "category_id": 5, "iscrowd": 1, "area": 400.0, "bbox": [5, 5, 20, 20],
+         "segmentation": [[5, 5, 25, 5, 25, 25, 5, 25]]}]
+    for kind in read["categories"]:
+        del kind["frequency"]
 
 
 def test_class_whose_only_object_is_a_crowd(trained, tail, tmp_path):
     """It is not learned, counted, embedded, or found; Delta is its group's; and its picture stays."""
-    files = altered(tail, tmp_path, lambda read: (read["annotations"].append(
-        {"id": 999, "image_id": 3, "category_id": 5, "iscrowd": 1, "area": 400.0, "bbox": [5, 5, 20, 20],
-         "segmentation": [[5, 5, 25, 5, 25, 25, 5, 25]]}), with_crowds(read)))
-    out = tmp_path / "out"
+    files, out = altered(tail, tmp_path, with_crowds), tmp_path / "out"
     (tmp_path / "list.txt").write_text("".join(f"{i}\n" for i in range(1, 10)))
     train(tail, out, dataset="coco", split=tmp_path / "list.txt", **files, **LATE)
     assert not weights(out / "last.pt")["teacher"]["heads.learned"][4]
@@ -1468,8 +1469,8 @@ def test_softmax(short, trained, tail, tmp_path):
 
 def test_calibration_counts_objects_or_detections_by_box_or_mask(trained, tail, tmp_path, monkeypatch):
     kinds, read = [], {}
-    monkeypatch.setattr(lvis_ap, "samples", lambda data, entries, kind, real=lvis_ap.samples: (
-        kinds.append((kind, "segmentation" in entries[0])), real(data, entries, kind))[1])
+    monkeypatch.setattr(lvis_ap, "samples", lambda truth, entries, kind, real=lvis_ap.samples, **more: (
+        kinds.append((kind, any("segmentation" in e for e in entries))), real(truth, entries, kind, **more))[1])
     flags = {"detections": {}, "mask": dict(calib_iou="mask"), "gt": dict(calib_samples="gt", calib_min_score=0.0),
              "high": dict(calib_min_score=0.9, shrink=0.0), "bins": dict(bins=3)}
     for name, more in flags.items():
@@ -1543,7 +1544,9 @@ def test_student_that_knows_a_class_which_its_teacher_did_not(trained, tail, sho
     assert with_it and not first.teacher.student.heads.learned[3]
     run = short(stage="student", pseudo="soft", teacher=first.out / "teacher.pt", split="all", smoothing="uniform",
                 steps=1, unlabeled=tail / "images" / "val")
-    assert run.student.classes.images[3] > 0 and run.student.student.heads.learned[3], "its scores stay zero for ever"
+    assert run.student.classes.images[3] > 0
+    for net in (run.student.student, run.student.teacher):           # which follows it
+        assert net.heads.learned[3], "its scores stay zero for ever"
 
 
 def test_frequency_of_the_file_or_of_the_labeled_pictures(finished, tail):
@@ -1654,3 +1657,207 @@ def test_checkpointing_and_windows_of_an_eva02(short, monkeypatch):
         found[name] = {k: p.grad for k, p in run.teacher.student.named_parameters() if p.grad is not None}
     assert apart(found["plain"], found["again"]) == 0
     assert all(apart(found["plain"], found[k]) > 1e-6 for k in ("window", "whole", "drop", "bicubic"))
+
+
+# ---------------------------------------------------------------------------------------------------- errors
+SMALL = dict(pool="x", retrieval_model="test_resnet", retrieval_weights="none")
+REFUSED = [  # flags, what the sentence names
+    *(({k: v}, f"--{k.replace('_', '-')} ") for k, v in dict(
+        eps=1.5, ema=1.5, threshold=-0.1, image_size=16, width=4, fc=4, scale=(2, 1), eval_every=0, log_every=0,
+        save_every=-1, lr="nan", weight_decay=-1, clip=-1, seed=-1, workers=-1, unsup_weight=-1, size_threshold="inf",
+        holdout=0, prior=0.9, nms=0, sim_tau=0, repeat=2, accumulate=0, steps=0, teacher_steps=0, bins=0, proposals=0,
+        roi_batch=0, rpn_batch=0, detections=0, proto_per_class=0, gamma=-1, shrink=-1, layer_decay=2, warmup=-1,
+        federated=-1, lambda_calib=-1, calib_min_score=2, embed_size=3, head_convs=0, anchor_scale=0).items()),
+    (dict(image_size=80), "--image-size 80"), (dict(accumulate=3), "--accumulate 3"), (dict(batch_size=0), "batch"),
+    (dict(accumulate=2, norm="live"), "--norm frozen"), (dict(norm="live", batch_size=1), "batch"),
+    (EVA | dict(window=3), "--image-size 64"), (EVA | dict(norm="live"), "--norm"),
+    (dict(stage="student"), "--teacher"),
+    (dict(stage="student", teacher="x.pt"), "--calibration"), (dict(stage="retrieve"), "--pool"),
+    (dict(student_init="fresh"), "--burn-in"), (dict(refresh=2, tune=True), "--refresh"),
+    (dict(stage="student", teacher="x.pt", pseudo="soft", teacher_steps=4), "--teacher-steps"),
+    (dict(split="1", tune=True, pseudo="soft"), "held out"), (dict(grid="student"), "--teacher"),
+    (dict(grid="teacher", stage="teacher"), "--stage"),
+    *((dict(stage="teacher") | {k: v}, f"--{k.replace('_', '-')} ") for k, v in dict(
+        pseudo="soft", lambda_calib=1.0, support="all", refresh=5, threshold=0.9, filter_on="corrected",
+        size_threshold=1.0, unsup_weight=2.0, ema=0.5, unlabeled="x", steps=9, teacher_update="frozen", teacher="x.pt",
+        student_init="fresh", burn_in=2, student_labels="onehot", batch_size=4, shrink=1.0, delta_from="teacher",
+        pool="x", calibration="x.json", holdout=0.3, stratify=True).items()),
+    *((dict(stage=stage, **SMALL if stage == "retrieve" else {}) | {k: v}, f"--{k.replace('_', '-')} ")
+      for stage in ("prototypes", "retrieve") for k, v in dict(
+          teacher_steps=9, teacher_batch_size=4, teacher="x.pt", steps=9, calibration="x.json").items()),
+    (dict(stage="calibrate", calibration="x.json"), "--calibration "), (dict(stage="calibrate", steps=9), "--steps "),
+    *((dict(smoothing="none") | {k: v}, f"--{k.replace('_', '-')} ") for k, v in dict(
+        eps=0.2, gamma=1.0, convention="literal", student_labels="onehot", sim_tau=0.1, sim_center=True, sim_topk=3,
+        sim_exclude_self=True, counts="images", proto="roi", proto_per_class=3).items()),
+    (dict(smoothing="similarity", gamma=1.0), "--gamma "), (dict(smoothing="uniform", sim_tau=0.1), "--sim-tau "),
+    *((dict(pseudo="soft") | {k: v}, f"--{k.replace('_', '-')} ") for k, v in dict(
+        lambda_calib=1.0, support="all", refresh=5, calibration="x", shrink=1.0, delta_from="teacher",
+        filter_on="corrected").items()),
+    *((dict(calibration="x.json", stage="all") | {k: v}, f"--{k.replace('_', '-')} ") for k, v in dict(
+        shrink=1.0, delta_from="teacher", holdout=0.3).items()),
+    *(({k: v}, f"--{k.replace('_', '-')} ") for k, v in dict(
+        neighbours=3, retrieval_model="resnet18", retrieval_weights="none", index="Flat", duplicate=0.5, window=8,
+        global_blocks=2, patch_resize="bicubic", drop_path=0.1, checkpointing=True).items()),
+    (dict(federated=0, fed_soft="topk"), "--fed-soft "), (dict(cls_loss="softmax", fed_soft="topk"), "--fed-soft "),
+    (dict(cls_loss="softmax", federated=3), "--federated "), (dict(cls_loss="softmax", prior=0.1), "--prior "),
+    (dict(teacher_update="frozen", ema=0.5), "--ema "), (dict(teacher_update="frozen", burn_in=2), "--burn-in "),
+    (dict(calib_samples="gt", calib_iou="mask"), "--calib-iou "),
+    (dict(pseudo="onehot", filter_on="corrected"), "--filter-on "),
+    (dict(pool="x", unlabeled="y"), "--pool "), (dict(tune=True, val="tune"), "--val ")]
+REFUSED += [  # what is not there, or no good
+    (dict(root="text"), "looked for a folder"), (dict(root="nowhere"), "data/README.md"),
+    (dict(dataset="shapes", root="text", frequency=None), "text"),
+    (dict(train_json="no.json"), "--train-json no.json"), (dict(val="nonsense"), "nonsense"),
+    (dict(val_json="no.json"), "--val-json no.json"), (dict(images="no"), "--images no"), (dict(out="text"), "--out"),
+    (dict(split="nonsense"), "--split nonsense"), (dict(split="random:0"), "--split random:0"),
+    (dict(split="random:99"), "--split random:99"), (dict(split="list"), "nobody.jpg"),
+    (dict(split="all"), "no unlabeled image"), (dict(unlabeled="no"), "--unlabeled no"),
+    (dict(unlabeled="empty"), "no images"), (dict(device="tpu"), "--device tpu"),
+    (dict(train_json="train.json"), "has no object"), (dict(val_json="val.json"), "has no object"),
+    *(({flag: f"{name}.json"}, said) for flag in ("train_json", "val_json") for name, said in dict(
+        torn="torn.json cannot be read as JSON", numbers="numbers.json is no COCO or LVIS file",
+        lists="lists.json is no COCO or LVIS file: it has no list of categories", other="differ").items())]
+TEXTS = {"text": "x", "list": "nobody.jpg", "torn.json": '{"images": [', "numbers.json": "[1, 2]",
+         "lists.json": '{"images": []}', "empty/notes.txt": "no picture",
+         "other.json": '{"images": [], "categories": [{"id": 1, "name": "a"}], "annotations": []}',
+         "classes.json": '{"classes": ["a"], "delta": [0.1]}', "short.json": '{"classes": ["a", "b"], "delta": [0.1]}'}
+
+
+@pytest.fixture
+def texts(tail, tmp_path, monkeypatch) -> None:
+    """Files that are no good, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    for name, text in TEXTS.items():
+        (tmp_path / name).write_text(text)
+    altered(tail, tmp_path, lambda read: read["annotations"].clear())
+
+
+@pytest.mark.parametrize("flags, said", REFUSED, ids=words)
+def test_refused_before_any_work(line, typed, texts, tmp_path, flags, said):
+    """In one sentence, and nothing is written."""
+    flags = dict(flags)
+    error = typed(line(**{"data": flags.pop("root")} if "root" in flags else {}, **flags)).error()
+    assert said in error and not list(tmp_path.glob("out/*")), error
+
+
+LATER = [  # what is found when networks, prototypes or labels are needed
+    (dict(backbone="nonsense"), "nonsense"), (EVA | dict(backbone="eva02_nonsense"), "eva02_nonsense"),
+    (dict(backbone="alexnet"), "alexnet"), (dict(weights="no.pth"), "--weights no.pth"),
+    (dict(weights="text"), "--weights text"), (dict(backbone="mobilenet_v2", weights="shapes"), "mobilenet_v2"),
+    (EVA | dict(weights="no.pth"), "no.pth"), (EVA | dict(weights="text"), "text"),
+    (EVA | dict(global_blocks=5), "--global-blocks 5"),
+    (dict(init_detector="no.pth"), "--init-detector no.pth"), (dict(init_detector="text"), "--init-detector text"),
+    *((SMALL | dict(pool=name), said) for name, said in dict(
+        no="--pool no", empty="--pool empty", list="nobody.jpg").items()),
+    *((SMALL | {"pool": "POOL", k: v}, v) for k, v in dict(
+        retrieval_model="nonsense", retrieval_weights="no.pth", index="IVF0").items()),
+    (dict(stage="student", pseudo="soft", teacher="no.pt"), "no.pt"),
+    (dict(stage="student", pseudo="soft", teacher="text"), "text"),
+    *((dict(stage="student", teacher="TEACHER", calibration=f"{name}.json"), f"--calibration {name}.json")
+      for name in ("no", "torn", "numbers", "classes", "short")),
+    (dict(stage="student", pseudo="soft", teacher="TEACHER", width=16), "--width"),
+    (dict(stage="student", pseudo="soft", teacher="TEACHER", backbone="resnet18", init_detector="", weights="none"),
+     "--backbone")]
+
+
+@pytest.mark.parametrize("flags, said", LATER, ids=words)
+def test_refused_when_it_is_needed(trained, pool, line, typed, texts, tmp_path, flags, said):
+    places = {"TEACHER": trained / "teacher.pt", "POOL": pool}
+    more = dict(frequency="file", proto="roi") if "pool" in flags else {}
+    error = typed(line(**more, **{k: places.get(v, v) if isinstance(v, str) else v for k, v in flags.items()})).error()
+    assert said in error and {p.name for p in tmp_path.glob("out/*.pt")} <= {"prototypes.pt"}, error
+
+
+@pytest.mark.parametrize("flags", [dict(teacher="no.pt"), dict(calibration="no.json"), dict(calibration="torn.json"),
+                                   dict(calibration="classes.json"), dict(teacher="OTHER", pseudo="soft"),
+                                   dict(init_detector="no.pt", smoothing="none")], ids=words)
+def test_files_are_looked_at_before_a_network_is_trained(trained, line, typed, texts, tmp_path, monkeypatch, flags):
+    """Not after the first one has learned for a day."""
+    if flags.get("teacher") == "OTHER":
+        read = torch.load(trained / "teacher.pt", weights_only=True)
+        torch.save(read | {"classes": ["a", "b"]}, tmp_path / "OTHER")
+    trainings = []
+    monkeypatch.setattr(bp, "train_step", lambda *args, real=bp.train_step: (trainings.append(1), real(*args))[1])
+    error = typed(line(**flags)).error()
+    assert not trainings and str(next(iter(flags.values()))) in error
+
+
+@pytest.mark.parametrize("flags, mended", [
+    (dict(weights="no.pth"), "weights"), (dict(backbone="nonsense"), "backbone"),
+    (dict(stage="student", pseudo="soft", teacher="no.pt"), "teacher")], ids=words)
+def test_mended_command_runs_in_the_same_folder(trained, line, typed, texts, flags, mended):
+    """What stopped before it trained is no run that --resume must continue."""
+    typed(line(**flags, **LATE)).error()
+    good = {"weights": STARTS["weights"], "backbone": "test_resnet", "teacher": trained / "teacher.pt"}
+    typed(line(**flags | {mended: good[mended]}, **LATE)).ok()
+
+
+def test_pool_without_a_rare_class_or_without_a_neighbour(line, typed, tail, tmp_path):
+    """Nothing to search with; nothing found that is not known already."""
+    search = dict(stage="retrieve", retrieval_model="test_resnet", retrieval_weights="none")
+    assert "rare" in typed(line(tmp_path / "a", pool=tail / "images" / "val", split="2", **search)).error()
+    flags = dict(pool=tail / "images" / "train", frequency="file") | search
+    error = typed(line(tmp_path / "b", **flags)).error()
+    assert "--pool" in error and "labeled" in error
+    error = typed(line(tmp_path / "c", **flags | dict(stage="all", pseudo="soft"))).error()
+    assert "--pool" in error and not list((tmp_path / "c").glob("teacher.pt"))
+
+
+def test_few_labels_have_rare_classes_to_search_with(line, typed, tail, tmp_path):
+    """--frequency subset: a class without a labeled object is none of the rarest third of those that have some."""
+    typed(line(pool=tail / "images" / "val", stage="retrieve", retrieval_model="test_resnet", retrieval_weights="none",
+               train_json=part(tail, "train"), val_json=part(tail, "tune"), duplicate=1.0)).ok()
+    assert json.loads((tmp_path / "out" / "retrieved.json").read_text())["classes"]
+
+
+def test_checkpoints_and_pictures_that_cannot_be_used(trained, copy, typed, tmp_path):
+    good = torch.load(trained / "best.pt", weights_only=True)
+    torch.save({**good, "script": "other.py"}, tmp_path / "other.pt")
+    torch.save(good["networks"]["supervised"], tmp_path / "weights.pt")
+    (tmp_path / "torn.pt").write_bytes((trained / "best.pt").read_bytes()[:9999])
+    for name, said in (("other", "other.py"), ("weights", "--weights"), ("torn", "readable"), ("no", "no checkpoint")):
+        for flag in ("--eval", "--predict"):
+            assert said in (error := typed([flag, str(tmp_path / f"{name}.pt")]).error()) and f"{name}.pt" in error
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.jpg").write_text("x")
+    for name, said in (("", "--predict"), ("empty", "--predict"), ("text.jpg", "text.jpg"), ("no.jpg", "no.jpg")):
+        given = [str(tmp_path / name)] if name else []
+        assert said in typed(["--predict", str(copy / "best.pt"), *given, *HERE]).error()
+    root = shapes.make_coco(tmp_path / "coco", 3, 2)
+    assert "classes" in typed(["--eval", str(copy / "best.pt"), "--root", str(root), "--val", "val", *HERE]).error()
+    assert "best.pt" in typed(["--eval", str(copy / "best.pt"), "--width", "16", *HERE]).error()
+
+
+@pytest.mark.parametrize("stage", ["teacher", "student"])
+def test_loss_that_is_not_finite_stops_and_the_last_good_checkpoint_stays(line, typed, trained, tmp_path, stage):
+    """In the teacher's stage, and in the student's, whose teacher is good."""
+    more = dict(teacher=trained / "teacher.pt", pseudo="soft", steps=20)
+    more = dict(teacher_steps=20) if stage == "teacher" else more
+    error = typed(line(lr=1e14, save_every=1, stage=stage, **more, **LATE)).error()
+    step = int(re.search(r"(?:loss_[lu] is|weights of \w+ are) not finite (?:since|after) step (\d+)", error)[1])
+    last = state(tmp_path / "out" / "last.pt")
+    assert "--lr" in error and str(tmp_path / "out") in error and 0 < last["step"] <= step + 1 < 20
+    assert all(v.isfinite().all() for v in tensors(last["networks"]).values())
+    assert all(np.isfinite(r["loss_l"]) for r in log_of(tmp_path / "out"))
+
+
+def test_weights_that_cannot_be_had(line, typed, tmp_path, monkeypatch):
+    def offline(name, pretrained=False, **more):
+        raise OSError("offline") if pretrained else AssertionError("random weights were asked for")
+    monkeypatch.setattr(timm, "create_model", offline)
+    for n, (backbone, more) in enumerate({"resnet18": {}, "eva02_tiny_patch14_224": dict(norm=None, window=2)}.items()):
+        for smoothing in ("none", "similarity"):
+            error = typed(line(tmp_path / f"{n}{smoothing}", backbone=backbone, weights="imagenet", init_detector="",
+                               smoothing=smoothing, stage="teacher", **more)).error()
+            assert backbone in error and "file" in error.lower() and "none" in error
+
+
+# ---------------------------------------------------------------------------------------------------- a GPU
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_run_evaluation_and_prediction_on_a_gpu(line, typed, tail, tmp_path):
+    out = tmp_path / "out"
+    typed(line(device="cuda", batch_size=4)).ok()
+    typed(["--eval", str(out / "best.pt"), "--device", "cuda"]).ok()
+    typed(["--predict", str(out / "best.pt"), str(tail / "images" / "val"), "--device", "cuda"]).ok()
+    assert results(out)["student"]["last"]["step"] == 7 and "peak_gpu_gib" in log_of(out)[0]
