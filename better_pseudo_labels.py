@@ -306,23 +306,16 @@ def generator(device: torch.device, *key: int | str) -> torch.Generator:
 
 
 # ============================================================================================== proposals
-def drawn(layer: nn.Module, std: float) -> nn.Module:
-    """The layer, with weights of this deviation and without a bias."""
-    nn.init.normal_(layer.weight, std=std)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
 class RPN(nn.Module):
     """Region proposal network (Ren et al., 2015), with two convolutions as in EVA-02's detector."""
 
     def __init__(self, args: Args):
         super().__init__()
         self.args, w = args, args.width
-        self.convs = nn.Sequential(drawn(nn.Conv2d(w, w, 3, padding=1), 0.01), nn.ReLU(),
-                                   drawn(nn.Conv2d(w, w, 3, padding=1), 0.01), nn.ReLU())
-        self.objectness = drawn(nn.Conv2d(w, 3, 1), 0.01)                        # three anchors at each place
-        self.deltas = drawn(nn.Conv2d(w, 12, 1), 0.01)
+        self.convs = nn.Sequential(features.drawn(nn.Conv2d(w, w, 3, padding=1), 0.01), nn.ReLU(),
+                                   features.drawn(nn.Conv2d(w, w, 3, padding=1), 0.01), nn.ReLU())
+        self.objectness = features.drawn(nn.Conv2d(w, 3, 1), 0.01)                        # three anchors at each place
+        self.deltas = features.drawn(nn.Conv2d(w, 12, 1), 0.01)
 
     def forward(self, pyramid: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Five maps -> objectness logits (B, A) and deltas (B, A, 4), in the order of `anchors_of`."""
@@ -401,7 +394,8 @@ class BoxHead(nn.Module):
         self.convs = nn.Sequential(*convs(args))
         self.fc = nn.Linear(49 * args.width, args.fc)
         units = num_classes + (args.cls_loss == "softmax")                      # the last of softmax: background
-        self.classes, self.deltas = drawn(nn.Linear(args.fc, units), 0.01), drawn(nn.Linear(args.fc, 4), 0.001)
+        self.classes = features.drawn(nn.Linear(args.fc, units), 0.01)
+        self.deltas = features.drawn(nn.Linear(args.fc, 4), 0.001)
         nn.init.kaiming_uniform_(self.fc.weight, a=1)
         nn.init.zeros_(self.fc.bias)
         if args.cls_loss == "sigmoid":
@@ -420,7 +414,7 @@ class MaskHead(nn.Module):
         super().__init__()
         self.convs = nn.Sequential(*convs(args))
         self.up = nn.ConvTranspose2d(args.width, args.width, 2, 2)
-        self.masks = drawn(nn.Conv2d(args.width, num_classes, 1), 0.001)
+        self.masks = features.drawn(nn.Conv2d(args.width, num_classes, 1), 0.001)
         nn.init.kaiming_normal_(self.up.weight, mode="fan_out", nonlinearity="relu")
         nn.init.zeros_(self.up.bias)
 
@@ -456,7 +450,7 @@ class CascadeHeads(nn.Module):
                 boxes = [b[regions.sided(b)] for b in boxes]
                 matches = [regions.match(b, o.boxes, overlap, overlap) for b, o in zip(boxes, objects, strict=True)]
             image = torch.cat([torch.full_like(m, i) for i, m in enumerate(matches)])
-            per = shares(matches)
+            per = regions.shares(matches)
             x = roi_pool(pyramid, boxes, 7)
             x = x / 3 + x.detach() * (2 / 3)                         # a third of the gradient: three heads share x
             logits, deltas = head(x, slice(None) if args.cls_loss == "softmax" else columns)
@@ -481,7 +475,8 @@ class CascadeHeads(nn.Module):
         labels = torch.cat([o.labels[m] for o, m in zip(objects, mine, strict=True)])
         logits = self.mask(roi_pool(pyramid, boxes, 14), labels)
         goal = torch.cat([regions.mask_targets(o.masks, m, b) for o, m, b in zip(objects, mine, boxes, strict=True)])
-        return (F.binary_cross_entropy_with_logits(logits, goal, reduction="none").mean((1, 2)) * shares(mine)).sum()
+        loss = F.binary_cross_entropy_with_logits(logits, goal, reduction="none").mean((1, 2))
+        return (loss * regions.shares(mine)).sum()
 
     def scores(self, pyramid: list[Tensor], boxes: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """Of each image the boxes (R, 4) after three heads, and the mean of the heads' class probabilities (R, C)."""
@@ -493,11 +488,6 @@ class CascadeHeads(nn.Module):
             boxes = regions.decode(deltas, torch.cat(boxes), weights, self.args.image_size).split(numbers)
         probs = total / len(CASCADE) * self.learned
         return list(zip(boxes, probs.split(numbers), strict=True))
-
-
-def shares(groups: list[Tensor]) -> Tensor:
-    """The weight (R,) of each region in a mean over images of means over their regions (n,)."""
-    return torch.cat([g.new_full((len(g),), 1 / max(len(g), 1) / len(groups), dtype=torch.float32) for g in groups])
 
 
 def wanted(matches: Tensor, objects: Objects, soft: bool) -> tuple[Tensor, Tensor]:
@@ -1008,7 +998,7 @@ def load_detector(net: Detector, path: Path, flag: str = "--init-detector") -> l
         for pattern, new in EVA_NAMES if theirs else ():
             key = pattern.sub(new, key)
         weights.setdefault(key, value)
-    weights = {k: v for k, v in weights.items() if ".rope." not in k and "fed_loss_cls_weights" not in k}
+    weights = {k: v for k, v in weights.items() if "rope" not in k and "fed_loss_cls_weights" not in k}
     places = weights.get("backbone.pos_embed")
     if places is not None and places.dim() == 3 and hasattr(net.backbone, "pos_embed"):         # (1, 1 + g * g, D)
         side = math.isqrt(places.shape[1])
@@ -1135,11 +1125,12 @@ def retrieve(args: Args, data: Instances, labeled: list[Photo], groups: list[str
 # ============================================================================================== main
 STUDENT_ONLY = ("pseudo lambda_calib support refresh threshold filter_on size_threshold unsup_weight ema unlabeled "
                 "steps teacher_update student_init burn_in student_labels batch_size calibration")
-RANGES = dict.fromkeys("eps ema threshold drop_path calib_min_score layer_decay warmup duplicate nms".split(), (0, 1))
+RANGES = dict.fromkeys("eps ema threshold drop_path calib_min_score layer_decay warmup duplicate".split(), (0, 1))
 RANGES |= dict.fromkeys("accumulate steps teacher_steps eval_every bins neighbours global_blocks window head_convs "
                         "proposals rpn_batch roi_batch detections proto_per_class".split(), (1, 1e9)) | {
     "image_size": (32, 8192), "width": (8, 4096), "fc": (8, 65536), "scale": (0.01, 100), "holdout": (0.01, 0.99),
-    "prior": (1e-9, 0.5), "embed_size": (14, 4096), "repeat": (0, 1), "anchor_scale": (0.1, 99), "sim_tau": (1e-6, 1e6)}
+    "prior": (1e-9, 0.5), "embed_size": (14, 4096), "nms": (0.01, 1), "anchor_scale": (0.1, 99), "sim_tau": (1e-6, 1e6),
+    "repeat": (0, 1)}
 GRIDS = {"teacher": {"eps": (0.05, 0.1, 0.2), "gamma": (0.0, 0.5, 1.0, 1.5, 2.0)},
          "student": {"lambda_calib": (0.5, 1.0, 2.0, 3.0), "unsup_weight": (0.5, 1.0, 2.0)}}    # DEPARTS[grid]
 
@@ -1224,9 +1215,9 @@ def needs_prototypes(args: Args) -> bool:
 def find(args: Args, classes: list[str] | None = None) -> Instances:
     """The data set; of `shapes` the long-tailed one, in LVIS's layout."""
     root = Path(args.root)
-    if root.is_file():
-        raise UserError(f"--root {root} is a file; name the folder that holds the data.")
     if args.dataset == "shapes":
+        if root.is_file():
+            raise UserError(f"--root {root} is a file; name a folder.")
         root = shapes.make_tail(root / "tail")
     kind = "coco" if args.dataset == "coco" else "lvis"
     return instances.find(kind, root, args.train_json, args.val_json, args.images, args.val, classes)
@@ -1404,8 +1395,7 @@ def train(args: Args) -> dict:
         calibration.scatter(last["supervised"]["per_class"], last[new]["per_class"], groups, counts,
                             out / "per_class.png", ("supervised", new))
     if not last:
-        run.say(f"done; in {out}")
-        return facts
+        return run.say(f"done; in {out}") or facts
     return run.finish({name: {"last": last[name], "best": best[name]} for name in last}, facts,
                       "teacher" if "teacher" in last else "supervised", "ap")
 

@@ -51,6 +51,13 @@ def unwindows(x: Tensor, w: int, size: tuple[int, int]) -> Tensor:
     return x.view(-1, h // w, v // w, w, w, x.shape[-1]).transpose(2, 3).reshape(-1, h, v, x.shape[-1])
 
 
+def drawn(layer: nn.Module, std: float) -> nn.Module:
+    """The layer, with weights of this deviation and a bias of zero."""
+    nn.init.normal_(layer.weight, std=std)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
 class Embedder(nn.Module):
     """Pictures (B, 3, size, size) uint8 -> (B, D) float32. Of EVA-02 the mean of the patch tokens, through the norm of
     its pre-training; of DINOv2 the class token; of a CNN the mean of its last map. Pictures are normalised as the

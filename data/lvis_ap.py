@@ -139,15 +139,16 @@ def compared(truth: dict, results: list[dict], kind: str, max_dets: int, known: 
 
 
 def group_by_count(counts) -> list[str]:
-    """r, c or f of each class: thirds of the classes by their number of pictures `counts` (K,), for a subset or a data
-    set that has no rare class by LVIS's own limits (up to 10 and up to 100 pictures).
+    """r, c or f of each class: thirds, by their number of pictures `counts` (K,), of the classes that have some, for a
+    subset or a data set that has no rare class by LVIS's own limits (up to 10 and up to 100 pictures).
 
     Equal counts are never parted: they go to the third in which the middle of their ranks lies, c if that is a border,
-    so thirds may be unequal or empty: all c where all counts are equal. Classes without a picture count like others."""
+    so thirds may be unequal or empty: all c where all counts are equal. Classes without a picture are r."""
     counts = np.asarray(counts)
-    ranks = np.sort(counts)
+    ranks = np.sort(counts[counts > 0])
     twice = np.searchsorted(ranks, counts, "left") + np.searchsorted(ranks, counts, "right")     # the middle, times two
-    return ["r" if 3 * m < 2 * len(counts) else "c" if 3 * m <= 4 * len(counts) else "f" for m in twice.tolist()]
+    return ["r" if not n or 3 * m < 2 * len(ranks) else "c" if 3 * m <= 4 * len(ranks) else "f"
+            for n, m in zip(counts.tolist(), twice.tolist(), strict=True)]
 
 
 def outside(areas: np.ndarray) -> np.ndarray:

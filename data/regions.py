@@ -89,6 +89,11 @@ def sample(matches: Tensor, number: int, share: float, g: torch.Generator) -> Te
     return torch.cat([real, pick(matches == -1, number - len(real))])
 
 
+def shares(groups: list[Tensor]) -> Tensor:
+    """The weight (R,) of each region in a mean over images of means over their regions (n,)."""
+    return torch.cat([g.new_full((len(g),), 1 / max(len(g), 1) / len(groups), dtype=torch.float32) for g in groups])
+
+
 def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, overlap: float, soft: bool) -> tuple[Tensor, Tensor]:
     """Indices of the boxes (n, 4) that stay, best first, none that overlaps a better one of its class by `overlap`, and
     their scores. `soft` (linear soft-NMS, arXiv 1704.04503) lowers the scores by the overlap instead, where it is over

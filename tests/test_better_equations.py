@@ -1,7 +1,7 @@
 """better_pseudo_labels.py against its paper: each equation by loops, who learns from what by hooks.
 
 Expected values come from the paper (Eqs. 1 to 5, Sec. 4.1) and, where it is silent, from what LVIS, Detectron2 and
-Guided Distillation publish, not from better_pseudo_labels.py."""
+Guided Distillation publish, not from better_pseudo_labels.py. The detector itself is in test_better_parity.py."""
 
 import copy
 import itertools
@@ -247,7 +247,9 @@ def test_counts_and_groups(tail, tmp_path):
     assert got.images.tolist() == [len({image for image, k in pairs if k == i}) for i in range(c)]
     assert (got.images == 0).any() and (got.instances > got.images).any()
     assert torch.equal(got.targets, torch.eye(c)) and not (tmp_path / "prototypes.pt").exists()
-    assert got.groups == lvis_ap.group_by_count(got.images.numpy()) and len({*got.groups}) > 1
+    thirds = lvis_ap.group_by_count(got.images[got.images > 0].numpy())          # of those that there are
+    assert [g for g, n in zip(got.groups, got.images, strict=True) if n] == thirds and len({*thirds}) > 1
+    assert all(g == "r" for g, n in zip(got.groups, got.images, strict=True) if not n)
     by_file = replace(tail, frequency=["f", "r", "c"] * 4)
     args.frequency = "file"
     assert learned(args, by_file, photos).groups == ["f", "r", "c"] * 4
@@ -801,7 +803,7 @@ def test_smooth_labels_in_all_heads_or_the_first(where, monkeypatch):
 
 def test_losses_are_means_over_images_of_means_over_regions(monkeypatch):
     objects, every = [objects_at(*o, 5) for o in OBJECTS], torch.ones(2, 5, dtype=torch.bool)
-    seen, loss, heads = cascade(monkeypatch, objects, every)
+    seen, loss, _ = cascade(monkeypatch, objects, every)
     for name in ("mask", *(f"{kind}{i}" for kind in ("class", "box") for i in (1, 2, 3))):
         values_ = [part[name].item() for part in loss["apart"]]
         assert loss[name].item() == pytest.approx(sum(values_) / 2, rel=1e-4), name
@@ -811,10 +813,6 @@ def test_losses_are_means_over_images_of_means_over_regions(monkeypatch):
     value = F.binary_cross_entropy_with_logits(logits, probs, reduction="none").sum(1).split([9, 7])
     assert loss["class1"].item() == pytest.approx(sum(v.mean().item() for v in value) / 2, rel=1e-4)
     assert [r.sum() for r in real] == [6, 5]                         # objects are a quarter of 24 at most
-    for i, j in ((1, 2), (2, 3), (1, 3)):                            # a head gives the next one boxes, and no gradient
-        learns = torch.autograd.grad(loss[f"box{j}"] + loss[f"class{j}"], [*heads.boxes[i - 1].parameters()],
-                                     retain_graph=True, allow_unused=True)
-        assert all(g is None for g in learns)
 
 
 @pytest.mark.parametrize("more", ["mask", "fg-all"])
@@ -833,24 +831,6 @@ def test_federated_loss_learns_known_classes_alone(more, monkeypatch):
     sum(loss[f"class{i}"] for i in (1, 2, 3)).backward()
     for head in heads.boxes:
         assert (head.classes.weight.grad.abs().sum(1) > 0).nonzero().flatten().tolist() == columns
-
-
-def test_scores_are_means_of_three_sigmoids():
-    """Each head's at the boxes of the one before; a class without an object scores nothing."""
-    args = small(prior=0.2)
-    heads, sizes = shaken(bpl.CascadeHeads(args, 4), 0.2), (16, 8, 4, 2)
-    pyramid = [torch.randn(2, 8, n, n) for n in sizes]
-    heads.learned[2] = False
-    proposals = [torch.tensor([[2.0, 3, 30, 40], [20, 20, 60, 50]]), torch.tensor([[1.0, 1, 20, 15]])]
-    with torch.no_grad():
-        got, boxes, scores = heads.scores(pyramid, proposals), torch.cat(proposals), 0
-        for head, w in zip(heads.boxes, ((10, 10, 5, 5), (20, 20, 10, 10), (30, 30, 15, 15)), strict=True):
-            logits, deltas = head(bpl.roi_pool(pyramid, [*boxes.split([2, 1])], 7))
-            scores = scores + 1 / (1 + np.exp(-array(logits))) / 3
-            boxes = regions.decode(deltas, boxes, w, 64)
-    assert torch.equal(torch.cat([b for b, _ in got]), boxes)
-    found = array(torch.cat([p for _, p in got]))
-    assert np.allclose(found, scores * [1, 1, 0, 1], atol=1e-6) and [len(p) for _, p in got] == [2, 1]
 
 
 # ------------------------------------------------------------------------------------------------------------- the step

@@ -433,7 +433,7 @@ def test_groups_of_classes(drawn_set):
 
 @pytest.mark.parametrize("counts, expected", [
     ([], ""), ([5], "c"), ([7, 3], "fr"), ([2, 9, 4], "rfc"), ([4, 4, 4], "ccc"), ([1, 1, 9], "ccf"),
-    ([9, 9, 1], "ccr"), ([1, 5, 5, 9], "rccf"), ([0, 0, 0, 1, 2, 3], "rrrcff"), (list(range(13)), "rrrrcccccffff"),
+    ([9, 9, 1], "ccr"), ([1, 5, 5, 9], "rccf"), ([0, 0, 0, 1, 2, 3], "rrrrcf"), (list(range(13)), "rrrrrccccffff"),
     (np.array([30, 10, 20]), "frc")])
 def test_thirds_by_count(counts, expected):
     assert group_by_count(counts) == list(expected)
