@@ -287,7 +287,7 @@ def test_rpn_losses_are_torchvisions(monkeypatch):
 
 
 def test_levels_are_torchvisions():
-    """Maps that are 2, 3, 4, 5 everywhere tell the level. From a quarter of the canonical 224 pixels to four times."""
+    """Told by maps that are 2, 3, 4, 5 everywhere. 224 pixels a side are pooled from stride 16, 112 from 8."""
     maps = [torch.full((2, 1, 1536 // s, 1536 // s), float(i)) for i, s in enumerate(STRIDES, start=2)]
     boxes = [some_boxes(400, 1536, 4), some_boxes(300, 1536, 90, 900)]
     levels = bpl.roi_pool(maps, boxes, 1).flatten()
@@ -510,6 +510,22 @@ def test_suppression_is_exact_for_classes_of_high_number(classes):
     keep, best = regions.suppress(boxes, scores, labels, 0.5, False)
     assert sorted(keep.tolist()) == sorted(kept) and len({*classes}) < len(kept) < len(boxes)
     assert torch.equal(best, scores[keep]) and (best.diff() <= 0).all()
+
+
+def test_soft_suppression_by_loops():
+    """Linear: the score of a box falls by what it shares with a better one of its class, from 0.6 on."""
+    boxes, labels = jittered(some_boxes(6, 100, 30).repeat(6, 1), 0.05, 100), torch.arange(36) % 5
+    scores, shared, kept = torch.rand(36), box_iou(boxes, boxes), []
+    left = dict(enumerate(scores.tolist()))
+    while left:
+        best = max(left, key=left.get)
+        kept.append((best, left.pop(best)))
+        for i in left:
+            if labels[i] == labels[best] and shared[i, best] > 0.6:
+                left[i] *= 1 - shared[i, best].item()
+    keep, found = regions.suppress(boxes, scores, labels, 0.5, True)
+    assert keep.tolist() == [i for i, _ in kept] and found.tolist() == pytest.approx([s for _, s in kept], rel=1e-4)
+    assert 3 < (found < 0.99 * scores[keep]).sum() < 30
 
 
 # ---------------------------------------------------------------------------------------------------------------- masks
