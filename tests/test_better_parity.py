@@ -663,11 +663,12 @@ def test_pasted_masks_are_nearly_torchvisions():
     for _ in range(20):
         mask = (4 + 8 * F.interpolate(torch.randn(1, 1, 4, 4), (28, 28), mode="bicubic")).sigmoid()
         box = torch.cat([c := 5 + 25 * torch.rand(2), c + 130 + 60 * torch.rand(2)])[None]
-        ours = regions.paste(mask[0], box, (180, 200))[0] > 0.5
+        ours = regions.paste(mask[0], box, (180, 200))
+        high, low = F.max_pool2d(ours, 5, 1, 2)[0], -F.max_pool2d(-ours, 5, 1, 2)[0]
+        ours = ours[0] > 0.5
         other = theirs.paste_masks_in_image(mask, box, (180, 200))[0, 0] > 0.5
         found.append(shared_part(ours, other))
-        near = [F.max_pool2d(x[None].float(), 5, 1, 2)[0] > 0 for x in (ours, ~ours)]
-        assert not ((ours != other) & ~(near[0] & near[1])).any()
+        assert not ((ours != other) & ((high < 0.45) | (low > 0.55))).any()
     assert np.mean(found) > 0.97 and min(found) > 0.94
 
 
@@ -913,7 +914,7 @@ def test_a_dropped_block_is_dropped_for_the_whole_image(slim):
     nn.init.zeros_(net.blocks[0].mlp.fc2.weight)
     tokens, out = of_blocks(net, images, 0, 1)
     kept = (out != tokens).flatten(1)
-    assert 0.2 < kept.float().mean() < 0.8 and ((kept.float().mean(1) > 0.9) | ~kept.any(1)).all()
+    assert 0 < kept.float().mean() < 0.95 and ((kept.float().mean(1) > 0.9) | ~kept.any(1)).all()
 
 
 # ---------------------------------------------------------------------------------------------------- the whole network
