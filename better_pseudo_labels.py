@@ -711,7 +711,7 @@ def objects_found(boxes: Tensor, probs: Tensor, args: Args, least: float = 0.05,
     conf, labels = probs.max(1)
     chosen = (conf > least).nonzero().flatten()
     one = (0 * labels if args.pseudo_nms == "agnostic" else labels)[chosen].unique(return_inverse=True)[1]
-    return chosen[batched_nms(boxes[chosen], conf[chosen], one, 0.5)[:most]]
+    return chosen[batched_nms(boxes[chosen].double(), conf[chosen].double(), one, 0.5)[:most]]
 
 
 @torch.no_grad()
