@@ -321,16 +321,15 @@ class DeformableAttention(nn.Module):
 
     def forward(self, query: Tensor, value: Tensor, sizes: tuple[tuple[int, int], ...]) -> Tensor:
         """query, value (B, S, C), of levels of these sizes -> (B, S, C)."""
-        b, s, _ = query.shape
-        value = self.value_proj(value).view(b, s, HEADS, -1).permute(0, 2, 3, 1).flatten(0, 1)       # (B heads, 32, S)
+        (b, s, _), (centres, cells) = query.shape, cell_centres(sizes, query.device)             # (S, 2), (levels, 2)
+        value = self.value_proj(value).view(b, s, HEADS, -1).permute(0, 2, 3, 1).flatten(0, 1).contiguous()  # (n, c, S)
         offsets = self.sampling_offsets(query).view(b, s, HEADS, self.levels, self.points, 2)
-        offsets = offsets.permute(3, 0, 2, 4, 1, 5).flatten(1, 2)                # (levels, B heads, points, S, 2)
+        offsets = offsets.permute(3, 0, 2, 4, 1, 5).flatten(1, 2).contiguous()   # (levels, n, points, S, 2)
         weights = self.attention_weights(query).view(b, s, HEADS, -1).softmax(-1)
-        weights = weights.unflatten(3, (self.levels, self.points)).permute(3, 0, 2, 4, 1).flatten(1, 2)
-        (centres, cells), out = cell_centres(sizes, query.device), 0             # (S, 2), (levels, 2)
+        weights = weights.unflatten(3, (self.levels, self.points)).permute(3, 0, 2, 4, 1).flatten(1, 2).contiguous()
         parts = value.split([h * w for h, w in sizes], dim=2)
-        for v, size, cell, offset, weight in zip(parts, sizes, cells, offsets, weights, strict=True):
-            out = out + Look.apply(v.unflatten(2, size), 2 * (centres + offset / cell) - 1, weight)
+        out = sum(Look.apply(v.unflatten(2, size), 2 * (centres + offset / cell) - 1, weight)
+                  for v, size, cell, offset, weight in zip(parts, sizes, cells, offsets, weights, strict=True))
         return self.output_proj(out.unflatten(0, (b, HEADS)).flatten(1, 2).transpose(1, 2))
 
 
@@ -350,11 +349,12 @@ class Look(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         value, grid, weight = ctx.saved_tensors
+        grad, inputs = grad.contiguous(), (value.detach().requires_grad_(), grid.detach().requires_grad_())
         with torch.enable_grad():
-            inputs = value.detach().requires_grad_(), grid.detach().requires_grad_()
             sampled = F.grid_sample(*inputs, align_corners=False)
-        grad_weight = torch.stack([(s * grad).sum(1) for s in sampled.detach().unbind(2)], 1)
-        return *torch.autograd.grad(sampled, inputs, grad[:, :, None] * weight[:, None]), grad_weight
+        grad_weight = torch.stack([(s * grad).sum(1) for s in sampled.unbind(2)], 1)
+        torch.mul(grad[:, :, None], weight[:, None], out=sampled)                # their gradient, in their memory
+        return *torch.autograd.grad(sampled, inputs, sampled), grad_weight
 
 
 class EncoderLayer(nn.Module):
@@ -370,7 +370,7 @@ class EncoderLayer(nn.Module):
 
     def forward(self, x: Tensor, position: Tensor, sizes: tuple) -> Tensor:
         x = self.norm1(x + self.self_attn(x + position, x, sizes))
-        return self.norm2(x + self.linear2(self.linear1(x).relu()))
+        return self.norm2(x + self.linear2(self.linear1(x).relu_()))
 
 
 class PixelDecoder(nn.Module):
@@ -446,7 +446,7 @@ class DecoderLayer(nn.Module):
     def forward(self, x: Tensor, place: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
         x = self.cross_norm(x + self.cross_attn(x + place, key, value, mask))
         x = self.self_norm(x + self.self_attn(x + place, x + place, x))
-        return self.ffn_norm(x + self.linear2(self.linear1(x).relu()))
+        return self.ffn_norm(x + self.linear2(self.linear1(x).relu_()))
 
 
 def blocked(mask_logits: Tensor) -> Tensor:
