@@ -700,16 +700,17 @@ def test_update_cuts_one_norm_and_is_adamw(tmp_path):
 
 
 def test_memory_stays_flat(tmp_path):
-    args = small(decoder_layers=1)
+    args = small(decoder_layers=1, batch_size=1)
     s, _ = begun(args, tmp_path)
-    counts = []
-    for t in range(9):
-        gd.train_step(s, *batches(t % 2), args, WORLD)
+    data, held = [batches(seed, 1) for seed in range(2)], []
+    for t in range(200):
+        gd.train_step(s, *data[t % 2], args, WORLD)
         s.step += 1
-        if t in (4, 6, 8):
+        if t in (9, 99, 199):
             gc.collect()
-            counts.append(sum(issubclass(type(o), Tensor) for o in gc.get_objects()))
-    assert len(set(counts)) == 1, counts
+            held.append(tuple(map(sum, zip(*((1, o.numel()) for o in gc.get_objects() if issubclass(type(o), Tensor)),
+                                           strict=True))))
+    assert len(set(held)) == 1, held
     assert all(p.grad_fn is None and p.is_leaf for p in s.teacher.parameters())
 
 
