@@ -64,7 +64,7 @@ FILL = torch.tensor(transforms.IMAGENET_MEAN).round().to(torch.uint8).view(3, 1,
 # ============================================================================================== settings
 @dataclass
 class Args:
-    """Better (Pseudo-)Labels. --dataset picks the paper's numbers for a data set, every other flag overrides them."""
+    """Better (Pseudo-)Labels. --dataset picks the paper's numbers, other flags override them. DEPARTS: see docs."""
 
     # data and bookkeeping
     dataset: Literal["lvis", "coco", "shapes"] = "lvis"  # what to train on (coco, lvis: any such JSON); picks defaults
@@ -116,7 +116,7 @@ class Args:
     student_labels: Literal["smoothed", "onehot"] = "smoothed"  # labeled images of the student. DEPARTS[smooth-where]
 
     # pseudo labels of the student: Eqs. 4 and 5, Table 1
-    pseudo: Literal["onehot", "soft", "calibrated"] = "calibrated"
+    pseudo: Literal["onehot", "soft", "calibrated"] = "calibrated"  # a one; the teacher's scores; those after Eq. 5
     lambda_calib: float = 2.0  # lambda, Eq. 5
     calib_samples: Literal["detections", "gt"] = "detections"  # what is counted in Eq. 4. DEPARTS[samples]
     calib_iou: Literal["box", "mask"] = "box"  # overlap of 0.5 that makes a detection right
@@ -127,18 +127,18 @@ class Args:
     delta_from: Literal["heldout", "teacher"] = "heldout"  # of which Eq. 4 is: of 85 %, or itself. DEPARTS[delta]
     refresh: int = 0  # steps between measuring Eq. 4 again (then the held-out labels teach no one). DEPARTS[refresh]
     threshold: float = 0.5  # confidence from which an object is a pseudo label. DEPARTS[threshold]
-    filter_on: Literal["raw", "corrected"] = "raw"  # the confidence that is meant
+    filter_on: Literal["raw", "corrected"] = "raw"  # which confidence --threshold cuts: before Eq. 5, or after it
     size_threshold: float = 5.0  # smallest pseudo mask, in pixels
-    pseudo_nms: Literal["agnostic", "class"] = "agnostic"  # DEPARTS[pseudo-nms]
+    pseudo_nms: Literal["agnostic", "class"] = "agnostic"  # suppressed by any class, or its own. DEPARTS[pseudo-nms]
     unsup_weight: float = 1.0  # of the loss on unlabeled images
-    ema: float = 0.9996  # DEPARTS[ema]
-    teacher_update: Literal["ema", "frozen"] = "ema"
-    student_init: Literal["teacher", "fresh"] = "teacher"  # DEPARTS[student-init]
+    ema: float = 0.9996  # share of itself that the teacher keeps in a step. DEPARTS[ema]
+    teacher_update: Literal["ema", "frozen"] = "ema"  # whether the teacher follows the student, or stays
+    student_init: Literal["teacher", "fresh"] = "teacher"  # where the student begins. DEPARTS[student-init]
     burn_in: int = 0  # steps before the teacher is made a copy of the student and follows it
 
     # retrieval (Sec. 4.1)
     pool: str = ""  # folder or list of images to search for neighbours of rare objects
-    neighbours: int = 64
+    neighbours: int = 64  # images found for each rare object
     retrieval_model: str = "vit_large_patch14_dinov2.lvd142m"  # any of timm's, else torchvision's. DEPARTS[dinov2]
     retrieval_weights: str = "imagenet"  # imagenet (what the name's tag says), none, shapes, or a file
     index: str = "exact"  # exact and streaming, or a Faiss factory string
@@ -152,7 +152,7 @@ class Args:
     window: int = 16  # tokens a side of windowed attention
     global_blocks: int = 4  # blocks that attend to the whole image, evenly spread
     patch_resize: Literal["timm", "bicubic"] = "timm"  # 14 -> 16 pixels; bicubic: as EVA. DEPARTS[patch]
-    drop_path: float = 0.3
+    drop_path: float = 0.3  # chance that the last block of EVA-02 is skipped; less for those before it
     norm: Literal["frozen", "live"] = "frozen"  # BatchNorm of a CNN
     width: int = 256  # W; smaller numbers are for CPUs, as the next seven
     fc: int = 1024  # units of the box heads
@@ -164,7 +164,7 @@ class Args:
     checkpointing: bool = False  # compute activations again in the backward pass: less memory, same gradients
 
     # classification loss
-    cls_loss: Literal["sigmoid", "softmax"] = "sigmoid"  # DEPARTS[sigmoid]
+    cls_loss: Literal["sigmoid", "softmax"] = "sigmoid"  # of the box heads. DEPARTS[sigmoid]
     federated: int = 50  # classes per image whose scores are learned; 0: all. DEPARTS[federated]
     fed_soft: Literal["mask", "fg-all", "topk"] = "mask"  # which more, for soft labels. DEPARTS[federated]
     prior: float = 0.01  # initial score of a class; 0.5: bias 0. DEPARTS[prior]
@@ -173,18 +173,18 @@ class Args:
     batch_size: int = 16  # labeled images per student step over all processes, and as many unlabeled. DEPARTS[batch]
     teacher_batch_size: int = 32  # of the teacher
     accumulate: int = 1  # parts in which a process computes its share of the batch; exact with --norm frozen
-    teacher_steps: int = 15_000  # DEPARTS[steps]
+    teacher_steps: int = 15_000  # of the teacher, and of the one before it that Eq. 4 is of. DEPARTS[steps]
     steps: int = 15_000  # of the student
-    lr: float = 4e-5
+    lr: float = 4e-5  # of pyramid and heads, at its highest
     schedule: Literal["cosine", "constant"] = "cosine"  # to zero. DEPARTS[cosine]
     warmup: float = 0.01  # share of the steps
-    weight_decay: float = 0.1
+    weight_decay: float = 0.1  # of AdamW, on everything
     layer_decay: float = 0.8  # of the learning rate, from block to block; a CNN's whole body learns at this rate
     clip: float = 0.0  # largest gradient norm; 0: none
     repeat: float = 0.001  # images of rarer classes than this share are repeated (repeat-factor sampling)
     scale: tuple[float, float] = (0.1, 2.0)  # range of the random scale
-    detections: int = 300  # per image
-    nms: float = 0.5
+    detections: int = 300  # kept per image, at most
+    nms: float = 0.5  # overlap from which the less sure of two detections of a class is dropped
     soft_nms: bool = False  # linear, from an overlap of 0.6
     maskness: bool = False  # score times the mean mask probability inside the mask
 
@@ -606,15 +606,13 @@ def smoothed_targets(distribution: Tensor, eps: float, convention: str = "row") 
 
 def similarities(args: Args, data: Instances, labeled: list[Photo], world: World) -> Tensor:
     """S (C, C) of Eq. 2. The prototypes of Eq. 1 are made once and kept in the run folder: prototypes.pt."""
-    path = Path(args.out) / "prototypes.pt"
+    path, key = Path(args.out) / "prototypes.pt", features.made_of(args, PROTOTYPES_OF, data.classes)
     if not needs_prototypes(args):
         return torch.eye(len(data.classes))
-    if main_says(world, path.exists()):
-        made = runs.load_checkpoint(path, SCRIPT)
-    else:
-        made = embed_objects(args, data, labeled, world)
-        if world.main:
-            runs.save_checkpoint(path, SCRIPT, {**made, "classes": data.classes})
+    made = runs.load_checkpoint(path, PROTOTYPES) if main_says(world, path.exists()) else {"key": ""}
+    if made["key"] != key:                          # of a command that stopped before it trained, or none
+        made = {**embed_objects(args, data, labeled, world), "classes": data.classes, "key": key}
+        _ = world.main and runs.save_checkpoint(path, PROTOTYPES, made)
     return cosines(made["prototypes"], args.sim_center)
 
 
@@ -1116,7 +1114,8 @@ def retrieve(args: Args, data: Instances, labeled: list[Photo], groups: list[str
         kept = kept[~retrieval.known(store, kept, others, args.duplicate, **at)]
         print(retrieval.histogram(store, found, args.duplicate, **at))
         if len(kept):
-            retrieval.report(out, store, found, kept, rows, cosine, labels.numpy(), examples, data.classes)
+            retrieval.report(out, store, found, kept, rows, cosine, labels.numpy(), examples, data.classes,
+                             features.made_of(args, RETRIEVED_OF, data.classes))
     if not main_says(world, world.main and len(kept) > 0):
         raise UserError(f"--pool {args.pool}: all neighbours are duplicates, or labeled or scored themselves; take "
                         f"another pool, or a higher --duplicate.")
@@ -1125,12 +1124,16 @@ def retrieve(args: Args, data: Instances, labeled: list[Photo], groups: list[str
 # ============================================================================================== main
 STUDENT_ONLY = ("pseudo lambda_calib support refresh threshold filter_on size_threshold unsup_weight ema unlabeled "
                 "steps teacher_update student_init burn_in student_labels batch_size calibration")
-RANGES = dict.fromkeys("eps ema threshold drop_path calib_min_score layer_decay warmup duplicate".split(), (0, 1))
+PROTOTYPES = f"prototypes of {SCRIPT}"
+PROTOTYPES_OF = ("dataset root train_json images split split_seed tune refresh holdout stratify backbone weights "
+                 "init_detector proto proto_per_class embed_size image_size seed")
+RETRIEVED_OF = f"{PROTOTYPES_OF} pool neighbours retrieval_model retrieval_weights index duplicate frequency val"
+RANGES = dict.fromkeys("eps ema threshold drop_path calib_min_score layer_decay repeat warmup".split(), (0, 1))
 RANGES |= dict.fromkeys("accumulate steps teacher_steps eval_every bins neighbours global_blocks window head_convs "
                         "proposals rpn_batch roi_batch detections proto_per_class".split(), (1, 1e9)) | {
     "image_size": (32, 8192), "width": (8, 4096), "fc": (8, 65536), "scale": (0.01, 100), "holdout": (0.01, 0.99),
-    "prior": (1e-9, 0.5), "embed_size": (14, 4096), "nms": (0.01, 1), "anchor_scale": (0.1, 99), "sim_tau": (1e-6, 1e6),
-    "repeat": (0, 1)}
+    "prior": (1e-9, 0.5), "duplicate": (0, 1), "embed_size": (14, 4096), "nms": (0.01, 1), "anchor_scale": (0.1, 99),
+    "sim_tau": (1e-6, 1e6)}
 GRIDS = {"teacher": {"eps": (0.05, 0.1, 0.2), "gamma": (0.0, 0.5, 1.0, 1.5, 2.0)},
          "student": {"lambda_calib": (0.5, 1.0, 2.0, 3.0), "unsup_weight": (0.5, 1.0, 2.0)}}    # DEPARTS[grid]
 
@@ -1294,7 +1297,7 @@ def delta_of(args: Args, data: Instances, held: list[Photo], groups: list[str], 
                   f"{'none' if ece is None else f'{ece:.3f}'}; {path}")
     try:
         record = record or json.loads(path.read_text())
-        delta = dict(zip(record["classes"], record["delta"], strict=True))
+        delta = dict(zip(record["classes"], np.asarray_chkfinite(record["delta"]).tolist(), strict=True))
         return torch.tensor([delta[name] for name in data.classes], device=world.device)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--calibration {path} cannot be read, or is of other classes ({error}); a calibrate stage "
@@ -1324,7 +1327,7 @@ def train(args: Args) -> dict:
     similarity = similarities(args, data, labeled, world)
     classes = label_statistics(args, data, labeled, similarity, world)
     if args.stage == "retrieve" or (student and args.pool):
-        if not main_says(world, (out / "retrieved.txt").exists()):
+        if not main_says(world, retrieval.done(out, features.made_of(args, RETRIEVED_OF, data.classes))):
             retrieve(args, data, labeled, classes.groups, world)
         chosen = choose(str(out / "retrieved.txt"), needed=student)
 
@@ -1472,13 +1475,9 @@ def score_checkpoint(args: Args) -> dict:
 
 
 def predict(args: Args) -> None:
-    """--predict CKPT IMAGES...: overlays of images or folders, and predictions.json in COCO's result format, with paths
-    for `image_id`, into <checkpoint>.predictions/."""
+    """--predict CKPT IMAGES...: <checkpoint>.predictions/ with overlays and, in COCO's format, predictions.json."""
     nets, state, world = load(args.predict[0], args)
-    net = nets.get("teacher", next(iter(nets.values())))
-    files = [f for p in map(Path, args.predict[1:]) for f in (read.image_files(p) if p.is_dir() else [p])]
-    if not files:
-        raise UserError("--predict needs a checkpoint and then images, or folders that hold some.")
+    net, files = nets.get("teacher", next(iter(nets.values()))), read.pictures(args.predict[1:])
     regions.predictions(files, Path(f"{args.predict[0]}.predictions"), lambda image: detect(net, image, look(
         net, image, args), args), state["ids"], state["classes"], world)
 
@@ -1490,8 +1489,9 @@ def settings(dataset: str = "lvis", eval: str = "", predict: str = "") -> Args:
 
 def main(args: Args) -> Any:
     try:
-        run = score_checkpoint if args.eval else predict if args.predict else train if args.grid == "no" else grid
-        return run(args)
+        runs.check_ranges(args, RANGES)
+        return score_checkpoint(args) if args.eval else predict(args) if args.predict else \
+            train(args) if args.grid == "no" else grid(args)
     finally:
         distributed.stop()
 

@@ -63,7 +63,7 @@ SCRIPT, IGNORE, ROOT = "gist_rist.py", 255, ""      # ROOT is the path of stage 
 # ============================================================================================== settings
 @dataclass
 class Args:
-    """GIST and RIST. --dataset picks the paper's numbers for a data set, every other flag overrides them."""
+    """GIST and RIST. --dataset picks the paper's numbers, other flags override them. DEPARTS: see docs."""
 
     # data and bookkeeping
     dataset: Literal["voc", "cityscapes", "shapes", "folder"] = "voc"  # what to train on; also picks the defaults
@@ -110,7 +110,7 @@ class Args:
     lr: float = 2.5e-4  # of the backbone
     backbone_lr: float = 1  # times lr, for the backbone; older code does about 3. DEPARTS[lr]
     head_lr: float = 10  # times lr, for the classifier. DEPARTS[lr]
-    weight_decay: float = 5e-4
+    weight_decay: float = 5e-4  # of SGD
     stage0_steps: int = 25_000  # of stage 0
     steps: int = 3000  # K, of each refinement stage; Cityscapes 4000
     stages: int = 9  # S
@@ -247,7 +247,8 @@ def initial(args: Args, num_classes: int) -> tuple[Args, dict[str, Tensor] | Non
         weights = backbones.build(args.backbone.removeprefix("caffe_") + ".tv_in1k", 32, True)[0].state_dict()
     coco = caffe and file and not ("fc.weight" in weights and "layer1.0.conv1.weight" in weights)    # not torchvision's
     if args.cut < 0:
-        last = list(dict(SegNet(args, num_classes).backbone.named_children()))[-1]
+        net = SegNet(args, num_classes, args.weights == "imagenet" and not caffe)       # no weights: better said now
+        last = list(dict(net.backbone.named_children()))[-1]
         args = replace(args, cut=int(file and not caffe and not any(k.startswith(f"{last}.") for k in weights)))
     if args.pixels == "auto":
         args = replace(args, pixels="bgr" if coco else "imagenet")
@@ -259,8 +260,7 @@ def initial(args: Args, num_classes: int) -> tuple[Args, dict[str, Tensor] | Non
         for foreign, own in ((r"^(Scale|backbone)\.", ""), (r"^(layer5\.conv2d_list|classifier)\.(\d)\.", r"head.\2.")):
             weights = {re.sub(foreign, own, name): value for name, value in weights.items()}
         own = {k: v.shape for k, v in net.backbone.state_dict().items() if not k.endswith("num_batches_tracked")}
-        lost = [k for k, shape in own.items() if k not in weights or weights[k].shape != shape]
-        if lost:
+        if lost := [k for k, shape in own.items() if k not in weights or weights[k].shape != shape]:
             raise UserError(f"{args.weights} lacks {len(lost)} tensors of {args.backbone}, for example {lost[0]}; the "
                             f"layouts that are read are listed in docs/gist_rist.md.")
         head = {k.removeprefix("head."): weights.pop(k) for k in list(weights) if k.startswith("head.")}

@@ -53,7 +53,7 @@ OHEM_KEPT = 50_000                                  # labeled pixels an image th
 # ============================================================================================== settings
 @dataclass
 class Args:
-    """GTA-Seg. --dataset picks the paper's numbers for a data set, every other flag overrides them."""
+    """GTA-Seg. --dataset picks the paper's numbers, other flags override them. DEPARTS: see docs."""
 
     # data and bookkeeping
     dataset: Literal["voc", "cityscapes", "shapes", "folder"] = "voc"  # what to train on; also picks the defaults

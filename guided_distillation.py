@@ -60,7 +60,7 @@ HEADS = 8                                           # of all attention layers
 # ============================================================================================== settings
 @dataclass
 class Args:
-    """Guided Distillation. --dataset picks the paper's numbers for a data set, every other flag overrides them."""
+    """Guided Distillation. --dataset picks the paper's numbers, other flags override them. DEPARTS: see docs."""
 
     # data and bookkeeping
     dataset: Literal["coco", "cityscapes", "shapes"] = "coco"  # what to train on (coco: any COCO JSON); picks defaults
@@ -114,19 +114,19 @@ class Args:
     checkpointing: bool = False  # compute activations again in the backward pass: less memory, same gradients
 
     # losses (Mask2Former) and optimisation (Sec. 4.1)
-    class_weight: float = 2.0  # DEPARTS[loss-weights], these three
-    mask_weight: float = 5.0
-    dice_weight: float = 5.0
+    class_weight: float = 2.0  # of the cross-entropy of classes. DEPARTS[loss-weights], these three
+    mask_weight: float = 5.0  # of the binary cross-entropy of masks
+    dice_weight: float = 5.0  # of the Dice loss of masks
     no_object: float = 0.1  # class weight of "no object"
     points: int = 12544  # where masks are compared
     batch_size: int = 16  # labeled images per step over all processes, and as many unlabeled. DEPARTS[batch]
     accumulate: int = 1  # parts in which a process computes its share of the batch; exact with --norm frozen
     steps: int = 368_750  # of the teacher, and of the student, burn-in included
-    lr: float = 1e-4
+    lr: float = 1e-4  # at its highest, of all but the backbone
     backbone_lr: float = 0.1  # times lr
-    weight_decay: float = 0.05
+    weight_decay: float = 0.05  # of AdamW; none for norms and embeddings
     clip: float = 0.01  # largest gradient norm. DEPARTS[clip]
-    schedule: Literal["step", "poly"] = "step"  # DEPARTS[schedule]
+    schedule: Literal["step", "poly"] = "step"  # of the learning rate. DEPARTS[schedule]
     crop_size: tuple[int, int] = (1024, 1024)  # height and width in training
     scale: tuple[float, float] = (0.1, 2.0)  # range of the random scale; Cityscapes has a list of its own
     test_size: tuple[int, int] = (800, 1333)  # shorter side, and the most for the longer, in evaluation
@@ -1189,6 +1189,7 @@ def restore(s: State, state: dict) -> None:
 
 def load(path: str, args: Args) -> tuple[dict[str, Mask2Former], dict, World]:
     """The networks of a checkpoint, built from the settings it holds."""
+    runs.check_ranges(args, RANGES)
     state, world = runs.load_checkpoint(Path(path), SCRIPT), distributed.start(args.device)
     networks = {}
     for name, weights in state["networks"].items():
@@ -1218,12 +1219,9 @@ def predict(args: Args) -> None:
     for `image_id`, into <checkpoint>.predictions/."""
     networks, state, world = load(args.predict[0], args)
     net, out = networks.get("student", next(iter(networks.values()))), Path(f"{args.predict[0]}.predictions")
-    files = [f for p in map(Path, args.predict[1:]) for f in (read.image_files(p) if p.is_dir() else [p])]
-    if not files:
-        raise UserError("--predict needs a checkpoint and then images, or folders that hold some.")
+    files = read.pictures(args.predict[1:])
     results, _ = [], out.mkdir(exist_ok=True)
-    for i, file in list(enumerate(files))[world.rank::world.size]:
-        image = read.read_image(file)
+    for i, file, image in read.readable(files, world):
         objects = detect(net, image.to(world.device), args)
         results.append((i, ap.results_of(str(file), state["ids"], *objects)))
         shown = picture(image, *(t.cpu() for t in objects), state["classes"])

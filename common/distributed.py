@@ -3,6 +3,7 @@
 import inspect
 import os
 import re
+import warnings
 import zlib
 from dataclasses import dataclass
 from datetime import timedelta
@@ -61,9 +62,8 @@ class World:
         """(B, ...) of this process -> (size * B, ...), in rank order. Equal shapes on all processes."""
         if self.size == 1:
             return tensor
-        tensor = tensor.contiguous()
-        parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        dist.all_gather(parts, tensor)
+        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        dist.all_gather(parts, tensor.contiguous())
         return torch.cat(parts)
 
     def barrier(self) -> None:
@@ -83,8 +83,7 @@ def start(device: str = "auto", join: bool = True) -> World:
 
     `device`: auto (GPUs when there are any), cpu, cuda. GPUs talk by NCCL, processors by gloo."""
     rank, size, local_rank = (w := launched()).rank, w.size, w.local_rank
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if device != "cpu" and not re.fullmatch(r"cuda(:\d+)?", device):
         raise UserError(f"--device {device}: give auto, cpu, cuda or cuda:N.")
     if device.startswith("cuda:") and size > 1:
@@ -163,6 +162,7 @@ def parallel(network: nn.Module, world: World) -> nn.Module:
     Keep the bare network for everything else (EMA, checkpoints, evaluation)."""
     if world.size == 1:
         return network
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view")     # of 1x1 convolutions, channels last
     ids, ddp = [world.device] if world.device.type == "cuda" else None, nn.parallel.DistributedDataParallel
     new = "forward_sync_buffers" in inspect.signature(ddp).parameters     # the name since PyTorch 2.13
     return ddp(network, device_ids=ids, **{"forward_sync_buffers" if new else "broadcast_buffers": False})

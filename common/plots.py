@@ -8,8 +8,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from common.runs import UserError
-from data.read import image_files, read_image
+from data.read import pictures, readable
 
 
 def palette() -> np.ndarray:
@@ -74,9 +73,9 @@ def save_index_png(label: Tensor, path: Path) -> None:
 
 def strip(rows: list[list[np.ndarray]], titles: list[str], path: Path, height: int = 144) -> None:
     """A sheet of pictures (H, W, 3) uint8: one row each, one titled column each."""
-    scaled = [[Image.fromarray(p).resize((max(1, round(p.shape[1] * height / p.shape[0])), height),
-                                         Image.Resampling.NEAREST if p.shape[0] < height else Image.Resampling.BILINEAR)
-               for p in row] for row in rows]
+    scaled = [[Image.fromarray(p).resize([max(1, round(n * s)) for n in p.shape[1::-1]],
+                                         Image.Resampling.NEAREST if s > 1 else Image.Resampling.BILINEAR)
+               for p in row if (s := min(height / p.shape[0], 4 * height / p.shape[1]))] for row in rows]
     widths = [max(row[i].width for row in scaled) for i in range(len(titles))]
     gap, head = 4, 16
     sheet = Image.new("RGB", (sum(widths) + gap * (len(widths) - 1), head + len(rows) * (height + gap)), "white")
@@ -93,19 +92,15 @@ def strip(rows: list[list[np.ndarray]], titles: list[str], path: Path, height: i
 @torch.no_grad()
 def predictions(paths: list[str], out: Path, classes: list[str], logits_of: Callable[[Tensor], Tensor], world) -> None:
     """Index PNGs and overlays of images, or of folders of them, into `out`; `logits_of` maps uint8 (1, 3, H, W) to
-    logits (1, K, H, W). UserError when there is no image, or one cannot be read."""
-    files = [f for p in map(Path, paths) for f in (image_files(p) if p.is_dir() else [p])]
-    if not files:
-        raise UserError("--predict needs a checkpoint and then images, or folders that hold some: "
-                        "--predict runs/x/best.pt photos/")
+    logits (1, K, H, W). UserError when there is no image, or the only one cannot be read."""
+    files = pictures(paths)
     stems = [file.stem for file in files]
     names = [f.stem if stems.count(f.stem) == 1 else f"{f.parent.name}_{f.name}" for f in files]
     out.mkdir(exist_ok=True)
-    for file, name in list(zip(files, names, strict=True))[world.rank::world.size]:
-        image = read_image(file)
+    for i, _, image in readable(files, world):
         label = logits_of(image[None].to(world.device)).argmax(1)[0]
-        save_index_png(label, out / f"{name}.png")
-        save_picture(overlay(image, label, classes), out / f"{name}_overlay.jpg")
+        save_index_png(label, out / f"{names[i]}.png")
+        save_picture(overlay(image, label, classes), out / f"{names[i]}_overlay.jpg")
     if world.main:
         print(f"{len(files)} images: {out}/*.png (class indices) and *_overlay.jpg")
 
@@ -129,11 +124,11 @@ def curves(records: list[dict], path: Path, title: str = "") -> None:
             points = [(r["step"], r[k]) for r in records if isinstance(r.get(k), (int, float))]
             if points:
                 axis.plot(*zip(*points, strict=True), label=k, marker="o" if len(points) < 20 else None, markersize=3)
-        axis.set_title(name, fontsize=10)
-        axis.set_xlabel("step", fontsize=8)
+        axis.set(title=name, xlabel="step")
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        if axis.lines:
+            axis.legend(fontsize=8)
     figure.suptitle(title, fontsize=11)
     figure.tight_layout()
     figure.savefig(path, dpi=110)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 FREE_TO_CHANGE = {"out", "resume", "workers", "device", "log_every", "save_every", "compile", "eval", "predict"}
+HELD = []                                           # open files, locked as long as this process lives
 LOST = "another process of this run stopped, or the network to it failed; see its message."
 
 
@@ -45,17 +46,16 @@ def cli(args_type: type, preset: Callable, main: Callable, choosers: tuple[str, 
             default = preset(**vars(first.parse_known_args(argv)[0]))
         except KeyError:
             default = preset()                                       # an unknown name: tyro lists those that exist
-        main(tyro.cli(args_type, default=default, args=argv, config=(tyro.conf.FlagCreatePairsOff,)))
+        main(tyro.cli(args_type, default=default, args=argv))        # --flag and --no-flag: presets have both
     except Stopped as stopped:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"\n{stopped}", flush=True)
         leave(0)
     except KeyboardInterrupt:
-        print("\nStopped by Ctrl-C before the first step; nothing was to be saved.", file=sys.stderr)
+        print("\nStopped by Ctrl-C at once; nothing was saved since the last checkpoint, if any.", file=sys.stderr)
         leave(130)
     except Exception as error:                                       # noqa: BLE001 (only those with a sentence stay)
-        sentence = user_sentence(error)
-        if sentence is None:
+        if (sentence := user_sentence(error)) is None:
             raise
         alone = sentence != LOST and (isinstance(error, RankError) or not isinstance(error, UserError))
         if int(os.environ.get("LOCAL_RANK", 0)) == 0 or alone:       # else another process says the same
@@ -117,6 +117,8 @@ def saved_settings(args_type: type, path: Path, script: str):
     """The settings inside a checkpoint, for scoring or predicting with it on this machine."""
     saved = load_checkpoint(path, script)["settings"]
     default = args_type()
+    if unknown := sorted(saved.keys() - vars(default).keys()):
+        raise UserError(f"{path} has settings unknown here ({', '.join(unknown)}); use the version that wrote it.")
     saved = {k: tuple(v) if isinstance(getattr(default, k), tuple) else v for k, v in saved.items()}
     return args_type(**saved | {k: getattr(default, k) for k in ("resume", "device", "workers", "compile")})
 
@@ -147,18 +149,22 @@ def open_run(out: Path, script: str, args, resume: bool, main: bool) -> bool:
         if old.get("script") != script:
             raise UserError(f"{out} holds a run of {old.get('script')}, not of {script}; name another --out.")
         then = old.get("settings", {})
-        differ = [f"{k} ({then.get(k)} then, {settings.get(k)} now)" for k in sorted(then.keys() | settings.keys())
-                  if k not in FREE_TO_CHANGE and then.get(k) != settings.get(k)]
-        if differ:
+        if differ := [f"{k} ({then.get(k)} then, {settings.get(k)} now)" for k in sorted(then.keys() | settings.keys())
+                      if k not in FREE_TO_CHANGE and then.get(k) != settings.get(k)]:
             raise UserError(f"--resume with other settings than {out} was started with: {', '.join(differ)}; "
                             f"use the old ones, or another --out.")
     if resume and main and not last.exists():
         print(f"--resume: no checkpoint in {out} yet, so this run starts afresh.")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / ".writable").touch()
-        (out / ".writable").unlink(missing_ok=True)
+        HELD.append(open(out / ".lock", "w"))                        # loader processes do not inherit its lock
+        if int(os.environ.get("RANK", 0)) == 0:
+            fcntl.lockf(HELD[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"Another process is at work in {out}; wait for it, or name another --out.") from None
     except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+            return last.exists()                                     # a file system without locks
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UserError(f"The run folder {out} cannot be written ({error.strerror}); name another --out.") from None
@@ -178,11 +184,9 @@ def write_config(out: Path, script: str, args, world, extra: dict) -> None:
 def commit() -> str:
     """The commit of this source tree, with a plus sign when it was changed; empty outside git."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        here = Path(__file__).resolve().parent
-        run = dict(cwd=here, capture_output=True, text=True, timeout=10, check=True)
-        head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **run).stdout.strip()
-        dirty = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **run).stdout.strip()
-        return head + ("+" if dirty else "")
+        command = ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
+        return subprocess.run(command, cwd=Path(__file__).resolve().parent, capture_output=True, text=True, timeout=10,
+                              check=True).stdout.strip()
     return ""
 
 
@@ -263,7 +267,8 @@ class Run:
 
     def ask(self, number, frame) -> None:
         """SIGTERM or Ctrl-C: save and leave after this step; a second Ctrl-C leaves at once."""
-        self.signal = signal.Signals(number).name
+        self.signal = signal.Signals(number).name                    # print is not safe here
+        os.write(2, b"\nStopping after this step or evaluation; Ctrl-C again leaves at once.\n" * self.world.main)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def asked(self, step: int) -> str:
@@ -357,7 +362,7 @@ class Run:
             said = [f"{name} {s['last'][metric]:.2f} (best {s['best'][metric]:.2f} at step {s['best']['step']})"
                     for name, s in sorted(scores.items(), key=lambda item: item[0] != headline)]
             print(f"\n{metric}: {', '.join(said)}\nin {self.out}: "
-                  f"{', '.join(sorted(p.name for p in self.out.iterdir() if not p.name.startswith('events')))}")
+                  f"{', '.join(sorted(p.name for p in self.out.iterdir() if not p.name.startswith(('.', 'events'))))}")
         return results
 
 
@@ -371,10 +376,9 @@ def write_scores(path: Path, scores: dict, facts: dict, metric: str, where: str)
 
 def parse_line(line: str) -> dict:
     """One line of a log; {} when a crash left it torn."""
-    try:
+    with contextlib.suppress(json.JSONDecodeError):
         return json.loads(line)
-    except json.JSONDecodeError:
-        return {}
+    return {}
 
 
 def read_log(path: Path) -> list[dict]:

@@ -111,16 +111,19 @@ def truth_of(data: Instances) -> dict:
         return truth_of_labels(data) if any(photo.label for photo in data.val) else truth_of_things(data)
     content = json.loads(data.val_json.read_text(encoding="utf-8"))
     ids, annotations = {photo.id for photo in data.val}, []
-    images = {record["id"]: record for record in content["images"] if record["id"] in ids}
+    images = {record["id"]: {**record, "height": int(record["height"]), "width": int(record["width"])}
+              for record in content["images"] if record["id"] in ids}
     for a in content["annotations"]:
         segmentation = outline(a["segmentation"])
         if a["image_id"] not in ids or not segmentation:
             continue
-        area = a.get("area")
-        if area is None:
-            image = images[a["image_id"]]
-            area = float(coco_mask.area(runs_of(segmentation, int(image["height"]), int(image["width"]))))
-        annotations.append({**a, "segmentation": segmentation, "area": area, "iscrowd": int(a.get("iscrowd") or 0)})
+        area, box = float(a.get("area") or 0), a.get("bbox") or ()
+        if not area or len(box) != 4:                                # some exporters write neither
+            runs = runs_of(segmentation, images[a["image_id"]]["height"], images[a["image_id"]]["width"])
+            area = area or float(coco_mask.area(runs))
+            box = box if len(box) == 4 else coco_mask.toBbox(runs).tolist()
+        annotations.append({**a, "segmentation": segmentation, "area": area, "bbox": list(map(float, box)),
+                            "iscrowd": int(a.get("iscrowd") or 0)})
     return {"images": list(images.values()), "categories": content["categories"], "annotations": annotations}
 
 

@@ -73,7 +73,7 @@ def diagram(records: dict[str, dict], path: Path) -> None:
         gaps, right = [row["conf"] - row["acc"] for row in rows], [row["acc"] for row in rows]
         top.bar(places, right, width, color="#0072b2", label="accuracy")
         for word, sign, light, dark in (("too sure", 1, "#f4cdb2", "#d55e00"),
-                                        ("too unsure", -1, "#cfe4f0", "#0072b2")):
+                                        ("too unsure", -1, "#0072b2", "white")):
             top.bar(places, [sign * max(sign * gap, 0) for gap in gaps], width, bottom=right, color=light,
                     edgecolor=dark, hatch="///", linewidth=0.6, label=word)
         top.plot([0, 1], [0, 1], color="black", linestyle="--", linewidth=1)
@@ -90,7 +90,8 @@ def diagram(records: dict[str, dict], path: Path) -> None:
         for axis in (top, below):
             axis.tick_params(labelsize=8)
     axes[0, 0].set_ylabel("share of right detections", fontsize=9)
-    axes[0, 0].legend(fontsize=8, loc="upper left")
+    if next(iter(records.values()))["n"]:
+        axes[0, 0].legend(fontsize=8, loc="upper left")
     axes[1, 0].set_ylabel("samples", fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=110)

@@ -1,5 +1,8 @@
 """Networks of timm with their weights, and backbones as feature extractors."""
 
+import hashlib
+import json
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,6 +16,12 @@ from data import ap, read, regions
 from data.instances import Instances, Photo
 
 PLAIN = ("eva02", "vit")                                             # transformers that are built for one size
+
+
+def made_of(args, names: str, classes: list[str]) -> str:
+    """A key of the flags `names`, a word each, and the classes that a file was made with."""
+    text = json.dumps([[str(getattr(args, name)) for name in names.split()], classes])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def create(name: str, weights: str, **more) -> nn.Module:

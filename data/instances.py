@@ -8,6 +8,7 @@ import functools
 import itertools
 import json
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -202,7 +203,7 @@ def read_json(path: Path) -> dict:
         try:
             return (record["image_id"], record["category_id"], outline(record["segmentation"]),
                     bool(record.get("iscrowd")), float(record.get("area", 0)))
-        except (TypeError, ValueError, KeyError):
+        except (TypeError, ValueError, KeyError, OverflowError):
             raise UserError(f"{path}: the annotation {record.get('id')} cannot be read; its segmentation must be "
                             f"polygons or run lengths, and its area a number.") from None
 
@@ -596,6 +597,9 @@ def unlabeled_photos(text: str, data: Instances, flag: str = "--unlabeled") -> l
     found = [Photo(str(p.relative_to(path)), p) for p in sorted(path.rglob("*")) if p.suffix.lower() in IMAGES]
     if not found:
         raise UserError(f"{flag} {path}: {'no images in that folder' if path.is_dir() else 'no folder or list'}.")
+    for photo in found:
+        if not str(photo.image).isascii() and "\\udc" in ascii(str(photo.image)):       # surrogates: not UTF-8
+            raise UserError(f"{flag} {path}: the file name {ascii(photo.name)} is not UTF-8; rename it.")
     return found
 
 
@@ -716,8 +720,11 @@ def stream(views: Views, batch_size: int, start: int, stop: int, world: World, w
                               pin_memory=world.device.type == "cuda", **helpers(workers))
 
 
-def score_loader(photos: list[Photo], world: World, workers: int) -> DataLoader:
-    """(index, picture (3, H, W) uint8), one at a time, each on exactly one process. A broken image stops the
-    evaluation, which needs every one."""
-    return DataLoader(range(world.rank, len(photos), world.size), batch_size=None, generator=torch.Generator(),
-                      collate_fn=lambda index: (index, load(photos[index])), **helpers(min(workers, 4)))
+def score_loader(photos: list[Photo], world: World, workers: int) -> Iterable[tuple[int, Tensor]]:
+    """(index, picture (3, H, W) uint8), one at a time, each on exactly one process, under a progress bar that goes when
+    it is done (without a terminal: a line a minute). A broken image stops the evaluation, which needs every one."""
+    from tqdm import tqdm
+    pictures = DataLoader(range(world.rank, len(photos), world.size), batch_size=None, generator=torch.Generator(),
+                          collate_fn=lambda index: (index, load(photos[index])), **helpers(min(workers, 4)))
+    return tqdm(pictures, desc="scoring", unit="image", leave=False, disable=not world.main, dynamic_ncols=True,
+                **({"mininterval": 0.5} if sys.stderr.isatty() else {"mininterval": 60, "delay": 60}))

@@ -16,7 +16,7 @@ from common import plots, runs
 from common.distributed import World, rng
 from data import ap, instances
 from data.instances import Instances, Photo
-from data.read import read_image
+from data.read import readable
 
 
 def boxes_of(masks: Tensor) -> Tensor:
@@ -188,8 +188,7 @@ def predictions(files: list[Path], out: Path, detect: Callable[[Tensor], tuple[T
     `detect`: (3, H, W) uint8 -> labels (n,), scores (n,), masks (n, H, W) and boxes (n, 4)."""
     out.mkdir(exist_ok=True)
     results = []
-    for i, file in list(enumerate(files))[world.rank::world.size]:
-        image = read_image(file)
+    for i, file, image in readable(files, world):
         found = detect(image)
         results.append((i, ap.results_of(str(file), ids, *found)))
         shown = picture(image, *(t.cpu() for t in found[:3]), classes)

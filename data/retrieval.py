@@ -303,10 +303,11 @@ def histogram(store: Store, rows: np.ndarray, threshold: float, sample: int = 20
 
 
 def report(out: Path, store: Store, found: np.ndarray, kept: np.ndarray, rows: np.ndarray, cosine: np.ndarray,
-           labels: np.ndarray, examples: dict[int, Tensor], classes: list[str]) -> None:
+           labels: np.ndarray, examples: dict[int, Tensor], classes: list[str], key: str = "") -> None:
     """Writes out/retrieved.txt, the list of the `kept` rows; .json, what each class found; and .png, a query of a class
     and its neighbours, for the first dozen. Of Q queries `rows` and `cosine` (Q, k) as from `search`, `labels` (Q,);
-    `examples` is a crop (3, H, W) uint8 of each class."""
+    `examples` is a crop (3, H, W) uint8 of each class; `key` says by which settings it was all made."""
+    (out / "retrieved.txt").unlink(missing_ok=True)
     groups = {classes[c]: (labels == c, examples[c]) for c in np.unique(labels).tolist()}
     facts = {name: {"queries": int(mine.sum()), "images": len(np.intersect1d(rows[mine], kept)),
                     "mean_cosine": round(float(cosine[mine][rows[mine] >= 0].mean()), 4)}
@@ -319,10 +320,18 @@ def report(out: Path, store: Store, found: np.ndarray, kept: np.ndarray, rows: n
     sheet(drawn, out / "retrieved.png")
     write_text(out / "retrieved.json", json.dumps({
         "queries": len(rows), "neighbours": rows.shape[1], "pool": len(store.paths), "unreadable": len(store.broken),
-        "found": len(found), "kept": len(kept), "classes": facts}, indent=1))
+        "found": len(found), "kept": len(kept), "classes": facts, "key": key}, indent=1))
     write_text(out / "retrieved.txt", "".join(f"{store.paths[r].resolve()}\n" for r in kept))
     print(f"retrieved: {len(kept)} images of {len(store.paths)}; {len(found) - len(kept)} of those found are duplicates"
           f", or labeled or scored themselves; {out / 'retrieved.txt'}, .json and .png")
+
+
+def done(out: Path, key: str) -> bool:
+    """Whether `report` has written its list here, by the settings `key`."""
+    try:
+        return json.loads((out / "retrieved.json").read_text())["key"] == key and (out / "retrieved.txt").exists()
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def sheet(rows: list[tuple[np.ndarray, list[tuple[Path, float]], str]], path: Path, height: int = 144) -> None:

@@ -558,6 +558,8 @@ def pretrain(root: Path, backbone: str, steps: int = 1200, batch_size: int = 64)
 
     def make(folder: Path) -> None:
         forms, rng = FORMS[8:], generator("pretrain", backbone)
+        if not sys.stderr.isatty():                                  # else there are bars
+            print(f"Pre-training {backbone} on drawn pictures of other classes, once: some two minutes.", flush=True)
         pictures, targets = [], []
         for _ in tqdm(range(10000), desc="drawing pictures to pre-train on", leave=False, disable=None):
             form, pattern, hue = rng.integers(len(forms)), rng.integers(len(PATTERNS)), rng.random()

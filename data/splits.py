@@ -164,6 +164,8 @@ def read_list(path: str | Path) -> list[tuple[str, str | None]]:
     seen: set[str] = set()
     for number, line in enumerate(lines, 1):
         columns = line.split()
+        if len(columns) > 1 and Path(line).is_file():                # a name with spaces
+            columns = [line]
         if not columns:
             continue
         pair = len(columns) == 2 and all(column.lower().endswith(_SUFFIXES) for column in columns)

@@ -232,6 +232,12 @@ def learned(args: Args, data: Instances, photos: list[Photo]) -> Classes:
     return bpl.label_statistics(args, data, photos, bpl.similarities(args, data, photos, WORLD), WORLD)
 
 
+def given(prototypes: Tensor, args: Args, data: Instances) -> None:
+    """Prototypes that the run will find in its folder."""
+    key = features.made_of(args, bpl.PROTOTYPES_OF, data.classes)
+    runs.save_checkpoint(Path(args.out) / "prototypes.pt", bpl.PROTOTYPES, {"prototypes": prototypes, "key": key})
+
+
 def annotations(data: Instances, photos: list[Photo]) -> list[tuple[int, int]]:
     """(image id, class) of each object of these pictures, from the file."""
     ids = {p.id for p in photos}
@@ -268,7 +274,7 @@ def test_prototypes_of_drawn_objects(tail, tmp_path):
     c, photos = len(tail.classes), tail.train
     args = small(smoothing="similarity", out=str(tmp_path))
     s = bpl.similarities(args, tail, photos, WORLD)
-    saved = runs.load_checkpoint(tmp_path / "prototypes.pt", bpl.SCRIPT)
+    saved = runs.load_checkpoint(tmp_path / "prototypes.pt", bpl.PROTOTYPES)
     distributed.seed_torch(args.seed, "prototypes")
     net, sums, numbers = features.Embedder(args.backbone, "none", "", 32), torch.zeros(c, net_width(args)), [0] * c
     for photo in photos:
@@ -282,7 +288,7 @@ def test_prototypes_of_drawn_objects(tail, tmp_path):
     assert torch.equal(s, bpl.cosines(saved["prototypes"]))
     later = learned(args, tail, photos[:4])
     assert later.instances.sum() < sum(numbers)
-    again = runs.load_checkpoint(tmp_path / "prototypes.pt", bpl.SCRIPT)
+    again = runs.load_checkpoint(tmp_path / "prototypes.pt", bpl.PROTOTYPES)
     assert torch.equal(again["prototypes"], saved["prototypes"])
     few = bpl.embed_objects(replace(args, proto_per_class=2), tail, photos, WORLD)
     assert few["embedded"].tolist() == [min(n, 2) for n in numbers]
@@ -304,8 +310,8 @@ def test_targets_of_each_smoothing(smoothing, counts, tail, tmp_path):
     pairs = annotations(tail, photos)
     n = np.bincount([k for _, k in (set(pairs) if counts == "images" else pairs)], minlength=c)
     p = torch.randn(c, 6) + 1
-    runs.save_checkpoint(tmp_path / "prototypes.pt", bpl.SCRIPT, {"prototypes": p})
     args = small(smoothing=smoothing, counts=counts, eps=eps, gamma=0.7, out=str(tmp_path))
+    given(p, args, tail)
     got = learned(args, tail, photos)
     s = array(F.cosine_similarity(p[:, None], p[None], dim=2))
     want = np.outer(n > 0, n > 0) / (n > 0).sum() if smoothing == "uniform" else \
@@ -320,9 +326,9 @@ def test_targets_of_each_smoothing(smoothing, counts, tail, tmp_path):
 
 def test_flags_of_similarities_reach_them(tail, tmp_path):
     photos, p = tail.train[:7], torch.randn(12, 6) + 1
-    runs.save_checkpoint(tmp_path / "prototypes.pt", bpl.SCRIPT, {"prototypes": p})
     args = small(smoothing="similarity", eps=1.0, out=str(tmp_path), sim_tau=0.3, sim_center=True,
                  sim_exclude_self=True, sim_topk=2)
+    given(p, args, tail)
     got = learned(args, tail, photos)
     n = np.bincount([k for _, k in annotations(tail, photos)], minlength=12)
     want = eq2(array(bpl.cosines(p, True)), n, 0.0, 0.3, True, 2)
@@ -334,8 +340,8 @@ def test_the_twenty_most_similar_classes(tmp_path):
     things = tuple(Thing(k, [], False, 1.0) for k in range(c) if k != 4)
     data = Instances("lvis", Path(), [str(k) for k in range(c)], list(range(c)), [], [], [])
     p = torch.randn(c, 16)
-    runs.save_checkpoint(tmp_path / "prototypes.pt", bpl.SCRIPT, {"prototypes": p})
     args = small(out=str(tmp_path), fed_soft="topk", smoothing="none")
+    given(p, args, data)
     got = learned(args, data, [Photo("a", Path("a.png"), things=things)]).similar
     for k in range(c):
         nearest = sorted(range(c), key=lambda j: -F.cosine_similarity(p[k], p[j], dim=0).item())[:21]

@@ -221,7 +221,7 @@ def found_by(out: Path, name: str) -> list[dict]:
 
 
 def files(out: Path) -> set[str]:
-    return {str(p.relative_to(out)) for p in out.rglob("*") if not p.name.startswith("events.")}
+    return {str(p.relative_to(out)) for p in out.rglob("*") if not p.name.startswith(("events.", ".lock"))}
 
 
 def weights(path: Path) -> dict[str, dict[str, torch.Tensor]]:

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from PIL import Image
 from torch import nn
 
 import gta_seg
 from common import distributed, runs, transforms
 from common.distributed import World
 from common.runs import UserError
-from data import find
+from data import find, read
 
 TWO_GPUS = World(0, 2, 0, torch.device("cuda"))
 
@@ -163,3 +164,16 @@ def test_an_image_that_a_voc_list_names_must_be_there(shapes_root, tmp_path):
         found("train_000000\ntrain_000009\n", "val_000000\n")
     with pytest.raises(UserError, match="val_000009.jpg is missing"):
         found("train_000000\n", "val_000009\n")
+
+
+def test_predicting_passes_over_what_is_no_image(tmp_path, capsys):
+    for name in ("a.png", "c.png"):
+        Image.new("RGB", (5, 3)).save(tmp_path / name)
+    (tmp_path / "b.jpg").write_bytes(b"no image")
+    files = sorted(tmp_path.iterdir())
+    found = [[(i, file.name, tuple(image.shape)) for i, file, image in read.readable(files, World(rank, 2))]
+             for rank in range(2)]
+    assert found == [[(0, "a.png", (3, 3, 5)), (2, "c.png", (3, 3, 5))], []]
+    assert "b.jpg cannot be read as an image" in capsys.readouterr().err
+    with pytest.raises(UserError, match="b.jpg"):
+        list(read.readable(files[1:2], World()))

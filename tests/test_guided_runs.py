@@ -180,7 +180,7 @@ def segm(out: Path, name: str = "student") -> list[dict]:
 
 
 def files(out: Path) -> set[str]:
-    return {p.name for p in out.iterdir() if not p.name.startswith("events.")}
+    return {p.name for p in out.iterdir() if not p.name.startswith(("events.", ".lock"))}
 
 
 def weights(path: Path) -> dict[str, dict[str, torch.Tensor]]:

@@ -139,7 +139,7 @@ def test_commands_in_documents_parse(document, command):
             return
         chosen = {k: flags[flags.index(f"--{k}") + 1] for k in ("dataset", "recipe") if f"--{k}" in flags}
         flags = [re.sub(r"\$\{?\w+\}?", "0", w) for w in flags]
-        tyro.cli(module.Args, default=module.settings(**chosen), args=flags, config=(tyro.conf.FlagCreatePairsOff,))
+        tyro.cli(module.Args, default=module.settings(**chosen), args=flags)
     elif script:
         assert (ROOT / script).is_file(), script
     elif "-m" in words:
