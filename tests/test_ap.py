@@ -67,6 +67,23 @@ def detected(*found: tuple[int, float, np.ndarray]) -> list[dict]:
 
 
 # ---------------------------------------------------------------------------------------------------- COCO
+def test_files_without_boxes_and_areas_are_scored_as_with_them(tmp_path):
+    """Some exporters leave them out, or write 0 and empty lists, or sizes as text; polygons say it all."""
+    folder = shapes.make_tail(tmp_path / "tail", 12, 2, 6)
+    data = instances.find("lvis", folder)
+    content = json.loads(data.val_json.read_text())
+    whole = ap.truth_of(data)["annotations"]
+    for i, a in enumerate(content["annotations"]):
+        a.update(area=0, bbox=[]) if i % 2 else [a.pop("area"), a.pop("bbox")]
+    for record in content["images"]:
+        record.update(height=str(record["height"]), width=float(record["width"]))
+    (tmp_path / "lean.json").write_text(json.dumps(content))
+    lean = ap.truth_of(replace(data, val_json=tmp_path / "lean.json"))
+    assert len(lean["annotations"]) == len(whole) > 5 and all(type(r["height"]) is int for r in lean["images"])
+    for mended, a in zip(lean["annotations"], whole, strict=True):
+        assert mended["area"] > 0 and np.allclose(mended["bbox"], a["bbox"], atol=1.5)
+
+
 def by_photos(data: Instances) -> dict:
     """What is true by the objects of the Photos, without the file."""
     return ap.truth_of(instances.scored_on(data, data.val))

@@ -297,6 +297,21 @@ def test_prototypes_of_drawn_objects(tail, tmp_path):
     assert ((pooled["prototypes"].abs().sum(1) > 0) == (torch.tensor(numbers) > 0)).all()
 
 
+def test_prototypes_of_another_command_are_made_anew(tail, tmp_path, monkeypatch):
+    """A command that stopped before it trained leaves them; the mended one may be of other classes or crops."""
+    made = []
+    monkeypatch.setattr(bpl, "embed_objects", lambda args, data, *_: made.append(args.embed_size) or {
+        "prototypes": torch.randn(len(data.classes), 4)})
+    args = small(smoothing="similarity", out=str(tmp_path), embed_size=32)
+    first = bpl.similarities(args, tail, tail.train, WORLD)
+    assert torch.equal(bpl.similarities(replace(args, lr=1.0), tail, tail.train, WORLD), first) and made == [32]
+    bpl.similarities(replace(args, embed_size=64), tail, tail.train, WORLD)
+    fewer = bpl.similarities(replace(args, embed_size=64), replace(tail, classes=tail.classes[:5]), [], WORLD)
+    assert made == [32, 64, 64] and fewer.shape == (5, 5)
+    with pytest.raises(UserError, match="checkpoint of prototypes"):
+        runs.load_checkpoint(tmp_path / "prototypes.pt", bpl.SCRIPT)
+
+
 def net_width(args: Args) -> int:
     with torch.random.fork_rng():
         return features.Embedder(args.backbone, "none", "", 32)(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape[1]

@@ -1,11 +1,13 @@
 """What common/ does on GPUs and with several processes, as far as a CPU can tell; sentences for the user."""
 
 import errno
+import multiprocessing
 import os
 import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -13,7 +15,7 @@ from PIL import Image
 from torch import nn
 
 import gta_seg
-from common import distributed, runs, transforms
+from common import distributed, plots, runs, transforms
 from common.distributed import World
 from common.runs import UserError
 from data import find, read
@@ -177,3 +179,56 @@ def test_predicting_passes_over_what_is_no_image(tmp_path, capsys):
     assert "b.jpg cannot be read as an image" in capsys.readouterr().err
     with pytest.raises(UserError, match="b.jpg"):
         list(read.readable(files[1:2], World()))
+
+
+def test_pictures_of_sixteen_bits_keep_their_greys(tmp_path):
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16)[None].repeat(3, 0)
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    image = read.read_image(tmp_path / "ramp.png")
+    assert image.shape == (3, 3, 256) and torch.equal(image[1, 2], torch.arange(256, dtype=torch.uint8))
+    Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "ramp.tiff")
+    with pytest.raises(UserError, match="floating-point"):
+        read.read_image(tmp_path / "ramp.tiff")
+
+
+def test_sheets_of_very_wide_pictures_stay_small(tmp_path):
+    wide, square = np.zeros((1, 500, 3), np.uint8), np.full((30, 30, 3), 255, np.uint8)
+    plots.strip([[wide, square], [square, wide]], ["a", "b"], tmp_path / "sheet.png", height=192)
+    assert Image.open(tmp_path / "sheet.png").size[0] < 2 * 4 * 192 + 20
+
+
+# ---------------------------------------------------------------------------------------------------- run folder
+@dataclass
+class Settings:
+    seed: int = 0
+    resume: bool = False
+    device: str = ""
+    workers: int = 0
+    compile: bool = False
+
+
+def hold(out, held, done) -> None:
+    runs.open_run(out, "a.py", Settings(), False, True)
+    held.set()
+    done.wait(20)
+
+
+def test_two_processes_do_not_run_in_one_folder(tmp_path):
+    fork = multiprocessing.get_context("fork")
+    held, done = fork.Event(), fork.Event()
+    other = fork.Process(target=hold, args=(tmp_path / "out", held, done))
+    other.start()
+    assert held.wait(20)
+    with pytest.raises(UserError, match="Another process is at work in"):
+        runs.open_run(tmp_path / "out", "a.py", Settings(), False, True)
+    done.set()
+    other.join()
+    assert runs.open_run(tmp_path / "out", "a.py", Settings(), False, True) is False
+
+
+def test_checkpoints_of_another_version_are_named(tmp_path):
+    runs.save_checkpoint(tmp_path / "x.pt", "a.py", {"settings": {"seed": 3}})
+    assert runs.saved_settings(Settings, tmp_path / "x.pt", "a.py").seed == 3
+    runs.save_checkpoint(tmp_path / "y.pt", "a.py", {"settings": {"seed": 3, "old_flag": 1}})
+    with pytest.raises(UserError, match="old_flag"):
+        runs.saved_settings(Settings, tmp_path / "y.pt", "a.py")

@@ -316,3 +316,11 @@ def test_a_draw_of_full_size_is_quick():
 def test_impossible_draws_are_refused(ids, n, seed):
     with pytest.raises(SplitError):
         splits.draw(ids, n, seed)
+
+
+def test_names_with_spaces_in_a_list_of_files(tmp_path):
+    names = [tmp_path / "my photos" / "a b.jpg", tmp_path / "my photos" / "c.jpg copy.jpg"]
+    names[0].parent.mkdir()
+    [name.touch() for name in names]
+    (tmp_path / "list.txt").write_text("".join(f"{name}\n" for name in names))
+    assert splits.read_list(tmp_path / "list.txt") == [(str(name), None) for name in names]
