@@ -185,7 +185,8 @@ def draw_tree(tree, nodes: list[str], best: set[str], file: Path) -> None:
                      linewidth=2.5 if path in best else 1)
         axis.annotate(f"{tree.dev_of(path):.1f}", (stage[path], row[path]), (0, 8), textcoords="offset points",
                       ha="center", fontsize=8)
-    axis.set_title("open: labels, filled: pseudo labels; dev mIoU; red: to the best of each search", fontsize=9)
+    axis.set_title("dev mIoU; learned from: gold stage 0, open labels, filled pseudo labels\n"
+                   "red: the way to the best node of each search, thick ring", fontsize=9)
     axis.set_xlabel("stage")
     axis.set_xticks(range(max(stage.values()) + 1))
     axis.set_yticks([])
@@ -210,6 +211,7 @@ def draw_curves(tree, visited: dict[str, list[str]], val: dict[str, float], file
                                   ("stage", "stage", "confidence"), strict=True):
         axis.set_title(title, fontsize=10)
         axis.set_xlabel(below)
+        axis.xaxis.get_major_locator().set_params(integer=below == "stage")
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)
