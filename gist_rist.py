@@ -247,8 +247,7 @@ def initial(args: Args, num_classes: int) -> tuple[Args, dict[str, Tensor] | Non
         weights = backbones.build(args.backbone.removeprefix("caffe_") + ".tv_in1k", 32, True)[0].state_dict()
     coco = caffe and file and not ("fc.weight" in weights and "layer1.0.conv1.weight" in weights)    # not torchvision's
     if args.cut < 0:
-        net = SegNet(args, num_classes, args.weights == "imagenet" and not caffe)       # no weights: better said now
-        last = list(dict(net.backbone.named_children()))[-1]
+        last = [*SegNet(args, num_classes, args.weights == "imagenet" and not caffe).backbone.named_children()][-1][0]
         args = replace(args, cut=int(file and not caffe and not any(k.startswith(f"{last}.") for k in weights)))
     if args.pixels == "auto":
         args = replace(args, pixels="bgr" if coco else "imagenet")
@@ -261,9 +260,10 @@ def initial(args: Args, num_classes: int) -> tuple[Args, dict[str, Tensor] | Non
             weights = {re.sub(foreign, own, name): value for name, value in weights.items()}
         own = {k: v.shape for k, v in net.backbone.state_dict().items() if not k.endswith("num_batches_tracked")}
         if lost := [k for k, shape in own.items() if k not in weights or weights[k].shape != shape]:
-            raise UserError(f"{args.weights} lacks {len(lost)} tensors of {args.backbone}, for example {lost[0]}; the "
-                            f"layouts that are read are listed in docs/gist_rist.md.")
+            raise UserError(f"{args.weights} lacks {len(lost)} tensors, such as {lost[0]}; layouts: docs/gist_rist.md")
         head = {k.removeprefix("head."): weights.pop(k) for k in list(weights) if k.startswith("head.")}
+        said = f"; its classifier {head['0.weight'].std():.4f} in deviation (0.01: untrained)" if head else ""
+        notes.append(f"of {args.weights}: {'COCO, BGR 0 to 255' if coco else 'ImageNet, normalised RGB'}{said}")
         if args.init_head and len(head.get("0.bias", ())) == num_classes:
             notes += runs.load_matching(net.head, head, args.weights)
     notes += runs.load_matching(net.backbone, weights, args.weights)
@@ -378,7 +378,7 @@ def s4gan_step(s: State, args: Args, step: int, labeled: Batch, unlabeled: Batch
     z = upsample(s.student(unlabeled.images, unlabeled.valid)[0], labeled.label.shape[-2:])     # (B, K, H, W)
     maps = F.one_hot(again.label.clamp(max=z.shape[1]), z.shape[1] + 1)[..., :-1].permute(0, 3, 1, 2)   # ignored: 0
     real = torch.cat([maps.float(), minmax01(again.images)], dim=1)
-    fake = torch.cat([z.softmax(dim=1), minmax01(unlabeled.images)], dim=1)
+    fake = torch.cat([z.softmax(dim=1) * unlabeled.valid[:, None], minmax01(unlabeled.images)], dim=1)
     s.critic.requires_grad_(False)
     trust, v_fake = s.critic(fake)
     loss_fm = (s.critic(real)[1].mean(0) - v_fake.mean(0)).abs().mean()
@@ -694,7 +694,7 @@ def finish(tree: Tree, path: str, net: SegNet, facts: dict) -> None:
         (folder / name).unlink(missing_ok=True)
     tree.store.finish(path, record)
     print(f"{path or 'stage 0'}: dev {tree.dev_of(path):.2f}, {facts['steps']} steps in {seconds:.0f} s",
-          *(f"(Label Erase kept {labels['kept']:.0%})" for labels in [facts.get("labels")] if labels), flush=True)
+          gist_report.erased(facts.get("labels"), tree.args.phi), flush=True)
 
 
 # ============================================================================================== whole images
@@ -835,7 +835,7 @@ def train(args: Args) -> dict:
     store, main = tree.store, distributed.launched().main
     if main:
         runs.open_run(out, SCRIPT, args, args.resume, not (out / "config.json").exists())
-        runs.write_config(out, SCRIPT, args, tree.world, {"images": lines[0], "stage0": str(store.root)})
+        runs.write_config(out, SCRIPT, args, tree.world, {"images": "; ".join(lines), "stage0": str(store.root)})
         print(*lines, f"{args.stage0} stage 0; {', '.join(args.search)}; in {out}, nodes in {args.store}", sep="\n")
     while not (store.done(ROOT) and store.first_to_make(ROOT) is None):
         store.make_if_free(ROOT, tree.train) or tree.wait()

@@ -52,6 +52,15 @@ def bloat(shares: list[float], rise: float = 0.1) -> list[bool]:
     return [share > min(shares) + rise for share in shares]
 
 
+def erased(labels: dict | None, phi: float) -> str:
+    """What is printed of a stage's pseudo labels; a share that says that --phi does not fit comes with a hint."""
+    if labels is None:
+        return ""
+    fits = phi <= 0 or 0.2 <= labels["kept"] <= 0.98
+    hint = "" if fits else ": a --phi that fits this network would erase some pixels and keep most"
+    return f"(Label Erase kept {labels['kept']:.0%}{hint})"
+
+
 def table(head: str, rows: list[tuple]) -> str:
     """Markdown. `head` names the columns, with commas between; floats get two digits, NaN a dash."""
     def cell(v) -> str:

@@ -660,10 +660,11 @@ def test_s4gan_step_by_hand(step):
         if again.label[b, y, x] != IGNORE:
             onehot[b, again.label[b, y, x], y, x] = 1           # all zero where ignored
     stretched = [(b.images - b.images.min()) / (b.images.max() - b.images.min()) for b in (unlabeled, again)]
+    shown, inside = z.softmax(1) * unlabeled.valid[:, None], unlabeled.valid.numpy()[:, None]       # padding shows none
     fm = 0.0
     for k in range(CLASSES + 3):
         mean = onehot[:, k].mean() if k < CLASSES else stretched[1][:, k - CLASSES].double().mean().item()
-        of_fake = z.softmax(1)[:, k].mean() if k < CLASSES else stretched[0][:, k - CLASSES].double().mean()
+        of_fake = shown[:, k].mean() if k < CLASSES else stretched[0][:, k - CLASSES].double().mean()
         fm = fm + (0.5 * mean - 0.5 * of_fake).abs() / (CLASSES + 3)
     label = torch.full((3, SIZE, SIZE), IGNORE)
     for b, y, x in np.ndindex(3, SIZE, SIZE):
@@ -682,7 +683,8 @@ def test_s4gan_step_by_hand(step):
         assert torch.allclose(a.grad, b.grad, atol=1e-5)
     fake, real, fake_again, real_again = s.critic.shown
     assert torch.equal(fake, fake_again) and torch.equal(real, real_again)
-    assert np.abs(fake[:, :CLASSES].numpy() - p).max() < 1e-5 and torch.allclose(fake[:, CLASSES:], stretched[0])
+    assert np.abs(fake[:, :CLASSES].numpy() - p * inside).max() < 1e-5
+    assert torch.allclose(fake[:, CLASSES:], stretched[0])
     assert (real[:, :CLASSES].numpy() == onehot).all() and torch.allclose(real[:, CLASSES:], stretched[1])
 
 
@@ -979,6 +981,8 @@ def test_weight_files_of_every_layout_give_the_same_backbone(caffe50, tmp_path, 
                     cut=-1 if kind == "A" else 0)
     got, tensors, notes = gist_rist.initial(args, 21)
     assert got.pixels == pixels and got.cut == 0
+    assert ("COCO, BGR" if pixels == "bgr" else "ImageNet, normalised RGB") in notes[0]
+    assert (f"classifier {caffe50.head[0].weight.std():.4f} in deviation" in notes[0]) == head
     for name, value in caffe50.backbone.state_dict().items():
         if not name.endswith("num_batches_tracked"):
             assert torch.equal(tensors[f"backbone.{name}"], value), name
@@ -1016,6 +1020,14 @@ def test_a_file_of_a_layout_that_is_not_read_is_refused(tmp_path):
         args = settings("voc", backbone="caffe_resnet50", weights=str(tmp_path / "C.pth"), pixels="auto", cut=0)
         with pytest.raises(UserError, match="lacks 265 tensors"):
             gist_rist.initial(args, 21)
+
+
+@pytest.mark.parametrize("kept, phi, hint", [(0.199, 0.5, True), (0.2, 0.5, False), (0.98, 0.5, False),
+                                             (0.99, 0.5, True), (1.0, 0.0, False)])
+def test_a_share_of_label_erase_that_says_phi_does_not_fit(kept, phi, hint):
+    said = gist_report.erased({"kept": kept}, phi)
+    assert f"kept {kept:.0%}" in said and ("--phi" in said) == hint
+    assert gist_report.erased(None, phi) == ""
 
 
 def test_the_paper_needs_a_weight_file():

@@ -708,8 +708,9 @@ def test_memory_stays_flat(tmp_path):
         s.step += 1
         if t in (9, 99, 199):
             gc.collect()
-            held.append(tuple(map(sum, zip(*((1, o.numel()) for o in gc.get_objects() if issubclass(type(o), Tensor)),
-                                           strict=True))))
+            # by exact type: other tests' torch.compile leaves FakeTensors of symbolic sizes behind
+            alive = [o.numel() for o in gc.get_objects() if type(o) in (Tensor, nn.Parameter)]
+            held.append((len(alive), sum(alive)))
     assert len(set(held)) == 1, held
     assert all(p.grad_fn is None and p.is_leaf for p in s.teacher.parameters())
 
