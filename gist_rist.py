@@ -106,7 +106,7 @@ class Args:
     batch_size: int = 8  # labeled images per step of a node, and as many unlabeled
     resize: float = 1  # of images and labels, before anything else; Cityscapes 0.5. DEPARTS[cityscapes]
     crop_size: tuple[int, int] = (321, 321)  # height and width in training
-    scale: tuple[float, float] = (0.5, 1.5)  # random resizing
+    scale: tuple[float, float] = (0.5, 1.5)  # random resizing. DEPARTS[scale]
     lr: float = 2.5e-4  # of the backbone
     backbone_lr: float = 1  # times lr, for the backbone; older code does about 3. DEPARTS[lr]
     head_lr: float = 10  # times lr, for the classifier. DEPARTS[lr]
@@ -128,11 +128,11 @@ class Args:
 
     # refinement (Sec. III) and the paper's tables
     search: tuple[Literal["fist", "gist", "rist", "batchwise", "path"], ...] = ("gist", "rist")  # Figs. 1, 6; Table I
-    alpha: tuple[float, ...] = (0.75,)  # FIST: share of human labels in the loss, Eq. 2; several give several paths
+    alpha: tuple[float, ...] = (0.75,)  # FIST: share of labels, Eq. 2; several: several paths. DEPARTS[fist]
     beam: int = 1  # GIST: G, Table IV
     trials: int = 2  # RIST: paths, Table II
     path: tuple[str, ...] = ()  # with --search path: paths such as LPPLLLPPL
-    max_run: int = 0  # RIST: draw again a path with more than this many equal letters in a row; 0: never
+    max_run: int = 0  # RIST: draw again a path with more equal letters in a row; 0: off. DEPARTS[max-run]
     independent: bool = False  # RIST: paths share no nodes, not even equal beginnings: for a study of the spread
     cl: float = 1.0  # weight of the consistency loss, Eq. 8; 0: none, Table V. DEPARTS[cl]
     cl_beta: float = 0.99  # EMA of its teacher, Eq. 3. DEPARTS[cl]
@@ -467,7 +467,7 @@ def alpha_of(token: str) -> float | None:
 
 # A search yields the nodes that it needs next, trained in any order by any process, and goes on with their scores.
 def gist(tree: "Tree", args: Args) -> Iterator[list[str]]:
-    """Algorithm 1: beam search with G = --beam. Children start from copies of their parent, unlike line 11."""
+    """Algorithm 1: beam search with G = --beam. Children start from copies of their parent. DEPARTS[copies]"""
     beam = [ROOT]                                                                # line 1
     for _ in range(args.stages):                                                 # line 2
         kids = [theta + letter for theta in beam for letter in "LP"]             # lines 4, 5: alpha = 1 and 0
@@ -538,7 +538,7 @@ class Tree:
         return -self.dev_of(path, size), len(tokens(path)), path
 
     def best(self, paths: list[str], size: int = 0) -> str:
-        """Sec. IV: the stage and path that the development images choose, stage 0 included, among those done."""
+        """Sec. IV: the stage and path that the development images choose, stage 0 included. DEPARTS[pick]"""
         return min(filter(self.store.done, paths), key=partial(self.order, size=size))
 
     def weights(self, path: str) -> dict[str, Tensor]:
