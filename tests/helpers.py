@@ -244,3 +244,10 @@ def children(pid: int) -> list[int]:
     """Processes that this one started."""
     listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout
     return [int(p) for p in listed.split()]
+
+
+def apart(a, b) -> float:
+    """The largest difference between two nests of tensors with the same names."""
+    a, b = tensors(a), tensors(b)
+    assert a.keys() == b.keys() and a
+    return max((a[k].double() - b[k].double()).abs().max().item() for k in a)

@@ -16,11 +16,12 @@ from types import SimpleNamespace
 
 import helpers
 import numpy as np
+import pretend
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from helpers import TEST_DATA, Ran, argv, differences, log_of, state, tensors, torchrun, until
+from helpers import TEST_DATA, Ran, apart, argv, differences, log_of, state, tensors, torchrun, until
 from PIL import Image
 from pycocotools import mask as coco_mask
 
@@ -226,13 +227,6 @@ def files(out: Path) -> set[str]:
 
 def weights(path: Path) -> dict[str, dict[str, torch.Tensor]]:
     return torch.load(path, weights_only=True)["networks"]
-
-
-def apart(a, b) -> float:
-    """The largest difference between two nests of tensors with the same names."""
-    a, b = tensors(a), tensors(b)
-    assert a.keys() == b.keys() and a
-    return max((a[k].double() - b[k].double()).abs().max().item() for k in a)
 
 
 def content(path: Path) -> dict:
@@ -1861,6 +1855,30 @@ def test_weights_that_cannot_be_had(line, typed, tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------- a GPU
+@pytest.mark.parametrize("flags", [{}, dict(batch_size=4, teacher_batch_size=4, accumulate=2, pseudo="soft"),
+                                   dict(EVA, federated=4, repeat=0.5)], ids=str)
+def test_nothing_mixes_devices(line, tmp_path, flags):
+    """On an accelerator that is pretended, with the CPU's values: the same run, but for the order of sums in a ViT."""
+    for name, setup in (("near", ()), ("far", (pretend.install,))):
+        forked(line(out=tmp_path / name, **flags), tmp_path / "io", *setup).ok()
+    if "backbone" in flags:
+        assert apart(*(weights(tmp_path / name / "last.pt") for name in ("far", "near"))) < 2e-3          # of Adam
+    else:
+        assert_equal_runs(tmp_path / "far", tmp_path / "near")
+        assert any(r.get("pseudo_per_image") for r in log_of(tmp_path / "far"))
+
+
+def test_retrieval_evaluation_and_prediction_do_not_mix_devices(line, finished, searched, tail, tmp_path):
+    copy, found = Path(shutil.copytree(finished(), tmp_path / "copy")), []
+    for name, setup in (("near", ()), ("far", (pretend.install,))):
+        forked(line(out=tmp_path / name, stage="retrieve", **searched), tmp_path / "io", *setup).ok()
+        for flags in (["--eval"], ["--predict", str(tail / "images" / "val")]):
+            forked([flags[0], str(copy / "best.pt"), *flags[1:], *HERE], tmp_path / "io", *setup).ok()
+        found.append([(copy / "best.pt.results.json").read_text(), (tmp_path / name / "retrieved.txt").read_text(),
+                      (copy / "best.pt.predictions" / "predictions.json").read_text()])
+    assert found[0] == found[1]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_run_evaluation_and_prediction_on_a_gpu(line, typed, tail, tmp_path):
     out = tmp_path / "out"

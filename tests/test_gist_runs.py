@@ -16,6 +16,7 @@ from pathlib import Path
 
 import helpers
 import numpy as np
+import pretend
 import pytest
 import torch
 from helpers import REPO, TEST_DATA, Ran, Started, argv, begin_ranks, differences, torchrun, until
@@ -804,6 +805,22 @@ def test_stage_0_from_a_file_that_does_not_fit(line, gta, tmp_path, io):
         error = run(line(stage0=file, stage0_steps=None, resume=True), io).error()
         assert str(file) in error and not paths(tmp_path / "store")
         shutil.rmtree(tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", STAGE0)
+def test_nothing_mixes_devices(line, shapes_root, tmp_path, io, kind):
+    """On an accelerator that is pretended, with the CPU's values: the same nodes, scores and predictions."""
+    found, photo = [], str(shapes_root / "voc" / "JPEGImages" / "val_000000.jpg")
+    for name, setup in (("near", ()), ("far", (pretend.install,))):
+        store, out = tmp_path / f"{name}-store", tmp_path / name
+        run(line(stage0=kind, search="path", path=("PL", "B", "F0.5"), store=store, out=out, **STAGE0[kind]), io,
+            *setup).ok()
+        run(["--eval", str(out / "best.pt")], io, *setup).ok()
+        run(["--predict", str(out / "best.pt"), photo], io, *setup).ok()
+        made = sorted((out / "best.pt.predictions").glob("*.png"))
+        found.append((fingerprints(store), results(out), (out / "best.pt.results.json").read_text(),
+                      [p.read_bytes() for p in made]))
+    assert found[0] == found[1]
 
 
 # ---------------------------------------------------------------------------------------------------- eval, report

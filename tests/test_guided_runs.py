@@ -16,10 +16,11 @@ from pathlib import Path
 
 import helpers
 import numpy as np
+import pretend
 import pytest
 import timm
 import torch
-from helpers import TEST_DATA, Ran, argv, differences, log_of, state, tensors, torchrun, until
+from helpers import TEST_DATA, Ran, apart, argv, differences, log_of, state, tensors, torchrun, until
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -185,13 +186,6 @@ def files(out: Path) -> set[str]:
 
 def weights(path: Path) -> dict[str, dict[str, torch.Tensor]]:
     return torch.load(path, weights_only=True)["networks"]
-
-
-def apart(a, b) -> float:
-    """The largest difference between two nests of tensors with the same names."""
-    a, b = tensors(a), tensors(b)
-    assert a.keys() == b.keys() and a
-    return max((a[k].double() - b[k].double()).abs().max().item() for k in a)
 
 
 def assert_equal_runs(out: Path, reference: Path) -> None:
@@ -1003,6 +997,32 @@ def test_weights_that_cannot_be_had(line, typed, tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------- a GPU
+@pytest.mark.parametrize("flags", [
+    {}, dict(burn_in="fixed", batch_size=4, accumulate=2, norm="frozen", checkpointing=True),
+    dict(backbone="swin_tiny_patch4_window7_224", test_size=(64, 80), steps=2, burn_in_steps=1),
+    dict(backbone="vit_small_patch14_dinov2", freeze_backbone=True, steps=2, burn_in_steps=1)], ids=str)
+def test_nothing_mixes_devices(line, tmp_path, flags):
+    """On an accelerator that is pretended, with the CPU's values: the same run, but for the order of sums."""
+    for name, setup in (("near", ()), ("far", (pretend.install,))):
+        forked(line(out=tmp_path / name, **flags), tmp_path / "io", *setup).ok()
+    assert apart(*(weights(tmp_path / name / "last.pt") for name in ("far", "near"))) < 2e-3              # of Adam
+    near, far = ([r["class_l"] for r in log_of(tmp_path / name) if "class_l" in r] for name in ("near", "far"))
+    assert len(near) >= 4 and far == pytest.approx(near, rel=1e-3)
+
+
+def test_evaluation_and_prediction_do_not_mix_devices(copy, things, tmp_path):
+    found = []
+    for setup in ((), (pretend.install,)):
+        for flags in (["--eval"], ["--predict", str(things / "images" / "val")]):
+            forked([flags[0], str(copy / "best.pt"), *flags[1:], *HERE], tmp_path / "io", *setup).ok()
+        found.append([json.loads((copy / name).read_text()) for name in (
+            "best.pt.results.json", "best.pt.student.segm.json", "best.pt.predictions/predictions.json")])
+    near, far = found
+    assert far[0]["student"]["last"]["ap"] == pytest.approx(near[0]["student"]["last"]["ap"], abs=0.1)
+    for a, b in zip(near[1:], far[1:], strict=True):
+        assert sorted(r["score"] for r in a) == pytest.approx(sorted(r["score"] for r in b), abs=1e-4)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_run_evaluation_and_prediction_on_a_gpu(line, typed, things, tmp_path):
     """Pictures of another size than --test-size are resized there."""

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pretend
 import pytest
 import torch
 from helpers import REPO, begin, children, command, differences, in_process, log_of, run, state, until
@@ -396,6 +397,23 @@ def test_main_returns_what_the_file_holds(shapes_root, tmp_path):
 def test_default_folder_is_named_after_the_run(tiny, tmp_path, io):
     run(tiny(split="random:1/100", split_seed=3, seed=2, steps=1, warmup_epochs=0), io, cwd=tmp_path).ok()
     assert not list((tmp_path / "out").glob(".*.tmp"))
+
+
+# ---------------------------------------------------------------------------------------------------- devices
+@pytest.mark.parametrize("recipe", ["gta", "mt", "cityscapes' losses"])
+def test_nothing_mixes_devices(tiny, shapes_root, tmp_path, io, recipe):
+    """On an accelerator that is pretended, with the CPU's values: the same run, scores and predictions, to the bit.
+    Its tensors cannot share storage, so recipes that do are left out."""
+    found, photo = [], str(shapes_root / "voc" / "JPEGImages" / "val_000000.jpg")
+    for name, setup in (("near", None), ("far", pretend.install)):
+        out = tmp_path / name
+        run(tiny(out=out, **RECIPES[recipe]), io, setup).ok()
+        run(["--eval", str(out / "best.pt")], io, setup).ok()
+        run(["--predict", str(out / "best.pt"), photo], io, setup).ok()
+        made = sorted((out / "best.pt.predictions").glob("*.png"))
+        found.append([(out / "best.pt.results.json").read_text(), *(p.read_bytes() for p in made)])
+    assert found[0] == found[1] and len(found[0]) > 1
+    assert_equal_runs(tmp_path / "far", tmp_path / "near")
 
 
 # ---------------------------------------------------------------------------------------------------- eval, predict
