@@ -332,18 +332,17 @@ class RPN(nn.Module):
         anchors, numbers = regions.anchors_of(size, self.args.anchor_scale, objectness.device)
         found = []
         for scores, steps in zip(objectness.float(), deltas.float(), strict=True):
-            kept, start = [], 0
-            for number in numbers:
-                here = slice(start, start + number)
-                best = scores[here].topk(min((1 + self.training) * self.args.proposals, number)).indices + start
+            kept = []
+            for here, start in zip(scores.split(numbers), itertools.accumulate([0, *numbers[:-1]]), strict=True):
+                best = here.topk(min((1 + self.training) * self.args.proposals, len(here))).indices + start
                 boxes = regions.decode(steps[best], anchors[best], (1.0, 1.0, 1.0, 1.0), size)
                 ok = regions.sided(boxes) & torch.isfinite(scores[best])
-                boxes, points = boxes[ok], scores[best][ok]
+                boxes, points = boxes.where(ok[:, None], 0.0), scores[best].where(ok, -torch.inf)   # last, over nothing
                 keep = nms(boxes, points, 0.7)
                 kept.append((boxes[keep], points[keep]))
-                start += number
             boxes, points = (torch.cat(x) for x in zip(*kept, strict=True))
-            found.append(boxes[points.topk(min(self.args.proposals, len(points))).indices])
+            points, best = points.topk(min(self.args.proposals, len(points)))
+            found.append(boxes[best[points > -torch.inf]])
         return found
 
     def losses(self, objectness: Tensor, deltas: Tensor, objects: list[Objects], draws: list) -> dict[str, Tensor]:
@@ -369,8 +368,9 @@ def roi_pool(pyramid: list[Tensor], boxes: list[Tensor], size: int) -> Tensor:
     side = (rois[:, 3:] - rois[:, 1:3]).prod(1).sqrt()
     level = (4 + torch.log2(side / 224 + 1e-8)).floor().clamp(2, 5) - 2
     out = pyramid[0].new_zeros(len(rois), pyramid[0].shape[1], size, size)
-    for i, maps in enumerate(pyramid[:4]):
-        here = (level == i).nonzero().flatten()
+    numbers = (level == torch.arange(4, device=level.device)[:, None]).sum(1).tolist()        # one wait for all levels
+    order = level.argsort(stable=True)[:sum(numbers)].split(numbers)                  # less boxes that are not numbers
+    for i, (maps, here) in enumerate(zip(pyramid[:4], order, strict=True)):
         out[here] = roi_align(maps, rois[here], size, 1 / 2 ** (i + 2), sampling_ratio=0, aligned=True)
     return out
 
@@ -461,7 +461,7 @@ class CascadeHeads(nn.Module):
             value = softmax_loss(logits, probs) if args.cls_loss == "softmax" else \
                 sigmoid_loss(logits, probs[:, columns], mask)
             loss[f"class{stage + 1}"] = (value * per).sum()
-            rois = torch.cat(boxes)
+            rois, real = torch.cat(boxes), real.nonzero().flatten()
             off = (deltas[real] - regions.encode(goal[real], rois[real], weights)).abs().sum(1)
             loss[f"box{stage + 1}"] = (off * per[real]).sum()
             boxes = regions.decode(deltas.detach(), rois, weights, args.image_size).split([len(b) for b in boxes])
@@ -470,7 +470,7 @@ class CascadeHeads(nn.Module):
     def mask_loss(self, pyramid: list[Tensor], boxes: list[Tensor], matches: list[Tensor],
                   objects: list[Objects]) -> Tensor:
         """Binary cross-entropy of the masks of the first head's objects, on 28 x 28 cells. DEPARTS[mask-targets]"""
-        real = [m >= 0 for m in matches]
+        real = [(m >= 0).nonzero().flatten() for m in matches]
         boxes, mine = ([x[r] for x, r in zip(xs, real, strict=True)] for xs in (boxes, matches))
         labels = torch.cat([o.labels[m] for o, m in zip(objects, mine, strict=True)])
         logits = self.mask(roi_pool(pyramid, boxes, 14), labels)
@@ -493,7 +493,7 @@ class CascadeHeads(nn.Module):
 def wanted(matches: Tensor, objects: Objects, soft: bool) -> tuple[Tensor, Tensor]:
     """What regions shall become: class scores (R, C), zero on background, and boxes (R, 4), zero there, too."""
     probs, boxes = (x.new_zeros(len(matches), x.shape[1]) for x in (objects.probs, objects.boxes))
-    real = matches >= 0
+    real = (matches >= 0).nonzero().flatten()
     labels = F.one_hot(objects.labels[matches[real]], objects.probs.shape[1]).to(probs)
     probs[real], boxes[real] = objects.probs[matches[real]] if soft else labels, objects.boxes[matches[real]]
     return probs, boxes
@@ -722,12 +722,12 @@ def pseudo_labels(teacher: Detector, weak: Tensor, delta: Tensor | None, args: A
         boxes, probs = boxes[keep], probs[keep]
         targets = pseudo_targets(probs, delta, args)
         conf = (probs if args.filter_on == "raw" else targets).amax(1)
-        keep = (conf >= args.threshold) & regions.sided(boxes, 2)
+        keep = ((conf >= args.threshold) & regions.sided(boxes, 2)).nonzero().flatten()
         boxes, probs, targets, conf = (x[keep] for x in (boxes, probs, targets, conf))
         able = targets.masked_fill(probs <= FRINGE, -1.0)                        # also where Eq. 5 corrects all
         best = torch.where(able == able.amax(1, keepdim=True), probs, -1.0).argmax(1)           # ties: the raw best
         masks = regions.paste(teacher.masks(pyramid, i, boxes, best), boxes, tuple(weak.shape[-2:])) > 0.5
-        large = masks.sum((1, 2)) > args.size_threshold
+        large = (masks.sum((1, 2)) > args.size_threshold).nonzero().flatten()
         named = targets > 0 if args.pseudo == "onehot" else (targets > 0) | (probs > FRINGE)
         found.append(Objects(*(x[large] for x in (best, boxes, masks, targets, named))))
         confs.append(conf[large])
@@ -736,7 +736,7 @@ def pseudo_labels(teacher: Detector, weak: Tensor, delta: Tensor | None, args: A
 
 def pseudo_log(found: list[Objects], conf: Tensor, world: World) -> dict[str, Tensor]:
     """What is logged of pseudo labels; means over processes are means over their images, or objects."""
-    counts = torch.tensor([float(len(o.labels)) for o in found]).to(conf.device)
+    counts = torch.tensor([float(len(o.labels)) for o in found]).to(conf.device, non_blocking=True)
     number = world.mean(counts.sum()).clamp(min=1 / world.size)
     return {"pseudo_per_image": counts.mean(), "pseudo_none": (counts == 0).float().mean(),
             "conf": conf.sum() / number, "mass": sum(o.probs.sum() for o in found) / number}
@@ -924,8 +924,8 @@ def known_classes(objects: list[Objects], classes: Classes, pseudo: bool, args: 
             mine |= classes.similar[o.labels].any(0)
         mine &= there
         weights = classes.images.float().sqrt() * ~mine
-        number = min(max(args.federated - int(mine.sum()), 0), int((weights > 0).sum()))
-        if number:
+        own, able = torch.stack([mine.sum(), (weights > 0).sum()]).tolist()
+        if number := min(max(args.federated - own, 0), able):
             mine[torch.multinomial(weights, number, generator=g)] = True
         rows.append(mine)
     return torch.stack(rows)

@@ -401,7 +401,7 @@ def classmix_step(s: State, args: Args, step: int, labeled: Batch, unlabeled: Ba
         probs = upsample(s.teacher(unlabeled.images, unlabeled.valid)[0], labeled.label.shape[-2:]).softmax(dim=1)
         scores = rng(args.seed, "classmix", step).random(probs.shape[:2], dtype=np.float32)
         seen = probs.argmax(1).masked_fill(~unlabeled.valid, IGNORE)
-        mask = classmix_mask(seen, torch.from_numpy(scores).to(seen.device))                    # (B, H, W)
+        mask = classmix_mask(seen, torch.from_numpy(scores).to(seen.device, non_blocking=True))     # (B, H, W)
         images, valid, probs = (torch.where(mask[:, None] if x.dim() == 4 else mask, x, x.roll(-1, 0))
                                 for x in (unlabeled.images, unlabeled.valid, probs))
         conf, label = probs.max(dim=1)

@@ -602,7 +602,7 @@ def normalisers(targets: list[Target], queries: int, no_object: float, world: Wo
     counts = [len(t.labels) for t in targets]
     found = sum(min(n, queries) for n in counts)
     both = torch.tensor([found + no_object * (len(counts) * queries - found), sum(counts)], dtype=torch.float64)
-    classes, masks = world.mean(both.to(world.device)).float()
+    classes, masks = world.mean(both.to(world.device, non_blocking=True)).float()
     return Norms(classes, masks.clamp(min=1))
 
 
@@ -642,7 +642,7 @@ def criterion(heads: Heads, targets: list[Target], norms: Norms, args: Args, gen
     ce = F.cross_entropy(heads.class_logits.flatten(0, 2), wanted.flatten(), reduction="none")
     ce = (ce * weight.flatten()).sum() / norms.classes
     return {"loss": weights[0] * ce + weights[1] * mask + weights[2] * dice, "class": ce.detach(),
-            "mask": mask.detach(), "dice": dice.detach(), "bad_costs": torch.tensor(float(bad), device=device)}
+            "mask": mask.detach(), "dice": dice.detach(), "bad_costs": ce.new_full((), float(bad))}
 
 
 # ============================================================================================== semi-supervised step
@@ -655,10 +655,11 @@ def pseudo_labels(heads: Heads, class_threshold: float = 0.7, size_threshold: fl
     sure = (label < heads.class_logits.shape[-1] - 1) & (conf > class_threshold)
     found, scores = [], []
     for b in range(len(conf)):
-        masks = torch.einsum("nc,chw->nhw", heads.mask_embed[-1, b, sure[b]], heads.mask_features[b])
-        large = masks.sigmoid().sum((1, 2)) > size_threshold
-        found.append(Target(label[b, sure[b]][large], masks[large] > 0))         # Eq. 3: sigmoid >= 0.5
-        scores.append(conf[b, sure[b]][large])
+        chosen = sure[b].nonzero().flatten()
+        masks = torch.einsum("nc,chw->nhw", heads.mask_embed[-1, b, chosen], heads.mask_features[b])
+        large = (masks.sigmoid().sum((1, 2)) > size_threshold).nonzero().flatten()
+        found.append(Target(label[b, chosen[large]], masks[large] > 0))          # Eq. 3: sigmoid >= 0.5
+        scores.append(conf[b, chosen[large]])
     return found, scores
 
 
@@ -722,7 +723,7 @@ def teach(teacher: Mask2Former, weak: Tensor, args: Args, world: World) -> tuple
     parts = [pseudo_labels(teacher(transforms.normalize(x), last_only=True), args.class_threshold, args.size_threshold)
              for x in weak.split(-(-len(weak) // args.accumulate))]
     targets, scores = [t for part, _ in parts for t in part], torch.cat([x for _, part in parts for x in part])
-    counts = torch.tensor([float(len(t.labels)) for t in targets], device=world.device)
+    counts = torch.tensor([float(len(t.labels)) for t in targets]).to(world.device, non_blocking=True)
     return targets, {"pseudo_per_image": counts.mean(), "pseudo_none": (counts == 0).float().mean(),
                      "conf": scores.mean() if len(scores) else counts.new_zeros(())}
 

@@ -40,17 +40,23 @@ def anchors_of(size: int, scale: float, device: torch.device) -> tuple[Tensor, l
     return torch.cat(levels), [len(x) for x in levels]
 
 
+@lru_cache(maxsize=16)
+def row(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """A constant, sent to the device once: sending waits."""
+    return torch.tensor(values, device=device)
+
+
 def encode(boxes: Tensor, anchors: Tensor, weights: tuple[float, ...]) -> Tensor:
     """Deltas (n, 4) that lead from `anchors` to `boxes`: shift of the centre over the size, log of the ratio of sizes,
     each times its weight."""
     size, target = anchors[:, 2:] - anchors[:, :2], boxes[:, 2:] - boxes[:, :2]
     shift = (boxes[:, :2] + boxes[:, 2:] - anchors[:, :2] - anchors[:, 2:]) / 2 / size
-    return torch.cat([shift, (target / size).log()], dim=1) * boxes.new_tensor(weights)
+    return torch.cat([shift, (target / size).log()], dim=1) * row(weights, boxes.device)
 
 
 def decode(deltas: Tensor, anchors: Tensor, weights: tuple[float, ...], size: int) -> Tensor:
     """The reverse of `encode`, clipped to the square of `size` pixels. A side grows by a factor of 62.5 at most."""
-    deltas = deltas / deltas.new_tensor(weights)
+    deltas = deltas / row(weights, deltas.device)
     sides = anchors[:, 2:] - anchors[:, :2]
     centre = (anchors[:, :2] + anchors[:, 2:]) / 2 + deltas[:, :2] * sides
     half = deltas[:, 2:].clamp(max=math.log(1000 / 16)).exp() * sides / 2

@@ -2,8 +2,12 @@
 with CPU tensors where a GPU refuses. Values are the CPU's, so a run must end with the same bits as there.
 
 It finds what a first run on a GPU would find: a constant left behind, an index on the wrong side, numpy without .cpu().
-It does not find what depends on CUDA's own kernels, streams or memory."""
+It does not find what depends on CUDA's own kernels, streams or memory. It also counts the waits for a GPU."""
 
+import functools
+import importlib
+import re
+from collections import Counter
 from dataclasses import replace
 
 import torch
@@ -14,6 +18,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 HERE, CPU = torch.device("meta"), torch.device("cpu")
 INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_"}       # on a GPU, by indices that may be on the CPU
+WAITING = {"_local_scalar_dense", "nonzero", "_unique2", "masked_select", "bincount", "nms"}    # their sizes come back
+WAITS = Counter()                                                        # since the start, by operator
 
 
 class Far(Tensor):
@@ -37,6 +43,7 @@ class Far(Tensor):
         return f"Far({self.near})"
 
     def tolist(self) -> list:
+        WAITS["tolist"] += 1
         return self.near.tolist()
 
     def new_tensor(self, values, **more) -> Tensor:
@@ -85,6 +92,10 @@ def dispatch(func, args: tuple, kwargs: dict):
         raise RuntimeError(f"{func} of tensors on the pretended device and on the CPU: "
                            f"{[(tuple(x.shape), x.device.type) for x in given if isinstance(x, Tensor)]}")
     there = any(isinstance(x, Far) for x in given)
+    masks = [i for i in args[1] if i is not None and i.dtype == torch.bool] if name in INDEXED else []
+    moved = name == "_to_copy" and "device" in kwargs and not kwargs.get("non_blocking") and \
+        there != (torch.device(kwargs["device"] or CPU) == HERE)
+    WAITS[name] += there and (name in WAITING or bool(masks)) or moved
     where = torch.device(kwargs["device"]) if kwargs.get("device") is not None else HERE if there else CPU
     if name == "copy_":
         where = args[0].device
@@ -107,3 +118,27 @@ def install() -> None:
     torch.autocast = lambda kind, *args, **more: autocast("cpu" if kind == "meta" else kind, *args, **more)
     _foreach_utils._get_foreach_kernels_supported_devices = lambda: [*devices, "meta"]
     Pretend().__enter__()
+
+
+def counted(step):
+    """The function, which prints after each call how often it waited."""
+    @functools.wraps(step)
+    def counting(*args, **more):
+        before = WAITS.total()
+        out = step(*args, **more)
+        print(f"{step.__name__} waited {WAITS.total() - before} times")
+        return out
+    return counting
+
+
+def count(script: str, *steps: str) -> None:
+    """`install`, and these functions of the script are `counted`."""
+    install()
+    module = importlib.import_module(script)
+    for step in steps:
+        setattr(module, step, counted(getattr(module, step)))
+
+
+def waits(said: str) -> list[int]:
+    """What `counted` printed."""
+    return [int(found) for found in re.findall(r" waited (\d+) times", said)]

@@ -807,14 +807,20 @@ def test_stage_0_from_a_file_that_does_not_fit(line, gta, tmp_path, io):
         shutil.rmtree(tmp_path / "out")
 
 
+def counting() -> None:
+    pretend.count("gist_rist", "refine_step")
+    gist_rist.STAGE0.update({name: pretend.counted(step) for name, step in gist_rist.STAGE0.items()})
+
+
 @pytest.mark.parametrize("kind", STAGE0)
 def test_nothing_mixes_devices(line, shapes_root, tmp_path, io, kind):
     """On an accelerator that is pretended, with the CPU's values: the same nodes, scores and predictions."""
     found, photo = [], str(shapes_root / "voc" / "JPEGImages" / "val_000000.jpg")
-    for name, setup in (("near", ()), ("far", (pretend.install,))):
+    for name, setup in (("near", ()), ("far", (counting,))):
         store, out = tmp_path / f"{name}-store", tmp_path / name
-        run(line(stage0=kind, search="path", path=("PL", "B", "F0.5"), store=store, out=out, **STAGE0[kind]), io,
-            *setup).ok()
+        said = run(line(stage0=kind, search="path", path=("PL", "B", "F0.5"), store=store, out=out, **STAGE0[kind]), io,
+                   *setup).ok().out
+        assert pretend.waits(said) == [0] * (6 + 4 * 3) * (name == "far"), "a step that waits for the GPU"
         run(["--eval", str(out / "best.pt")], io, *setup).ok()
         run(["--predict", str(out / "best.pt"), photo], io, *setup).ok()
         made = sorted((out / "best.pt.predictions").glob("*.png"))

@@ -1003,8 +1003,11 @@ def test_weights_that_cannot_be_had(line, typed, tmp_path, monkeypatch):
     dict(backbone="vit_small_patch14_dinov2", freeze_backbone=True, steps=2, burn_in_steps=1)], ids=str)
 def test_nothing_mixes_devices(line, tmp_path, flags):
     """On an accelerator that is pretended, with the CPU's values: the same run, but for the order of sums."""
-    for name, setup in (("near", ()), ("far", (pretend.install,))):
-        forked(line(out=tmp_path / name, **flags), tmp_path / "io", *setup).ok()
+    for name, setup in (("near", ()), ("far", (partial(pretend.count, NAME, "train_step"),))):
+        said = forked(line(out=tmp_path / name, **flags), tmp_path / "io", *setup).ok().out
+    waited, steps = pretend.waits(said), flags.get("steps", 4)
+    parts, images = flags.get("accumulate", 1), flags.get("batch_size", 2)
+    assert waited[1:] == [parts] * (steps - 1) + [2 * parts + 2 * images] * steps, "a criterion; pseudo labels"
     assert apart(*(weights(tmp_path / name / "last.pt") for name in ("far", "near"))) < 2e-3              # of Adam
     near, far = ([r["class_l"] for r in log_of(tmp_path / name) if "class_l" in r] for name in ("near", "far"))
     assert len(near) >= 4 and far == pytest.approx(near, rel=1e-3)
