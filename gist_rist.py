@@ -148,7 +148,7 @@ PRESETS: dict[str, dict[str, Any]] = {
                        gan_lr=1e-5, gan_gamma=0.7, mix_colour=True),
     "shapes": dict(root="datasets/shapes", split="random:10", backbone="test_resnet", weights="shapes", bn="live",
                    aspp_rates=(1, 2, 3, 4), resize=2, crop_size=(128, 128), scale=(0.75, 1.33), lr=0.001, phi=0.3,
-                   stage0_steps=400, eval_every=200, steps=300, stages=3, cl_on="active", val_every_stage=True),
+                   stage0_steps=200, eval_every=200, steps=300, stages=3, cl_on="active", val_every_stage=True),
     "folder": dict(root="datasets/folder", split="random:1/8", backbone="resnet50.tv_in1k", weights="imagenet"),
 }
 CITYSCAPES = {f"1/{n}": f"random:{m}" for n, m in ((50, 59), (30, 100), (20, 148), (8, 371), (4, 743))}      # Table I
@@ -256,8 +256,7 @@ def initial(args: Args, num_classes: int) -> tuple[Args, dict[str, Tensor] | Non
     distributed.seed_torch(args.seed, "student")
     net = SegNet(args, num_classes)
     if caffe:
-        for foreign, own in ((r"^(Scale|backbone)\.", ""), (r"^(layer5\.conv2d_list|classifier)\.(\d)\.", r"head.\2.")):
-            weights = {re.sub(foreign, own, name): value for name, value in weights.items()}
+        weights = {read.deeplab_name(name): value for name, value in weights.items()}
         own = {k: v.shape for k, v in net.backbone.state_dict().items() if not k.endswith("num_batches_tracked")}
         if lost := [k for k, shape in own.items() if k not in weights or weights[k].shape != shape]:
             raise UserError(f"{args.weights} lacks {len(lost)} tensors, such as {lost[0]}; layouts: docs/gist_rist.md")

@@ -129,7 +129,7 @@ def rng(*parts: int | str) -> np.random.Generator:
 
 def seed_torch(*parts: int | str) -> None:
     """Seed what layers draw from (initial weights, dropout) from names and numbers alone."""
-    seed = int(np.random.SeedSequence(key(*parts)).generate_state(1, np.uint64)[0] >> 1)
+    seed = int(np.random.SeedSequence(key(*parts)).generate_state(1, np.uint64)[0]) >> 1
     torch.manual_seed(seed)
 
 

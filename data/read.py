@@ -1,7 +1,8 @@
-"""Images and labels as they lie on disk: what a data set is, how its files are read, and by which processes."""
+"""Images, labels and weights as they lie on disk: what a data set is, how files are read, and by which processes."""
 
 import os
 import pickle
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -114,7 +115,7 @@ def load(picture: Picture, data: Segmentation, labels: bool = True) -> tuple[Ten
     return image, label
 
 
-# ------------------------------------------------------------------------------------------------ pickled weights
+# ------------------------------------------------------------------------------------------------ weight files
 class ArraysOnly(pickle.Unpickler):
     """Detectron2 and Caffe2 .pkl files: dicts of numpy arrays and nothing else may be built."""
 
@@ -131,6 +132,22 @@ def read_pickle(path: Path):
     """A pickled dict of arrays, without the means to run anything."""
     with open(path, "rb") as file:
         return ArraysOnly(file, encoding="latin1").load()
+
+
+PLACES = {"reduce": 1, "conv3x3": 2, "increase": 3}
+
+
+def deeplab_name(name: str) -> str:
+    """A tensor's name in a weight file of DeepLabV2 (layouts A to E of docs/gist_rist.md) -> that of torchvision's and
+    timm's ResNet; branches of the classifier become head.0 to head.3."""
+    name = re.sub(r"^(Scale|backbone|base)\.", "", name)
+    name = re.sub(r"^(layer5\.conv2d_list\.|classifier\.|aspp\.c)(\d)\.", r"head.\2.", name)
+    name = re.sub(r"^layer1\.conv1\.(conv|bn)\.", r"\g<1>1.", name)                     # C: the stem, and stages 2 to 5
+    if not (found := re.match(r"layer(\d)\.block(\d+)\.(\w+)\.(conv|bn)\.(.+)", name)):
+        return name
+    stage, block, place, kind, rest = found.groups()
+    layer = f"downsample.{int(kind == 'bn')}" if place == "shortcut" else f"{kind}{PLACES.get(place, place)}"
+    return f"layer{int(stage) - 1}.{int(block) - 1}.{layer}.{rest}"
 
 
 # ------------------------------------------------------------------------------------------------ reading processes

@@ -958,9 +958,22 @@ def test_scaled_pixels(dataset, means):
 
 
 def layout(net: SegNet, kind: str) -> dict[str, Tensor]:
-    """The network as the files of recipe 1.5 name its tensors: A flat, B `Scale.`, D torchvision, E ST++."""
+    """The network as files name its tensors: A flat, B `Scale.`, C kazuto1011's, D torchvision, E ST++."""
     body = {k: v for k, v in net.backbone.state_dict().items() if kind == "D" or not k.endswith("num_batches_tracked")}
     head = {f"{i}.{k}": getattr(b, k).detach() for i, b in enumerate(net.head) for k in ("weight", "bias")}
+    if kind == "C":
+        parts = {"conv1": "reduce.conv", "bn1": "reduce.bn", "conv2": "conv3x3.conv", "bn2": "conv3x3.bn",
+                 "conv3": "increase.conv", "bn3": "increase.bn", "downsample.0": "shortcut.conv",
+                 "downsample.1": "shortcut.bn", "": ""}
+        named = {"fc.weight": torch.randn(91, 2048, 1, 1), "fc.bias": torch.randn(91)}
+        for name, value in body.items():
+            *place, last = name.split(".")
+            if place[0].startswith("layer"):
+                stage, block = int(place[0][-1]) + 1, int(place[1]) + 1
+                named[f"base.layer{stage}.block{block}.{parts['.'.join(place[2:])]}.{last}"] = value
+            else:
+                named[f"base.layer1.conv1.{place[0][:-1]}.{last}"] = value
+        return named | {f"base.aspp.c{k}": v for k, v in head.items()}
     if kind == "D":
         return body | {"fc.weight": torch.randn(1000, 2048), "fc.bias": torch.randn(1000)}
     if kind == "E":
@@ -973,11 +986,11 @@ def test_layout_a_has_528_tensors(deeplab):
     assert len(layout(deeplab, "A")) == 528 and len(deeplab.backbone.state_dict()) - 104 == 520
 
 
-@pytest.mark.parametrize("kind, pixels", [("A", "bgr"), ("B", "bgr"), ("D", "imagenet"), ("E", "bgr")])
+@pytest.mark.parametrize("kind, pixels", [("A", "bgr"), ("B", "bgr"), ("C", "bgr"), ("D", "imagenet"), ("E", "bgr")])
 def test_weight_files_of_every_layout_give_the_same_backbone(caffe50, tmp_path, kind, pixels):
     file, head = tmp_path / f"{kind}.pth", kind != "D"
     torch.save(layout(caffe50, kind) if kind != "A" else {"state_dict": layout(caffe50, kind)}, file)
-    args = settings("voc", backbone="caffe_resnet50", weights=str(file), pixels="auto", init_head=kind == "E",
+    args = settings("voc", backbone="caffe_resnet50", weights=str(file), pixels="auto", init_head=kind in "CE",
                     cut=-1 if kind == "A" else 0)
     got, tensors, notes = gist_rist.initial(args, 21)
     assert got.pixels == pixels and got.cut == 0
@@ -1014,10 +1027,10 @@ def test_a_file_without_a_backbone_tensor_is_refused(caffe50, tmp_path, lost):
 
 
 def test_a_file_of_a_layout_that_is_not_read_is_refused(tmp_path):
-    """C, whose stem is called layer1 and whose stages are 2 to 5, and a file that is no ResNet."""
-    for name in ("layer1.conv1.conv.weight", "layer2.block1.reduce.conv.weight", "blocks.0.weight"):
-        torch.save({name: torch.randn(64, 64, 1, 1)}, tmp_path / "C.pth")
-        args = settings("voc", backbone="caffe_resnet50", weights=str(tmp_path / "C.pth"), pixels="auto", cut=0)
+    """Stages of another program (res2 to res5), and a file that is no ResNet."""
+    for name in ("stem.conv1.weight", "res2.0.conv1.weight", "blocks.0.weight"):
+        torch.save({name: torch.randn(64, 64, 1, 1)}, tmp_path / "X.pth")
+        args = settings("voc", backbone="caffe_resnet50", weights=str(tmp_path / "X.pth"), pixels="auto", cut=0)
         with pytest.raises(UserError, match="lacks 265 tensors"):
             gist_rist.initial(args, 21)
 
