@@ -236,6 +236,8 @@ def candidates(queries: np.ndarray, store: Store, k: int, index: str, nprobe: in
         built = faiss.index_factory(queries.shape[1], index, faiss.METRIC_INNER_PRODUCT)
         lists = faiss.try_extract_index_ivf(built)
         if lists is not None:
+            if lists.nlist < 1:                                      # older versions crash on it
+                raise RuntimeError("failed: no lists")
             lists.nprobe = min(nprobe, lists.nlist)
         if not built.is_trained:
             number = min(len(rows), max(2 ** 18, 64 * lists.nlist if lists is not None else 0))
