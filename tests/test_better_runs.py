@@ -547,7 +547,8 @@ def test_grid_of_the_student_on_two_processes(finished, line, tmp_path):
     assert [done.code for done in every] == [0, 0], every[0].err[-2000:] + every[1].err[-2000:]
     table = json.loads((tmp_path / "out" / "grid.json").read_text())
     assert [r["lambda_calib"] for r in table["runs"]] == [0.0, 2.0] and table["best"] in table["runs"]
-    assert every[0].out.count("lambda_calib 0") == 1 and not every[1].out.strip()
+    said = [line for line in every[1].out.splitlines() if not line.startswith("[Gloo]")]        # PyTorch 2.9's own
+    assert every[0].out.count("lambda_calib 0") == 1 and not said
 
 
 def small_grid() -> None:
