@@ -997,6 +997,17 @@ def test_weights_that_cannot_be_had(line, typed, tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------- a GPU
+def narrow() -> None:
+    """Transformers of a thousandth of their weights, or a run writes a gigabyte."""
+    real = timm.create_model
+
+    def create(name: str, *args, **more):
+        small = dict(depths=(1, 1, 1, 1), embed_dim=24, num_heads=(1, 1, 2, 2)) if name.startswith("swin") else \
+            dict(depth=4, embed_dim=48, num_heads=2) if name.startswith("vit") else {}
+        return real(name, *args, **more, **small)
+    timm.create_model = create
+
+
 @pytest.mark.parametrize("flags", [
     {}, dict(burn_in="fixed", batch_size=4, accumulate=2, norm="frozen", checkpointing=True),
     dict(backbone="swin_tiny_patch4_window7_224", test_size=(64, 80), steps=2, burn_in_steps=1),
@@ -1004,7 +1015,7 @@ def test_weights_that_cannot_be_had(line, typed, tmp_path, monkeypatch):
 def test_nothing_mixes_devices(line, tmp_path, flags):
     """On an accelerator that is pretended, with the CPU's values: the same run, but for the order of sums."""
     for name, setup in (("near", ()), ("far", (partial(pretend.count, NAME, "train_step"),))):
-        said = forked(line(out=tmp_path / name, **flags), tmp_path / "io", *setup).ok().out
+        said = forked(line(out=tmp_path / name, **flags), tmp_path / "io", narrow, *setup).ok().out
     waited, steps = pretend.waits(said), flags.get("steps", 4)
     parts, images = flags.get("accumulate", 1), flags.get("batch_size", 2)
     assert waited[1:] == [parts] * (steps - 1) + [2 * parts + 2 * images] * steps, "a criterion; pseudo labels"
