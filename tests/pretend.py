@@ -1,5 +1,5 @@
 """A pretended accelerator for machines without one: tensors say `meta`, hold their values on the CPU, and refuse to mix
-with CPU tensors where a GPU refuses. Values are the CPU's, so a run must end with the same bits as there.
+with CPU tensors where a GPU refuses. Values are the CPU's, so a run must end as there.
 
 It finds what a first run on a GPU would find: a constant left behind, an index on the wrong side, numpy without .cpu().
 It does not find what depends on CUDA's own kernels, streams or memory. It also counts the waits for a GPU."""
