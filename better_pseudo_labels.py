@@ -328,14 +328,13 @@ class RPN(nn.Module):
     def propose(self, objectness: Tensor, deltas: Tensor) -> list[Tensor]:
         """The proposals (n, 4) of each image, --proposals many: the best of each level (in training twice as many),
         less those that overlap a better one by 0.7; of all these the best."""
-        size = self.args.image_size
-        anchors, numbers = regions.anchors_of(size, self.args.anchor_scale, objectness.device)
+        anchors, numbers = regions.anchors_of(self.args.image_size, self.args.anchor_scale, objectness.device)
         found = []
         for scores, steps in zip(objectness.float(), deltas.float(), strict=True):
             kept = []
             for here, start in zip(scores.split(numbers), itertools.accumulate([0, *numbers[:-1]]), strict=True):
                 best = here.topk(min((1 + self.training) * self.args.proposals, len(here))).indices + start
-                boxes = regions.decode(steps[best], anchors[best], (1.0, 1.0, 1.0, 1.0), size)
+                boxes = regions.decode(steps[best], anchors[best], (1.0, 1.0, 1.0, 1.0), self.args.image_size)
                 ok = regions.sided(boxes) & torch.isfinite(scores[best])
                 boxes, points = boxes.where(ok[:, None], 0.0), scores[best].where(ok, -torch.inf)   # last, over nothing
                 keep = nms(boxes, points, 0.7)
@@ -612,7 +611,8 @@ def similarities(args: Args, data: Instances, labeled: list[Photo], world: World
     made = runs.load_checkpoint(path, PROTOTYPES) if main_says(world, path.exists()) else {"key": ""}
     if made["key"] != key:                          # of a command that stopped before it trained, or none
         made = {**embed_objects(args, data, labeled, world), "classes": data.classes, "key": key}
-        _ = world.main and runs.save_checkpoint(path, PROTOTYPES, made)
+        if world.main:
+            runs.save_checkpoint(path, PROTOTYPES, made)
     return cosines(made["prototypes"], args.sim_center)
 
 
