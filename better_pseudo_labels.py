@@ -1,10 +1,11 @@
 """Better (Pseudo-)Labels for Semi-Supervised Instance Segmentation.
 Porcher, Couprie, Szafraniec, Verbeek. ICLR 2024 workshop. https://arxiv.org/abs/2403.11675
 
-A teacher learns from labels that are smoothed towards similar and towards rare classes. On labels it has not seen, its
-error of confidence is measured for each class. A student learns from labels, and from the teacher's soft pseudo labels
-with that error taken out; the teacher follows it by EMA. Unlabeled pictures come from a large pool: the neighbours of
-rare objects. Both networks are Cascade Mask R-CNN with an EVA-02 backbone, complete in this file.
+A teacher learns from labels that are smoothed towards similar and towards rare classes. On labels
+it has not seen, its error of confidence is measured for each class. A student learns from labels,
+and from the teacher's soft pseudo labels with that error taken out; the teacher follows it by EMA.
+Unlabeled pictures come from a large pool: the neighbours of rare objects. Both networks are Cascade
+Mask R-CNN with an EVA-02 backbone, complete in this file.
 
     paper                                              this file
     Sec. 3.1  Eq. 1, class prototypes                  prototypes, embed_objects
@@ -20,10 +21,11 @@ rare objects. Both networks are Cascade Mask R-CNN with an EVA-02 backbone, comp
     Sec. 4.1  schedule, optimizer, evaluation          schedule, adamw, detect, evaluate
     Table 1; Figs. 2-4                                 Args, evaluate; commands in docs/better_pseudo_labels.md
 
-Shapes: B images of S x S pixels, C classes, N objects of an image, A anchors, R regions (RoIs), W channels of the
-pyramid. Boxes are x0, y0, x1, y1 in pixels of the padded square. There is no public code of this paper; where it is
-silent, EVA-02's detector, Detectron2 and Guided Distillation are followed. Lines marked DEPARTS[name] leave the paper
-or decide what it leaves open; docs/better_pseudo_labels.md says why.
+Shapes: B images of S x S pixels, C classes, N objects of an image, A anchors, R regions (RoIs), W
+channels of the pyramid. Boxes are x0, y0, x1, y1 in pixels of the padded square. There is no public
+code of this paper; where it is silent, EVA-02's detector, Detectron2 and Guided Distillation are
+followed. Lines marked DEPARTS[name] leave the paper or decide what it leaves open;
+docs/better_pseudo_labels.md says why.
 
     torchrun --nproc_per_node 8 better_pseudo_labels.py --pool photos/     # LVIS, the paper's setting
     python better_pseudo_labels.py --dataset shapes                        # embedded data, no download, CPU, minutes
@@ -57,102 +59,133 @@ from data.instances import Batch, Instances, Photo, Target
 
 SCRIPT = "better_pseudo_labels.py"
 CASCADE = ((0.5, (10.0, 10.0, 5.0, 5.0)), (0.6, (20.0, 20.0, 10.0, 10.0)), (0.7, (30.0, 30.0, 15.0, 15.0)))
-FRINGE = 0.02                                       # smaller scores are no detections, and no support in Eq. 5
-FILL = torch.tensor(transforms.IMAGENET_MEAN).round().to(torch.uint8).view(3, 1, 1)      # nearly 0 when normalised
+FRINGE = 0.02  # smaller scores are no detections, and no support in Eq. 5
+# nearly 0 when normalised
+FILL = torch.tensor(transforms.IMAGENET_MEAN).round().to(torch.uint8).view(3, 1, 1)
 
 
-# ============================================================================================== settings
+# ========================================================================================= settings
 @dataclass
 class Args:
-    """Better (Pseudo-)Labels. --dataset picks the paper's numbers, other flags override them. DEPARTS: see docs."""
+    """Better (Pseudo-)Labels. --dataset picks the paper's numbers, other flags override them.
+    DEPARTS: see docs."""
 
     # data and bookkeeping
-    dataset: Literal["lvis", "coco", "shapes"] = "lvis"  # what to train on (coco, lvis: any such JSON); picks defaults
+    # what to train on (coco, lvis: any such JSON); picks defaults
+    dataset: Literal["lvis", "coco", "shapes"] = "lvis"
     root: str = "datasets/lvis"  # where the data lie, see data/README.md
-    train_json: str = ""  # annotations of the training images; empty: the first usual name that exists
+    # annotations of the training images; empty: the first usual name that exists
+    train_json: str = ""
     val_json: str = ""  # annotations of the images that are scored; empty: the same
     images: str = ""  # folder of the images; empty: the usual places
-    split: str = "all"  # labeled images: all, random:N, random:N% (Fig. 2), random:1/N, a list, a COCO JSON
+    # labeled images: all, random:N, random:N% (Fig. 2), random:1/N, a list, a COCO JSON
+    split: str = "all"
     split_seed: int = 0  # which draw; also of the labels held out
-    unlabeled: str = ""  # folder or list of unlabeled images; empty: what --pool gave, else unlabeled training images
+    # folder or list of unlabeled images; empty: what --pool gave, else unlabeled training images
+    unlabeled: str = ""
     val: str = "val"  # name of the part that is scored
-    frequency: Literal["file", "subset"] = "file"  # who is rare: as the file says, or thirds by labeled images
-    out: str = ""  # run folder; empty: runs/better_pseudo_labels-<dataset>-<split>-d<split seed>-s<seed>
+    # who is rare: as the file says, or thirds by labeled images
+    frequency: Literal["file", "subset"] = "file"
+    # run folder; empty: runs/better_pseudo_labels-<dataset>-<split>-d<split seed>-s<seed>
+    out: str = ""
     resume: bool = False  # continue the run in --out; starts afresh when there is none
     seed: int = 0  # initial weights, order of images, augmentation, sampling
     workers: int = read.default_workers()  # decoding processes per training process and stream
     device: str = "auto"  # auto, cpu, cuda
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # of backbone and pyramid; auto: bf16 on GPUs. DEPARTS[amp]
+    # of backbone and pyramid; auto: bf16 on GPUs. DEPARTS[amp]
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
     compile: bool = False  # torch.compile the backbone in training
     eval_every: int = 5000  # steps between evaluations
     save_every: int = 0  # steps between checkpoints; 0: with every evaluation
     log_every: int = 20  # steps between log lines
     eval: str = ""  # evaluate this checkpoint, train nothing
-    predict: list[str] = field(default_factory=list)  # checkpoint, then images or folders: write predictions
+    # checkpoint, then images or folders: write predictions
+    predict: list[str] = field(default_factory=list)
 
     # what to do (Sec. 4.1)
     stage: Literal["prototypes", "teacher", "calibrate", "retrieve", "student", "all"] = "all"
     tune: bool = False  # learn from 85 % of the labels, score on the other 15 %
-    grid: Literal["no", "teacher", "student"] = "no"  # the search over eps and gamma, or lambda and weight, with --tune
+    # the search over eps and gamma, or lambda and weight, with --tune
+    grid: Literal["no", "teacher", "student"] = "no"
     holdout: float = 0.15  # share of labeled images held out
     stratify: bool = False  # hold out an image at least of each class with two. DEPARTS[holdout]
     teacher: str = ""  # a trained teacher (teacher.pt): no teacher stage
     calibration: str = ""  # what a calibrate stage wrote (calibration.json): no calibrate stage
 
     # labels of the teacher: Eqs. 1 to 3
-    smoothing: Literal["none", "uniform", "similarity", "similarity+freq"] = "similarity+freq"  # Fig. 2
+    # Fig. 2
+    smoothing: Literal["none", "uniform", "similarity", "similarity+freq"] = "similarity+freq"
     eps: float = 0.1  # epsilon, Eq. 3
     gamma: float = 1.5  # Eq. 2, of similarity+freq
-    convention: Literal["row", "literal"] = "row"  # S' of Eq. 3: row or column of the true class. DEPARTS[convention]
+    # S' of Eq. 3: row or column of the true class. DEPARTS[convention]
+    convention: Literal["row", "literal"] = "row"
     sim_tau: float = 1.0  # temperature of Eq. 2. DEPARTS[temperature]
     sim_center: bool = False  # take the mean prototype off before the cosine
     sim_exclude_self: bool = False  # S' without its diagonal
     sim_topk: int = 0  # S' among so many most similar classes; 0: all
-    proto: Literal["crop", "roi"] = "crop"  # embeddings of Eq. 1: of crops, or pooled from whole images. DEPARTS[proto]
+    # embeddings of Eq. 1: of crops, or pooled from whole images. DEPARTS[proto]
+    proto: Literal["crop", "roi"] = "crop"
     proto_per_class: int = 200  # objects of a class that are embedded, at most
     counts: Literal["instances", "images"] = "instances"  # N of Eq. 2. DEPARTS[counts]
     embed_size: int = 224  # pixels a side of crops that are embedded
     smooth_heads: Literal["all", "first"] = "all"  # of the cascade. DEPARTS[smooth-where]
-    student_labels: Literal["smoothed", "onehot"] = "smoothed"  # labeled images of the student. DEPARTS[smooth-where]
+    # labeled images of the student. DEPARTS[smooth-where]
+    student_labels: Literal["smoothed", "onehot"] = "smoothed"
 
     # pseudo labels of the student: Eqs. 4 and 5, Table 1
-    pseudo: Literal["onehot", "soft", "calibrated"] = "calibrated"  # a one; the teacher's scores; those after Eq. 5
+    # a one; the teacher's scores; those after Eq. 5
+    pseudo: Literal["onehot", "soft", "calibrated"] = "calibrated"
     lambda_calib: float = 2.0  # lambda, Eq. 5
-    calib_samples: Literal["detections", "gt"] = "detections"  # what is counted in Eq. 4. DEPARTS[samples]
+    # what is counted in Eq. 4. DEPARTS[samples]
+    calib_samples: Literal["detections", "gt"] = "detections"
     calib_iou: Literal["box", "mask"] = "box"  # overlap of 0.5 that makes a detection right
     calib_min_score: float = 0.3  # smaller confidences are not counted. DEPARTS[samples]
     bins: int = 10  # B, Eq. 4
-    shrink: float = 20.0  # samples that the mean of the group (r, c, f) weighs; 0: Eq. 4 alone. DEPARTS[shrink]
-    support: Literal["support", "top1", "all"] = "support"  # entries that Eq. 5 corrects. DEPARTS[support]
-    delta_from: Literal["heldout", "teacher"] = "heldout"  # of which Eq. 4 is: of 85 %, or itself. DEPARTS[delta]
-    refresh: int = 0  # steps between measuring Eq. 4 again (then the held-out labels teach no one). DEPARTS[refresh]
+    # samples that the mean of the group (r, c, f) weighs; 0: Eq. 4 alone. DEPARTS[shrink]
+    shrink: float = 20.0
+    # entries that Eq. 5 corrects. DEPARTS[support]
+    support: Literal["support", "top1", "all"] = "support"
+    # of which Eq. 4 is: of 85 %, or itself. DEPARTS[delta]
+    delta_from: Literal["heldout", "teacher"] = "heldout"
+    # steps between measuring Eq. 4 again (then the held-out labels teach no one). DEPARTS[refresh]
+    refresh: int = 0
     threshold: float = 0.5  # confidence from which an object is a pseudo label. DEPARTS[threshold]
-    filter_on: Literal["raw", "corrected"] = "raw"  # which confidence --threshold cuts: before Eq. 5, or after it
+    # which confidence --threshold cuts: before Eq. 5, or after it
+    filter_on: Literal["raw", "corrected"] = "raw"
     size_threshold: float = 5.0  # smallest pseudo mask, in pixels
-    pseudo_nms: Literal["agnostic", "class"] = "agnostic"  # suppressed by any class, or its own. DEPARTS[pseudo-nms]
+    # suppressed by any class, or its own. DEPARTS[pseudo-nms]
+    pseudo_nms: Literal["agnostic", "class"] = "agnostic"
     unsup_weight: float = 1.0  # of the loss on unlabeled images
     ema: float = 0.9996  # share of itself that the teacher keeps in a step. DEPARTS[ema]
-    teacher_update: Literal["ema", "frozen"] = "ema"  # whether the teacher follows the student, or stays
-    student_init: Literal["teacher", "fresh"] = "teacher"  # where the student begins. DEPARTS[student-init]
+    # whether the teacher follows the student, or stays
+    teacher_update: Literal["ema", "frozen"] = "ema"
+    # where the student begins. DEPARTS[student-init]
+    student_init: Literal["teacher", "fresh"] = "teacher"
     burn_in: int = 0  # steps before the teacher is made a copy of the student and follows it
 
     # retrieval (Sec. 4.1)
     pool: str = ""  # folder or list of images to search for neighbours of rare objects
     neighbours: int = 64  # images found for each rare object
-    retrieval_model: str = "vit_large_patch14_dinov2.lvd142m"  # any of timm's, else torchvision's. DEPARTS[dinov2]
-    retrieval_weights: str = "imagenet"  # imagenet (what the name's tag says), none, shapes, or a file
+    # any of timm's, else torchvision's. DEPARTS[dinov2]
+    retrieval_model: str = "vit_large_patch14_dinov2.lvd142m"
+    # imagenet (what the name's tag says), none, shapes, or a file
+    retrieval_weights: str = "imagenet"
     index: str = "exact"  # exact and streaming, or a Faiss factory string
     duplicate: float = 0.95  # cosine from which two images are one. DEPARTS[duplicate]
 
     # network
-    backbone: str = "eva02_large_patch14_224.mim_m38m"  # timm's eva02_*; or any CNN, with a feature pyramid network
-    weights: str = "imagenet"  # imagenet (what the name's tag says), none, shapes, or a file. DEPARTS[contamination]
+    # timm's eva02_*; or any CNN, with a feature pyramid network
+    backbone: str = "eva02_large_patch14_224.mim_m38m"
+    # imagenet (what the name's tag says), none, shapes, or a file. DEPARTS[contamination]
+    weights: str = "imagenet"
     init_detector: str = ""  # a whole detector: EVA-02's, or ours. DEPARTS[init]
     image_size: int = 1024  # S: training crop, and side of the test image
     window: int = 16  # tokens a side of windowed attention
     global_blocks: int = 4  # blocks that attend to the whole image, evenly spread
-    patch_resize: Literal["timm", "bicubic"] = "timm"  # 14 -> 16 pixels; bicubic: as EVA. DEPARTS[patch]
-    drop_path: float = 0.3  # chance that the last block of EVA-02 is skipped; less for those before it
+    # 14 -> 16 pixels; bicubic: as EVA. DEPARTS[patch]
+    patch_resize: Literal["timm", "bicubic"] = "timm"
+    # chance that the last block of EVA-02 is skipped; less for those before it
+    drop_path: float = 0.3
     norm: Literal["frozen", "live"] = "frozen"  # BatchNorm of a CNN
     width: int = 256  # W; smaller numbers are for CPUs, as the next seven
     fc: int = 1024  # units of the box heads
@@ -161,27 +194,34 @@ class Args:
     proposals: int = 1000  # of the RPN, per image
     rpn_batch: int = 256  # anchors sampled per image
     roi_batch: int = 512  # proposals sampled per image
-    checkpointing: bool = False  # compute activations again in the backward pass: less memory, same gradients
+    # compute activations again in the backward pass: less memory, same gradients
+    checkpointing: bool = False
 
     # classification loss
     cls_loss: Literal["sigmoid", "softmax"] = "sigmoid"  # of the box heads. DEPARTS[sigmoid]
     federated: int = 50  # classes per image whose scores are learned; 0: all. DEPARTS[federated]
-    fed_soft: Literal["mask", "fg-all", "topk"] = "mask"  # which more, for soft labels. DEPARTS[federated]
+    # which more, for soft labels. DEPARTS[federated]
+    fed_soft: Literal["mask", "fg-all", "topk"] = "mask"
     prior: float = 0.01  # initial score of a class; 0.5: bias 0. DEPARTS[prior]
 
     # optimisation and evaluation
-    batch_size: int = 16  # labeled images per student step over all processes, and as many unlabeled. DEPARTS[batch]
+    # labeled images per student step over all processes, and as many unlabeled. DEPARTS[batch]
+    batch_size: int = 16
     teacher_batch_size: int = 32  # of the teacher
-    accumulate: int = 1  # parts in which a process computes its share of the batch; exact with --norm frozen
-    teacher_steps: int = 15_000  # of the teacher, and of the one before it that Eq. 4 is of. DEPARTS[steps]
+    # parts in which a process computes its share of the batch; exact with --norm frozen
+    accumulate: int = 1
+    # of the teacher, and of the one before it that Eq. 4 is of. DEPARTS[steps]
+    teacher_steps: int = 15_000
     steps: int = 15_000  # of the student
     lr: float = 4e-5  # of pyramid and heads, at its highest
     schedule: Literal["cosine", "constant"] = "cosine"  # to zero. DEPARTS[cosine]
     warmup: float = 0.01  # share of the steps
     weight_decay: float = 0.1  # of AdamW, on everything
-    layer_decay: float = 0.8  # of the learning rate, from block to block; a CNN's whole body learns at this rate
+    # of the learning rate, from block to block; a CNN's whole body learns at this rate
+    layer_decay: float = 0.8
     clip: float = 0.0  # largest gradient norm; 0: none
-    repeat: float = 0.001  # images of rarer classes than this share are repeated (repeat-factor sampling)
+    # images of rarer classes than this share are repeated (repeat-factor sampling)
+    repeat: float = 0.001
     scale: tuple[float, float] = (0.1, 2.0)  # range of the random scale
     detections: int = 300  # kept per image, at most
     nms: float = 0.5  # overlap from which the less sure of two detections of a class is dropped
@@ -204,10 +244,11 @@ def preset(dataset: str = "lvis", **overrides: Any) -> Args:
     return Args(**(dict(dataset=dataset) | PRESETS[dataset] | overrides))
 
 
-# ============================================================================================== backbones
+# ======================================================================================== backbones
 class EVA02(nn.Module):
-    """EVA-02 (Fang et al., 2023) as a detector's backbone: (B, 3, S, S) -> (B, D, S/16, S/16), the tokens of the last
-    block, without a final norm. Most blocks attend within windows, in which rotary positions start anew (ViTDet)."""
+    """EVA-02 (Fang et al., 2023) as a detector's backbone: (B, 3, S, S) -> (B, D, S/16, S/16), the
+    tokens of the last block, without a final norm. Most blocks attend within windows, in which
+    rotary positions start anew (ViTDet)."""
 
     def __init__(self, args: Args, weights: str):
         super().__init__()
@@ -216,11 +257,11 @@ class EVA02(nn.Module):
         self.proj = nn.Conv2d(3, self.channels, 16, stride=16)
         self.proj.weight = nn.Parameter(features.resize_patch(patch.weight.data, 16, args.patch_resize))
         self.proj.bias = patch.bias
-        places = body.pos_embed.data[:, 1:].transpose(1, 2)                      # without the class token's
+        places = body.pos_embed.data[:, 1:].transpose(1, 2)  # without the class token's
         self.pos_embed = nn.Parameter(places.reshape(1, self.channels, *grid).contiguous())
         self.blocks, self.rope = body.blocks, body.rope
         for block in self.blocks:
-            block.attn.num_prefix_tokens = 0                                     # there is no class token
+            block.attn.num_prefix_tokens = 0  # there is no class token
         depth = len(self.blocks)
         if depth % args.global_blocks:
             raise UserError(f"--global-blocks {args.global_blocks} does not divide {depth} blocks; give another.")
@@ -228,7 +269,8 @@ class EVA02(nn.Module):
         self.window, self.checkpointing = args.window, args.checkpointing
 
     def _load_from_state_dict(self, state: dict, prefix: str, *more):
-        table = state.get(f"{prefix}pos_embed", self.pos_embed)      # EVA-02's detectors have another size
+        # EVA-02's detectors have another size
+        table = state.get(f"{prefix}pos_embed", self.pos_embed)
         if table.shape != self.pos_embed.shape:
             self.pos_embed = nn.Parameter(table.to(self.pos_embed))
         super()._load_from_state_dict(state, prefix, *more)
@@ -244,7 +286,8 @@ class EVA02(nn.Module):
         return x.permute(0, 3, 1, 2).contiguous()
 
     def block(self, block: nn.Module, x: Tensor, whole: bool, rope: Tensor) -> Tensor:
-        """One block on (B, h, v, D): attention, within windows unless `whole`, and MLP, both residual."""
+        """One block on (B, h, v, D): attention, within windows unless `whole`, and MLP, both
+        residual."""
         y, size = block.norm1(x), x.shape[1:3]
         y = block.attn(y.flatten(1, 2) if whole else features.windows(y, self.window), rope=rope)
         x = x + block.drop_path1(y.unflatten(1, size) if whole else features.unwindows(y, self.window, size))
@@ -253,12 +296,14 @@ class EVA02(nn.Module):
 
 # SAME AS guided_distillation.py
 def maybe_checkpoint(on: bool, function: Callable, *inputs):
-    """function(*inputs); when `on`, activations are computed again in the backward pass instead of being kept."""
+    """function(*inputs); when `on`, activations are computed again in the backward pass instead of
+    being kept."""
     return checkpoint(function, *inputs, use_reentrant=False) if on else function(*inputs)
 
 
 class SimplePyramid(nn.Module):
-    """ViTDet's pyramid of one map of stride 16: -> four maps (B, W, h, w) of strides 4, 8, 16, 32."""
+    """ViTDet's pyramid of one map of stride 16: -> four maps (B, W, h, w) of strides 4, 8, 16,
+    32."""
 
     def __init__(self, channels: int, width: int):
         super().__init__()
@@ -278,7 +323,8 @@ class SimplePyramid(nn.Module):
 
 
 class ConvPyramid(nn.Module):
-    """A CNN with a feature pyramid network: (B, 3, S, S) -> four maps (B, W, h, w) of strides 4, 8, 16, 32."""
+    """A CNN with a feature pyramid network: (B, 3, S, S) -> four maps (B, W, h, w) of strides 4, 8,
+    16, 32."""
 
     def __init__(self, args: Args, pretrained: bool):
         super().__init__()
@@ -289,14 +335,14 @@ class ConvPyramid(nn.Module):
         return list(self.fpn(dict(enumerate(self.cnn(images)))).values())
 
 
-# ============================================================================================== boxes
+# ============================================================================================ boxes
 class Objects(NamedTuple):
     """Objects of one image, true or pseudo, on its padded square."""
-    labels: Tensor                                  # (N,) int64: the channel of the mask head that learns
-    boxes: Tensor                                   # (N, 4)
-    masks: Tensor                                   # (N, S, S) uint8 or bool
-    probs: Tensor                                   # (N, C) what the scores of the classes shall become
-    named: Tensor                                   # (N, C) bool: of which classes its label speaks
+    labels: Tensor  # (N,) int64: the channel of the mask head that learns
+    boxes: Tensor  # (N, 4)
+    masks: Tensor  # (N, S, S) uint8 or bool
+    probs: Tensor  # (N, C) what the scores of the classes shall become
+    named: Tensor  # (N, C) bool: of which classes its label speaks
 
 
 # SAME AS guided_distillation.py
@@ -305,7 +351,7 @@ def generator(device: torch.device, *key: int | str) -> torch.Generator:
     return torch.Generator(device).manual_seed(int(rng(*key).integers(2**63)))
 
 
-# ============================================================================================== proposals
+# ======================================================================================== proposals
 class RPN(nn.Module):
     """Region proposal network (Ren et al., 2015), with two convolutions as in EVA-02's detector."""
 
@@ -314,11 +360,12 @@ class RPN(nn.Module):
         self.args, w = args, args.width
         self.convs = nn.Sequential(features.drawn(nn.Conv2d(w, w, 3, padding=1), 0.01), nn.ReLU(),
                                    features.drawn(nn.Conv2d(w, w, 3, padding=1), 0.01), nn.ReLU())
-        self.objectness = features.drawn(nn.Conv2d(w, 3, 1), 0.01)                        # three anchors at each place
+        self.objectness = features.drawn(nn.Conv2d(w, 3, 1), 0.01)  # three anchors at each place
         self.deltas = features.drawn(nn.Conv2d(w, 12, 1), 0.01)
 
     def forward(self, pyramid: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Five maps -> objectness logits (B, A) and deltas (B, A, 4), in the order of `anchors_of`."""
+        """Five maps -> objectness logits (B, A) and deltas (B, A, 4), in the order of
+        `anchors_of`."""
         maps = [self.convs(x) for x in pyramid]
         objectness = [self.objectness(x).permute(0, 2, 3, 1).flatten(1) for x in maps]
         deltas = [self.deltas(x).permute(0, 2, 3, 1).reshape(len(x), -1, 4) for x in maps]
@@ -326,8 +373,8 @@ class RPN(nn.Module):
 
     @torch.no_grad()
     def propose(self, objectness: Tensor, deltas: Tensor) -> list[Tensor]:
-        """The proposals (n, 4) of each image, --proposals many: the best of each level (in training twice as many),
-        less those that overlap a better one by 0.7; of all these the best."""
+        """The proposals (n, 4) of each image, --proposals many: the best of each level (in training
+        twice as many), less those that overlap a better one by 0.7; of all these the best."""
         anchors, numbers = regions.anchors_of(self.args.image_size, self.args.anchor_scale, objectness.device)
         found = []
         for scores, steps in zip(objectness.float(), deltas.float(), strict=True):
@@ -336,7 +383,8 @@ class RPN(nn.Module):
                 best = here.topk(min((1 + self.training) * self.args.proposals, len(here))).indices + start
                 boxes = regions.decode(steps[best], anchors[best], (1.0, 1.0, 1.0, 1.0), self.args.image_size)
                 ok = regions.sided(boxes) & torch.isfinite(scores[best])
-                boxes, points = boxes.where(ok[:, None], 0.0), scores[best].where(ok, -torch.inf)   # last, over nothing
+                # last, over nothing
+                boxes, points = boxes.where(ok[:, None], 0.0), scores[best].where(ok, -torch.inf)
                 keep = nms(boxes, points, 0.7)
                 kept.append((boxes[keep], points[keep]))
             boxes, points = (torch.cat(x) for x in zip(*kept, strict=True))
@@ -345,7 +393,8 @@ class RPN(nn.Module):
         return found
 
     def losses(self, objectness: Tensor, deltas: Tensor, objects: list[Objects], draws: list) -> dict[str, Tensor]:
-        """Means over the images: binary cross-entropy of sampled anchors, L1 of those of objects, over --rpn-batch."""
+        """Means over the images: binary cross-entropy of sampled anchors, L1 of those of objects,
+        over --rpn-batch."""
         anchors, _ = regions.anchors_of(self.args.image_size, self.args.anchor_scale, objectness.device)
         loss = {"rpn": objectness.new_zeros(()), "rpn_box": objectness.new_zeros(())}
         for scores, steps, o, g in zip(objectness, deltas, objects, draws, strict=True):
@@ -359,16 +408,18 @@ class RPN(nn.Module):
         return {name: value / (self.args.rpn_batch * len(objects)) for name, value in loss.items()}
 
 
-# ============================================================================================== heads
+# ============================================================================================ heads
 def roi_pool(pyramid: list[Tensor], boxes: list[Tensor], size: int) -> Tensor:
-    """Boxes (n, 4) of each image -> (R, W, size, size): averages of bilinear samples on the level of the box's size, of
-    stride 16 for 224 x 224 pixels, of twice the stride for twice the side."""
+    """Boxes (n, 4) of each image -> (R, W, size, size): averages of bilinear samples on the level
+    of the box's size, of stride 16 for 224 x 224 pixels, of twice the stride for twice the side."""
     rois = torch.cat([torch.cat([b.new_full((len(b), 1), i), b], dim=1) for i, b in enumerate(boxes)])
     side = (rois[:, 3:] - rois[:, 1:3]).prod(1).sqrt()
     level = (4 + torch.log2(side / 224 + 1e-8)).floor().clamp(2, 5) - 2
     out = pyramid[0].new_zeros(len(rois), pyramid[0].shape[1], size, size)
-    numbers = (level == torch.arange(4, device=level.device)[:, None]).sum(1).tolist()        # one wait for all levels
-    order = level.argsort(stable=True)[:sum(numbers)].split(numbers)                  # less boxes that are not numbers
+    # one wait for all levels
+    numbers = (level == torch.arange(4, device=level.device)[:, None]).sum(1).tolist()
+    # less boxes that are not numbers
+    order = level.argsort(stable=True)[:sum(numbers)].split(numbers)
     for i, (maps, here) in enumerate(zip(pyramid[:4], order, strict=True)):
         out[here] = roi_align(maps, rois[here], size, 1 / 2 ** (i + 2), sampling_ratio=0, aligned=True)
     return out
@@ -386,19 +437,21 @@ def convs(args: Args) -> list[nn.Module]:
 
 
 class BoxHead(nn.Module):
-    """One head of the cascade: pooled features (R, W, 7, 7) -> class logits (R, columns) and deltas (R, 4)."""
+    """One head of the cascade: pooled features (R, W, 7, 7) -> class logits (R, columns) and deltas
+    (R, 4)."""
 
     def __init__(self, args: Args, num_classes: int):
         super().__init__()
         self.convs = nn.Sequential(*convs(args))
         self.fc = nn.Linear(49 * args.width, args.fc)
-        units = num_classes + (args.cls_loss == "softmax")                      # the last of softmax: background
+        units = num_classes + (args.cls_loss == "softmax")  # the last of softmax: background
         self.classes = features.drawn(nn.Linear(args.fc, units), 0.01)
         self.deltas = features.drawn(nn.Linear(args.fc, 4), 0.001)
         nn.init.kaiming_uniform_(self.fc.weight, a=1)
         nn.init.zeros_(self.fc.bias)
         if args.cls_loss == "sigmoid":
-            nn.init.constant_(self.classes.bias, -math.log((1 - args.prior) / args.prior))      # DEPARTS[prior]
+            # DEPARTS[prior]
+            nn.init.constant_(self.classes.bias, -math.log((1 - args.prior) / args.prior))
 
     def forward(self, x: Tensor, columns: Tensor | slice = slice(None)) -> tuple[Tensor, Tensor]:
         x = F.relu(self.fc(self.convs(x).flatten(1)))
@@ -406,8 +459,8 @@ class BoxHead(nn.Module):
 
 
 class MaskHead(nn.Module):
-    """Pooled features (n, W, 14, 14) and a class of each -> mask logits (n, 28, 28): of the last convolution's C
-    channels only the wanted one is computed."""
+    """Pooled features (n, W, 14, 14) and a class of each -> mask logits (n, 28, 28): of the last
+    convolution's C channels only the wanted one is computed."""
 
     def __init__(self, args: Args, num_classes: int):
         super().__init__()
@@ -423,22 +476,25 @@ class MaskHead(nn.Module):
 
 
 class CascadeHeads(nn.Module):
-    """Three box heads of rising overlap, each on the boxes of the one before (Cai and Vasconcelos, 2019)."""
+    """Three box heads of rising overlap, each on the boxes of the one before (Cai and Vasconcelos,
+    2019)."""
 
     def __init__(self, args: Args, num_classes: int):
         super().__init__()
         self.args = args
         self.boxes = nn.ModuleList(BoxHead(args, num_classes) for _ in CASCADE)
         self.mask = MaskHead(args, num_classes)
-        self.register_buffer("learned", torch.ones(num_classes, dtype=torch.bool))     # classes that had an object
+        # classes that had an object
+        self.register_buffer("learned", torch.ones(num_classes, dtype=torch.bool))
 
     def losses(self, pyramid: list[Tensor], proposals: list[Tensor], objects: list[Objects], known: Tensor,
                draws: list) -> dict[str, Tensor]:
-        """Means over the images of each loss's mean over an image's regions: neither the number of processes nor
-        --accumulate changes them. `known` (B, C): the classes learned on an image. DEPARTS[per-image]"""
+        """Means over the images of each loss's mean over an image's regions: neither the number of
+        processes nor --accumulate changes them. `known` (B, C): the classes learned on an image.
+        DEPARTS[per-image]"""
         args, boxes, loss = self.args, [], {}
         for b, o, g in zip(proposals, objects, draws, strict=True):
-            b = torch.cat([b, o.boxes])                              # true boxes are proposals, too
+            b = torch.cat([b, o.boxes])  # true boxes are proposals, too
             boxes.append(b[regions.sample(regions.match(b, o.boxes, 0.5, 0.5), args.roi_batch, 0.25, g)])
         matches = [regions.match(b, o.boxes, 0.5, 0.5) for b, o in zip(boxes, objects, strict=True)]
         loss["mask"] = self.mask_loss(pyramid, boxes, matches, objects)
@@ -451,7 +507,7 @@ class CascadeHeads(nn.Module):
             image = torch.cat([torch.full_like(m, i) for i, m in enumerate(matches)])
             per = regions.shares(matches)
             x = roi_pool(pyramid, boxes, 7)
-            x = x / 3 + x.detach() * (2 / 3)                         # a third of the gradient: three heads share x
+            x = x / 3 + x.detach() * (2 / 3)  # a third of the gradient: three heads share x
             logits, deltas = head(x, slice(None) if args.cls_loss == "softmax" else columns)
             probs, goal = zip(*(wanted(m, o, args.smooth_heads == "all" or not stage)
                                 for m, o in zip(matches, objects, strict=True)), strict=True)
@@ -468,7 +524,8 @@ class CascadeHeads(nn.Module):
 
     def mask_loss(self, pyramid: list[Tensor], boxes: list[Tensor], matches: list[Tensor],
                   objects: list[Objects]) -> Tensor:
-        """Binary cross-entropy of the masks of the first head's objects, on 28 x 28 cells. DEPARTS[mask-targets]"""
+        """Binary cross-entropy of the masks of the first head's objects, on 28 x 28 cells.
+        DEPARTS[mask-targets]"""
         real = [(m >= 0).nonzero().flatten() for m in matches]
         boxes, mine = ([x[r] for x, r in zip(xs, real, strict=True)] for xs in (boxes, matches))
         labels = torch.cat([o.labels[m] for o, m in zip(objects, mine, strict=True)])
@@ -478,7 +535,8 @@ class CascadeHeads(nn.Module):
         return (loss * regions.shares(mine)).sum()
 
     def scores(self, pyramid: list[Tensor], boxes: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """Of each image the boxes (R, 4) after three heads, and the mean of the heads' class probabilities (R, C)."""
+        """Of each image the boxes (R, 4) after three heads, and the mean of the heads' class
+        probabilities (R, C)."""
         total = 0
         for head, (_, weights) in zip(self.boxes, CASCADE, strict=True):
             logits, deltas = head(roi_pool(pyramid, boxes, 7))
@@ -490,7 +548,8 @@ class CascadeHeads(nn.Module):
 
 
 def wanted(matches: Tensor, objects: Objects, soft: bool) -> tuple[Tensor, Tensor]:
-    """What regions shall become: class scores (R, C), zero on background, and boxes (R, 4), zero there, too."""
+    """What regions shall become: class scores (R, C), zero on background, and boxes (R, 4), zero
+    there, too."""
     probs, boxes = (x.new_zeros(len(matches), x.shape[1]) for x in (objects.probs, objects.boxes))
     real = (matches >= 0).nonzero().flatten()
     labels = F.one_hot(objects.labels[matches[real]], objects.probs.shape[1]).to(probs)
@@ -499,19 +558,20 @@ def wanted(matches: Tensor, objects: Objects, soft: bool) -> tuple[Tensor, Tenso
 
 
 def sigmoid_loss(logits: Tensor, probs: Tensor, known: Tensor) -> Tensor:
-    """Binary cross-entropy with soft targets, summed over the known classes: (R, K) three times -> (R,). A logit's
-    gradient is its score minus the target, so any target in [0, 1] is legal; background is zero everywhere."""
+    """Binary cross-entropy with soft targets, summed over the known classes: (R, K) three times ->
+    (R,). A logit's gradient is its score minus the target, so any target in [0, 1] is legal;
+    background is zero everywhere."""
     return (F.binary_cross_entropy_with_logits(logits, probs, reduction="none") * known).sum(1)
 
 
 def softmax_loss(logits: Tensor, probs: Tensor) -> Tensor:
-    """Cross-entropy with soft targets and a background: logits (R, C + 1), probs (R, C) of any sum -> (R,). Background
-    gets what is missing to 1; a sum over 1 is brought to 1."""
+    """Cross-entropy with soft targets and a background: logits (R, C + 1), probs (R, C) of any sum
+    -> (R,). Background gets what is missing to 1; a sum over 1 is brought to 1."""
     probs = torch.cat([probs, (1 - probs.sum(1, keepdim=True)).clamp(min=0)], dim=1)
     return -(probs / probs.sum(1, keepdim=True) * logits.log_softmax(1)).sum(1)
 
 
-# ============================================================================================== detector
+# ========================================================================================= detector
 class Detector(nn.Module):
     """Cascade Mask R-CNN. In training normalised images (B, 3, S, S) and what to find -> losses."""
 
@@ -532,7 +592,8 @@ class Detector(nn.Module):
         return [*maps, F.max_pool2d(maps[-1], 1, stride=2)]
 
     def forward(self, images: Tensor, objects: list[Objects], known: Tensor, draws: list) -> dict[str, Tensor]:
-        """`objects` and a generator `draws` of each image; `known` (B, C) the classes whose scores it teaches."""
+        """`objects` and a generator `draws` of each image; `known` (B, C) the classes whose scores
+        it teaches."""
         pyramid = self.pyramid(images)
         with torch.autocast(images.device.type, enabled=False):
             scored = self.rpn(pyramid)
@@ -545,7 +606,7 @@ class Detector(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             return pyramid, self.heads.scores(pyramid, self.rpn.propose(*self.rpn(pyramid)))
 
-    @torch.backends.cudnn.flags(enabled=True, benchmark=False)                   # another number of boxes each time
+    @torch.backends.cudnn.flags(enabled=True, benchmark=False)  # another number of boxes each time
     def masks(self, pyramid: list[Tensor], image: int, boxes: Tensor, labels: Tensor) -> Tensor:
         """Mask probabilities (n, 28, 28) of boxes of one image, each of its class."""
         mine = [x[image:image + 1] for x in pyramid]
@@ -555,24 +616,26 @@ class Detector(nn.Module):
         return torch.cat([boxes.new_zeros(0, 28, 28), *parts])
 
 
-# ============================================================================================== Eqs. 1 to 3
+# ====================================================================================== Eqs. 1 to 3
 class Classes(NamedTuple):
     """What the labels say of the C classes, on the device."""
-    images: Tensor                                  # (C,) how many labeled images hold it
-    instances: Tensor                               # (C,) how many labeled objects it has, N of Eqs. 1 and 2
-    targets: Tensor                                 # (C, C) row c: the label of an object of class c, Eq. 3
-    similar: Tensor                                 # (C, C) bool, row c: itself and the 20 most similar
-    groups: list[str]                               # r, c or f
+    images: Tensor  # (C,) how many labeled images hold it
+    instances: Tensor  # (C,) how many labeled objects it has, N of Eqs. 1 and 2
+    targets: Tensor  # (C, C) row c: the label of an object of class c, Eq. 3
+    similar: Tensor  # (C, C) bool, row c: itself and the 20 most similar
+    groups: list[str]  # r, c or f
 
 
 def prototypes(embeddings: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Eq. 1: the mean embedding of each class, (N, D) and (N,) -> (C, D); zero for a class without an object."""
+    """Eq. 1: the mean embedding of each class, (N, D) and (N,) -> (C, D); zero for a class without
+    an object."""
     total = embeddings.new_zeros(num_classes, embeddings.shape[1]).index_add_(0, labels, embeddings)
     return total / torch.bincount(labels, minlength=num_classes).clamp(min=1)[:, None]
 
 
 def cosines(prototypes: Tensor, center: bool = False) -> Tensor:
-    """S (C, C) of Eq. 2; zero where a class has no prototype. `center` takes their mean off before."""
+    """S (C, C) of Eq. 2; zero where a class has no prototype. `center` takes their mean off
+    before."""
     there = prototypes.abs().sum(1) > 0
     if center:
         prototypes = (prototypes - prototypes[there].mean(0)) * there[:, None]
@@ -582,8 +645,9 @@ def cosines(prototypes: Tensor, center: bool = False) -> Tensor:
 
 def similar_classes(similarity: Tensor, counts: Tensor, gamma: float, tau: float = 1.0, exclude_self: bool = False,
                     topk: int = 0) -> Tensor:
-    """Eq. 2: S' (C, C), each row a distribution, from S (C, C) and N (C,): the fewer objects N_j a class has, the
-    larger the exponent S_ij / N_j^gamma. A class with N = 0 gets nothing, and its row is zero. DEPARTS[temperature]"""
+    """Eq. 2: S' (C, C), each row a distribution, from S (C, C) and N (C,): the fewer objects N_j a
+    class has, the larger the exponent S_ij / N_j^gamma. A class with N = 0 gets nothing, and its
+    row is zero. DEPARTS[temperature]"""
     there = counts > 0
     logits = similarity / (tau * counts.clamp(min=1).to(similarity) ** gamma)
     able = there.expand(len(counts), -1)
@@ -596,20 +660,22 @@ def similar_classes(similarity: Tensor, counts: Tensor, gamma: float, tau: float
 
 
 def smoothed_targets(distribution: Tensor, eps: float, convention: str = "row") -> Tensor:
-    """Eq. 3 for every class: row c is (1 - eps) e_c + eps times what S' (C, C) says of c: its row, a distribution; or
-    `literal`, as printed, S' e_c, the column, which is none. DEPARTS[convention]"""
+    """Eq. 3 for every class: row c is (1 - eps) e_c + eps times what S' (C, C) says of c: its row,
+    a distribution; or `literal`, as printed, S' e_c, the column, which is none.
+    DEPARTS[convention]"""
     mixed = distribution if convention == "row" else distribution.T
     one_hot = torch.eye(len(mixed), device=mixed.device, dtype=mixed.dtype)
     return (1 - eps) * one_hot + eps * mixed
 
 
 def similarities(args: Args, data: Instances, labeled: list[Photo], world: World) -> Tensor:
-    """S (C, C) of Eq. 2. The prototypes of Eq. 1 are made once and kept in the run folder: prototypes.pt."""
+    """S (C, C) of Eq. 2. The prototypes of Eq. 1 are made once and kept in the run folder:
+    prototypes.pt."""
     path, key = Path(args.out) / "prototypes.pt", features.made_of(args, PROTOTYPES_OF, data.classes)
     if not needs_prototypes(args):
         return torch.eye(len(data.classes))
     made = runs.load_checkpoint(path, PROTOTYPES) if main_says(world, path.exists()) else {"key": ""}
-    if made["key"] != key:                          # of a command that stopped before it trained, or none
+    if made["key"] != key:  # of a command that stopped before it trained, or none
         made = {**embed_objects(args, data, labeled, world), "classes": data.classes, "key": key}
         if world.main:
             runs.save_checkpoint(path, PROTOTYPES, made)
@@ -617,7 +683,8 @@ def similarities(args: Args, data: Instances, labeled: list[Photo], world: World
 
 
 def label_statistics(args: Args, data: Instances, labeled: list[Photo], similarity: Tensor, world: World) -> Classes:
-    """Counts, groups and the targets of Eq. 3 (Fig. 2's four smoothings), from the labeled images and S (C, C)."""
+    """Counts, groups and the targets of Eq. 3 (Fig. 2's four smoothings), from the labeled images
+    and S (C, C)."""
     held, c = [[t.category for t in p.things if not t.crowd] for p in labeled], len(data.classes)
     number, images = (torch.bincount(torch.tensor([k for ks in held for k in of(ks)]), minlength=c)
                       for of in (list, set))
@@ -634,8 +701,9 @@ def label_statistics(args: Args, data: Instances, labeled: list[Photo], similari
 
 
 def embed_objects(args: Args, data: Instances, photos: list[Photo], world: World) -> dict[str, Tensor]:
-    """The prototypes (C, D) of Eq. 1, of up to --proto-per-class objects of each class, and how many they were (C,).
-    `roi` pools the detector's own features of stride 16 from the whole image instead of crops. DEPARTS[proto]"""
+    """The prototypes (C, D) of Eq. 1, of up to --proto-per-class objects of each class, and how
+    many they were (C,). `roi` pools the detector's own features of stride 16 from the whole image
+    instead of crops. DEPARTS[proto]"""
     chosen = regions.choose_objects(photos, {*range(len(data.classes))}, args.proto_per_class, args.split_seed)
     if args.proto == "crop":
         distributed.seed_torch(args.seed, "prototypes")
@@ -656,15 +724,17 @@ def embed_objects(args: Args, data: Instances, photos: list[Photo], world: World
             "embedded": torch.bincount(labels, minlength=len(data.classes))}
 
 
-# ============================================================================================== Eqs. 4 and 5
+# ===================================================================================== Eqs. 4 and 5
 def ccece(conf: Tensor, right: Tensor, labels: Tensor, num_classes: int, bins: int = 10) -> tuple[Tensor, Tensor]:
-    """Eq. 4: Delta (C,) and the number of samples (C,), from confidences (n,), whether right (n,) and classes (n,).
+    """Eq. 4: Delta (C,) and the number of samples (C,), from confidences (n,), whether right (n,)
+    and classes (n,).
 
-    Delta_i is the sum over the bins b of N_ib / N_i (acc_ib - conf_ib): positive for an underconfident class, zero for
-    one without a sample. Being signed, it is mean accuracy minus mean confidence, whatever the bins are."""
-    cell = labels * bins + (conf * bins).long().clamp(max=bins - 1)              # (n,) class and bin
+    Delta_i is the sum over the bins b of N_ib / N_i (acc_ib - conf_ib): positive for an
+    underconfident class, zero for one without a sample. Being signed, it is mean accuracy minus
+    mean confidence, whatever the bins are."""
+    cell = labels * bins + (conf * bins).long().clamp(max=bins - 1)  # (n,) class and bin
     size = num_classes * bins
-    number = torch.bincount(cell, minlength=size).double()                       # N_ib
+    number = torch.bincount(cell, minlength=size).double()  # N_ib
     acc = torch.bincount(cell, right.double(), size) / number.clamp(min=1)
     mean_conf = torch.bincount(cell, conf.double(), size) / number.clamp(min=1)
     number, gap = number.view(num_classes, bins), (acc - mean_conf).view(num_classes, bins)
@@ -673,8 +743,9 @@ def ccece(conf: Tensor, right: Tensor, labels: Tensor, num_classes: int, bins: i
 
 
 def shrunk(delta: Tensor, number: Tensor, groups: list[str], kappa: float) -> Tensor:
-    """Delta (C,) of few samples is drawn to Delta_g, the mean of its group (r, c, f): (n_i Delta_i + kappa Delta_g) /
-    (n_i + kappa); and Delta_g in the same way to the mean of all. kappa = 0 is Eq. 4 alone. DEPARTS[shrink]"""
+    """Delta (C,) of few samples is drawn to Delta_g, the mean of its group (r, c, f): (n_i Delta_i
+    + kappa Delta_g) / (n_i + kappa); and Delta_g in the same way to the mean of all. kappa = 0 is
+    Eq. 4 alone. DEPARTS[shrink]"""
     if kappa == 0:
         return delta
     total, out = number * delta, delta.clone()
@@ -687,16 +758,17 @@ def shrunk(delta: Tensor, number: Tensor, groups: list[str], kappa: float) -> Te
 
 
 def corrected(probs: Tensor, delta: Tensor, strength: float, support: str = "support") -> Tensor:
-    """Eq. 5: y + lambda Delta, (n, C) and (C,) -> (n, C) within [0, 1]. Corrected are the entries over 0.02; or the
-    largest; or `all`, as printed: then an object is a little of every underconfident class. DEPARTS[support]"""
+    """Eq. 5: y + lambda Delta, (n, C) and (C,) -> (n, C) within [0, 1]. Corrected are the entries
+    over 0.02; or the largest; or `all`, as printed: then an object is a little of every
+    underconfident class. DEPARTS[support]"""
     mask = {"all": torch.ones_like(probs, dtype=torch.bool), "support": probs > FRINGE,
             "top1": F.one_hot(probs.argmax(1), probs.shape[1]).bool()}[support]
     return torch.where(mask, (probs + strength * delta).clamp(0, 1), torch.where(probs > FRINGE, probs, 0.0))
 
 
 def pseudo_targets(probs: Tensor, delta: Tensor | None, args: Args) -> Tensor:
-    """Table 1: what the student learns of objects with the teacher's scores (n, C): their best class; the scores over
-    0.02; or these with the teacher's error taken out, Eq. 5."""
+    """Table 1: what the student learns of objects with the teacher's scores (n, C): their best
+    class; the scores over 0.02; or these with the teacher's error taken out, Eq. 5."""
     if args.pseudo == "onehot":
         return F.one_hot(probs.argmax(1), probs.shape[1]).to(probs)
     soft = torch.where(probs > FRINGE, probs, 0.0)
@@ -704,8 +776,8 @@ def pseudo_targets(probs: Tensor, delta: Tensor | None, args: Args) -> Tensor:
 
 
 def objects_found(boxes: Tensor, probs: Tensor, args: Args, least: float = 0.05, most: int = 100) -> Tensor:
-    """Indices (n,) of the regions (R, 4), (R, C) that stand for an object each: confident, and none that overlaps a
-    more confident one by half, of whatever class. DEPARTS[pseudo-nms]"""
+    """Indices (n,) of the regions (R, 4), (R, C) that stand for an object each: confident, and none
+    that overlaps a more confident one by half, of whatever class. DEPARTS[pseudo-nms]"""
     conf, labels = probs.max(1)
     chosen = (conf > least).nonzero().flatten()
     one = (0 * labels if args.pseudo_nms == "agnostic" else labels)[chosen].unique(return_inverse=True)[1]
@@ -714,7 +786,8 @@ def objects_found(boxes: Tensor, probs: Tensor, args: Args, least: float = 0.05,
 
 @torch.no_grad()
 def pseudo_labels(teacher: Detector, weak: Tensor, delta: Tensor | None, args: Args) -> tuple[list[Objects], Tensor]:
-    """What the teacher finds on weak views (B, 3, S, S) uint8, from --threshold on, and its confidences."""
+    """What the teacher finds on weak views (B, 3, S, S) uint8, from --threshold on, and its
+    confidences."""
     pyramid, seen = teacher.infer(transforms.normalize(weak))
     found, confs = [], []
     for i, (boxes, probs) in enumerate(seen):
@@ -724,8 +797,9 @@ def pseudo_labels(teacher: Detector, weak: Tensor, delta: Tensor | None, args: A
         conf = (probs if args.filter_on == "raw" else targets).amax(1)
         keep = ((conf >= args.threshold) & regions.sided(boxes, 2)).nonzero().flatten()
         boxes, probs, targets, conf = (x[keep] for x in (boxes, probs, targets, conf))
-        able = targets.masked_fill(probs <= FRINGE, -1.0)                        # also where Eq. 5 corrects all
-        best = torch.where(able == able.amax(1, keepdim=True), probs, -1.0).argmax(1)           # ties: the raw best
+        able = targets.masked_fill(probs <= FRINGE, -1.0)  # also where Eq. 5 corrects all
+        # ties: the raw best
+        best = torch.where(able == able.amax(1, keepdim=True), probs, -1.0).argmax(1)
         masks = regions.paste(teacher.masks(pyramid, i, boxes, best), boxes, tuple(weak.shape[-2:])) > 0.5
         large = (masks.sum((1, 2)) > args.size_threshold).nonzero().flatten()
         named = targets > 0 if args.pseudo == "onehot" else (targets > 0) | (probs > FRINGE)
@@ -735,7 +809,8 @@ def pseudo_labels(teacher: Detector, weak: Tensor, delta: Tensor | None, args: A
 
 
 def pseudo_log(found: list[Objects], conf: Tensor, world: World) -> dict[str, Tensor]:
-    """What is logged of pseudo labels; means over processes are means over their images, or objects."""
+    """What is logged of pseudo labels; means over processes are means over their images, or
+    objects."""
     counts = torch.tensor([float(len(o.labels)) for o in found]).to(conf.device, non_blocking=True)
     number = world.mean(counts.sum()).clamp(min=1 / world.size)
     return {"pseudo_per_image": counts.mean(), "pseudo_none": (counts == 0).float().mean(),
@@ -743,8 +818,8 @@ def pseudo_log(found: list[Objects], conf: Tensor, world: World) -> dict[str, Te
 
 
 def calibrate(net: Detector, data: Instances, groups: list[str], args: Args, world: World) -> dict:
-    """Eq. 4 of a network on the scored images of `data`, which it must not have learned from: Delta of each class, and
-    the reliability diagram of the same samples."""
+    """Eq. 4 of a network on the scored images of `data`, which it must not have learned from: Delta
+    of each class, and the reliability diagram of the same samples."""
     entries = []
     for index, image in instances.score_loader(data.val, world, args.workers):
         entries += counted(net, image, look(net, image, args), data.val[index], data, args)
@@ -752,7 +827,8 @@ def calibrate(net: Detector, data: Instances, groups: list[str], args: Args, wor
     conf, right, labels = (torch.from_numpy(x) for x in (samples.conf, samples.right, samples.labels))
     delta, number = ccece(conf, right, labels, len(data.classes), args.bins)
     there = torch.zeros(len(data.classes), dtype=torch.bool)
-    there[[t.category for photo in data.val for t in photo.things if not t.crowd]] = True     # else its group's mean
+    # else its group's mean
+    there[[t.category for photo in data.val for t in photo.things if not t.crowd]] = True
     return {"classes": data.classes, "delta": shrunk(delta, number * there, groups, args.shrink).tolist(),
             "raw_delta": delta.tolist(), "samples": number.tolist(), "images": len(data.val),
             "reliability": calibration.reliability(samples, args.bins, groups)}
@@ -760,8 +836,9 @@ def calibrate(net: Detector, data: Instances, groups: list[str], args: Args, wor
 
 @torch.no_grad()
 def counted(net: Detector, image: Tensor, seen: "Seen", photo: Photo, data: Instances, args: Args) -> list:
-    """What Eq. 4 counts on an image (3, H, W) uint8: `detections`, found as pseudo labels are, as entries of a results
-    file; or of each true object, `gt`, class, best score at its box, and whether it is its class's. DEPARTS[samples]"""
+    """What Eq. 4 counts on an image (3, H, W) uint8: `detections`, found as pseudo labels are, as
+    entries of a results file; or of each true object, `gt`, class, best score at its box, and
+    whether it is its class's. DEPARTS[samples]"""
     if args.calib_samples == "gt":
         labels, _, boxes = regions.true_objects(photo, data)
         [(_, probs)] = net.heads.scores(seen.pyramid, [boxes.to(seen.boxes) * seen.factors])
@@ -777,7 +854,8 @@ def counted(net: Detector, image: Tensor, seen: "Seen", photo: Photo, data: Inst
 
 
 def samples_of(entries: list, truth: dict, data: Instances, args: Args) -> lvis_ap.Samples:
-    """The samples of Eq. 4: class, confidence, and whether right. `truth` is what ap.truth_of gives."""
+    """The samples of Eq. 4: class, confidence, and whether right. `truth` is what ap.truth_of
+    gives."""
     if args.calib_samples == "detections":
         kind = "bbox" if args.calib_iou == "box" else "segm"
         return lvis_ap.samples(truth, entries, kind, federated=data.lvis)
@@ -785,10 +863,10 @@ def samples_of(entries: list, truth: dict, data: Instances, args: Args) -> lvis_
     return lvis_ap.Samples(rows[:, 0].astype(np.int64), rows[:, 1], rows[:, 2] > 0)
 
 
-# ============================================================================================== views
+# ============================================================================================ views
 def jitter_crop(size: tuple[int, int], args: Args, g: np.random.Generator) -> instances.Window:
-    """Flip; a scale u in --scale, so that the image fits into u times the square; a random window, padded at the right
-    and the bottom where the image is smaller (large-scale jitter)."""
+    """Flip; a scale u in --scale, so that the image fits into u times the square; a random window,
+    padded at the right and the bottom where the image is smaller (large-scale jitter)."""
     flip, u, (down, across) = bool(g.random() < 0.5), g.uniform(*args.scale), g.random(2)
     factor = u * args.image_size / max(size)
     new = tuple(max(round(n * factor), 1) for n in size)
@@ -797,8 +875,8 @@ def jitter_crop(size: tuple[int, int], args: Args, g: np.random.Generator) -> in
 
 
 def strong_view(image: Tensor, g: np.random.Generator) -> Tensor:
-    """The student's view of a weak one (3, H, W) uint8, in the same geometry, as in Guided Distillation: jitter of
-    brightness, contrast, saturation and hue in any order, grey, blur."""
+    """The student's view of a weak one (3, H, W) uint8, in the same geometry, as in Guided
+    Distillation: jitter of brightness, contrast, saturation and hue in any order, grey, blur."""
     from torchvision.transforms.v2 import functional as tv
     if g.random() < 0.8:
         jitter = ((tv.adjust_brightness, 0.6, 1.4), (tv.adjust_contrast, 0.6, 1.4), (tv.adjust_saturation, 0.6, 1.4),
@@ -828,8 +906,8 @@ def unlabeled_view(args: Args, image: Tensor, photo: Photo, g: np.random.Generat
 
 
 def test_view(image: Tensor, args: Args) -> tuple[Tensor, Tensor]:
-    """(3, H, W) uint8 -> (1, 3, S, S) normalised, the longer side S pixels, zeros at the right and the bottom; and the
-    factors (4,) of a box from its pixels to those."""
+    """(3, H, W) uint8 -> (1, 3, S, S) normalised, the longer side S pixels, zeros at the right and
+    the bottom; and the factors (4,) of a box from its pixels to those."""
     factor = args.image_size / max(image.shape[-2:])
     new, x = tuple(max(round(n * factor), 1) for n in image.shape[-2:]), image[None].float()
     x = F.interpolate(x, size=new, mode="bilinear", antialias=True) if new != tuple(image.shape[-2:]) else x
@@ -838,22 +916,22 @@ def test_view(image: Tensor, args: Args) -> tuple[Tensor, Tensor]:
     return F.pad(x, (0, args.image_size - new[1], 0, args.image_size - new[0])), factors
 
 
-# ============================================================================================== training
+# ========================================================================================= training
 @dataclass
 class State:
     """All that training changes (saved whole), and the forward pass that DDP wraps."""
 
-    phase: str                                      # heldout, teacher: one network learns from labels; student
-    student: Detector                               # the network that learns
-    teacher: Detector | None                        # no gradients, eval mode
+    phase: str  # heldout, teacher: one network learns from labels; student
+    student: Detector  # the network that learns
+    teacher: Detector | None  # no gradients, eval mode
     optimizer: torch.optim.Optimizer
     forward: Callable
     classes: Classes
-    delta: Tensor | None = None                     # (C,) of Eq. 5
-    step: int = 0                                   # of the whole run
-    begun: int = 0                                  # the step at which this phase began
-    last: dict = field(default_factory=dict)        # network -> its newest score
-    best: dict = field(default_factory=dict)        # network -> its best one
+    delta: Tensor | None = None  # (C,) of Eq. 5
+    step: int = 0  # of the whole run
+    begun: int = 0  # the step at which this phase began
+    last: dict = field(default_factory=dict)  # network -> its newest score
+    best: dict = field(default_factory=dict)  # network -> its best one
 
     def networks(self) -> dict[str, Detector]:
         return {"student": self.student, "teacher": self.teacher} if self.phase == "student" else {
@@ -861,23 +939,23 @@ class State:
 
 
 def train_step(s: State, labeled: Batch, unlabeled: Batch | None, args: Args, world: World) -> dict[str, Tensor]:
-    """Sec. 3: one step of a network that learns from smoothed labels alone (the teacher-to-be); or of the student,
-    which learns from corrected pseudo labels too, and whom its teacher follows."""
+    """Sec. 3: one step of a network that learns from smoothed labels alone (the teacher-to-be); or
+    of the student, which learns from corrected pseudo labels too, and whom its teacher follows."""
     student = s.phase == "student"
     smooth = not student or args.student_labels == "smoothed"
     s.optimizer.zero_grad(set_to_none=True)
-    objects = [labeled_objects(t, s.classes, smooth) for t in labeled.targets]                           # Eq. 3
+    objects = [labeled_objects(t, s.classes, smooth) for t in labeled.targets]  # Eq. 3
     log = learn(s, labeled.images, objects, 1.0, "l", args, world, last=not student)
     if student:
         parts = [pseudo_labels(s.teacher, x, s.delta, args)
                  for x in unlabeled.weak.split(-(-len(unlabeled.weak) // args.accumulate))]
-        objects = [o for found, _ in parts for o in found]                                               # Eq. 5
+        objects = [o for found, _ in parts for o in found]  # Eq. 5
         log |= pseudo_log(objects, torch.cat([conf for _, conf in parts]), world)
         log |= learn(s, unlabeled.images, objects, args.unsup_weight, "u", args, world, last=True)
     if args.clip > 0:
         nn.utils.clip_grad_norm_(s.student.parameters(), args.clip, foreach=True)
     s.optimizer.step()
-    t = s.step - s.begun + 1                                         # steps of this phase that are done
+    t = s.step - s.begun + 1  # steps of this phase that are done
     if student and args.teacher_update == "ema" and t >= args.burn_in:
         ema_update(s.teacher, s.student, 0.0 if t == args.burn_in else args.ema)
         s.teacher.heads.learned.copy_(s.student.heads.learned)
@@ -893,8 +971,9 @@ def labeled_objects(target: Target, classes: Classes, smooth: bool) -> Objects:
 
 def learn(s: State, images: Tensor, objects: list[Objects], factor: float, name: str, args: Args, world: World,
           last: bool) -> dict[str, Tensor]:
-    """Add the gradient of factor * loss on (B, 3, S, S) uint8 images, in --accumulate parts. Labeled and unlabeled ones
-    have a backward pass each: the same gradient in half the memory. Processes exchange it in the `last` of a step."""
+    """Add the gradient of factor * loss on (B, 3, S, S) uint8 images, in --accumulate parts.
+    Labeled and unlabeled ones have a backward pass each: the same gradient in half the memory.
+    Processes exchange it in the `last` of a step."""
     size, total = -(-len(images) // args.accumulate), {}
     for start in range(0, len(images), size):
         here = slice(start, start + size)
@@ -912,8 +991,9 @@ def learn(s: State, images: Tensor, objects: list[Objects], factor: float, name:
 
 
 def known_classes(objects: list[Objects], classes: Classes, pseudo: bool, args: Args, draws: list) -> Tensor:
-    """Federated loss (Zhou et al., 2021): the classes (B, C) whose scores an image teaches, its own and others, drawn
-    by the root of their number of images, up to --federated in all. DEPARTS[federated]"""
+    """Federated loss (Zhou et al., 2021): the classes (B, C) whose scores an image teaches, its own
+    and others, drawn by the root of their number of images, up to --federated in all.
+    DEPARTS[federated]"""
     there = classes.images > 0
     if args.federated == 0:
         return there.expand(len(objects), -1)
@@ -934,7 +1014,8 @@ def known_classes(objects: list[Objects], classes: Classes, pseudo: bool, args: 
 # SAME AS guided_distillation.py
 @torch.no_grad()
 def ema_update(teacher: nn.Module, student: nn.Module, decay: float) -> None:
-    """teacher <- decay * teacher + (1 - decay) * student, parameters and float buffers, in place. 0 copies."""
+    """teacher <- decay * teacher + (1 - decay) * student, parameters and float buffers, in place. 0
+    copies."""
     pairs = [(t, s) for t, s in zip(itertools.chain(teacher.parameters(), teacher.buffers()),
                                     itertools.chain(student.parameters(), student.buffers()), strict=True)
              if t.is_floating_point()]
@@ -942,15 +1023,16 @@ def ema_update(teacher: nn.Module, student: nn.Module, decay: float) -> None:
 
 
 def schedule(t: int, steps: int, args: Args) -> float:
-    """lr / lr_init at step t of a phase: linear warm-up from a thousandth, then a cosine to zero, or constant."""
+    """lr / lr_init at step t of a phase: linear warm-up from a thousandth, then a cosine to zero,
+    or constant."""
     warmup = max(round(args.warmup * steps), 1)
     rise = min(0.001 + 0.999 * t / warmup, 1.0)
     return rise * (0.5 + 0.5 * math.cos(math.pi * t / steps) if args.schedule == "cosine" else 1.0)
 
 
 def adamw(net: Detector, args: Args, world: World) -> torch.optim.AdamW:
-    """AdamW with the same weight decay on everything. Block i of n of EVA-02 learns layer_decay^(n - i) as fast, its
-    embeddings layer_decay^(n + 1); a CNN's body layer_decay."""
+    """AdamW with the same weight decay on everything. Block i of n of EVA-02 learns layer_decay^(n
+    - i) as fast, its embeddings layer_decay^(n + 1); a CNN's body layer_decay."""
     depth, groups = len(getattr(net.backbone, "blocks", ())), {}
     for name, parameter in net.named_parameters():
         if parameter.requires_grad:
@@ -963,14 +1045,15 @@ def adamw(net: Detector, args: Args, world: World) -> torch.optim.AdamW:
                              betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=world.device.type == "cuda")
 
 
-# ============================================================================================== weights
-EVA_NAMES = [(re.compile(pattern), new) for pattern, new in [                    # EVA-02's and Detectron2's names
+# ========================================================================================== weights
+EVA_NAMES = [(re.compile(pattern), new) for pattern, new in [  # EVA-02's and Detectron2's names
     (r"^backbone\.net\.patch_embed\.proj\.", "backbone.proj."), (r"^backbone\.net\.", "backbone."),
     (r"\.attn\.q_bias$", ".attn.q_proj.bias"), (r"\.attn\.v_bias$", ".attn.v_proj.bias"),
     (r"\.mlp\.w1\.", ".mlp.fc1_g."), (r"\.mlp\.w2\.", ".mlp.fc1_x."), (r"\.mlp\.w3\.", ".mlp.fc2."),
     (r"\.mlp\.ffn_ln\.", ".mlp.norm."),
     (r"^backbone\.simfp_(\d)\.(\d)\.(norm\.)?", lambda m: f"neck.levels.{int(m[1]) - 2}."
-     f"{int(m[2]) + (m[1] + m[2] in ('25', '32', '41', '52')) + bool(m[3])}."),  # a 3x3 comes behind the norm of a 1x1
+     # a 3x3 comes behind the norm of a 1x1
+     f"{int(m[2]) + (m[1] + m[2] in ('25', '32', '41', '52')) + bool(m[3])}."),
     (r"^proposal_generator\.rpn_head\.", "rpn."), (r"^rpn\.conv\.conv(\d)\.", lambda m: f"rpn.convs.{2 * int(m[1])}."),
     (r"^rpn\.objectness_logits\.", "rpn.objectness."), (r"^rpn\.anchor_deltas\.", "rpn.deltas."),
     (r"^roi_heads\.box_head\.(\d)\.conv(\d)\.(norm\.)?",
@@ -986,8 +1069,8 @@ EVA_NAMES = [(re.compile(pattern), new) for pattern, new in [                   
 
 
 def load_detector(net: Detector, path: Path, flag: str = "--init-detector") -> list[str]:
-    """Load a whole detector, of EVA-02's release or ours; lines on what did not fit. Rotary tables are made, not
-    loaded; a background unit, which a sigmoid does not have, is cut off."""
+    """Load a whole detector, of EVA-02's release or ours; lines on what did not fit. Rotary tables
+    are made, not loaded; a background unit, which a sigmoid does not have, is cut off."""
     weights = {}
     for key, value in runs.read_weights(path, flag).items():
         for prefix in ("teacher.", "supervised.", "student.", "model_ema.", "model."):
@@ -998,7 +1081,8 @@ def load_detector(net: Detector, path: Path, flag: str = "--init-detector") -> l
         weights.setdefault(key, value)
     weights = {k: v for k, v in weights.items() if "rope" not in k and "fed_loss_cls_weights" not in k}
     places = weights.get("backbone.pos_embed")
-    if places is not None and places.dim() == 3 and hasattr(net.backbone, "pos_embed"):         # (1, 1 + g * g, D)
+    # (1, 1 + g * g, D)
+    if places is not None and places.dim() == 3 and hasattr(net.backbone, "pos_embed"):
         side = math.isqrt(places.shape[1])
         places = places[:, -side * side:].transpose(1, 2).reshape(1, -1, side, side)
         net.backbone.pos_embed = nn.Parameter(places.to(net.backbone.pos_embed))
@@ -1007,16 +1091,18 @@ def load_detector(net: Detector, path: Path, flag: str = "--init-detector") -> l
         if re.search(r"\.classes\.\w+$", k) and k in weights and len(weights[k]) == len(own) + 1:
             weights[k] = weights[k][:-1]
     notes = runs.load_matching(net, weights, str(path))
-    return [note for note in notes if not note.endswith("(1): heads.learned")]  # which labels there are is no weight
+    # which labels there are is no weight
+    return [note for note in notes if not note.endswith("(1): heads.learned")]
 
 
-# ============================================================================================== evaluation
+# ======================================================================================= evaluation
 class Seen(NamedTuple):
-    """What a network sees on one image: R regions in pixels of the padded square, `factors` (4,) times its own."""
+    """What a network sees on one image: R regions in pixels of the padded square, `factors` (4,)
+    times its own."""
     factors: Tensor
     pyramid: list[Tensor]
-    boxes: Tensor                                   # (R, 4), within the image
-    probs: Tensor                                   # (R, C)
+    boxes: Tensor  # (R, 4), within the image
+    probs: Tensor  # (R, C)
 
 
 @torch.no_grad()
@@ -1032,8 +1118,9 @@ def look(net: Detector, image: Tensor, args: Args) -> Seen:
 
 @torch.no_grad()
 def detect(net: Detector, image: Tensor, seen: Seen, args: Args, known: Tensor | None = None) -> tuple[Tensor, ...]:
-    """The best --detections of an image (3, H, W) uint8: labels (n,), scores (n,), masks (n, H, W) bool, boxes (n, 4);
-    after that cut without classes that are not `known` (C,), which in LVIS are neither right nor wrong."""
+    """The best --detections of an image (3, H, W) uint8: labels (n,), scores (n,), masks (n, H, W)
+    bool, boxes (n, 4); after that cut without classes that are not `known` (C,), which in LVIS are
+    neither right nor wrong."""
     rows, labels = (seen.probs > FRINGE).nonzero().unbind(1)
     keep, scores = regions.suppress(seen.boxes[rows], seen.probs[rows, labels], labels, args.nms, args.soft_nms)
     best = scores.argsort(descending=True, stable=True)[:args.detections]
@@ -1053,8 +1140,9 @@ def detect(net: Detector, image: Tensor, seen: Seen, args: Args, known: Tensor |
 
 def evaluate(networks: dict[str, Detector], data: Instances, groups: list[str], args: Args, world: World) \
         -> tuple[dict[str, dict], dict[str, list], list, dict]:
-    """Mask and box AP of each network in percent, also of rare, common and frequent classes, and its calibration error;
-    its results in COCO's format, rows of preview pictures, and reliability diagrams."""
+    """Mask and box AP of each network in percent, also of rare, common and frequent classes, and
+    its calibration error; its results in COCO's format, rows of preview pictures, and reliability
+    diagrams."""
     found, entries, rows = {name: [] for name in networks}, {name: [] for name in networks}, []
     for index, image in instances.score_loader(data.val, world, args.workers):
         photo = data.val[index]
@@ -1089,10 +1177,11 @@ def evaluate(networks: dict[str, Detector], data: Instances, groups: list[str], 
     return scores, found, rows, records
 
 
-# ============================================================================================== retrieval
+# ======================================================================================== retrieval
 def retrieve(args: Args, data: Instances, labeled: list[Photo], groups: list[str], world: World) -> None:
-    """Sec. 4.1: the --neighbours images of the pool nearest to each labeled object of a rare class, without duplicates
-    and what is labeled or scored: retrieved.txt, a list for --unlabeled, beside a report of what each class found."""
+    """Sec. 4.1: the --neighbours images of the pool nearest to each labeled object of a rare class,
+    without duplicates and what is labeled or scored: retrieved.txt, a list for --unlabeled, beside
+    a report of what each class found."""
     out, size = Path(args.out), args.embed_size
     distributed.seed_torch(args.seed, "retrieval")
     net = features.Embedder(args.retrieval_model, args.retrieval_weights, args.root, size).to(world.device)
@@ -1121,7 +1210,7 @@ def retrieve(args: Args, data: Instances, labeled: list[Photo], groups: list[str
                         f"another pool, or a higher --duplicate.")
 
 
-# ============================================================================================== main
+# ============================================================================================= main
 STUDENT_ONLY = ("pseudo lambda_calib support refresh threshold filter_on size_threshold unsup_weight ema unlabeled "
                 "steps teacher_update student_init burn_in student_labels batch_size calibration")
 PROTOTYPES = f"prototypes of {SCRIPT}"
@@ -1135,7 +1224,8 @@ RANGES |= dict.fromkeys("accumulate steps teacher_steps eval_every bins neighbou
     "prior": (1e-9, 0.5), "duplicate": (0, 1), "embed_size": (14, 4096), "nms": (0.01, 1), "anchor_scale": (0.1, 99),
     "sim_tau": (1e-6, 1e6)}
 GRIDS = {"teacher": {"eps": (0.05, 0.1, 0.2), "gamma": (0.0, 0.5, 1.0, 1.5, 2.0)},
-         "student": {"lambda_calib": (0.5, 1.0, 2.0, 3.0), "unsup_weight": (0.5, 1.0, 2.0)}}    # DEPARTS[grid]
+         # DEPARTS[grid]
+         "student": {"lambda_calib": (0.5, 1.0, 2.0, 3.0), "unsup_weight": (0.5, 1.0, 2.0)}}
 
 
 def check(args: Args, world: World) -> None:
@@ -1189,8 +1279,9 @@ def check(args: Args, world: World) -> None:
 
 
 def plan(args: Args) -> list[tuple[str, int]]:
-    """Sec. 4.1: the networks that a run trains, in order, with their steps. `heldout` learns from 85 % of the labels,
-    so that Eq. 4 can be measured on the others; `teacher` from all. DEPARTS[delta]"""
+    """Sec. 4.1: the networks that a run trains, in order, with their steps. `heldout` learns from
+    85 % of the labels, so that Eq. 4 can be measured on the others; `teacher` from all.
+    DEPARTS[delta]"""
     student, teacher = [("student", args.steps)], [] if args.teacher else [("teacher", args.teacher_steps)]
     heldout = [("heldout", args.teacher_steps)]
     if args.stage == "calibrate":
@@ -1200,7 +1291,8 @@ def plan(args: Args) -> list[tuple[str, int]]:
 
 
 def measures_teacher(args: Args) -> bool:
-    """Whether Eq. 4 is measured of the teacher itself; with --tune or --refresh it has not seen the held-out labels."""
+    """Whether Eq. 4 is measured of the teacher itself; with --tune or --refresh it has not seen the
+    held-out labels."""
     return args.tune or args.refresh > 0 or args.delta_from == "teacher"
 
 
@@ -1227,7 +1319,8 @@ def find(args: Args, classes: list[str] | None = None) -> Instances:
 
 
 def network(args: Args, num_classes: int, world: World, name: str, pretrained: bool = True) -> tuple[Detector, list]:
-    """A detector with its starting weights, on the device; and lines on weights that did not load."""
+    """A detector with its starting weights, on the device; and lines on weights that did not
+    load."""
     distributed.seed_torch(args.seed, name)
     net = Detector(args, num_classes, world.bf16(args.precision), args.weights if pretrained else "none")
     notes, cnn = [], not args.backbone.startswith("eva02")
@@ -1241,8 +1334,8 @@ def network(args: Args, num_classes: int, world: World, name: str, pretrained: b
 
 def begin(phase: str, args: Args, data: Instances, classes: Classes, delta: Tensor | None, world: World, begun: int,
           state: dict | None) -> tuple[State, list[str]]:
-    """The networks of a phase at its beginning, student and its teacher with the trained teacher's weights; or as its
-    checkpoint `state` has them, which needs no other file."""
+    """The networks of a phase at its beginning, student and its teacher with the trained teacher's
+    weights; or as its checkpoint `state` has them, which needs no other file."""
     copied, teacher = phase == "student" and args.student_init == "teacher", None
     net, notes = network(args, len(data.classes), world, phase, pretrained=not copied and state is None)
     if phase == "student":
@@ -1280,7 +1373,8 @@ def main_says(world: World, fact: bool) -> bool:
 
 
 def delta_of(args: Args, data: Instances, held: list[Photo], groups: list[str], world: World) -> Tensor | None:
-    """Delta of Eq. 5 (C,): from --calibration, or measured on the held-out labels and written to the run folder."""
+    """Delta of Eq. 5 (C,): from --calibration, or measured on the held-out labels and written to
+    the run folder."""
     if args.pseudo != "calibrated" and args.stage != "calibrate":
         return None
     path, record = Path(args.calibration or Path(args.out) / "calibration.json"), None
@@ -1305,7 +1399,8 @@ def delta_of(args: Args, data: Instances, held: list[Photo], groups: list[str], 
 
 
 def train(args: Args) -> dict:
-    """One run, from the start or from its checkpoint, to results.json, whose contents are returned."""
+    """One run, from the start or from its checkpoint, to results.json, whose contents are
+    returned."""
     args = replace(args, out=str(runs.default_out(SCRIPT, args)))
     check(args, distributed.launched())
     phases, out, data = plan(args), Path(args.out), find(args)
@@ -1321,7 +1416,7 @@ def train(args: Args) -> dict:
     world = distributed.start(args.device)
     state = runs.load_checkpoint(out / "last.pt", SCRIPT) if resuming else None
     step, total = state["step"] if state else 0, sum(steps for _, steps in phases)
-    if state is None:                               # files are looked at before anything is trained
+    if state is None:  # files are looked at before anything is trained
         _ = args.teacher and trained(args, data, args.teacher, world)
         _ = args.calibration and delta_of(args, data, held, [], world)
     similarity = similarities(args, data, labeled, world)
@@ -1332,7 +1427,8 @@ def train(args: Args) -> dict:
         chosen = choose(str(out / "retrieved.txt"), needed=student)
 
     def start(phase: str, begun: int) -> tuple[State, list[str], list[Photo]]:
-        """A phase from its beginning or its checkpoint, lines on its weights, and its labeled images."""
+        """A phase from its beginning or its checkpoint, lines on its weights, and its labeled
+        images."""
         photos, again = labeled if phase != "heldout" else learned, state is not None and state["phase"] == phase
         own = label_statistics(args, data, photos, similarity, world)
         delta = delta_of(args, data, held, classes.groups, world) if phase == "student" and not again else None
@@ -1369,7 +1465,7 @@ def train(args: Args) -> dict:
             for group in s.optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * schedule(done, border - begun, args)
             batches = [instances.to_device(next(feed), world.device) for feed in feeds]
-            distributed.seed_torch(args.seed, "step", now, world.rank)           # drop path
+            distributed.seed_torch(args.seed, "step", now, world.rank)  # drop path
             values = train_step(s, *batches, args, world)
             run.tally(now, values, *batches)
             distributed.average_buffers(world, *s.networks().values())
@@ -1386,13 +1482,13 @@ def train(args: Args) -> dict:
             if scoring or asked or (args.save_every and s.step % args.save_every == 0):
                 run.save("last.pt", snapshot(s, args, data))
             if asked and s.step < total:
-                run.leave(s.step)                   # does not return
+                run.leave(s.step)  # does not return
         last, best = s.last, s.best
-        world.barrier()                             # its checkpoint is written
+        world.barrier()  # its checkpoint is written
     if args.stage == "calibrate":
         delta_of(args, data, held, classes.groups, world)
     facts = {"stage": args.stage, "val": "held out" if args.tune else args.val, "split_fingerprint": chosen.fingerprint}
-    if world.main and {"supervised", "student"} <= last.keys():                  # Fig. 4
+    if world.main and {"supervised", "student"} <= last.keys():  # Fig. 4
         new = "student" if args.teacher_update == "frozen" else "teacher"
         groups, counts = (dict(zip(data.classes, x, strict=True)) for x in (classes.groups, classes.instances.tolist()))
         calibration.scatter(last["supervised"]["per_class"], last[new]["per_class"], groups, counts,
@@ -1404,10 +1500,11 @@ def train(args: Args) -> dict:
 
 
 def score_networks(s: State, data: Instances, args: Args, world: World, run: runs.Run) -> None:
-    """Score the networks, note the best, keep its weights: best.pt (of the teacher's, once there is a student)."""
+    """Score the networks, note the best, keep its weights: best.pt (of the teacher's, once there is
+    a student)."""
     networks = s.networks()
     if s.phase == "student" and args.teacher_update == "frozen" and "teacher" in s.last:
-        networks.pop("teacher")                     # it is what it was
+        networks.pop("teacher")  # it is what it was
     headline = "supervised" if s.phase == "teacher" else "teacher" if "teacher" in networks else "student"
     scores, found, rows, records = evaluate(networks, data, s.classes.groups, args, world)
     s.student.train()
@@ -1427,7 +1524,8 @@ def score_networks(s: State, data: Instances, args: Args, world: World, run: run
 
 
 def snapshot(s: State, args: Args, data: Instances, optimizer: bool = True) -> dict:
-    """What a checkpoint holds. best.pt, heldout.pt and teacher.pt have no `optimizer`: to score, predict, teach."""
+    """What a checkpoint holds. best.pt, heldout.pt and teacher.pt have no `optimizer`: to score,
+    predict, teach."""
     state = {"settings": json.loads(json.dumps(vars(args))), "classes": data.classes, "ids": data.ids, "phase": s.phase,
              "step": s.step, "last": s.last, "best": s.best, "delta": s.delta, "groups": s.classes.groups,
              "networks": {name: net.state_dict() for name, net in s.networks().items()}}
@@ -1435,7 +1533,8 @@ def snapshot(s: State, args: Args, data: Instances, optimizer: bool = True) -> d
 
 
 def grid(args: Args) -> dict:
-    """Sec. 4.1: the small search on labels held out, one resumable run after the other; grid.json has the best."""
+    """Sec. 4.1: the small search on labels held out, one resumable run after the other; grid.json
+    has the best."""
     if args.stage != "all":
         raise UserError("--grid chooses the stage itself; leave --stage out.")
 
@@ -1459,7 +1558,8 @@ def load(path: str, args: Args) -> tuple[dict[str, Detector], dict, World]:
 
 
 def score_checkpoint(args: Args) -> dict:
-    """--eval: score a checkpoint's networks; <checkpoint>.results.json, and <checkpoint>.<network>.segm.json."""
+    """--eval: score a checkpoint's networks; <checkpoint>.results.json, and
+    <checkpoint>.<network>.segm.json."""
     networks, state, world = load(args.eval, args)
     data = find(args, state["classes"])
     scores, found, rows, records = evaluate(networks, data, state["groups"], args, world)
@@ -1475,7 +1575,8 @@ def score_checkpoint(args: Args) -> dict:
 
 
 def predict(args: Args) -> None:
-    """--predict CKPT IMAGES...: <checkpoint>.predictions/ with overlays and, in COCO's format, predictions.json."""
+    """--predict CKPT IMAGES...: <checkpoint>.predictions/ with overlays and, in COCO's format,
+    predictions.json."""
     nets, state, world = load(args.predict[0], args)
     net, files = nets.get("teacher", next(iter(nets.values()))), read.pictures(args.predict[1:])
     regions.predictions(files, Path(f"{args.predict[0]}.predictions"), lambda image: detect(net, image, look(
@@ -1483,7 +1584,8 @@ def predict(args: Args) -> None:
 
 
 def settings(dataset: str = "lvis", eval: str = "", predict: str = "") -> Args:
-    """What the command line starts from: a preset, or the settings inside a checkpoint to score or predict with."""
+    """What the command line starts from: a preset, or the settings inside a checkpoint to score or
+    predict with."""
     return runs.saved_settings(Args, Path(eval or predict), SCRIPT) if eval or predict else preset(dataset)
 
 

@@ -1,10 +1,11 @@
 """The GIST and RIST of Iterative Self-Training for Semi-Supervised Segmentation.
 Teh, DeVries, Duke, Jiang, Aarabi, Taylor. CRV 2022. https://arxiv.org/abs/2103.17105
 
-Self-training, repeated for many stages at one mix of human and pseudo labels (FIST), ends worse than it began: one
-class spreads over the images. Stages that learn from human labels alone (L) or pseudo labels alone (P) do better, along
-a path such as LPPLLLPPL. GIST finds one by beam search, RIST draws some; a small development set picks among all stages
-of all paths. Weights follow from the path alone, so each node is trained once, by whichever process is free.
+Self-training, repeated for many stages at one mix of human and pseudo labels (FIST), ends worse
+than it began: one class spreads over the images. Stages that learn from human labels alone (L) or
+pseudo labels alone (P) do better, along a path such as LPPLLLPPL. GIST finds one by beam search,
+RIST draws some; a small development set picks among all stages of all paths. Weights follow from
+the path alone, so each node is trained once, by whichever process is free.
 
     paper                                           this file
     Eq. 1     cross entropy on labels               cross_entropy
@@ -23,8 +24,9 @@ of all paths. Weights follow from the path alone, so each node is trained once, 
     Sec. IV       stage 0: labels, S4GAN, ClassMix  supervised_step, s4gan_step, classmix_step
     (not in the paper) nodes, shared and resumable  Tree, search_all
 
-Shapes: B images, K classes, H x W pixels, h x w cells of stride 8. Suffix _l labeled, _u unlabeled, _p pseudo-labeled.
-Lines marked DEPARTS[name] leave the paper or decide what it leaves open; docs/gist_rist.md says why.
+Shapes: B images, K classes, H x W pixels, h x w cells of stride 8. Suffix _l labeled, _u unlabeled,
+_p pseudo-labeled. Lines marked DEPARTS[name] leave the paper or decide what it leaves open;
+docs/gist_rist.md says why.
 
     torchrun --nproc_per_node 8 gist_rist.py --split 1/50 --weights resnet101COCO-41f33a49.pth    # VOC 2012
     python gist_rist.py --dataset shapes                      # embedded data, no download, CPU, minutes
@@ -57,18 +59,21 @@ from data import find, read, splits
 from data.read import Picture
 from docs import gist_report
 
-SCRIPT, IGNORE, ROOT = "gist_rist.py", 255, ""      # ROOT is the path of stage 0
+SCRIPT, IGNORE, ROOT = "gist_rist.py", 255, ""  # ROOT is the path of stage 0
 
 
-# ============================================================================================== settings
+# ========================================================================================= settings
 @dataclass
 class Args:
-    """GIST and RIST. --dataset picks the paper's numbers, other flags override them. DEPARTS: see docs."""
+    """GIST and RIST. --dataset picks the paper's numbers, other flags override them. DEPARTS: see
+    docs."""
 
     # data and bookkeeping
-    dataset: Literal["voc", "cityscapes", "shapes", "folder"] = "voc"  # what to train on; also picks the defaults
+    # what to train on; also picks the defaults
+    dataset: Literal["voc", "cityscapes", "shapes", "folder"] = "voc"
     root: str = "datasets/voc"  # where the data lie, see data/README.md
-    split: str = "1/50"  # labeled images: a published list (1/50, 1/20, 1/8), random:N, random:N%, or a list file
+    # labeled images: a published list (1/50, 1/20, 1/8), random:N, random:N%, or a list file
+    split: str = "1/50"
     split_seed: int = 0  # which draw, for random splits
     unlabeled: str = ""  # folder or list of unlabeled images; empty: all other training images
     val: str = "val"  # name of the list or folder that is scored; nothing is chosen on it
@@ -77,34 +82,49 @@ class Args:
     out: str = ""  # run folder; empty: runs/gist_rist-<dataset>-<split>-d<split seed>-s<seed>
     store: str = "runs/gist_rist-nodes"  # trained nodes, shared by runs, searches and processes
     resume: bool = False  # continue the run in --out; nodes in the store are never trained twice
-    seed: int = 0  # initial weights, order of images, augmentation, RIST's draws; each node adds its path
+    # initial weights, order of images, augmentation, RIST's draws; each node adds its path
+    seed: int = 0
     workers: int = read.default_workers()  # decoding processes per training process and stream
-    threads: int = 1  # CPU threads of a process: sums, and so weights, differ in the last bit between numbers of them
+    # CPU threads of a process: sums, and so weights, differ in the last bit between numbers of them
+    threads: int = 1
     device: str = "auto"  # auto, cpu, cuda
     precision: Literal["fp32", "bf16"] = "fp32"  # inside the network
     compile: bool = False  # torch.compile the networks
     eval_every: int = 1000  # steps of stage 0 between evaluations on the development set
     save_every: int = 500  # steps between checkpoints of a node in training
     log_every: int = 50  # steps between log lines
-    keep_nodes: bool = False  # keep the weights of all nodes, not only of those which a search may still need
-    val_every_stage: bool = False  # score every node on val, too: to report (Fig. 1, Table II), never to choose
+    # keep the weights of all nodes, not only of those which a search may still need
+    keep_nodes: bool = False
+    # score every node on val, too: to report (Fig. 1, Table II), never to choose
+    val_every_stage: bool = False
     eval: str = ""  # evaluate this checkpoint, train nothing
-    predict: list[str] = field(default_factory=list)  # checkpoint, then images or folders: write predictions
-    report: str = ""  # write tables and pictures of this finished run, from its nodes, and train nothing
+    # checkpoint, then images or folders: write predictions
+    predict: list[str] = field(default_factory=list)
+    # write tables and pictures of this finished run, from its nodes, and train nothing
+    report: str = ""
 
     # network (Sec. IV: DeepLabV2 from MS-COCO weights, all BatchNorm frozen)
-    backbone: str = "caffe_resnet101"  # the Caffe-style ResNet of COCO weights; or a timm name, else a torchvision one
-    weights: str = ""  # a file of COCO weights; imagenet, none, shapes, or a file for another backbone
-    pixels: Literal["auto", "bgr", "rgb", "imagenet"] = "auto"  # channel order and scale. DEPARTS[pixels]
-    init_head: bool = False  # load the file's classifier, too, where the classes agree. DEPARTS[init-head]
-    output_stride: Literal[8, 16, 32] = 8  # of timm and torchvision backbones; the Caffe-style one has 8
-    cut: int = -1  # of the backbone's own stages, the last ones to leave out; -1: those without weights in the file
+    # the Caffe-style ResNet of COCO weights; or a timm name, else a torchvision one
+    backbone: str = "caffe_resnet101"
+    # a file of COCO weights; imagenet, none, shapes, or a file for another backbone
+    weights: str = ""
+    # channel order and scale. DEPARTS[pixels]
+    pixels: Literal["auto", "bgr", "rgb", "imagenet"] = "auto"
+    # load the file's classifier, too, where the classes agree. DEPARTS[init-head]
+    init_head: bool = False
+    # of timm and torchvision backbones; the Caffe-style one has 8
+    output_stride: Literal[8, 16, 32] = 8
+    # of the backbone's own stages, the last ones to leave out; -1: those without weights in the
+    # file
+    cut: int = -1
     aspp_rates: tuple[int, ...] = (6, 12, 18, 24)  # dilations, summed. DEPARTS[aspp]
-    bn: Literal["auto", "frozen", "live"] = "auto"  # BatchNorm; auto: live in stage 0 without weights. DEPARTS[bn]
+    # BatchNorm; auto: live in stage 0 without weights. DEPARTS[bn]
+    bn: Literal["auto", "frozen", "live"] = "auto"
 
     # optimisation (Sec. IV)
     batch_size: int = 8  # labeled images per step of a node, and as many unlabeled
-    resize: float = 1  # of images and labels, before anything else; Cityscapes 0.5. DEPARTS[cityscapes]
+    # of images and labels, before anything else; Cityscapes 0.5. DEPARTS[cityscapes]
+    resize: float = 1
     crop_size: tuple[int, int] = (321, 321)  # height and width in training
     scale: tuple[float, float] = (0.5, 1.5)  # random resizing. DEPARTS[scale]
     lr: float = 2.5e-4  # of the backbone
@@ -121,25 +141,33 @@ class Args:
     gan_gamma: float = 0.6  # S4GAN: score above which an image is trusted
     gan_fm: float = 0.1  # S4GAN: weight of feature matching
     gan_st: float = 1.0  # S4GAN: weight of self-training
-    mix_threshold: float = 0.968  # ClassMix: confidence that counts for the weight. DEPARTS[classmix]
+    # ClassMix: confidence that counts for the weight. DEPARTS[classmix]
+    mix_threshold: float = 0.968
     mix_alpha: float = 0.99  # ClassMix: EMA of the teacher
     mix_weight: float = 1.0  # ClassMix: weight of the unlabeled loss
     mix_colour: bool = False  # ClassMix: jitter and blur the mixed images
 
     # refinement (Sec. III) and the paper's tables
-    search: tuple[Literal["fist", "gist", "rist", "batchwise", "path"], ...] = ("gist", "rist")  # Figs. 1, 6; Table I
-    alpha: tuple[float, ...] = (0.75,)  # FIST: share of labels, Eq. 2; several: several paths. DEPARTS[fist]
+    # Figs. 1, 6; Table I
+    search: tuple[Literal["fist", "gist", "rist", "batchwise", "path"], ...] = ("gist", "rist")
+    # FIST: share of labels, Eq. 2; several: several paths. DEPARTS[fist]
+    alpha: tuple[float, ...] = (0.75,)
     beam: int = 1  # GIST: G, Table IV
     trials: int = 2  # RIST: paths, Table II
     path: tuple[str, ...] = ()  # with --search path: paths such as LPPLLLPPL
-    max_run: int = 0  # RIST: draw again a path with more equal letters in a row; 0: off. DEPARTS[max-run]
-    independent: bool = False  # RIST: paths share no nodes, not even equal beginnings: for a study of the spread
+    # RIST: draw again a path with more equal letters in a row; 0: off. DEPARTS[max-run]
+    max_run: int = 0
+    # RIST: paths share no nodes, not even equal beginnings: for a study of the spread
+    independent: bool = False
     cl: float = 1.0  # weight of the consistency loss, Eq. 8; 0: none, Table V. DEPARTS[cl]
     cl_beta: float = 0.99  # EMA of its teacher, Eq. 3. DEPARTS[cl]
     cl_drop: float = 0.5  # dropout of Eqs. 6 and 7. DEPARTS[cl]
-    cl_on: Literal["both", "active"] = "both"  # labeled and unlabeled images, or those that the stage learns from
-    phi: float = -1  # Label Erase, Eq. 9; 0: none, Table V; -1: 0.5 with --temp below 1, else 0.9. DEPARTS[le]
-    temp: float = 0.2  # T multiplies the logits before the confidence of Eq. 9; 1: none, Table V. DEPARTS[ts]
+    # labeled and unlabeled images, or those that the stage learns from
+    cl_on: Literal["both", "active"] = "both"
+    # Label Erase, Eq. 9; 0: none, Table V; -1: 0.5 with --temp below 1, else 0.9. DEPARTS[le]
+    phi: float = -1
+    # T multiplies the logits before the confidence of Eq. 9; 1: none, Table V. DEPARTS[ts]
+    temp: float = 0.2
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -151,7 +179,8 @@ PRESETS: dict[str, dict[str, Any]] = {
                    stage0_steps=200, eval_every=200, steps=300, stages=3, cl_on="active", val_every_stage=True),
     "folder": dict(root="datasets/folder", split="random:1/8", backbone="resnet50.tv_in1k", weights="imagenet"),
 }
-CITYSCAPES = {f"1/{n}": f"random:{m}" for n, m in ((50, 59), (30, 100), (20, 148), (8, 371), (4, 743))}      # Table I
+# Table I
+CITYSCAPES = {f"1/{n}": f"random:{m}" for n, m in ((50, 59), (30, 100), (20, 148), (8, 371), (4, 743))}
 
 
 def preset(dataset: str = "voc", **overrides: Any) -> Args:
@@ -159,10 +188,11 @@ def preset(dataset: str = "voc", **overrides: Any) -> Args:
     return Args(**(dict(dataset=dataset) | PRESETS[dataset] | overrides))
 
 
-# ============================================================================================== network
+# ========================================================================================== network
 def caffe_style(body: nn.Module) -> None:
-    """Make a timm ResNet, in place, the one of DeepLabV2's COCO weights: ceil-mode pooling, strides on the first 1x1
-    convolution, stride 8 in all, and stages three and four dilated in all their blocks, the first included."""
+    """Make a timm ResNet, in place, the one of DeepLabV2's COCO weights: ceil-mode pooling, strides
+    on the first 1x1 convolution, stride 8 in all, and stages three and four dilated in all their
+    blocks, the first included."""
     body.maxpool.ceil_mode = True
     for name, stride, dilation in (("layer1", 1, 1), ("layer2", 2, 1), ("layer3", 1, 2), ("layer4", 1, 4)):
         for i, block in enumerate(layer := getattr(body, name)):
@@ -172,12 +202,14 @@ def caffe_style(body: nn.Module) -> None:
 
 
 CAFFE = ("caffe_resnet50", "caffe_resnet101", "caffe_resnet152")
-MEAN = {"voc": (122.67891434, 116.66876762, 104.00698793), "cityscapes": (73.15835921, 82.90891754, 72.39239876)}  # RGB
+# RGB
+MEAN = {"voc": (122.67891434, 116.66876762, 104.00698793), "cityscapes": (73.15835921, 82.90891754, 72.39239876)}
 
 
 class SegNet(nn.Module):
-    """DeepLabV2: RGB images (B, 3, H, W) in 0..255 -> float32 logits (B, K, h, w), and the features (B, C, h, w) before
-    ASPP, Eqs. 4 and 5. With `frozen`, BatchNorm keeps its statistics and weights in every mode. DEPARTS[bn]"""
+    """DeepLabV2: RGB images (B, 3, H, W) in 0..255 -> float32 logits (B, K, h, w), and the features
+    (B, C, h, w) before ASPP, Eqs. 4 and 5. With `frozen`, BatchNorm keeps its statistics and
+    weights in every mode. DEPARTS[bn]"""
 
     def __init__(self, args: Args, num_classes: int, pretrained: bool = False):
         super().__init__()
@@ -190,7 +222,8 @@ class SegNet(nn.Module):
         if caffe:
             caffe_style(self.backbone)
         conv = partial(nn.Conv2d, channels[-1], num_classes, 3)
-        self.head = nn.ModuleList(conv(padding=rate, dilation=rate) for rate in args.aspp_rates)      # DEPARTS[aspp]
+        # DEPARTS[aspp]
+        self.head = nn.ModuleList(conv(padding=rate, dilation=rate) for rate in args.aspp_rates)
         self.register_buffer("mean", torch.tensor(MEAN.get(args.dataset, MEAN["voc"]))[:, None, None], persistent=False)
         for branch in self.head:
             nn.init.normal_(branch.weight, std=0.01)
@@ -217,7 +250,8 @@ class SegNet(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """S4GAN's: class maps and image (B, K + 3, H, W) -> score in (0, 1) of each (B,), and features (B, 512)."""
+    """S4GAN's: class maps and image (B, K + 3, H, W) -> score in (0, 1) of each (B,), and features
+    (B, 512)."""
 
     def __init__(self, num_classes: int):
         super().__init__()
@@ -237,7 +271,8 @@ def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def initial(args: Args, num_classes: int) -> tuple[Args, dict[str, Tensor] | None, list[str]]:
-    """--weights: the settings they imply (pixels, cut), the tensors of a SegNet or None, and lines for the user."""
+    """--weights: the settings they imply (pixels, cut), the tensors of a SegNet or None, and lines
+    for the user."""
     if args.dataset in ("voc", "cityscapes") and not args.weights:
         raise UserError("The paper starts from MS-COCO weights: give the file resnet101COCO-41f33a49.pth (or another "
                         "layout of docs/gist_rist.md) with --weights FILE, or start with --weights imagenet.")
@@ -245,7 +280,8 @@ def initial(args: Args, num_classes: int) -> tuple[Args, dict[str, Tensor] | Non
     weights = backbones.read(args.weights, args.backbone, args.root) if file else None
     if caffe and args.weights == "imagenet":
         weights = backbones.build(args.backbone.removeprefix("caffe_") + ".tv_in1k", 32, True)[0].state_dict()
-    coco = caffe and file and not ("fc.weight" in weights and "layer1.0.conv1.weight" in weights)    # not torchvision's
+    # not torchvision's
+    coco = caffe and file and not ("fc.weight" in weights and "layer1.0.conv1.weight" in weights)
     if args.cut < 0:
         last = [*SegNet(args, num_classes, args.weights == "imagenet" and not caffe).backbone.named_children()][-1][0]
         args = replace(args, cut=int(file and not caffe and not any(k.startswith(f"{last}.") for k in weights)))
@@ -269,43 +305,49 @@ def initial(args: Args, num_classes: int) -> tuple[Args, dict[str, Tensor] | Non
     return args, net.state_dict(), notes
 
 
-# ============================================================================================== equations
+# ======================================================================================== equations
 def cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
-    """Eq. 1, the mean over the batch's labeled pixels. DEPARTS[mean] (B, K, h, w), upsampled, and (B, H, W) -> ()."""
+    """Eq. 1, the mean over the batch's labeled pixels. DEPARTS[mean] (B, K, h, w), upsampled, and
+    (B, H, W) -> ()."""
     logits = upsample(logits, label.shape[-2:])
     loss = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="sum")
     return loss / (label != IGNORE).sum().clamp(min=1)
 
 
 def consistency(f: Tensor, f_teacher: Tensor, drop: float) -> Tensor:
-    """Eqs. 6, 7, 8: mean |drop(pool(f)) - drop(pool(f*))|, masks drawn apart. (B, C, h, w) twice -> (). DEPARTS[cl]"""
+    """Eqs. 6, 7, 8: mean |drop(pool(f)) - drop(pool(f*))|, masks drawn apart. (B, C, h, w) twice ->
+    (). DEPARTS[cl]"""
     pooled, pooled_teacher = (F.dropout(x.mean((2, 3)), drop) for x in (f, f_teacher))
     return (pooled - pooled_teacher).abs().mean()
 
 
 def pseudo_label(logits: Tensor, phi: float, temp: float) -> tuple[Tensor, Tensor]:
-    """Eq. 9: the class where the confidence reaches `phi`, 255 elsewhere, and the confidence (B, H, W).
+    """Eq. 9: the class where the confidence reaches `phi`, 255 elsewhere, and the confidence (B, H,
+    W).
 
-    The confidence is the softmax of `temp` times the logits: temperature scaling, which moves no argmax. DEPARTS[ts]"""
+    The confidence is the softmax of `temp` times the logits: temperature scaling, which moves no
+    argmax. DEPARTS[ts]"""
     conf, label = (temp * logits).softmax(dim=1).max(dim=1)
     return label.masked_fill(conf < phi, IGNORE), conf
 
 
 @torch.no_grad()
 def ema_update(target: nn.Module, source: nn.Module, decay: float) -> None:
-    """Eq. 3: target <- decay * target + (1 - decay) * source, in place; BatchNorm statistics, too, where they move."""
+    """Eq. 3: target <- decay * target + (1 - decay) * source, in place; BatchNorm statistics, too,
+    where they move."""
     t, s = ([x for x in itertools.chain(net.parameters(), net.buffers()) if x.is_floating_point()]
             for net in (target, source))
     torch._foreach_lerp_(t, s, 1 - decay)
 
 
 def classmix_mask(label: Tensor, scores: Tensor) -> Tensor:
-    """ClassMix: half of each image's classes, rounded down. label (B, H, W) with 255 for none, `scores` (B, K) random
-    -> (B, H, W) bool, True on the classes with the smallest scores."""
+    """ClassMix: half of each image's classes, rounded down. label (B, H, W) with 255 for none,
+    `scores` (B, K) random -> (B, H, W) bool, True on the classes with the smallest scores."""
     b, k = scores.shape
     present = torch.zeros(b, k + 1, device=label.device).scatter_(1, label.clamp(max=k).flatten(1), 1)[:, :k] > 0
     rank = torch.where(present, scores, torch.inf).argsort(1).argsort(1)
-    chosen = F.pad((rank < present.sum(1, keepdim=True) // 2) & present, (0, 1))                # 255 is never chosen
+    # 255 is never chosen
+    chosen = F.pad((rank < present.sum(1, keepdim=True) // 2) & present, (0, 1))
     return chosen.gather(1, label.clamp(max=k).flatten(1)).view_as(label)
 
 
@@ -319,18 +361,18 @@ def poly(step: int, total: int) -> float:
     return max(0.0, 1 - step / total) ** 0.9
 
 
-# ============================================================================================== training steps
+# =================================================================================== training steps
 @dataclass
 class State:
     """All that changes while a node is trained."""
 
     student: SegNet
     opt: torch.optim.Optimizer
-    teacher: SegNet | None = None                   # of CL, or of ClassMix; no gradients, eval mode
-    critic: Discriminator | None = None             # of S4GAN
+    teacher: SegNet | None = None  # of CL, or of ClassMix; no gradients, eval mode
+    critic: Discriminator | None = None  # of S4GAN
     opt_critic: torch.optim.Optimizer | None = None
     step: int = 0
-    best: tuple[float, int] = (-1.0, 0)             # stage 0: the best development score so far, and its step
+    best: tuple[float, int] = (-1.0, 0)  # stage 0: the best development score so far, and its step
 
     def of(self, kind: type) -> dict[str, Any]:
         """The networks or the optimizers, by name."""
@@ -339,27 +381,29 @@ class State:
 
 def refine_step(s: State, args: Args, path: str, alpha: float | None, step: int, labeled: Batch | None = None,
                 pseudo: Batch | None = None) -> dict[str, Tensor]:
-    """Algorithm 1, lines 10 and 11, with the consistency loss: one iteration on labels (alpha = 1), pseudo labels
-    (alpha = 0) or both. Without a weight of its own, a batch serves the consistency loss alone."""
-    alpha = float(rng(args.seed, path, "alpha", step).random() > 0.5) if alpha is None else alpha       # Fig. 6
+    """Algorithm 1, lines 10 and 11, with the consistency loss: one iteration on labels (alpha = 1),
+    pseudo labels (alpha = 0) or both. Without a weight of its own, a batch serves the consistency
+    loss alone."""
+    # Fig. 6
+    alpha = float(rng(args.seed, path, "alpha", step).random() > 0.5) if alpha is None else alpha
     loss, log = 0.0, {}
     for name, batch, weight in (("l", labeled, alpha), ("p", pseudo, 1 - alpha)):
         if batch is None or not (weight or (s.teacher is not None and args.cl_on == "both")):
             continue
-        logits, f = s.student(batch.images, batch.valid)                                                # Eq. 4
+        logits, f = s.student(batch.images, batch.valid)  # Eq. 4
         if weight:
-            ent = cross_entropy(logits, batch.label)                                                    # Eq. 1
-            loss = loss + weight * ent                                                                  # Eq. 2
+            ent = cross_entropy(logits, batch.label)  # Eq. 1
+            loss = loss + weight * ent  # Eq. 2
             log[f"loss_{name}"] = ent.detach()
         if s.teacher is not None:
             with torch.no_grad():
-                f_teacher = s.teacher(batch.images, batch.valid)[1]                                     # Eq. 5
-            distance = consistency(f, f_teacher, args.cl_drop)                                          # Eqs. 6, 7, 8
+                f_teacher = s.teacher(batch.images, batch.valid)[1]  # Eq. 5
+            distance = consistency(f, f_teacher, args.cl_drop)  # Eqs. 6, 7, 8
             loss = loss + args.cl * distance
             log |= {f"cl_{name}": distance.detach(), f"mean_{name}": f.detach().mean()}
     update(s.opt, loss)
     if s.teacher is not None:
-        ema_update(s.teacher, s.student, args.cl_beta)                                                  # Eq. 3
+        ema_update(s.teacher, s.student, args.cl_beta)  # Eq. 3
     return {"loss": loss.detach(), **log}
 
 
@@ -371,17 +415,20 @@ def supervised_step(s: State, args: Args, step: int, labeled: Batch) -> dict[str
 
 
 def s4gan_step(s: State, args: Args, step: int, labeled: Batch, unlabeled: Batch, again: Batch) -> dict[str, Tensor]:
-    """Stage 0 with S4GAN (Mittal et al. 2019): cross entropy, feature matching, and self-training on images whose
-    prediction the discriminator trusts; then its own step. `again` is a second labeled batch. DEPARTS[s4gan]"""
+    """Stage 0 with S4GAN (Mittal et al. 2019): cross entropy, feature matching, and self-training
+    on images whose prediction the discriminator trusts; then its own step. `again` is a second
+    labeled batch. DEPARTS[s4gan]"""
     loss_l = cross_entropy(s.student(labeled.images, labeled.valid)[0], labeled.label)
-    z = upsample(s.student(unlabeled.images, unlabeled.valid)[0], labeled.label.shape[-2:])     # (B, K, H, W)
-    maps = F.one_hot(again.label.clamp(max=z.shape[1]), z.shape[1] + 1)[..., :-1].permute(0, 3, 1, 2)   # ignored: 0
+    # (B, K, H, W)
+    z = upsample(s.student(unlabeled.images, unlabeled.valid)[0], labeled.label.shape[-2:])
+    # ignored: 0
+    maps = F.one_hot(again.label.clamp(max=z.shape[1]), z.shape[1] + 1)[..., :-1].permute(0, 3, 1, 2)
     real = torch.cat([maps.float(), minmax01(again.images)], dim=1)
     fake = torch.cat([z.softmax(dim=1) * unlabeled.valid[:, None], minmax01(unlabeled.images)], dim=1)
     s.critic.requires_grad_(False)
     trust, v_fake = s.critic(fake)
     loss_fm = (s.critic(real)[1].mean(0) - v_fake.mean(0)).abs().mean()
-    chosen = (trust > args.gan_gamma)[:, None, None] & unlabeled.valid & (step > 0)             # whole images
+    chosen = (trust > args.gan_gamma)[:, None, None] & unlabeled.valid & (step > 0)  # whole images
     loss_st = cross_entropy(z, z.detach().argmax(1).masked_fill(~chosen, IGNORE))
     update(s.opt, loss_l + args.gan_fm * loss_fm + args.gan_st * loss_st)
     s.critic.requires_grad_(True)
@@ -393,21 +440,25 @@ def s4gan_step(s: State, args: Args, step: int, labeled: Batch, unlabeled: Batch
 
 
 def classmix_step(s: State, args: Args, step: int, labeled: Batch, unlabeled: Batch) -> dict[str, Tensor]:
-    """Stage 0 with ClassMix (Olsson et al. 2021): half of the classes of image i, cut out by the teacher's prediction,
-    are pasted into image i + 1; the student learns the mixed prediction, weighted by how sure it is."""
+    """Stage 0 with ClassMix (Olsson et al. 2021): half of the classes of image i, cut out by the
+    teacher's prediction, are pasted into image i + 1; the student learns the mixed prediction,
+    weighted by how sure it is."""
     loss_l = cross_entropy(s.student(labeled.images, labeled.valid)[0], labeled.label)
     with torch.no_grad():
         probs = upsample(s.teacher(unlabeled.images, unlabeled.valid)[0], labeled.label.shape[-2:]).softmax(dim=1)
         scores = rng(args.seed, "classmix", step).random(probs.shape[:2], dtype=np.float32)
         seen = probs.argmax(1).masked_fill(~unlabeled.valid, IGNORE)
-        mask = classmix_mask(seen, torch.from_numpy(scores).to(seen.device, non_blocking=True))     # (B, H, W)
+        # (B, H, W)
+        mask = classmix_mask(seen, torch.from_numpy(scores).to(seen.device, non_blocking=True))
         images, valid, probs = (torch.where(mask[:, None] if x.dim() == 4 else mask, x, x.roll(-1, 0))
                                 for x in (unlabeled.images, unlabeled.valid, probs))
         conf, label = probs.max(dim=1)
-        weight = ((conf >= args.mix_threshold) & valid).sum() / valid.sum().clamp(min=1)        # one number a batch
+        # one number a batch
+        weight = ((conf >= args.mix_threshold) & valid).sum() / valid.sum().clamp(min=1)
         if args.mix_colour:
             images = transforms.jitter_and_blur(images, rng(args.seed, "colour", step))
-    loss_u = weight * cross_entropy(s.student(images, valid)[0], label.masked_fill(~valid, IGNORE))   # DEPARTS[padding]
+    # DEPARTS[padding]
+    loss_u = weight * cross_entropy(s.student(images, valid)[0], label.masked_fill(~valid, IGNORE))
     update(s.opt, loss_l + args.mix_weight * loss_u)
     ema_update(s.teacher, s.student, min(1 - 1 / (step + 1), args.mix_alpha))
     return {"loss": loss_l.detach(), "loss_u": loss_u.detach(), "sure": weight}
@@ -443,10 +494,10 @@ def augment(args: Args, image: Tensor, label: Tensor | None, generator: np.rando
     return transforms.random_crop(image, label, args.crop_size, generator)
 
 
-# ============================================================================================== searches
+# ========================================================================================= searches
 def tokens(path: str) -> list[str]:
-    """LPF0.75B -> [L, P, F0.75, B], a token a stage: L labels, P pseudo labels, Fa both by alpha, B batch-wise.
-    T3LP is LP of trial 3 alone, see --independent."""
+    """LPF0.75B -> [L, P, F0.75, B], a token a stage: L labels, P pseudo labels, Fa both by alpha, B
+    batch-wise. T3LP is LP of trial 3 alone, see --independent."""
     return re.findall(r"T\d+[LP]|[LPB]|F\d*\.\d+", path)
 
 
@@ -460,22 +511,26 @@ def prefixes(path: str) -> list[str]:
 
 
 def alpha_of(token: str) -> float | None:
-    """Share of labels in the loss of a stage, Eq. 2; None for batch-wise, where each iteration draws it."""
+    """Share of labels in the loss of a stage, Eq. 2; None for batch-wise, where each iteration
+    draws it."""
     return None if token == "B" else float(token[1:]) if token[0] == "F" else float(token[-1] == "L")
 
 
-# A search yields the nodes that it needs next, trained in any order by any process, and goes on with their scores.
+# A search yields the nodes that it needs next, trained in any order by any process, and goes on
+# with their scores.
 def gist(tree: "Tree", args: Args) -> Iterator[list[str]]:
-    """Algorithm 1: beam search with G = --beam. Children start from copies of their parent. DEPARTS[copies]"""
-    beam = [ROOT]                                                                # line 1
-    for _ in range(args.stages):                                                 # line 2
-        kids = [theta + letter for theta in beam for letter in "LP"]             # lines 4, 5: alpha = 1 and 0
-        yield kids                                                               # lines 6 to 14
-        beam = sorted(kids, key=tree.order)[:args.beam]                          # lines 17, 18
+    """Algorithm 1: beam search with G = --beam. Children start from copies of their parent.
+    DEPARTS[copies]"""
+    beam = [ROOT]  # line 1
+    for _ in range(args.stages):  # line 2
+        kids = [theta + letter for theta in beam for letter in "LP"]  # lines 4, 5: alpha = 1 and 0
+        yield kids  # lines 6 to 14
+        beam = sorted(kids, key=tree.order)[:args.beam]  # lines 17, 18
 
 
 def rist_path(args: Args, trial: int) -> str:
-    """The path of one RIST: Algorithm 2, line 2, for each stage. With `max_run`, too uniform ones are drawn again."""
+    """The path of one RIST: Algorithm 2, line 2, for each stage. With `max_run`, too uniform ones
+    are drawn again."""
     generator = rng(args.seed, "rist", trial)
     while True:
         path = "".join("L" if u > 0.5 else "P" for u in generator.random(args.stages))
@@ -484,11 +539,12 @@ def rist_path(args: Args, trial: int) -> str:
 
 
 def search_all(tree: "Tree", args: Args) -> dict[str, list[str]]:
-    """Run all searches side by side -> the nodes that each visited, stage 0 first. Every process runs this function and
-    trains any node whose parent is there and which nobody else trains; who trains what makes no difference."""
+    """Run all searches side by side -> the nodes that each visited, stage 0 first. Every process
+    runs this function and trains any node whose parent is there and which nobody else trains; who
+    trains what makes no difference."""
     known = {"rist": [rist_path(args, trial) for trial in range(args.trials)], "path": args.path,
-             "batchwise": ["B" * args.stages]}                                                          # Fig. 6
-    for alpha in args.alpha:                                                                            # Sec. III-B
+             "batchwise": ["B" * args.stages]}  # Fig. 6
+    for alpha in args.alpha:  # Sec. III-B
         token = {0: "P", 1: "L"}.get(alpha, f"F{alpha:.9f}".rstrip("0"))
         known["fist" if len(args.alpha) == 1 else f"fist {alpha:g}"] = [token * args.stages]
     active = {"gist": gist(tree, args)} if "gist" in args.search else {}
@@ -503,7 +559,8 @@ def search_all(tree: "Tree", args: Args) -> dict[str, list[str]]:
                 if not wanted[name]:
                     del active[name]
         pending = list(dict.fromkeys(p for name in active for p in wanted[name] if not tree.store.done(p)))
-        start = distributed.launched().rank * len(pending) // distributed.launched().size        # each has its own
+        # each has its own
+        start = distributed.launched().rank * len(pending) // distributed.launched().size
         ready = dict.fromkeys(tree.store.first_to_make(parent_of(p)) or p for p in pending[start:] + pending[:start])
         tree.prune({tree.best(nodes) for nodes in visited.values()} | {*ready, *map(parent_of, [*ready, *pending])}
                    | {p for p in wanted.get("gist", []) if tree.store.done(p)})
@@ -512,38 +569,40 @@ def search_all(tree: "Tree", args: Args) -> dict[str, list[str]]:
         any(tree.store.make_if_free(p, tree.train) for p in ready) or tree.wait()
 
 
-# ============================================================================================== the tree of nodes
+# ================================================================================ the tree of nodes
 @dataclass
 class Tree:
-    """What the nodes of a run share. A node's folder holds, beside what common/nodes.py says, scores.npz, log.jsonl,
-    config.json, its score on val and, while it is trained, last.pt."""
+    """What the nodes of a run share. A node's folder holds, beside what common/nodes.py says,
+    scores.npz, log.jsonl, config.json, its score on val and, while it is trained, last.pt."""
 
     args: Args
-    world: World                                    # of this process alone
+    world: World  # of this process alone
     data: read.Segmentation
     labeled: list[Picture]
-    pool: list[Picture]                             # unlabeled, without the development images
-    dev: list[Picture]                              # the first dev_size of them choose
+    pool: list[Picture]  # unlabeled, without the development images
+    dev: list[Picture]  # the first dev_size of them choose
     store: Nodes = field(default_factory=lambda: Nodes(Path(), Path(), parent_of))
-    init: dict[str, Tensor] | None = None           # weights to start stage 0 from
-    run: runs.Run | None = None                     # of the node in training: it hears signals
+    init: dict[str, Tensor] | None = None  # weights to start stage 0 from
+    run: runs.Run | None = None  # of the node in training: it hears signals
 
     def dev_of(self, path: str, size: int = 0) -> float:
         """mIoU of a node on the first `size` (0: dev_size) development images."""
         return self.store.record(path)["dev"][str(size or self.args.dev_size)]
 
     def order(self, path: str, size: int = 0) -> tuple:
-        """Sorts nodes: best on the development images first, then the earlier stage, then the name."""
+        """Sorts nodes: best on the development images first, then the earlier stage, then the
+        name."""
         return -self.dev_of(path, size), len(tokens(path)), path
 
     def best(self, paths: list[str], size: int = 0) -> str:
-        """Sec. IV: the stage and path that the development images choose, stage 0 included. DEPARTS[pick]"""
+        """Sec. IV: the stage and path that the development images choose, stage 0 included.
+        DEPARTS[pick]"""
         return min(filter(self.store.done, paths), key=partial(self.order, size=size))
 
     def weights(self, path: str) -> dict[str, Tensor]:
         """The weights of a node; UserError when they are not those that were scored."""
         state = runs.load_checkpoint(self.store.folder(path) / "weights.pt", SCRIPT)["networks"]["student"]
-        self.store.records.pop(path, None)                           # another process may have trained it again
+        self.store.records.pop(path, None)  # another process may have trained it again
         if fingerprint(state) != self.store.record(path)["weights"]:
             raise runs.RankError(f"The weights in {self.store.folder(path)} are not those that were scored; remove "
                                  f"this folder, and the same command trains them again.")
@@ -559,10 +618,12 @@ class Tree:
         time.sleep(0.2)
 
     def prune(self, needed: set[str]) -> None:
-        """The main process removes weights and pseudo labels that the searches of this run do not need any more."""
+        """The main process removes weights and pseudo labels that the searches of this run do not
+        need any more."""
         main = distributed.launched().main
         for path in [*self.store.records] if main and self.args.val_every_stage else ():
-            if (self.store.folder(path) / "weights.pt").is_file():   # of a run that did not ask for the score
+            # of a run that did not ask for the score
+            if (self.store.folder(path) / "weights.pt").is_file():
                 val_record(self, path)
         for path in set(self.store.records) - needed if main and not self.args.keep_nodes else ():
             if path != ROOT:
@@ -570,7 +631,8 @@ class Tree:
             shutil.rmtree(self.store.others / f"labels-{path}", ignore_errors=True)
 
     def network(self, weights: dict[str, Tensor] | None, frozen: bool = True) -> SegNet:
-        """A student with these weights, or with those that --weights implies and a fresh classifier."""
+        """A student with these weights, or with those that --weights implies and a fresh
+        classifier."""
         distributed.seed_torch(self.args.seed, "student")
         net = SegNet(self.args, len(self.data.classes), self.args.weights == "imagenet" and weights is None)
         if weights is not None:
@@ -582,17 +644,20 @@ class Tree:
         return net.train()
 
     def stream(self, path: str, name: str, pictures: list[Picture], start: int, total: int) -> Iterator[Batch]:
-        """Batches of a node: their order and augmentation follow from (seed, path, step, sample)."""
-        data = replace(self.data, to_class=None) if name == "pseudo" else self.data      # ours are class indices
+        """Batches of a node: their order and augmentation follow from (seed, path, step,
+        sample)."""
+        # ours are class indices
+        data = replace(self.data, to_class=None) if name == "pseudo" else self.data
         views = datasets.Pictures(pictures, data, True, partial(augment, self.args), self.args.seed, f"{path} {name}")
         for batch in datasets.stream(views, self.args.batch_size, start, total, self.world, self.args.workers):
             batch = batch.to(self.world.device)
             yield batch._replace(images=batch.images.float(), label=batch.label.long())
 
 
-# ============================================================================================== training a node
+# ================================================================================== training a node
 def train_stage0(tree: Tree) -> None:
-    """Stage 0, theta_0 of Algorithm 1: --stage0, the best of its evaluations on the development images."""
+    """Stage 0, theta_0 of Algorithm 1: --stage0, the best of its evaluations on the development
+    images."""
     args, classes = tree.args, len(tree.data.classes)
     if args.stage0 not in STAGE0:
         net = tree.network(tree.init)
@@ -618,13 +683,14 @@ STAGE0 = {"supervised": supervised_step, "s4gan": s4gan_step, "classmix": classm
 
 
 def refine(tree: Tree, path: str) -> None:
-    """A refinement stage, the only step of every search: K iterations on labels or pseudo labels, from a copy of the
-    parent's weights. Optimizer, schedule and mean teacher start afresh. DEPARTS[restart]"""
+    """A refinement stage, the only step of every search: K iterations on labels or pseudo labels,
+    from a copy of the parent's weights. Optimizer, schedule and mean teacher start afresh.
+    DEPARTS[restart]"""
     args, parent, alpha = tree.args, parent_of(path), alpha_of(tokens(path)[-1])
     theta, facts, streams = tree.weights(parent), {"step": args.steps, "steps": args.steps}, {}
     net, teacher = (tree.network(theta, frozen=args.bn != "live") for _ in range(2))
     s = State(net, sgd(net, args), teacher.requires_grad_(False).eval() if args.cl else None)
-    both = args.cl > 0 and args.cl_on == "both"                      # then CL sees labeled and unlabeled images
+    both = args.cl > 0 and args.cl_on == "both"  # then CL sees labeled and unlabeled images
     if alpha != 0 or both:
         streams["labeled"] = partial(tree.stream, path, "labeled", tree.labeled)
     if alpha != 1:
@@ -637,7 +703,8 @@ def refine(tree: Tree, path: str) -> None:
 
 
 def fit(tree: Tree, path: str, s: State, step_of: Callable, streams: dict[str, Callable], total: int) -> None:
-    """Algorithm 1, lines 9 to 12: the iterations of a node, from its own checkpoint when it was stopped before."""
+    """Algorithm 1, lines 9 to 12: the iterations of a node, from its own checkpoint when it was
+    stopped before."""
     args, folder, heard = tree.args, tree.store.folder(path), tree.run.signal if tree.run else ""
     state = runs.load_checkpoint(folder / "last.pt", SCRIPT) if (folder / "last.pt").is_file() else None
     if state is not None:
@@ -652,7 +719,8 @@ def fit(tree: Tree, path: str, s: State, step_of: Callable, streams: dict[str, C
         for group in itertools.chain(*(opt.param_groups for opt in s.of(torch.optim.Optimizer).values())):
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * poly(step, total)
         batches = {name: next(feed) for name, feed in feeds.items()}
-        distributed.seed_torch(args.seed, path, "step", step)        # dropout follows from (seed, path, step)
+        # dropout follows from (seed, path, step)
+        distributed.seed_torch(args.seed, path, "step", step)
         run.tally(step, step_of(step, **batches), *batches.values())
         s.step = step + 1
         asked = run.asked(s.step)
@@ -670,7 +738,7 @@ def fit(tree: Tree, path: str, s: State, step_of: Callable, streams: dict[str, C
                 "networks": {name: net.state_dict() for name, net in s.of(nn.Module).items()},
                 "optimizers": {name: opt.state_dict() for name, opt in s.of(torch.optim.Optimizer).items()}})
         if asked:
-            run.leave(s.step)                       # does not return
+            run.leave(s.step)  # does not return
 
 
 def snapshot(tree: Tree, net: SegNet, step: int) -> dict:
@@ -680,7 +748,8 @@ def snapshot(tree: Tree, net: SegNet, step: int) -> dict:
 
 
 def finish(tree: Tree, path: str, net: SegNet, facts: dict) -> None:
-    """Algorithm 1, lines 13 and 14: weights, scores and, as the mark that it is done, the record of a node."""
+    """Algorithm 1, lines 13 and 14: weights, scores and, as the mark that it is done, the record of
+    a node."""
     folder, seconds = tree.store.folder(path), tree.run.seconds if tree.run else 0.0
     runs.save_checkpoint(folder / "weights.pt", SCRIPT, snapshot(tree, net, facts["step"]))
     np.savez_compressed(folder / "scores.npz", **(found := score(tree, net, tree.dev)))
@@ -688,7 +757,8 @@ def finish(tree: Tree, path: str, net: SegNet, facts: dict) -> None:
         val_record(tree, path, net)
     record = {"path": path, "stage": len(tokens(path)), **facts, "seconds": round(seconds, 2),
               "weights": fingerprint(net.state_dict()), "device": tree.world.device.type,
-              "dev": {str(n): dev_miou(found["counts"][:n]) for n in range(1, len(tree.dev) + 1)}}       # Table III
+              # Table III
+              "dev": {str(n): dev_miou(found["counts"][:n]) for n in range(1, len(tree.dev) + 1)}}
     for name in ("last.pt", "best.pt"):
         (folder / name).unlink(missing_ok=True)
     tree.store.finish(path, record)
@@ -696,28 +766,32 @@ def finish(tree: Tree, path: str, net: SegNet, facts: dict) -> None:
           gist_report.erased(facts.get("labels"), tree.args.phi), flush=True)
 
 
-# ============================================================================================== whole images
+# ===================================================================================== whole images
 @torch.no_grad()
 def forward_all(tree: Tree, net: SegNet, pictures: list[Picture], labels: bool) -> Iterator[tuple]:
-    """Whole pictures, single scale, no flip: index, label (H, W) or None, logits (K, H, W) and size on disk of each,
-    neighbours of one size in one pass. A picture without label that cannot be read is left out."""
+    """Whole pictures, single scale, no flip: index, label (H, W) or None, logits (K, H, W) and size
+    on disk of each, neighbours of one size in one pass. A picture without label that cannot be read
+    is left out."""
     net.eval()
     loader, group, room = datasets.score_loader(pictures, tree.data, tree.world, tree.args.workers, labels), [], 0
     for index, image, label in itertools.chain(loader, [(-1, None, None)]):
         if group and (image is None or image.shape[-2:] != group[0][3] or len(group) == room):
             images = torch.stack([x for _, x, _, _ in group]).to(tree.world.device)
-            logits = upsample(net.forward(images)[0], images.shape[-2:])         # many sizes: not the compiled one
+            # many sizes: not the compiled one
+            logits = upsample(net.forward(images)[0], images.shape[-2:])
             yield from ((i, y, z, size) for (i, _, y, size), z in zip(group, logits, strict=True))
             group = []
         if image is not None:
-            room = min(max(2**21 // image[0].numel(), 1), 16)                    # images in a pass, by their size
+            room = min(max(2**21 // image[0].numel(), 1), 16)  # images in a pass, by their size
             group.append((index, *resized(tree.args, image, label), image.shape[-2:]))
 
 
-@torch.backends.cudnn.flags(enabled=True, benchmark=False)          # hundreds of sizes: no time to try algorithms
+# hundreds of sizes: no time to try algorithms
+@torch.backends.cudnn.flags(enabled=True, benchmark=False)
 def label_images(tree: Tree, path: str) -> tuple[list[Picture], dict]:
-    """Algorithm 1, lines 6 to 8: pseudo labels of all unlabeled images from the node `path`, once for all its children,
-    as index PNGs of the images' size -> the pictures with them, and what they look like. DEPARTS[le]"""
+    """Algorithm 1, lines 6 to 8: pseudo labels of all unlabeled images from the node `path`, once
+    for all its children, as index PNGs of the images' size -> the pictures with them, and what they
+    look like. DEPARTS[le]"""
     target, args, counts = tree.store.others / f"labels-{path}", tree.args, np.zeros(256, np.int64)
     with runs.claim(target.with_name(f".{target.name}"), wait=True):
         if not target.is_dir():
@@ -742,8 +816,9 @@ def label_images(tree: Tree, path: str) -> tuple[list[Picture], dict]:
 
 @torch.backends.cudnn.flags(enabled=True, benchmark=False)
 def score(tree: Tree, net: SegNet, pictures: list[Picture]) -> dict[str, np.ndarray]:
-    """EVAL of Algorithm 1: `counts` (n, K, K) of each picture; of the first six also `maskN`, the predictions (Figs. 2,
-    8, 9), and `confidence` (2, 50), histograms at T = 1 and --temp (Fig. 5)."""
+    """EVAL of Algorithm 1: `counts` (n, K, K) of each picture; of the first six also `maskN`, the
+    predictions (Figs. 2, 8, 9), and `confidence` (2, 50), histograms at T = 1 and --temp (Fig.
+    5)."""
     counts, found = [], {"temps": np.array([1, tree.args.temp]), "confidence": np.zeros((2, 50), np.int64)}
     for i, label, logits, _ in forward_all(tree, net, pictures, labels=True):
         prediction = logits.argmax(0)
@@ -756,7 +831,8 @@ def score(tree: Tree, net: SegNet, pictures: list[Picture]) -> dict[str, np.ndar
 
 
 def dev_miou(counts: np.ndarray) -> float:
-    """Mean IoU in percent, over the classes that occur in the labels, of (n, K, K) counts. DEPARTS[dev]"""
+    """Mean IoU in percent, over the classes that occur in the labels, of (n, K, K) counts.
+    DEPARTS[dev]"""
     total = torch.from_numpy(counts.sum(0))
     return round(metrics.iou(total)[total.sum(1) > 0].mean().item(), 4)
 
@@ -770,8 +846,9 @@ def val_record(tree: Tree, path: str, net: SegNet | None = None) -> dict:
     return json.loads(file.read_text())
 
 
-# ============================================================================================== main
-# What shapes no weights: flags that choose nodes, and bookkeeping. What shapes stage 0 alone, or all but stage 0.
+# ============================================================================================= main
+# What shapes no weights: flags that choose nodes, and bookkeeping. What shapes stage 0 alone, or
+# all but stage 0.
 SEARCHES = "search alpha beam trials path stages max_run independent dev_size dev_reserve".split()
 BOOKKEEPING = ("root split split_seed unlabeled val out store resume workers device compile save_every log_every "
                "keep_nodes val_every_stage eval predict report weights").split()
@@ -799,12 +876,14 @@ def check(args: Args) -> None:
 
 
 def plant(args: Args) -> tuple[Tree, list[str]]:
-    """Data, splits, device, initial weights, the folder of stage 0, named by what shapes it; and lines to print."""
+    """Data, splits, device, initial weights, the folder of stage 0, named by what shapes it; and
+    lines to print."""
     data = find.find(args.dataset, Path(args.root), args.val)
     split = CITYSCAPES.get(args.split, args.split) if args.dataset == "cityscapes" else args.split
     chosen = find.choose(data, split, args.split_seed, args.unlabeled, "s4gan",
                          held_out=max(args.dev_reserve, args.dev_size))
-    pool = [Picture(p.name, p.image, None) for p in chosen.unlabeled]            # their labels are never opened
+    # their labels are never opened
+    pool = [Picture(p.name, p.image, None) for p in chosen.unlabeled]
     args, init, notes = initial(args, len(data.classes))
     world = distributed.start(args.device, join=False)
     if world.device.type == "cpu":
@@ -826,7 +905,8 @@ def key_of(tree: Tree, without: list[str], *more: Any) -> str:
 
 
 def train(args: Args) -> dict:
-    """One run: stage 0, all searches, the chosen networks on val, results.json, whose contents are returned."""
+    """One run: stage 0, all searches, the chosen networks on val, results.json, whose contents are
+    returned."""
     check(args)
     out, phi = runs.default_out(SCRIPT, args), args.phi if args.phi >= 0 else 0.5 if args.temp < 1 else 0.9
     args = replace(args, phi=phi, out=str(out))
@@ -857,7 +937,8 @@ def train(args: Args) -> dict:
 
 
 def load(path: str, args: Args) -> tuple[SegNet, Tree]:
-    """The network of a checkpoint, built from the settings it holds, and a tree without pictures."""
+    """The network of a checkpoint, built from the settings it holds, and a tree without
+    pictures."""
     state = runs.load_checkpoint(Path(path), SCRIPT)
     world = replace(distributed.start(args.device, join=False), rank=0, size=1)
     net = SegNet(args, len(state["classes"]))
@@ -878,14 +959,16 @@ def evaluate(args: Args) -> dict:
 
 
 def predict(args: Args) -> None:
-    """--predict CKPT IMAGES...: index PNGs and overlays of images or folders into <checkpoint>.predictions/."""
+    """--predict CKPT IMAGES...: index PNGs and overlays of images or folders into
+    <checkpoint>.predictions/."""
     net, tree = load(args.predict[0], args)
     plots.predictions(args.predict[1:], Path(f"{args.predict[0]}.predictions"), tree.data.classes, lambda images:
                       upsample(net(resized(args, images[0], None)[0][None])[0], images.shape[-2:]), tree.world)
 
 
 def settings(dataset: str = "voc", eval: str = "", predict: str = "", report: str = "") -> Args:
-    """What the command line starts from: a preset, or the settings of a checkpoint or run that is looked at."""
+    """What the command line starts from: a preset, or the settings of a checkpoint or run that is
+    looked at."""
     checkpoint = eval or predict or (report and f"{report}/best.pt")
     return runs.saved_settings(Args, Path(checkpoint), SCRIPT) if checkpoint else preset(dataset)
 

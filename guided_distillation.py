@@ -1,9 +1,10 @@
 """Guided Distillation for Semi-Supervised Instance Segmentation.
 Berrada, Couprie, Alahari, Verbeek. WACV 2024. https://arxiv.org/abs/2308.02668
 
-A teacher learns from the few labels. A student, started afresh, learns from labels and from the teacher's pseudo labels
-while the teacher stays as it is (guided burn-in); then the teacher becomes a copy of the student and follows it by EMA.
-Both are Mask2Former (Cheng et al., CVPR 2022, https://arxiv.org/abs/2112.01527), complete in this file.
+A teacher learns from the few labels. A student, started afresh, learns from labels and from the
+teacher's pseudo labels while the teacher stays as it is (guided burn-in); then the teacher becomes
+a copy of the student and follows it by EMA. Both are Mask2Former (Cheng et al., CVPR 2022,
+https://arxiv.org/abs/2112.01527), complete in this file.
 
     paper                                            this file
     Sec. 3.1  architecture                           Mask2Former: backbone, PixelDecoder, Decoder
@@ -20,9 +21,10 @@ Both are Mask2Former (Cheng et al., CVPR 2022, https://arxiv.org/abs/2112.01527)
     (Mask2Former) multi-scale deformable attention   DeformableAttention
     (Mask2Former) sine positions                     sine_positions
 
-Shapes: B images, Q queries, K classes, N targets of an image, L = 10 prediction heads, P points, C = 256 channels,
-H x W pixels, h x w cells of stride 4, S tokens of strides 8, 16, 32. Suffix _u unlabeled.
-Lines marked DEPARTS[name] leave the paper or decide what it leaves open; docs/guided_distillation.md says why.
+Shapes: B images, Q queries, K classes, N targets of an image, L = 10 prediction heads, P points, C
+= 256 channels, H x W pixels, h x w cells of stride 4, S tokens of strides 8, 16, 32. Suffix _u
+unlabeled. Lines marked DEPARTS[name] leave the paper or decide what it leaves open;
+docs/guided_distillation.md says why.
 
     torchrun --nproc_per_node 8 guided_distillation.py --dataset coco --split 5%
     python guided_distillation.py --dataset shapes --split 5%       # embedded data, no download, CPU, minutes
@@ -54,64 +56,81 @@ from data import ap, instances, read
 from data.instances import Batch, Target
 
 SCRIPT = "guided_distillation.py"
-HEADS = 8                                           # of all attention layers
+HEADS = 8  # of all attention layers
 
 
-# ============================================================================================== settings
+# ========================================================================================= settings
 @dataclass
 class Args:
-    """Guided Distillation. --dataset picks the paper's numbers, other flags override them. DEPARTS: see docs."""
+    """Guided Distillation. --dataset picks the paper's numbers, other flags override them. DEPARTS:
+    see docs."""
 
     # data and bookkeeping
-    dataset: Literal["coco", "cityscapes", "shapes"] = "coco"  # what to train on (coco: any COCO JSON); picks defaults
+    # what to train on (coco: any COCO JSON); picks defaults
+    dataset: Literal["coco", "cityscapes", "shapes"] = "coco"
     root: str = "datasets/coco"  # where the data lie, see data/README.md
-    train_json: str = ""  # annotations of the training images; empty: the first usual name that exists
+    # annotations of the training images; empty: the first usual name that exists
+    train_json: str = ""
     val_json: str = ""  # annotations of the images that are scored; empty: the same
     images: str = ""  # folder of the images; empty: the usual places
-    split: str = "5%"  # labeled images: a published share, random:N, random:N%, random:1/N, all, a list, a COCO JSON
+    # labeled images: a published share, random:N, random:N%, random:1/N, all, a list, a COCO JSON
+    split: str = "5%"
     split_seed: int = 0  # which draw, for random splits and COCO's ten published ones
     unlabeled: str = ""  # folder or list of unlabeled images; empty: see --pool
-    pool: Literal["all", "remaining"] = "all"  # unlabeled: all training images, or without the labeled. DEPARTS[pool]
+    # unlabeled: all training images, or without the labeled. DEPARTS[pool]
+    pool: Literal["all", "remaining"] = "all"
     val: str = "val"  # name of the part that is scored
-    out: str = ""  # run folder; empty: runs/guided_distillation-<dataset>-<split>-d<split seed>-s<seed>
+    # run folder; empty: runs/guided_distillation-<dataset>-<split>-d<split seed>-s<seed>
+    out: str = ""
     resume: bool = False  # continue the run in --out; starts afresh when there is none
     seed: int = 0  # initial weights, order of images, augmentation, points
     workers: int = read.default_workers()  # decoding processes per training process and stream
     device: str = "auto"  # auto, cpu, cuda
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # of the network that learns; auto: bf16 on GPUs. DEPARTS[amp]
+    # of the network that learns; auto: bf16 on GPUs. DEPARTS[amp]
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
     compile: bool = False  # torch.compile backbone and pixel decoder in training
     eval_every: int = 5000  # steps between evaluations
     save_every: int = 0  # steps between checkpoints; 0: with every evaluation
     log_every: int = 20  # steps between log lines
     eval: str = ""  # evaluate this checkpoint, train nothing
-    predict: list[str] = field(default_factory=list)  # checkpoint, then images or folders: write predictions
+    # checkpoint, then images or folders: write predictions
+    predict: list[str] = field(default_factory=list)
 
     # the method (Secs. 3.1, 3.2) and the paper's tables
     stage: Literal["teacher", "student", "all"] = "all"  # teacher: the supervised rows of Table 3
     teacher: str = ""  # a trained teacher, ours or official Mask2Former weights: no teacher stage
     burn_in: Literal["guided", "standard", "fixed", "none"] = "guided"  # Tables 1 and 4
     burn_in_steps: int = 0  # 0: Table 2's for the data set and share, in proportion to --steps
-    select: Literal["best", "last"] = "best"  # which of the teacher stage's weights teach. DEPARTS[select]
+    # which of the teacher stage's weights teach. DEPARTS[select]
+    select: Literal["best", "last"] = "best"
     ema: float = 0.9996  # alpha, Eq. 5
     lambda_u: float = 2.0  # Eq. 4, Table 5
     class_threshold: float = 0.7  # alpha_C
     size_threshold: float = 5.0  # alpha_S, in cells of stride 4. DEPARTS[size]
     strong_aug: Literal["ours", "cutout", "same"] = "ours"  # Fig. 6: ours, PT, same
-    labeled_sampling: Literal["repeat", "uniform"] = "repeat"  # in the student's stage. DEPARTS[sampling]
-    keep_empty_targets: bool = False  # objects that a crop cut away, as on released Cityscapes. DEPARTS[empty-targets]
+    # in the student's stage. DEPARTS[sampling]
+    labeled_sampling: Literal["repeat", "uniform"] = "repeat"
+    # objects that a crop cut away, as on released Cityscapes. DEPARTS[empty-targets]
+    keep_empty_targets: bool = False
 
     # network (Sec. 3.1, 4.1; Mask2Former)
-    backbone: str = "resnet50.tv_in1k"  # timm's names (swin_*, vit_*dinov2*, deit_*, any CNN), else torchvision's
-    weights: str = "imagenet"  # imagenet (what the name's tag says), none, shapes, or a file: backbone or whole model
-    norm: Literal["frozen", "live"] = "frozen"  # BatchNorm of a CNN: constant, or trained (synchronised on GPUs)
-    freeze_backbone: bool = False  # Table 7, "fixed": a ViT's weights stay, its adaptor learns. DEPARTS[freeze]
+    # timm's names (swin_*, vit_*dinov2*, deit_*, any CNN), else torchvision's
+    backbone: str = "resnet50.tv_in1k"
+    # imagenet (what the name's tag says), none, shapes, or a file: backbone or whole model
+    weights: str = "imagenet"
+    # BatchNorm of a CNN: constant, or trained (synchronised on GPUs)
+    norm: Literal["frozen", "live"] = "frozen"
+    # Table 7, "fixed": a ViT's weights stay, its adaptor learns. DEPARTS[freeze]
+    freeze_backbone: bool = False
     queries: int = 0  # 0: 200 for Swin-L, else 100. DEPARTS[queries]
     drop_path: float = 0.3  # of Swin
     vit_resize: Literal["bilinear", "nearest"] = "bilinear"  # in the adaptor. DEPARTS[vit-resize]
-    width: int = 256  # channels behind the backbone; Mask2Former's, smaller ones are for CPUs, as the next two
+    # channels behind the backbone; Mask2Former's, smaller ones are for CPUs, as the next two
+    width: int = 256
     encoder_layers: int = 6  # of the pixel decoder
     decoder_layers: int = 9  # of the transformer decoder
-    checkpointing: bool = False  # compute activations again in the backward pass: less memory, same gradients
+    # compute activations again in the backward pass: less memory, same gradients
+    checkpointing: bool = False
 
     # losses (Mask2Former) and optimisation (Sec. 4.1)
     class_weight: float = 2.0  # of the cross-entropy of classes. DEPARTS[loss-weights], these three
@@ -119,8 +138,10 @@ class Args:
     dice_weight: float = 5.0  # of the Dice loss of masks
     no_object: float = 0.1  # class weight of "no object"
     points: int = 12544  # where masks are compared
-    batch_size: int = 16  # labeled images per step over all processes, and as many unlabeled. DEPARTS[batch]
-    accumulate: int = 1  # parts in which a process computes its share of the batch; exact with --norm frozen
+    # labeled images per step over all processes, and as many unlabeled. DEPARTS[batch]
+    batch_size: int = 16
+    # parts in which a process computes its share of the batch; exact with --norm frozen
+    accumulate: int = 1
     steps: int = 368_750  # of the teacher, and of the student, burn-in included
     lr: float = 1e-4  # at its highest, of all but the backbone
     backbone_lr: float = 0.1  # times lr
@@ -128,8 +149,10 @@ class Args:
     clip: float = 0.01  # largest gradient norm. DEPARTS[clip]
     schedule: Literal["step", "poly"] = "step"  # of the learning rate. DEPARTS[schedule]
     crop_size: tuple[int, int] = (1024, 1024)  # height and width in training
-    scale: tuple[float, float] = (0.1, 2.0)  # range of the random scale; Cityscapes has a list of its own
-    test_size: tuple[int, int] = (800, 1333)  # shorter side, and the most for the longer, in evaluation
+    # range of the random scale; Cityscapes has a list of its own
+    scale: tuple[float, float] = (0.1, 2.0)
+    # shorter side, and the most for the longer, in evaluation
+    test_size: tuple[int, int] = (800, 1333)
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -142,7 +165,7 @@ PRESETS: dict[str, dict[str, Any]] = {
                    test_size=(96, 96), eval_every=400),
 }
 BURN_IN = {"cityscapes": {"5%": 15_000, "10%": 25_000, "20%": 30_000, "30%": 35_000, "all": 50_000, "": 25_000},
-           "coco": {"1%": 20_000, "2%": 25_000, "5%": 30_000, "10%": 60_000, "": 30_000},                  # Table 2
+           "coco": {"1%": 20_000, "2%": 25_000, "5%": 30_000, "10%": 60_000, "": 30_000},  # Table 2
            "shapes": {"": 300}}
 
 
@@ -150,9 +173,10 @@ def preset(dataset: str = "coco", **overrides: Any) -> Args:
     return Args(**(dict(dataset=dataset) | PRESETS[dataset] | overrides))
 
 
-# ============================================================================================== backbones
+# ======================================================================================== backbones
 class Pyramid(nn.Module):
-    """A CNN by its timm or torchvision name: (B, 3, H, W) -> four maps of strides 4, 8, 16, 32 (res2 .. res5)."""
+    """A CNN by its timm or torchvision name: (B, 3, H, W) -> four maps of strides 4, 8, 16, 32
+    (res2 .. res5)."""
 
     def __init__(self, args: Args, pretrained: bool):
         super().__init__()
@@ -166,7 +190,7 @@ class Pyramid(nn.Module):
             from timm.utils.model import freeze_batch_norm_2d
             self.body = freeze_batch_norm_2d(self.body)
             for m in self.body.modules():
-                if isinstance(m, FrozenBatchNorm2d):                 # its buffers would make bf16 maps float32
+                if isinstance(m, FrozenBatchNorm2d):  # its buffers would make bf16 maps float32
                     m.register_forward_hook(lambda _, inputs, out: out.to(inputs[0].dtype))
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -175,7 +199,8 @@ class Pyramid(nn.Module):
 
 
 def create(args: Args, pretrained: bool, **more) -> nn.Module:
-    """A transformer of timm; UserError when there is none of this name, or its weights cannot be had."""
+    """A transformer of timm; UserError when there is none of this name, or its weights cannot be
+    had."""
     import timm
     try:
         return timm.create_model(args.backbone, pretrained=pretrained, num_classes=0, **more)
@@ -185,19 +210,21 @@ def create(args: Args, pretrained: bool, **more) -> nn.Module:
 
 
 class Swin(nn.Module):
-    """Swin Transformer of timm's layers, in the published order: pad, roll, attend, roll back, cut. timm rolls before
-    it pads, which is another network wherever a map does not divide into windows. DEPARTS[swin]"""
+    """Swin Transformer of timm's layers, in the published order: pad, roll, attend, roll back, cut.
+    timm rolls before it pads, which is another network wherever a map does not divide into windows.
+    DEPARTS[swin]"""
 
     def __init__(self, args: Args, pretrained: bool):
         super().__init__()
         body = create(args, pretrained, drop_path_rate=args.drop_path, strict_img_size=False, always_partition=True)
         self.patch_embed, self.layers = body.patch_embed, body.layers
         self.channels = [stage["num_chs"] for stage in body.feature_info]
-        self.norms = nn.ModuleList(nn.LayerNorm(c) for c in self.channels)      # of the detector: not in ImageNet files
+        # of the detector: not in ImageNet files
+        self.norms = nn.ModuleList(nn.LayerNorm(c) for c in self.channels)
         self.checkpointing = args.checkpointing
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        x, maps = self.patch_embed(images), []                                   # (B, h, w, C)
+        x, maps = self.patch_embed(images), []  # (B, h, w, C)
         for stage, norm in zip(self.layers, self.norms, strict=True):
             x = stage.downsample(x)
             for i, block in enumerate(stage.blocks):
@@ -206,7 +233,8 @@ class Swin(nn.Module):
         return maps
 
     def block(self, block: nn.Module, x: Tensor, shifted: bool) -> Tensor:
-        """One block on (B, h, w, C): window attention, shifted by half a window or not, and MLP, both residual."""
+        """One block on (B, h, w, C): window attention, shifted by half a window or not, and MLP,
+        both residual."""
         (height, width), window = x.shape[1:3], block.window_size[0]
         shift = window // 2 if shifted else 0
         y = F.pad(block.norm1(x), (0, 0, 0, -width % window, 0, -height % window))
@@ -223,7 +251,8 @@ class Swin(nn.Module):
 
 @lru_cache(maxsize=8)
 def shift_mask(size: tuple[int, int], window: int, shift: int, device: torch.device) -> Tensor:
-    """(windows, window^2, window^2): -100 between places of a rolled map that were not neighbours, else 0."""
+    """(windows, window^2, window^2): -100 between places of a rolled map that were not neighbours,
+    else 0."""
     parts = []
     for n in size:
         place = torch.arange(n, device=device)
@@ -234,8 +263,9 @@ def shift_mask(size: tuple[int, int], window: int, shift: int, device: torch.dev
 
 
 class ViT(nn.Module):
-    """A plain vision transformer (DINOv2, DeiT) with Sec. 4.3's adaptor: patch tokens of the last layer, resized to
-    four strides, a 1x1 convolution each. The input is enlarged to whole patches. DEPARTS[vit-resize]"""
+    """A plain vision transformer (DINOv2, DeiT) with Sec. 4.3's adaptor: patch tokens of the last
+    layer, resized to four strides, a 1x1 convolution each. The input is enlarged to whole patches.
+    DEPARTS[vit-resize]"""
 
     def __init__(self, args: Args, pretrained: bool):
         super().__init__()
@@ -253,7 +283,7 @@ class ViT(nn.Module):
         grid = [-(-n // self.patch) for n in size]
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze):
             x = self.resize(images, size=[n * self.patch for n in grid])
-            x = self.body.forward_features(x)[:, self.body.num_prefix_tokens:]                   # (B, tokens, width)
+            x = self.body.forward_features(x)[:, self.body.num_prefix_tokens:]  # (B, tokens, width)
         x = x.transpose(1, 2).unflatten(2, grid)
         return [conv(self.resize(x, size=[n // stride for n in size]))
                 for conv, stride in zip(self.adaptor, (4, 8, 16, 32), strict=True)]
@@ -265,30 +295,33 @@ class ViT(nn.Module):
 
 
 def maybe_checkpoint(on: bool, function: Callable, *inputs):
-    """function(*inputs); when `on`, activations are computed again in the backward pass instead of being kept."""
+    """function(*inputs); when `on`, activations are computed again in the backward pass instead of
+    being kept."""
     return checkpoint(function, *inputs, use_reentrant=False) if on else function(*inputs)
 
 
-# ============================================================================================== pixel decoder
+# ==================================================================================== pixel decoder
 @lru_cache(maxsize=16)
 def sine_positions(size: tuple[int, int], width: int, device: torch.device) -> Tensor:
-    """(h * w, width): each cell's row and column, counted from 1, as shares of the map times 2 pi, in width / 4 sine
-    and as many cosine waves each, of wavelength factors 1 to 10,000, interleaved; rows first."""
+    """(h * w, width): each cell's row and column, counted from 1, as shares of the map times 2 pi,
+    in width / 4 sine and as many cosine waves each, of wavelength factors 1 to 10,000, interleaved;
+    rows first."""
     half = width // 2
     wave = 10000 ** (2 * torch.div(torch.arange(half, device=device), 2, rounding_mode="floor") / half)
     parts = []
     for n in size:
         share = torch.arange(1, n + 1, device=device) / (n + 1e-6) * 2 * math.pi
         angle = share[:, None] / wave
-        parts.append(torch.stack([angle[:, 0::2].sin(), angle[:, 1::2].cos()], dim=2).flatten(1))    # (n, half)
+        # (n, half)
+        parts.append(torch.stack([angle[:, 0::2].sin(), angle[:, 1::2].cos()], dim=2).flatten(1))
     rows, columns = parts[0][:, None].expand(-1, size[1], -1), parts[1][None].expand(size[0], -1, -1)
     return torch.cat([rows, columns], dim=2).flatten(0, 1)
 
 
 @lru_cache(maxsize=16)
 def cell_centres(sizes: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(S, 2): x and y in 0..1 of each token's own cell, for all levels one after the other; and (levels, 2): width and
-    height of each level in cells."""
+    """(S, 2): x and y in 0..1 of each token's own cell, for all levels one after the other; and
+    (levels, 2): width and height of each level in cells."""
     parts = []
     for h, w in sizes:
         ys, xs = (torch.arange(h, device=device) + 0.5) / h, (torch.arange(w, device=device) + 0.5) / w
@@ -297,8 +330,8 @@ def cell_centres(sizes: tuple[tuple[int, int], ...], device: torch.device) -> tu
 
 
 class DeformableAttention(nn.Module):
-    """Each token looks at 4 places on each of 3 levels, in each of 8 heads. Plain PyTorch, nothing compiled.
-    (Deformable DETR, https://arxiv.org/abs/2010.04159)"""
+    """Each token looks at 4 places on each of 3 levels, in each of 8 heads. Plain PyTorch, nothing
+    compiled. (Deformable DETR, https://arxiv.org/abs/2010.04159)"""
 
     def __init__(self, width: int, levels: int = 3, points: int = 4):
         super().__init__()
@@ -309,10 +342,10 @@ class DeformableAttention(nn.Module):
         for layer in (self.sampling_offsets, self.attention_weights):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
-        angle = torch.arange(HEADS) * (2 * math.pi / HEADS)                      # head i looks into direction i ...
+        angle = torch.arange(HEADS) * (2 * math.pi / HEADS)  # head i looks into direction i ...
         ray = torch.stack([angle.cos(), angle.sin()], 1)
         ray = (ray / ray.abs().amax(1, keepdim=True)).view(HEADS, 1, 1, 2)
-        with torch.no_grad():                                                    # ... 1, 2, 3, 4 cells away
+        with torch.no_grad():  # ... 1, 2, 3, 4 cells away
             steps = torch.arange(1, points + 1).view(1, 1, points, 1)
             self.sampling_offsets.bias.copy_((ray * steps).expand(HEADS, levels, points, 2).flatten())
         for layer in (self.value_proj, self.output_proj):
@@ -321,10 +354,13 @@ class DeformableAttention(nn.Module):
 
     def forward(self, query: Tensor, value: Tensor, sizes: tuple[tuple[int, int], ...]) -> Tensor:
         """query, value (B, S, C), of levels of these sizes -> (B, S, C)."""
-        (b, s, _), (centres, cells) = query.shape, cell_centres(sizes, query.device)             # (S, 2), (levels, 2)
-        value = self.value_proj(value).view(b, s, HEADS, -1).permute(0, 2, 3, 1).flatten(0, 1).contiguous()  # (n, c, S)
+        # (S, 2), (levels, 2)
+        (b, s, _), (centres, cells) = query.shape, cell_centres(sizes, query.device)
+        # (n, c, S)
+        value = self.value_proj(value).view(b, s, HEADS, -1).permute(0, 2, 3, 1).flatten(0, 1).contiguous()
         offsets = self.sampling_offsets(query).view(b, s, HEADS, self.levels, self.points, 2)
-        offsets = offsets.permute(3, 0, 2, 4, 1, 5).flatten(1, 2).contiguous()   # (levels, n, points, S, 2)
+        # (levels, n, points, S, 2)
+        offsets = offsets.permute(3, 0, 2, 4, 1, 5).flatten(1, 2).contiguous()
         weights = self.attention_weights(query).view(b, s, HEADS, -1).softmax(-1)
         weights = weights.unflatten(3, (self.levels, self.points)).permute(3, 0, 2, 4, 1).flatten(1, 2).contiguous()
         parts = value.split([h * w for h, w in sizes], dim=2)
@@ -334,13 +370,14 @@ class DeformableAttention(nn.Module):
 
 
 class Look(torch.autograd.Function):
-    """One level: value (n, c, h, w), grid (n, points, S, 2) in -1..1, weight (n, points, S) -> the sum over points of
-    weight times bilinear value, (n, c, S), zero outside. Samples are large: the backward pass makes them anew."""
+    """One level: value (n, c, h, w), grid (n, points, S, 2) in -1..1, weight (n, points, S) -> the
+    sum over points of weight times bilinear value, (n, c, S), zero outside. Samples are large: the
+    backward pass makes them anew."""
 
     @staticmethod
     def forward(ctx, value: Tensor, grid: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(value, grid, weight)
-        sampled = F.grid_sample(value, grid, align_corners=False)                # (n, c, points, S)
+        sampled = F.grid_sample(value, grid, align_corners=False)  # (n, c, points, S)
         out = sampled[:, :, 0] * weight[:, None, 0]
         for p in range(1, weight.shape[1]):
             out.addcmul_(sampled[:, :, p], weight[:, None, p])
@@ -353,7 +390,7 @@ class Look(torch.autograd.Function):
         with torch.enable_grad():
             sampled = F.grid_sample(*inputs, align_corners=False)
         grad_weight = torch.stack([(s * grad).sum(1) for s in sampled.unbind(2)], 1)
-        torch.mul(grad[:, :, None], weight[:, None], out=sampled)                # their gradient, in their memory
+        torch.mul(grad[:, :, None], weight[:, None], out=sampled)  # their gradient, in their memory
         return *torch.autograd.grad(sampled, inputs, sampled), grad_weight
 
 
@@ -374,7 +411,8 @@ class EncoderLayer(nn.Module):
 
 
 class PixelDecoder(nn.Module):
-    """Backbone maps -> token maps of strides 32, 16, 8 and mask features of stride 4, in float32."""
+    """Backbone maps -> token maps of strides 32, 16, 8 and mask features of stride 4, in
+    float32."""
 
     def __init__(self, channels: list[int], args: Args):
         super().__init__()
@@ -399,7 +437,7 @@ class PixelDecoder(nn.Module):
         maps = [m.float() for m in maps]
         levels = [proj(m) for proj, m in zip(self.input_proj, maps[:0:-1], strict=True)]
         sizes = tuple(tuple(level.shape[-2:]) for level in levels)
-        x = torch.cat([level.flatten(2) for level in levels], dim=2).transpose(1, 2)             # (B, S, C)
+        x = torch.cat([level.flatten(2) for level in levels], dim=2).transpose(1, 2)  # (B, S, C)
         position = torch.cat([sine_positions(size, x.shape[2], x.device) + embed
                               for size, embed in zip(sizes, self.level_embed, strict=True)])
         for layer in self.layers:
@@ -410,9 +448,10 @@ class PixelDecoder(nn.Module):
         return levels, self.mask_features(self.output(self.lateral(maps[0]) + fine).relu())
 
 
-# ============================================================================================== decoder
+# ========================================================================================== decoder
 class Attention(nn.Module):
-    """Multi-head attention, parameters as in nn.MultiheadAttention. query (B, Q, C); key and value (B, S, C)."""
+    """Multi-head attention, parameters as in nn.MultiheadAttention. query (B, Q, C); key and value
+    (B, S, C)."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -425,7 +464,7 @@ class Attention(nn.Module):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         """`mask` (B, Q, S), True where a query may look, the same in all heads."""
         weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
-        q, k, v = (F.linear(x, w, b).unflatten(2, (HEADS, -1)).transpose(1, 2)                   # (B, heads, n, 32)
+        q, k, v = (F.linear(x, w, b).unflatten(2, (HEADS, -1)).transpose(1, 2)  # (B, heads, n, 32)
                    for x, w, b in zip((query, key, value), weights, biases, strict=True))
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None])
         return self.out_proj(x.transpose(1, 2).flatten(2))
@@ -450,22 +489,25 @@ class DecoderLayer(nn.Module):
 
 
 def blocked(mask_logits: Tensor) -> Tensor:
-    """Masked attention: (B, Q, S) logits of the previous head's masks on the cells of a level -> True where a query may
-    NOT look: outside its mask, unless its mask is empty, then it looks everywhere."""
+    """Masked attention: (B, Q, S) logits of the previous head's masks on the cells of a level ->
+    True where a query may NOT look: outside its mask, unless its mask is empty, then it looks
+    everywhere."""
     outside = mask_logits < 0
     return outside & ~outside.all(dim=-1, keepdim=True)
 
 
 class Heads(NamedTuple):
-    """What Mask2Former predicts, after 0, 1, ..., 9 decoder layers. The mask logits (Q, h, w) of head l and image b are
-    `mask_embed[l, b] @ mask_features[b]`: whoever needs them makes those that are needed, where they are needed."""
-    class_logits: Tensor                            # (L, B, Q, K + 1), the last class is "no object"
-    mask_embed: Tensor                              # (L, B, Q, C)
-    mask_features: Tensor                           # (B, C, h, w)
+    """What Mask2Former predicts, after 0, 1, ..., 9 decoder layers. The mask logits (Q, h, w) of
+    head l and image b are `mask_embed[l, b] @ mask_features[b]`: whoever needs them makes those
+    that are needed, where they are needed."""
+    class_logits: Tensor  # (L, B, Q, K + 1), the last class is "no object"
+    mask_embed: Tensor  # (L, B, Q, C)
+    mask_features: Tensor  # (B, C, h, w)
 
 
 class Decoder(nn.Module):
-    """Nine layers over three levels in turn, and the shared prediction heads before and after each."""
+    """Nine layers over three levels in turn, and the shared prediction heads before and after
+    each."""
 
     def __init__(self, num_classes: int, args: Args):
         super().__init__()
@@ -479,7 +521,8 @@ class Decoder(nn.Module):
     def forward(self, levels: list[Tensor], mask_features: Tensor, last_only: bool = False) -> Heads:
         """`last_only`: L = 1, the final head alone."""
         b, sizes = len(mask_features), [tuple(level.shape[-2:]) for level in levels]
-        # resizing commutes with the product over channels: attention masks at their own level, 30 times cheaper
+        # resizing commutes with the product over channels: attention masks at their own level, 30
+        # times cheaper
         with torch.no_grad():
             small = [F.interpolate(mask_features, size=size, mode="bilinear", align_corners=False).flatten(2)
                      for size in sizes]
@@ -490,7 +533,7 @@ class Decoder(nn.Module):
         heads = []
         for i, layer in enumerate(self.layers):
             y = self.decoder_norm(x)
-            embed = self.mask_embed(y)                                           # (B, Q, C)
+            embed = self.mask_embed(y)  # (B, Q, C)
             heads.append((y, embed))
             with torch.no_grad(), torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):
                 may_look = ~blocked(embed.float() @ small[i % 3])
@@ -503,7 +546,8 @@ class Decoder(nn.Module):
 
 
 class Mask2Former(nn.Module):
-    """Normalised images (B, 3, H, W), sides multiples of 32 -> Heads. In training in bf16 where asked for."""
+    """Normalised images (B, 3, H, W), sides multiples of 32 -> Heads. In training in bf16 where
+    asked for."""
 
     def __init__(self, args: Args, num_classes: int, bf16: bool = False, pretrained: bool = False):
         super().__init__()
@@ -524,24 +568,29 @@ class Mask2Former(nn.Module):
             return self.decoder(levels, mask_features, last_only)
 
 
-# ============================================================================================== matching and losses
+# ============================================================================== matching and losses
 def sample(maps: Tensor, points: Tensor) -> Tensor:
-    """maps (n, c, h, w) at points (n, P, 2), x and y in 0..1 -> (n, c, P); bilinear, zero outside."""
+    """maps (n, c, h, w) at points (n, P, 2), x and y in 0..1 -> (n, c, P); bilinear, zero
+    outside."""
     return F.grid_sample(maps, 2 * points[:, :, None] - 1, align_corners=False)[..., 0]
 
 
 def match_costs(class_logits: Tensor, mask_embed: Tensor, mask_features: Tensor, target: Target, points: Tensor,
                 weights: tuple[float, float, float]) -> Tensor:
-    """Costs (L, Q, N) of one image: `weights` of class, mask and Dice, masks compared at points (P, 2).
+    """Costs (L, Q, N) of one image: `weights` of class, mask and Dice, masks compared at points (P,
+    2).
 
-    class_logits (L, Q, K + 1), mask_embed (L, Q, C), mask_features (C, h, w). All heads share the points, so features
-    and targets are sampled once; sampling commutes with the product over channels. DEPARTS[points]"""
-    f = sample(mask_features[None], points[None])[0]                             # (C, P)
-    t = sample(target.masks[:, None].to(f.dtype), points.expand(len(target.masks), -1, -1))[:, 0]       # (N, P)
+    class_logits (L, Q, K + 1), mask_embed (L, Q, C), mask_features (C, h, w). All heads share the
+    points, so features and targets are sampled once; sampling commutes with the product over
+    channels. DEPARTS[points]"""
+    f = sample(mask_features[None], points[None])[0]  # (C, P)
+    # (N, P)
+    t = sample(target.masks[:, None].to(f.dtype), points.expand(len(target.masks), -1, -1))[:, 0]
     costs = []
-    for z, embed in zip(class_logits, mask_embed, strict=True):                  # a head at a time: memory
-        x = embed @ f                                                            # (Q, P) mask logits
-        bce = (F.softplus(x).sum(1, keepdim=True) - x @ t.T) / len(points)   # t sp(-x) + (1 - t) sp(x) = sp(x) - t x
+    for z, embed in zip(class_logits, mask_embed, strict=True):  # a head at a time: memory
+        x = embed @ f  # (Q, P) mask logits
+        # t sp(-x) + (1 - t) sp(x) = sp(x) - t x
+        bce = (F.softplus(x).sum(1, keepdim=True) - x @ t.T) / len(points)
         s = x.sigmoid_()
         dice = 1 - (2 * s @ t.T + 1) / (s.sum(1, keepdim=True) + t.sum(1) + 1)
         costs.append(-weights[0] * z.softmax(1)[:, target.labels] + weights[1] * bce + weights[2] * dice)
@@ -549,8 +598,9 @@ def match_costs(class_logits: Tensor, mask_embed: Tensor, mask_features: Tensor,
 
 
 def assign(costs: list[Tensor]) -> tuple[list[Tensor], int]:
-    """Hungarian matching of each image's costs (L, Q, N) -> for each image the query (L, N) of each target, -1 for
-    targets beyond the number of queries; and how many costs were not finite (they count as very large).
+    """Hungarian matching of each image's costs (L, Q, N) -> for each image the query (L, N) of each
+    target, -1 for targets beyond the number of queries; and how many costs were not finite (they
+    count as very large).
 
     One transfer to the host for all images and heads."""
     from scipy.optimize import linear_sum_assignment
@@ -573,17 +623,17 @@ def assign(costs: list[Tensor]) -> tuple[list[Tensor], int]:
 def mask_losses(mask_logits: Tensor, masks: Tensor, points: Tensor, more: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy and Dice losses (N, L) of matched masks at uncertain points (PointRend).
 
-    mask_logits (N, L, h, w); masks (N, H', W'); `points` (N, L, 3 P, 2) are candidates, of which the 0.75 P with the
-    logits nearest 0 stay; `more` (N, L, 0.25 P, 2) join them."""
+    mask_logits (N, L, h, w); masks (N, H', W'); `points` (N, L, 3 P, 2) are candidates, of which
+    the 0.75 P with the logits nearest 0 stay; `more` (N, L, 0.25 P, 2) join them."""
     n, heads = mask_logits.shape[:2]
     logits, keep = mask_logits.flatten(0, 1)[:, None], points.shape[2] // 3 - more.shape[2]
     with torch.no_grad():
-        unsure = sample(logits, points.flatten(0, 1))[:, 0].abs()                # (N L, 3 P)
+        unsure = sample(logits, points.flatten(0, 1))[:, 0].abs()  # (N L, 3 P)
         nearest = unsure.topk(keep, dim=1, largest=False, sorted=False).indices
         chosen = points.flatten(0, 1).gather(1, nearest[..., None].expand(-1, -1, 2))
-        chosen = torch.cat([chosen, more.flatten(0, 1)], dim=1)                  # (N L, P, 2)
+        chosen = torch.cat([chosen, more.flatten(0, 1)], dim=1)  # (N L, P, 2)
         t = sample(masks[:, None].to(logits.dtype), chosen.unflatten(0, (n, heads)).flatten(1, 2))[:, 0]
-        t = t.unflatten(1, (heads, -1))                                          # (N, L, P)
+        t = t.unflatten(1, (heads, -1))  # (N, L, P)
     x = sample(logits, chosen)[:, 0].unflatten(0, (n, heads))
     bce = F.binary_cross_entropy_with_logits(x, t, reduction="none").mean(-1)
     s = x.sigmoid()
@@ -592,13 +642,15 @@ def mask_losses(mask_logits: Tensor, masks: Tensor, points: Tensor, more: Tensor
 
 
 class Norms(NamedTuple):
-    """What the losses of a batch are divided by: the same for all its heads, parts and processes."""
-    classes: Tensor                                 # sum of the class weights over all queries
-    masks: Tensor                                   # number of targets, 1 at least
+    """What the losses of a batch are divided by: the same for all its heads, parts and
+    processes."""
+    classes: Tensor  # sum of the class weights over all queries
+    masks: Tensor  # number of targets, 1 at least
 
 
 def normalisers(targets: list[Target], queries: int, no_object: float, world: World) -> Norms:
-    """Of this process's whole batch, averaged over processes, as DDP averages gradients. DEPARTS[normaliser]"""
+    """Of this process's whole batch, averaged over processes, as DDP averages gradients.
+    DEPARTS[normaliser]"""
     counts = [len(t.labels) for t in targets]
     found = sum(min(n, queries) for n in counts)
     both = torch.tensor([found + no_object * (len(counts) * queries - found), sum(counts)], dtype=torch.float64)
@@ -608,9 +660,11 @@ def normalisers(targets: list[Target], queries: int, no_object: float, world: Wo
 
 def criterion(heads: Heads, targets: list[Target], norms: Norms, args: Args, generators: list[torch.Generator]) \
         -> dict[str, Tensor]:
-    """Eqs. 1 and 2 of one part of a batch: the sum over heads of 2 CE + 5 mask + 5 Dice. DEPARTS[loss-weights]
+    """Eqs. 1 and 2 of one part of a batch: the sum over heads of 2 CE + 5 mask + 5 Dice.
+    DEPARTS[loss-weights]
 
-    `generators` draw each image's points, so that they depend neither on the batch nor on the number of processes."""
+    `generators` draw each image's points, so that they depend neither on the batch nor on the
+    number of processes."""
     (number, b, q), last = heads.class_logits.shape[:3], heads.class_logits.shape[3] - 1
     p, device, weights = args.points, heads.class_logits.device, (args.class_weight, args.mask_weight, args.dice_weight)
 
@@ -621,20 +675,22 @@ def criterion(heads: Heads, targets: list[Target], norms: Norms, args: Args, gen
         costs = [match_costs(heads.class_logits[:, i], heads.mask_embed[:, i], heads.mask_features[i], targets[i],
                              draw(generators[i], p), weights) for i in range(b)]
         queries, bad = assign(costs)
-    wanted = torch.full((number, b, q + 1), last, device=device)                 # no object; a place for the unmatched
-    mask = dice = 0 * (heads.mask_embed.sum() + heads.mask_features.sum())       # DDP waits for every gradient
+    # no object; a place for the unmatched
+    wanted = torch.full((number, b, q + 1), last, device=device)
+    # DDP waits for every gradient
+    mask = dice = 0 * (heads.mask_embed.sum() + heads.mask_features.sum())
     head = torch.arange(number, device=device)[:, None]
     for i, (query, target) in enumerate(zip(queries, targets, strict=True)):
-        for part in range(0, query.shape[1], 32):                                # 32 targets at a time: memory
-            found = query[:, part:part + 32].to(device, non_blocking=True)       # (L, n)
+        for part in range(0, query.shape[1], 32):  # 32 targets at a time: memory
+            found = query[:, part:part + 32].to(device, non_blocking=True)  # (L, n)
             matched, place = found >= 0, found.clamp(min=0)
             labels, masks = target.labels[part:part + 32], target.masks[part:part + 32]
             wanted[head, i, found] = labels.expand_as(found)
-            embed = heads.mask_embed[head, i, place].transpose(0, 1)             # (n, L, C)
+            embed = heads.mask_embed[head, i, place].transpose(0, 1)  # (n, L, C)
             logits = torch.einsum("nlc,chw->nlhw", embed, heads.mask_features[i])
             candidates = draw(generators[i], len(masks), number, 3 * p)
             more = draw(generators[i], len(masks), number, p - int(0.75 * p))
-            bce, overlap = mask_losses(logits, masks, candidates, more)          # (n, L)
+            bce, overlap = mask_losses(logits, masks, candidates, more)  # (n, L)
             mask = mask + (bce * matched.T).sum() / norms.masks
             dice = dice + (overlap * matched.T).sum() / norms.masks
     wanted = wanted[..., :q]
@@ -645,27 +701,29 @@ def criterion(heads: Heads, targets: list[Target], norms: Norms, args: Args, gen
             "mask": mask.detach(), "dice": dice.detach(), "bad_costs": ce.new_full((), float(bad))}
 
 
-# ============================================================================================== semi-supervised step
+# ============================================================================= semi-supervised step
 @torch.no_grad()
 def pseudo_labels(heads: Heads, class_threshold: float = 0.7, size_threshold: float = 5.0) \
         -> tuple[list[Target], list[Tensor]]:
-    """Sec. 3.1 and Eq. 3: of the teacher's final head, objects whose class is sure and whose mask is not tiny, one-hot;
-    and the sureness (N,) of each. The size is the sum of the mask's probabilities at stride 4. DEPARTS[size]"""
-    conf, label = heads.class_logits[-1].softmax(-1).max(-1)                     # (B, Q)
+    """Sec. 3.1 and Eq. 3: of the teacher's final head, objects whose class is sure and whose mask
+    is not tiny, one-hot; and the sureness (N,) of each. The size is the sum of the mask's
+    probabilities at stride 4. DEPARTS[size]"""
+    conf, label = heads.class_logits[-1].softmax(-1).max(-1)  # (B, Q)
     sure = (label < heads.class_logits.shape[-1] - 1) & (conf > class_threshold)
     found, scores = [], []
     for b in range(len(conf)):
         chosen = sure[b].nonzero().flatten()
         masks = torch.einsum("nc,chw->nhw", heads.mask_embed[-1, b, chosen], heads.mask_features[b])
         large = (masks.sigmoid().sum((1, 2)) > size_threshold).nonzero().flatten()
-        found.append(Target(label[b, chosen[large]], masks[large] > 0))          # Eq. 3: sigmoid >= 0.5
+        found.append(Target(label[b, chosen[large]], masks[large] > 0))  # Eq. 3: sigmoid >= 0.5
         scores.append(conf[b, chosen[large]])
     return found, scores
 
 
 @torch.no_grad()
 def ema_update(teacher: nn.Module, student: nn.Module, decay: float) -> None:
-    """teacher <- decay * teacher + (1 - decay) * student, parameters and float buffers, in place. 0 copies."""
+    """teacher <- decay * teacher + (1 - decay) * student, parameters and float buffers, in place. 0
+    copies."""
     pairs = [(t, s) for t, s in zip(itertools.chain(teacher.parameters(), teacher.buffers()),
                                     itertools.chain(student.parameters(), student.buffers()), strict=True)
              if t.is_floating_point()]
@@ -673,8 +731,9 @@ def ema_update(teacher: nn.Module, student: nn.Module, decay: float) -> None:
 
 
 def teaching_plan(stage: str, args: Args) -> tuple[int, int]:
-    """Table 1: the step of a stage at which the teacher becomes a copy of the student, and from which pseudo labels are
-    used. Guided burn-in (the paper's): after the burn-in; from the start. Teacher stage: neither, labels alone."""
+    """Table 1: the step of a stage at which the teacher becomes a copy of the student, and from
+    which pseudo labels are used. Guided burn-in (the paper's): after the burn-in; from the start.
+    Teacher stage: neither, labels alone."""
     never = args.steps + 1
     return (never, never) if stage == "teacher" else {
         "guided": (args.burn_in_steps, 0), "standard": (args.burn_in_steps, args.burn_in_steps), "fixed": (never, 0),
@@ -685,15 +744,15 @@ def teaching_plan(stage: str, args: Args) -> tuple[int, int]:
 class State:
     """All that training changes (saved whole), and the forward pass that DDP wraps."""
 
-    stage: str                                      # teacher: the network that learns is the supervised one; student
-    student: Mask2Former                            # the network that learns
-    teacher: Mask2Former | None                     # no gradients, eval mode
+    stage: str  # teacher: the network that learns is the supervised one; student
+    student: Mask2Former  # the network that learns
+    teacher: Mask2Former | None  # no gradients, eval mode
     optimizer: torch.optim.Optimizer
     forward: Callable
-    step: int = 0                                   # of the whole run
-    begun: int = 0                                  # the step at which this stage began
-    last: dict = field(default_factory=dict)        # network -> its newest score
-    best: dict = field(default_factory=dict)        # network -> its best one
+    step: int = 0  # of the whole run
+    begun: int = 0  # the step at which this stage began
+    last: dict = field(default_factory=dict)  # network -> its newest score
+    best: dict = field(default_factory=dict)  # network -> its best one
 
     def networks(self) -> dict[str, Mask2Former]:
         return {"supervised": self.student} if self.stage == "teacher" else {"student": self.student,
@@ -701,25 +760,28 @@ class State:
 
 
 def train_step(s: State, labeled: Batch, unlabeled: Batch | None, args: Args, world: World) -> dict[str, Tensor]:
-    """Sec. 3.1: one step of the student, burn-in (step 2) or distillation (step 3), or of the teacher-to-be (step 1),
-    which learns from labels alone."""
+    """Sec. 3.1: one step of the student, burn-in (step 2) or distillation (step 3), or of the
+    teacher-to-be (step 1), which learns from labels alone."""
     t, (copy_at, pseudo_from) = s.step - s.begun, teaching_plan(s.stage, args)
     if t == copy_at:
-        ema_update(s.teacher, s.student, decay=0)                                # Sec. 3.1, step 3: T <- S
+        ema_update(s.teacher, s.student, decay=0)  # Sec. 3.1, step 3: T <- S
     elif t > copy_at:
-        ema_update(s.teacher, s.student, args.ema)                               # Eq. 5, before the teacher is asked
+        ema_update(s.teacher, s.student, args.ema)  # Eq. 5, before the teacher is asked
     s.optimizer.zero_grad(set_to_none=True)
-    log = learn(s, labeled.images, labeled.targets, 1.0, "l", args, world, last=t < pseudo_from)            # L_s
+    # L_s
+    log = learn(s, labeled.images, labeled.targets, 1.0, "l", args, world, last=t < pseudo_from)
     if t >= pseudo_from:
-        targets, seen = teach(s.teacher, unlabeled.weak, args, world)                                       # Eq. 3
-        log |= learn(s, unlabeled.images, targets, args.lambda_u, "u", args, world, last=True) | seen       # Eq. 4
+        targets, seen = teach(s.teacher, unlabeled.weak, args, world)  # Eq. 3
+        # Eq. 4
+        log |= learn(s, unlabeled.images, targets, args.lambda_u, "u", args, world, last=True) | seen
     update(s, args)
     return log
 
 
 @torch.no_grad()
 def teach(teacher: Mask2Former, weak: Tensor, args: Args, world: World) -> tuple[list[Target], dict[str, Tensor]]:
-    """Pseudo labels of the weak views (B, 3, H, W) uint8, at stride 4, and what is logged of them."""
+    """Pseudo labels of the weak views (B, 3, H, W) uint8, at stride 4, and what is logged of
+    them."""
     parts = [pseudo_labels(teacher(transforms.normalize(x), last_only=True), args.class_threshold, args.size_threshold)
              for x in weak.split(-(-len(weak) // args.accumulate))]
     targets, scores = [t for part, _ in parts for t in part], torch.cat([x for _, part in parts for x in part])
@@ -730,8 +792,9 @@ def teach(teacher: Mask2Former, weak: Tensor, args: Args, world: World) -> tuple
 
 def learn(s: State, images: Tensor, targets: list[Target], factor: float, name: str, args: Args, world: World,
           last: bool) -> dict[str, Tensor]:
-    """Add the gradient of factor * Eq. 2 on (B, 3, H, W) uint8 images, in --accumulate parts. Two such backward passes,
-    L_s and lambda_u L_u, are Eq. 4 in half the memory. Processes exchange gradients in the `last` part of a step."""
+    """Add the gradient of factor * Eq. 2 on (B, 3, H, W) uint8 images, in --accumulate parts. Two
+    such backward passes, L_s and lambda_u L_u, are Eq. 4 in half the memory. Processes exchange
+    gradients in the `last` part of a step."""
     norms, total = normalisers(targets, args.queries, args.no_object, world), {}
     size = -(-len(images) // args.accumulate)
     for start in range(0, len(images), size):
@@ -761,14 +824,16 @@ def update(s: State, args: Args) -> None:
 
 
 def schedule(t: int, args: Args) -> float:
-    """lr / lr_init at step t of a stage. COCO: a tenth from 8/9, a hundredth from 26/27 on. Cityscapes: poly 0.9."""
+    """lr / lr_init at step t of a stage. COCO: a tenth from 8/9, a hundredth from 26/27 on.
+    Cityscapes: poly 0.9."""
     if args.schedule == "poly":
         return max(0.0, 1 - t / args.steps) ** 0.9
     return 0.1 ** sum(t >= round(args.steps * step / 368_750) for step in (327_778, 355_092))
 
 
 def adamw(net: Mask2Former, args: Args, world: World) -> torch.optim.AdamW:
-    """Sec. 4.1. The backbone learns a tenth as fast; norms, embeddings and position tables do not decay."""
+    """Sec. 4.1. The backbone learns a tenth as fast; norms, embeddings and position tables do not
+    decay."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, module in net.named_modules():
         free = isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm, nn.Embedding))
@@ -782,10 +847,10 @@ def adamw(net: Mask2Former, args: Args, world: World) -> torch.optim.AdamW:
         betas=(0.9, 0.999), eps=1e-8, fused=world.device.type == "cuda")
 
 
-# ============================================================================================== views
+# ============================================================================================ views
 def jitter_crop(size: tuple[int, int], args: Args, g: np.random.Generator) -> instances.Window:
-    """COCO: flip; a scale u in `scale`, so that the image fits into u times the crop; a random window, padded at the
-    right and the bottom where the image is smaller (large-scale jitter)."""
+    """COCO: flip; a scale u in `scale`, so that the image fits into u times the crop; a random
+    window, padded at the right and the bottom where the image is smaller (large-scale jitter)."""
     flip, u, shift = bool(g.random() < 0.5), g.uniform(*args.scale), g.random()
     factor = min(u * args.crop_size[0] / size[0], u * args.crop_size[1] / size[1])
     new = tuple(max(round(n * factor), 1) for n in size)
@@ -794,7 +859,8 @@ def jitter_crop(size: tuple[int, int], args: Args, g: np.random.Generator) -> in
 
 
 def street_crop(size: tuple[int, int], args: Args, g: np.random.Generator) -> instances.Window:
-    """Cityscapes: the shorter side one of 16 multiples 0.5, 0.6, ... 2.0 of the test size; a random window; flip."""
+    """Cityscapes: the shorter side one of 16 multiples 0.5, 0.6, ... 2.0 of the test size; a random
+    window; flip."""
     short = int(args.test_size[0] * g.integers(5, 21) / 10)
     factor = min(short / min(size), 4 * args.test_size[0] / max(size))
     new = tuple(max(round(n * factor), 1) for n in size)
@@ -803,8 +869,8 @@ def street_crop(size: tuple[int, int], args: Args, g: np.random.Generator) -> in
 
 
 def strong_view(image: Tensor, g: np.random.Generator, cutout: bool = False) -> Tensor:
-    """Sec. 4.3, "data augmentations": the student's view of a weak one (3, H, W) uint8, in the same geometry: colour
-    jitter, grey, blur; and, for Fig. 6, cut-out."""
+    """Sec. 4.3, "data augmentations": the student's view of a weak one (3, H, W) uint8, in the same
+    geometry: colour jitter, grey, blur; and, for Fig. 6, cut-out."""
     from torchvision.transforms.v2 import functional as tv
     if g.random() < 0.8:
         jitters = [(tv.adjust_brightness, g.uniform(0.6, 1.4)), (tv.adjust_contrast, g.uniform(0.6, 1.4)),
@@ -830,10 +896,11 @@ def strong_view(image: Tensor, g: np.random.Generator, cutout: bool = False) -> 
 
 
 def weak_view(args: Args, image: Tensor, g: np.random.Generator) -> tuple[Tensor, instances.Window]:
-    """What labeled pictures, and the teacher, see: jitter_crop, or street_crop and SSD's colours. (3, H, W) uint8."""
+    """What labeled pictures, and the teacher, see: jitter_crop, or street_crop and SSD's colours.
+    (3, H, W) uint8."""
     street = args.dataset == "cityscapes"
     window = (street_crop if street else jitter_crop)(tuple(image.shape[-2:]), args, g)
-    image = instances.cut_out(image, window, fill=128)                           # DEPARTS[fill]
+    image = instances.cut_out(image, window, fill=128)  # DEPARTS[fill]
     return instances.photometric_distortion(image, g) if street else image, window
 
 
@@ -841,7 +908,7 @@ def labeled_view(args: Args, data: instances.Instances, image: Tensor, photo: in
                  g: np.random.Generator) -> tuple[Tensor, None, Target]:
     image, window = weak_view(args, image, g)
     labels, masks, _ = instances.masks_of(photo, data, window)
-    if not args.keep_empty_targets:                                              # DEPARTS[empty-targets]
+    if not args.keep_empty_targets:  # DEPARTS[empty-targets]
         seen = masks.flatten(1).any(1).bool()
         labels, masks = labels[seen], masks[seen]
     return image, None, Target(labels, masks)
@@ -853,8 +920,8 @@ def unlabeled_view(args: Args, image: Tensor, photo: instances.Photo, g: np.rand
     return weak if args.strong_aug == "same" else strong_view(weak, g, args.strong_aug == "cutout"), weak, None
 
 
-# ============================================================================================== weights
-OFFICIAL = [(re.compile(pattern), new) for pattern, new in [                     # Mask2Former's and Detectron2's names
+# ========================================================================================== weights
+OFFICIAL = [(re.compile(pattern), new) for pattern, new in [  # Mask2Former's and Detectron2's names
     (r"^(stem|res\d)\.", r"backbone.\1."),
     (r"^backbone\.stem\.conv1\.norm\.", "backbone.body.bn1."), (r"^backbone\.stem\.", "backbone.body."),
     (r"^(backbone\.res\d\.\d+\.)shortcut\.(norm\.)?", lambda m: f"{m[1]}downsample.{int(bool(m[2]))}."),
@@ -862,7 +929,8 @@ OFFICIAL = [(re.compile(pattern), new) for pattern, new in [                    
     (r"^backbone\.res(\d)\.", lambda m: f"backbone.body.layer{int(m[1]) - 1}."),
     (r"^((?:backbone\.)?layers\.)(\d)\.downsample\.", lambda m: f"{m[1]}{int(m[2]) + 1}.downsample."),
     (r"^backbone\.norm(\d)\.", r"backbone.norms.\1."),
-    (r"^sem_seg_head\.(?!predictor|pixel_decoder)", "sem_seg_head.pixel_decoder."),         # files of older versions
+    # files of older versions
+    (r"^sem_seg_head\.(?!predictor|pixel_decoder)", "sem_seg_head.pixel_decoder."),
     (r"^sem_seg_head\.pixel_decoder\.(transformer\.)?(encoder\.)?", "pixel_decoder."),
     (r"^pixel_decoder\.adapter_1\.(norm\.)?", lambda m: f"pixel_decoder.lateral.{int(bool(m[1]))}."),
     (r"^pixel_decoder\.layer_1\.(norm\.)?", lambda m: f"pixel_decoder.output.{int(bool(m[1]))}."),
@@ -872,7 +940,7 @@ OFFICIAL = [(re.compile(pattern), new) for pattern, new in [                    
     (r"^decoder\.transformer_\w+_layers\.", "decoder.layers."),
     (r"^decoder\.mask_embed\.layers\.(\d)\.", lambda m: f"decoder.mask_embed.{2 * int(m[1])}."),
 ]]
-HUGGING_FACE = [(re.compile(pattern), new) for pattern, new in [                 # transformers' names
+HUGGING_FACE = [(re.compile(pattern), new) for pattern, new in [  # transformers' names
     (r"^model\.pixel_level_module\.", ""), (r"^encoder\.", "backbone."), (r"^decoder\.", "pixel_decoder."),
     (r"^backbone\.embedder\.embedder\.(conv|n)\w+\.", lambda m: f"backbone.body.{'bn' if m[1] == 'n' else 'conv'}1."),
     (r"^backbone\.encoder\.stages\.(\d)\.layers\.(\d+)\.", lambda m: f"backbone.body.layer{int(m[1]) + 1}.{m[2]}."),
@@ -903,8 +971,9 @@ HUGGING_FACE = [(re.compile(pattern), new) for pattern, new in [                
 
 
 def our_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a whole model by our names, from ours, official Mask2Former (also `modelStudent.`, or else
-    `modelTeacher.`, of the released code) or transformers; tensors of a backbone alone as they are."""
+    """Tensors of a whole model by our names, from ours, official Mask2Former (also `modelStudent.`,
+    or else `modelTeacher.`, of the released code) or transformers; tensors of a backbone alone as
+    they are."""
     for prefix in ("modelStudent.", "modelTeacher.", "student.", "supervised."):
         inner = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
         weights = inner or weights
@@ -915,7 +984,8 @@ def our_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         for pattern, new in table:
             key = pattern.sub(new, key)
         named[key] = value
-    for key in [k for k in named if re.search(r"\.(qkv|in_proj)\.q\.", k)]:      # three tensors here, one in ours
+    # three tensors here, one in ours
+    for key in [k for k in named if re.search(r"\.(qkv|in_proj)\.q\.", k)]:
         parts = [named.pop(re.sub(r"\.q\.(\w+)$", rf".{x}.\1", key)) for x in "qkv"]
         fused = re.sub(r"\.in_proj\.q\.", ".in_proj_", key) if ".in_proj." in key else key.replace(".qkv.q.", ".qkv.")
         named[fused] = torch.cat(parts)
@@ -924,28 +994,31 @@ def our_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_weights(net: Mask2Former, weights: dict[str, Tensor], what: str) -> list[str]:
-    """Load a whole model, or its backbone's body; lines on what did not fit (a class head of other classes)."""
+    """Load a whole model, or its backbone's body; lines on what did not fit (a class head of other
+    classes)."""
     named = our_names(weights)
     whole = any(k.startswith(("pixel_decoder.", "decoder.", "backbone.")) for k in named)
     return runs.load_matching(net if whole else getattr(net.backbone, "body", net.backbone), named, what)
 
 
-# ============================================================================================== evaluation
+# ======================================================================================= evaluation
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")                            # every size would be compiled anew ...
-@torch.backends.cudnn.flags(enabled=True, benchmark=False)           # ... and tried with all algorithms
+@torch.compiler.set_stance("force_eager")  # every size would be compiled anew ...
+@torch.backends.cudnn.flags(enabled=True, benchmark=False)  # ... and tried with all algorithms
 def detect(net: Mask2Former, image: Tensor, args: Args, top: int = 100) -> tuple[Tensor, Tensor, Tensor]:
-    """The `top` best (query, class) pairs of an image (3, H, W) uint8: labels (n,), scores (n,), masks (n, H, W) bool.
+    """The `top` best (query, class) pairs of an image (3, H, W) uint8: labels (n,), scores (n,),
+    masks (n, H, W) bool.
 
-    The score is the class probability times the mask's mean probability inside itself. No threshold, no suppression."""
+    The score is the class probability times the mask's mean probability inside itself. No
+    threshold, no suppression."""
     size, (short, most) = tuple(image.shape[-2:]), args.test_size
     factor = min(short / min(size), most / max(size))
     new = tuple(max(round(n * factor), 1) for n in size)
     x = image[None].float()
     x = transforms.normalize(F.interpolate(x, size=new, mode="bilinear", antialias=True) if new != size else x)
-    x = F.pad(x, (0, -new[1] % 32, 0, -new[0] % 32))                             # after normalising: the mean colour
+    x = F.pad(x, (0, -new[1] % 32, 0, -new[0] % 32))  # after normalising: the mean colour
     heads = net.forward(x, last_only=True)
-    probs = heads.class_logits[-1, 0].softmax(-1)[:, :-1]                        # (Q, K)
+    probs = heads.class_logits[-1, 0].softmax(-1)[:, :-1]  # (Q, K)
     scores, place = probs.flatten().topk(min(top, probs.numel()))
     used, which = (place // probs.shape[1]).unique(return_inverse=True)
     masks, inside = [], []
@@ -961,10 +1034,11 @@ def detect(net: Mask2Former, image: Tensor, args: Args, top: int = 100) -> tuple
 
 def evaluate(networks: dict[str, Mask2Former], data: instances.Instances, args: Args, world: World) \
         -> tuple[dict[str, dict], dict[str, list], list]:
-    """Mask AP of each network in percent, its results in COCO's format, and rows of preview pictures.
+    """Mask AP of each network in percent, its results in COCO's format, and rows of preview
+    pictures.
 
-    COCO's AP by pycocotools; on Cityscapes its own AP, with COCO's as `coco_ap`. Every image counts once on any number
-    of processes."""
+    COCO's AP by pycocotools; on Cityscapes its own AP, with COCO's as `coco_ap`. Every image counts
+    once on any number of processes."""
     found, rows = {name: [] for name in networks}, []
     street = {name: ap.CityscapesAP() for name in networks if args.dataset == "cityscapes"}
     for index, image in instances.score_loader(data.val, world, args.workers):
@@ -994,8 +1068,9 @@ def evaluate(networks: dict[str, Mask2Former], data: instances.Instances, args: 
 
 def picture(image: Tensor, labels: Tensor, scores: Tensor, masks: Tensor, classes: list[str] | None = None) \
         -> np.ndarray:
-    """Image (3, H, W) uint8 with the objects that score 0.5 or more on it, the best in front -> (H', W, 3) uint8.
-    With names of `classes`, each in a colour of its own, and a legend; else in the colour of its class."""
+    """Image (3, H, W) uint8 with the objects that score 0.5 or more on it, the best in front ->
+    (H', W, 3) uint8. With names of `classes`, each in a colour of its own, and a legend; else in
+    the colour of its class."""
     shown = [i for i in scores.argsort().tolist() if scores[i] >= 0.5][-250:]
     index = torch.zeros(image.shape[-2:], dtype=torch.uint8)
     for place, i in enumerate(shown, start=1):
@@ -1004,7 +1079,7 @@ def picture(image: Tensor, labels: Tensor, scores: Tensor, masks: Tensor, classe
                          if classes else [])
 
 
-# ============================================================================================== main
+# ============================================================================================= main
 STUDENT_ONLY = ("burn_in burn_in_steps ema lambda_u class_threshold size_threshold strong_aug labeled_sampling pool "
                 "teacher unlabeled")
 RANGES = dict.fromkeys("ema class_threshold drop_path no_object backbone_lr".split(), (0, 1)) | dict.fromkeys(
@@ -1048,7 +1123,8 @@ def check(args: Args, world: World) -> None:
 
 
 def network(args: Args, num_classes: int, world: World, name: str, pretrained: bool = True) -> tuple[Mask2Former, list]:
-    """A Mask2Former with its starting weights, on the device; and lines on weights that did not load."""
+    """A Mask2Former with its starting weights, on the device; and lines on weights that did not
+    load."""
     distributed.seed_torch(args.seed, name)
     net = Mask2Former(args, num_classes, world.bf16(args.precision), pretrained and args.weights == "imagenet")
     weights = backbones.read(args.weights, args.backbone, args.root) if pretrained else None
@@ -1059,12 +1135,14 @@ def network(args: Args, num_classes: int, world: World, name: str, pretrained: b
 
 def begin(stage: str, args: Args, data: instances.Instances, world: World, step: int, begun: int) \
         -> tuple[State, list[str]]:
-    """The networks of a stage at its beginning: in the student's, a fresh student beside the trained teacher."""
+    """The networks of a stage at its beginning: in the student's, a fresh student beside the
+    trained teacher."""
     net, notes = network(args, len(data.classes), world, stage)
     teacher = None
     if stage == "student":
         teacher = network(args, len(data.classes), world, "teacher", pretrained=False)[0]
-        if args.burn_in in ("guided", "fixed") and step == begun:    # later it comes from the checkpoint
+        # later it comes from the checkpoint
+        if args.burn_in in ("guided", "fixed") and step == begun:
             notes = [*notes, *load_teacher(teacher, Path(args.teacher or Path(args.out) / "teacher.pt"))]
         teacher.requires_grad_(False).eval()
     if args.compile:
@@ -1084,7 +1162,8 @@ def load_teacher(net: Mask2Former, path: Path) -> list[str]:
 
 
 def train(args: Args) -> dict:
-    """One run, from the start or from its checkpoint, to results.json, whose contents are returned."""
+    """One run, from the start or from its checkpoint, to results.json, whose contents are
+    returned."""
     check(args, distributed.launched())
     args = resolve(args)
     with_teacher = args.stage != "student" and not args.teacher and (
@@ -1104,7 +1183,7 @@ def train(args: Args) -> dict:
         "classes": data.classes, "images": chosen.text, "fingerprint": chosen.fingerprint, "weights_notes": notes})
     run.say(f"{chosen.text}; scored on {len(data.val)}", *(f"weights {note}" for note in notes),
             f"teacher: steps 0 to {border}; student, burn-in {args.burn_in}: steps {border} to {total}; in {out}")
-    factors = instances.repeat_factors(chosen.labeled, len(data.classes), 10.0)                 # DEPARTS[sampling]
+    factors = instances.repeat_factors(chosen.labeled, len(data.classes), 10.0)  # DEPARTS[sampling]
 
     def feeds_of(s: State) -> list:
         """Labeled batches of a stage; and unlabeled ones, None before they are used."""
@@ -1119,14 +1198,16 @@ def train(args: Args) -> dict:
     feeds = feeds_of(s)
     for step in run.steps(s.step, total):
         if step == border and s.stage == "teacher":
-            world.barrier()                                          # teacher.pt is written
-            scores = {"last": s.last, "best": s.best}                # the supervised network's stay in the results
+            world.barrier()  # teacher.pt is written
+            # the supervised network's stay in the results
+            scores = {"last": s.last, "best": s.best}
             s = replace(begin("student", args, data, world, step, border)[0], **scores)
             feeds = feeds_of(s)
         for group in s.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * schedule(step - s.begun, args)
         batches = [instances.to_device(next(feed), world.device) for feed in feeds]
-        distributed.seed_torch(args.seed, "step", step, world.rank)  # drop path: from (seed, step, process)
+        # drop path: from (seed, step, process)
+        distributed.seed_torch(args.seed, "step", step, world.rank)
         values = train_step(s, *batches, args, world)
         run.tally(step, values, *batches)
         distributed.average_buffers(world, *s.networks().values())
@@ -1140,7 +1221,7 @@ def train(args: Args) -> dict:
         if scoring or asked or (args.save_every and s.step % args.save_every == 0):
             run.save("last.pt", snapshot(s, args, data))
         if asked and s.step < total:
-            run.leave(s.step)                       # does not return
+            run.leave(s.step)  # does not return
 
     facts = {"stage": args.stage, "burn_in": args.burn_in, "val": args.val, "split_fingerprint": chosen.fingerprint}
     return run.finish({name: {"last": s.last[name], "best": s.best[name]} for name in s.last}, facts,
@@ -1148,10 +1229,11 @@ def train(args: Args) -> dict:
 
 
 def score_networks(s: State, data: instances.Instances, args: Args, world: World, run: runs.Run) -> None:
-    """Score what has changed, note the best, keep its weights: best.pt; in the teacher stage, teacher.pt."""
+    """Score what has changed, note the best, keep its weights: best.pt; in the teacher stage,
+    teacher.pt."""
     networks, headline = s.networks(), "supervised" if s.stage == "teacher" else "student"
     if "teacher" in s.last and s.step - s.begun <= teaching_plan(s.stage, args)[0]:
-        networks.pop("teacher")                     # burn-in: it is what it was
+        networks.pop("teacher")  # burn-in: it is what it was
     scores, found, rows = evaluate(networks, data, args, world)
     s.student.train()
     for name, score in scores.items():
@@ -1171,7 +1253,8 @@ def score_networks(s: State, data: instances.Instances, args: Args, world: World
 
 
 def snapshot(s: State, args: Args, data: instances.Instances, optimizer: bool = True) -> dict:
-    """What a checkpoint holds. best.pt and teacher.pt have no `optimizer`: to score, to predict, to teach."""
+    """What a checkpoint holds. best.pt and teacher.pt have no `optimizer`: to score, to predict, to
+    teach."""
     state = {"settings": json.loads(json.dumps(vars(args))), "classes": data.classes, "ids": data.ids, "stage": s.stage,
              "step": s.step, "last": s.last, "best": s.best,
              "networks": {name: net.state_dict() for name, net in s.networks().items()}}
@@ -1179,7 +1262,8 @@ def snapshot(s: State, args: Args, data: instances.Instances, optimizer: bool = 
 
 
 def restore(s: State, state: dict) -> None:
-    """The reverse of `snapshot`. A checkpoint of the border, where the teacher stage is done, gives scores alone."""
+    """The reverse of `snapshot`. A checkpoint of the border, where the teacher stage is done, gives
+    scores alone."""
     s.step, s.last, s.best = state["step"], state["last"], state["best"]
     if state["stage"] == s.stage:
         for name, weights in state["networks"].items():
@@ -1200,7 +1284,8 @@ def load(path: str, args: Args) -> tuple[dict[str, Mask2Former], dict, World]:
 
 
 def score(args: Args) -> dict:
-    """--eval: score a checkpoint's networks; <checkpoint>.results.json, and <checkpoint>.<network>.segm.json."""
+    """--eval: score a checkpoint's networks; <checkpoint>.results.json, and
+    <checkpoint>.<network>.segm.json."""
     networks, state, world = load(args.eval, args)
     data = instances.find(args.dataset, Path(args.root), args.train_json, args.val_json, args.images, args.val,
                           state["classes"])
@@ -1216,8 +1301,8 @@ def score(args: Args) -> dict:
 
 
 def predict(args: Args) -> None:
-    """--predict CKPT IMAGES...: overlays of images or folders, and predictions.json in COCO's result format, with paths
-    for `image_id`, into <checkpoint>.predictions/."""
+    """--predict CKPT IMAGES...: overlays of images or folders, and predictions.json in COCO's
+    result format, with paths for `image_id`, into <checkpoint>.predictions/."""
     networks, state, world = load(args.predict[0], args)
     net, out = networks.get("student", next(iter(networks.values()))), Path(f"{args.predict[0]}.predictions")
     files = read.pictures(args.predict[1:])
@@ -1234,7 +1319,8 @@ def predict(args: Args) -> None:
 
 
 def settings(dataset: str = "coco", eval: str = "", predict: str = "") -> Args:
-    """What the command line starts from: a preset, or the settings inside a checkpoint to score or predict with."""
+    """What the command line starts from: a preset, or the settings inside a checkpoint to score or
+    predict with."""
     return runs.saved_settings(Args, Path(eval or predict), SCRIPT) if eval or predict else preset(dataset)
 
 

@@ -1,4 +1,5 @@
-"""ImageNet backbones by name, cut into stages: timm first, then torchvision, and their weights with clear errors."""
+"""ImageNet backbones by name, cut into stages: timm first, then torchvision, and their weights with
+clear errors."""
 
 from pathlib import Path
 
@@ -9,13 +10,14 @@ from common.runs import UserError, read_weights
 
 
 class Stages(nn.Module):
-    """A torchvision network with a `features` sequence (MobileNet, EfficientNet, ...) -> the last map of each stage.
+    """A torchvision network with a `features` sequence (MobileNet, EfficientNet, ...) -> the last
+    map of each stage.
 
     Strides beyond `stride` become dilations."""
 
     def __init__(self, features: nn.Sequential, stride: int):
         super().__init__()
-        self.features, self.ends = features, {}                      # stage -> (layer, reduction, channels)
+        self.features, self.ends = features, {}  # stage -> (layer, reduction, channels)
         done, stage, x = 1, 0, torch.zeros(1, 3, 64, 64)
         for i, layer in enumerate(features):
             for conv in [m for m in layer.modules() if isinstance(m, nn.Conv2d)]:
@@ -43,10 +45,12 @@ class Stages(nn.Module):
 
 
 def build(name: str, stride: int = 32, pretrained: bool = False, **more) -> tuple[nn.Module, list[int], list[int]]:
-    """The network, which maps (B, 3, H, W) to a list of feature maps, and each map's reduction and channels.
+    """The network, which maps (B, 3, H, W) to a list of feature maps, and each map's reduction and
+    channels.
 
-    `stride` is the smallest map's reduction where the network can be dilated (8, 16, 32); transformers keep their own.
-    `more` (out_indices) goes to timm. Raises UserError for an unknown name or weights that cannot be had."""
+    `stride` is the smallest map's reduction where the network can be dilated (8, 16, 32);
+    transformers keep their own. `more` (out_indices) goes to timm. Raises UserError for an unknown
+    name or weights that cannot be had."""
     import timm
     import torchvision
 
@@ -54,7 +58,8 @@ def build(name: str, stride: int = 32, pretrained: bool = False, **more) -> tupl
         if timm.is_model(name):
             try:
                 body = timm.create_model(name, features_only=True, output_stride=stride, pretrained=pretrained, **more)
-            except (NotImplementedError, TypeError, ValueError):     # a transformer: one stride, any size
+            # a transformer: one stride, any size
+            except (NotImplementedError, TypeError, ValueError):
                 body = timm.create_model(name, features_only=True, pretrained=pretrained, dynamic_img_size=True,
                                          dynamic_img_pad=True)
             return body, body.feature_info.reduction(), body.feature_info.channels()
@@ -84,7 +89,8 @@ def uncut(name: str, why: str) -> UserError:
 
 
 def read(weights: str, backbone: str, root: str) -> dict[str, Tensor] | None:
-    """--weights: the tensors of a file, or of the embedded data's own pre-training under `root`; None for the rest."""
+    """--weights: the tensors of a file, or of the embedded data's own pre-training under `root`;
+    None for the rest."""
     if weights in ("imagenet", "none"):
         return None
     if weights == "shapes":

@@ -1,5 +1,5 @@
-"""Training samples and whole pictures, in what order they come, and who reads them. Order and augmentation depend on
-(seed, step, sample) alone: not on workers, processes or restarts."""
+"""Training samples and whole pictures, in what order they come, and who reads them. Order and
+augmentation depend on (seed, step, sample) alone: not on workers, processes or restarts."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,18 +15,20 @@ from data.read import BrokenImage, Picture, Segmentation, helpers, load
 
 
 class Batch(NamedTuple):
-    """`images` (B, 3, H, W) uint8, `valid` (B, H, W) bool, `label` (B, H, W) uint8 (all 255 where none was opened)."""
+    """`images` (B, 3, H, W) uint8, `valid` (B, H, W) bool, `label` (B, H, W) uint8 (all 255 where
+    none was opened)."""
     images: Tensor
     valid: Tensor
     label: Tensor
-    skipped: Tensor                                                  # (B,) how many broken images were passed over
+    skipped: Tensor  # (B,) how many broken images were passed over
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(*(t.to(device, non_blocking=True) for t in self))
 
 
 class Pictures(Dataset):
-    """Training samples by key (index, step, sample); `augment(image, label or None, rng)` -> image, label, valid."""
+    """Training samples by key (index, step, sample); `augment(image, label or None, rng)` -> image,
+    label, valid."""
 
     def __init__(self, pictures: list[Picture], data: Segmentation, labels: bool, augment: Callable, seed: int,
                  name: str):
@@ -51,8 +53,9 @@ class Pictures(Dataset):
 
 
 class Stream(Sampler):
-    """Batches of keys (index, step, sample) of this process for steps start..stop: passes over n pictures, each in an
-    order that depends on the seed, the stream's name and the number of the pass."""
+    """Batches of keys (index, step, sample) of this process for steps start..stop: passes over n
+    pictures, each in an order that depends on the seed, the stream's name and the number of the
+    pass."""
 
     def __init__(self, n: int, batch_size: int, seed: int, name: str, start: int, stop: int, world: World):
         self.n, self.batch_size, self.seed, self.name = n, batch_size, seed, name
@@ -74,15 +77,16 @@ class Stream(Sampler):
 
 
 def stream(dataset: Pictures, batch_size: int, start: int, stop: int, world: World, workers: int) -> Iterator[Batch]:
-    """The batches of this process for steps start..stop; nothing is read before the first is asked for."""
+    """The batches of this process for steps start..stop; nothing is read before the first is asked
+    for."""
     if start < stop:
         keys = Stream(len(dataset), batch_size, dataset.seed, dataset.name, start, stop, world)
         yield from DataLoader(dataset, batch_sampler=keys, pin_memory=world.device.type == "cuda", **helpers(workers))
 
 
 class Whole(Dataset):
-    """Whole pictures. With labels, for scoring, a broken one stops the evaluation, which needs every image; without
-    labels, its image is None."""
+    """Whole pictures. With labels, for scoring, a broken one stops the evaluation, which needs
+    every image; without labels, its image is None."""
 
     def __init__(self, pictures: list[Picture], data: Segmentation, labels: bool = True):
         self.pictures, self.data, self.labels = pictures, data, labels

@@ -1,4 +1,5 @@
-"""torchrun set-up, seeds, DDP and exact reductions. Every call works on one process without torchrun, too."""
+"""torchrun set-up, seeds, DDP and exact reductions. Every call works on one process without
+torchrun, too."""
 
 import inspect
 import os
@@ -35,7 +36,8 @@ class World:
         return precision == "bf16" or (precision == "auto" and able)
 
     def share(self, batch_size: int, multiple: int = 1) -> int:
-        """This process's part of a global batch: a multiple of `multiple`, and two at least (BatchNorm, mixing)."""
+        """This process's part of a global batch: a multiple of `multiple`, and two at least
+        (BatchNorm, mixing)."""
         step = self.size * multiple
         if batch_size % step or batch_size < 2 * self.size:
             below, above = batch_size // step * step, max((batch_size // step + 1) * step, 2 * self.size)
@@ -55,11 +57,13 @@ class World:
     def mean(self, tensor: Tensor) -> Tensor:
         """The sum over all processes divided by their number.
 
-        DDP averages gradients, so a local loss divided by the mean of a count is the global loss."""
+        DDP averages gradients, so a local loss divided by the mean of a count is the global
+        loss."""
         return self.sum(tensor) / self.size
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """(B, ...) of this process -> (size * B, ...), in rank order. Equal shapes on all processes."""
+        """(B, ...) of this process -> (size * B, ...), in rank order. Equal shapes on all
+        processes."""
         if self.size == 1:
             return tensor
         parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.size)]
@@ -72,14 +76,15 @@ class World:
 
 
 def launched() -> World:
-    """The world that torchrun describes in the environment, before joining it: to check settings against."""
+    """The world that torchrun describes in the environment, before joining it: to check settings
+    against."""
     rank, size, local_rank = (int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     return World(rank, size, local_rank)
 
 
 def start(device: str = "auto", join: bool = True) -> World:
-    """Join the group that torchrun describes in the environment; a world of one without it. With `join` False no
-    group is made: the world says who we are, and nothing may be reduced.
+    """Join the group that torchrun describes in the environment; a world of one without it. With
+    `join` False no group is made: the world says who we are, and nothing may be reduced.
 
     `device`: auto (GPUs when there are any), cpu, cuda. GPUs talk by NCCL, processors by gloo."""
     rank, size, local_rank = (w := launched()).rank, w.size, w.local_rank
@@ -103,7 +108,7 @@ def start(device: str = "auto", join: bool = True) -> World:
         try:
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo",
                                     timeout=timedelta(minutes=60))
-        except RuntimeError as error:                                # DistNetworkError is a RuntimeError
+        except RuntimeError as error:  # DistNetworkError is a RuntimeError
             if "address already in use" in str(error).lower():
                 raise UserError(f"Port {os.environ.get('MASTER_PORT')} is in use on this machine; give torchrun "
                                 f"another one, for example --master_port 29501.") from None
@@ -134,9 +139,11 @@ def seed_torch(*parts: int | str) -> None:
 
 
 def sync_batchnorm(network: nn.Module, world: World) -> nn.Module:
-    """SyncBatchNorm on GPUs with several processes. On CPUs `average_buffers` keeps the statistics equal instead.
+    """SyncBatchNorm on GPUs with several processes. On CPUs `average_buffers` keeps the statistics
+    equal instead.
 
-    timm's conversion keeps the activation that its BatchNormAct2d layers apply; torch's would drop it."""
+    timm's conversion keeps the activation that its BatchNormAct2d layers apply; torch's would drop
+    it."""
     if world.size > 1 and world.device.type == "cuda":
         from timm.layers import convert_sync_batchnorm
         return convert_sync_batchnorm(network)
@@ -157,12 +164,14 @@ def average_buffers(world: World, *networks: nn.Module) -> None:
 
 
 def parallel(network: nn.Module, world: World) -> nn.Module:
-    """The callable for training forward passes: DDP on several processes, the network itself on one.
+    """The callable for training forward passes: DDP on several processes, the network itself on
+    one.
 
     Keep the bare network for everything else (EMA, checkpoints, evaluation)."""
     if world.size == 1:
         return network
-    warnings.filterwarnings("ignore", "Grad strides do not match bucket view")     # of 1x1 convolutions, channels last
+    # of 1x1 convolutions, channels last
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view")
     ids, ddp = [world.device] if world.device.type == "cuda" else None, nn.parallel.DistributedDataParallel
-    new = "forward_sync_buffers" in inspect.signature(ddp).parameters     # the name since PyTorch 2.13
+    new = "forward_sync_buffers" in inspect.signature(ddp).parameters  # the name since PyTorch 2.13
     return ddp(network, device_ids=ids, **{"forward_sync_buffers" if new else "broadcast_buffers": False})

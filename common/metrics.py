@@ -11,13 +11,14 @@ from common.transforms import normalize
 
 
 def confusion(prediction: Tensor, label: Tensor, num_classes: int) -> Tensor:
-    """(H, W) class indices and (H, W) labels -> (K, K) int64 counts on the CPU; rows are labels, columns predictions.
+    """(H, W) class indices and (H, W) labels -> (K, K) int64 counts on the CPU; rows are labels,
+    columns predictions.
 
     Pixels whose label is not a class (255) are not counted."""
     # labels out of range share one extra row, which is cut off: no masking of the pixels, one pass
     rows = label.to(torch.int64).clamp(max=num_classes)
     index, bins = (rows * num_classes + prediction.to(torch.int64)).flatten(), (num_classes + 1) * num_classes
-    if index.device.type == "cpu":                                   # numpy counts ten times faster than torch here
+    if index.device.type == "cpu":  # numpy counts ten times faster than torch here
         counts = torch.from_numpy(np.bincount(index.numpy(), minlength=bins))
     else:
         counts = torch.bincount(index, minlength=bins).cpu()
@@ -25,13 +26,16 @@ def confusion(prediction: Tensor, label: Tensor, num_classes: int) -> Tensor:
 
 
 @torch.no_grad()
-@torch.backends.cudnn.flags(enabled=True, benchmark=False)           # many sizes: no time to try algorithms for each
+# many sizes: no time to try algorithms for each
+@torch.backends.cudnn.flags(enabled=True, benchmark=False)
 def score(networks: dict[str, nn.Module], logits_of: Callable, images: Iterable, view: Callable, num_classes: int,
           world, previews: int = 6) -> tuple[dict[str, Tensor], list]:
-    """Confusion counts (K, K) of each network over all processes' `images` (index, image, label), and preview rows.
+    """Confusion counts (K, K) of each network over all processes' `images` (index, image, label),
+    and preview rows.
 
-    `view(image, label)` -> what is scored of it (image, label, valid or None); `logits_of(net, x)` maps a normalised
-    (1, 3, H, W) to logits (1, K, H, W). Networks are scored in eval mode and left in the mode they came in."""
+    `view(image, label)` -> what is scored of it (image, label, valid or None); `logits_of(net, x)`
+    maps a normalised (1, 3, H, W) to logits (1, K, H, W). Networks are scored in eval mode and left
+    in the mode they came in."""
     counts = {name: torch.zeros(num_classes, num_classes, dtype=torch.int64) for name in networks}
     rows, modes = [], [(net, net.training) for net in networks.values()]
     for _, image, label in images:
@@ -49,7 +53,8 @@ def score(networks: dict[str, nn.Module], logits_of: Callable, images: Iterable,
 
 
 def iou(counts: Tensor) -> Tensor:
-    """(K, K) counts -> (K,) intersection over union in percent; NaN for a class in neither labels nor predictions."""
+    """(K, K) counts -> (K,) intersection over union in percent; NaN for a class in neither labels
+    nor predictions."""
     counts = counts.double()
     hit = counts.diagonal()
     union = counts.sum(0) + counts.sum(1) - hit
@@ -57,12 +62,14 @@ def iou(counts: Tensor) -> Tensor:
 
 
 def miou(counts: Tensor) -> float:
-    """The mean IoU in percent over the classes that occur in labels or predictions; NaN when none does."""
+    """The mean IoU in percent over the classes that occur in labels or predictions; NaN when none
+    does."""
     return iou(counts).nanmean().item()
 
 
 def iou_record(counts: Tensor, classes: list[str], step: int) -> dict:
-    """What results.json holds of a confusion matrix: `step`, `miou`, `iou` (class -> percent, None when absent)."""
+    """What results.json holds of a confusion matrix: `step`, `miou`, `iou` (class -> percent, None
+    when absent)."""
     values = iou(counts).tolist()
     return {"step": step, "miou": round(miou(counts), 4),
             "iou": {name: None if value != value else round(value, 4)

@@ -1,4 +1,5 @@
-"""Nodes of a tree: results that follow from a path, each in a folder of its own, made once, by any process."""
+"""Nodes of a tree: results that follow from a path, each in a folder of its own, made once, by any
+process."""
 
 import hashlib
 import json
@@ -11,11 +12,12 @@ from common.runs import claim, write_text
 
 @dataclass
 class Nodes:
-    """A node's folder holds node.json, written last: the node is done; and weights.pt, which may be removed again. Who
-    makes a node holds a lock on its folder, which the system frees when the process dies."""
+    """A node's folder holds node.json, written last: the node is done; and weights.pt, which may be
+    removed again. Who makes a node holds a lock on its folder, which the system frees when the
+    process dies."""
 
-    root: Path                                                       # folder of the node "", where all paths begin
-    others: Path                                                     # holds the folders of all others
+    root: Path  # folder of the node "", where all paths begin
+    others: Path  # holds the folders of all others
     parent_of: Callable[[str], str]
     records: dict[str, dict] = field(default_factory=dict)
 
@@ -36,7 +38,8 @@ class Nodes:
         self.records[path] = record
 
     def first_to_make(self, path: str) -> str | None:
-        """The first node on the way to `path`, itself included, that must be made for its weights; None: none."""
+        """The first node on the way to `path`, itself included, that must be made for its weights;
+        None: none."""
         if self.done(path) and (self.folder(path) / "weights.pt").is_file():
             return None
         return (self.first_to_make(self.parent_of(path)) or path) if path else path

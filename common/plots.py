@@ -1,4 +1,5 @@
-"""Pictures for people: palettes, overlays, strips of predictions, curves. Matplotlib is imported only for curves."""
+"""Pictures for people: palettes, overlays, strips of predictions, curves. Matplotlib is imported
+only for curves."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,8 @@ from data.read import pictures, readable
 
 
 def palette() -> np.ndarray:
-    """(256, 3) uint8: PASCAL VOC's colour map (the bits of an index spread over red, green and blue)."""
+    """(256, 3) uint8: PASCAL VOC's colour map (the bits of an index spread over red, green and
+    blue)."""
     colours, index = np.zeros((256, 3), np.int64), np.arange(256)
     for bit in range(7, -1, -1):
         for channel in range(3):
@@ -27,8 +29,9 @@ def colour(label: Tensor) -> np.ndarray:
 
 
 def overlay(image: Tensor, label: Tensor, classes: list[str] = (), alpha: float = 0.55) -> np.ndarray:
-    """Picture (3, H, W) uint8 with its label map laid over it, a thin line where the class changes, and a legend when
-    `classes` names them -> (H', W, 3) uint8. A first class "background" stays clear."""
+    """Picture (3, H, W) uint8 with its label map laid over it, a thin line where the class changes,
+    and a legend when `classes` names them -> (H', W, 3) uint8. A first class "background" stays
+    clear."""
     picture, label = image.permute(1, 2, 0).cpu().numpy().astype(np.float32), label.cpu()
     clear = (label == 0).numpy()[..., None] & (not classes or classes[0] == "background")
     painted = np.where(clear, picture, (1 - alpha) * picture + alpha * colour(label))
@@ -43,7 +46,8 @@ def overlay(image: Tensor, label: Tensor, classes: list[str] = (), alpha: float 
 
 
 def legend(shown: list[int], classes: list[str], width: int) -> np.ndarray:
-    """A white strip (h, width, 3) uint8 of colour patches with their class names, as many lines as they need."""
+    """A white strip (h, width, 3) uint8 of colour patches with their class names, as many lines as
+    they need."""
     places, x, y = [], 4, 3
     for index in shown:
         need = 16 + 7 * len(classes[index]) + 10
@@ -65,7 +69,8 @@ def save_picture(picture: np.ndarray, path: Path) -> None:
 
 
 def save_index_png(label: Tensor, path: Path) -> None:
-    """(H, W) class indices as a palette PNG: the pixel values are the indices, viewers show colours."""
+    """(H, W) class indices as a palette PNG: the pixel values are the indices, viewers show
+    colours."""
     file = Image.fromarray(label.cpu().numpy().astype(np.uint8), mode="P")
     file.putpalette(palette().flatten().tolist())
     file.save(path)
@@ -91,8 +96,9 @@ def strip(rows: list[list[np.ndarray]], titles: list[str], path: Path, height: i
 
 @torch.no_grad()
 def predictions(paths: list[str], out: Path, classes: list[str], logits_of: Callable[[Tensor], Tensor], world) -> None:
-    """Index PNGs and overlays of images, or of folders of them, into `out`; `logits_of` maps uint8 (1, 3, H, W) to
-    logits (1, K, H, W). UserError when there is no image, or the only one cannot be read."""
+    """Index PNGs and overlays of images, or of folders of them, into `out`; `logits_of` maps uint8
+    (1, 3, H, W) to logits (1, K, H, W). UserError when there is no image, or the only one cannot be
+    read."""
     files = pictures(paths)
     stems = [file.stem for file in files]
     names = [f.stem if stems.count(f.stem) == 1 else f"{f.parent.name}_{f.name}" for f in files]
@@ -106,7 +112,8 @@ def predictions(paths: list[str], out: Path, classes: list[str], logits_of: Call
 
 
 def curves(records: list[dict], path: Path, title: str = "") -> None:
-    """A panel for each family of keys in the log's records (what stands before an underscore), a line for each key."""
+    """A panel for each family of keys in the log's records (what stands before an underscore), a
+    line for each key."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

@@ -1,4 +1,5 @@
-"""The run folder: settings, log, progress, atomic checkpoints, resume, signals, weight files, errors for the user."""
+"""The run folder: settings, log, progress, atomic checkpoints, resume, signals, weight files,
+errors for the user."""
 
 import argparse
 import contextlib
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 FREE_TO_CHANGE = {"out", "resume", "workers", "device", "log_every", "save_every", "compile", "eval", "predict"}
-HELD = []                                           # open files, locked as long as this process lives
+HELD = []  # open files, locked as long as this process lives
 LOST = "another process of this run stopped, or the network to it failed; see its message."
 
 
@@ -31,10 +32,11 @@ class UserError(Exception):
 
 def cli(args_type: type, preset: Callable, main: Callable, choosers: tuple[str, ...] = ("dataset",),
         argv: list[str] | None = None) -> None:
-    """Parse the command line over a preset and run `main(args)`; a UserError leaves with one sentence and code 2.
+    """Parse the command line over a preset and run `main(args)`; a UserError leaves with one
+    sentence and code 2.
 
-    `choosers` are the flags that pick the defaults: `preset(dataset="shapes")` returns the settings that
-    every other flag then overrides, so that --help shows the numbers which will be used."""
+    `choosers` are the flags that pick the defaults: `preset(dataset="shapes")` returns the settings
+    that every other flag then overrides, so that --help shows the numbers which will be used."""
     import tyro
 
     argv = sys.argv[1:] if argv is None else argv
@@ -45,8 +47,9 @@ def cli(args_type: type, preset: Callable, main: Callable, choosers: tuple[str, 
         try:
             default = preset(**vars(first.parse_known_args(argv)[0]))
         except KeyError:
-            default = preset()                                       # an unknown name: tyro lists those that exist
-        main(tyro.cli(args_type, default=default, args=argv))        # --flag and --no-flag: presets have both
+            default = preset()  # an unknown name: tyro lists those that exist
+        # --flag and --no-flag: presets have both
+        main(tyro.cli(args_type, default=default, args=argv))
     except Stopped as stopped:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"\n{stopped}", flush=True)
@@ -58,13 +61,14 @@ def cli(args_type: type, preset: Callable, main: Callable, choosers: tuple[str, 
         if (sentence := user_sentence(error)) is None:
             raise
         alone = sentence != LOST and (isinstance(error, RankError) or not isinstance(error, UserError))
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0 or alone:       # else another process says the same
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0 or alone:  # else another process says the same
             print(f"error: {sentence}", file=sys.stderr, flush=True)
         leave(2)
 
 
 def leave(code: int) -> None:
-    """Exit at once: no waiting for loader processes, or for other processes in a collective call."""
+    """Exit at once: no waiting for loader processes, or for other processes in a collective
+    call."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -75,23 +79,25 @@ class RankError(UserError):
 
 
 def user_sentence(error: BaseException) -> str | None:
-    """The sentence for the user, or None when this is a defect of ours and deserves its traceback."""
+    """The sentence for the user, or None when this is a defect of ours and deserves its
+    traceback."""
     text = str(error)
-    if isinstance(error, UserError):                                 # a DataLoader worker wraps it in its traceback
+    if isinstance(error, UserError):  # a DataLoader worker wraps it in its traceback
         return re.split(r"(?:BrokenImage|RankError|UserError): ", text)[-1].strip()
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"No space left on the disk, or in its quota, while writing {error.filename or 'the run folder'}; the " \
                f"last checkpoint is whole, so free some space and continue with --resume."
     words = ("closed by peer", "closed by remote peer", "onnection reset", "remote process exited", "likely closed")
     if isinstance(error, RuntimeError) and any(w in text for w in words) and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        return LOST                                                  # of gloo, NCCL and the store; NCCL has others, too
+        return LOST  # of gloo, NCCL and the store; NCCL has others, too
     if "out of memory" in text.lower() and isinstance(error, torch.OutOfMemoryError):
         return "The GPU ran out of memory; use a smaller --batch-size or --crop-size, or more GPUs."
     return None
 
 
 def check_ranges(args, limits: dict[str, tuple[float, float]]) -> None:
-    """UserError when a number, or a pair of them, is negative, outside its (low, high), or not in order."""
+    """UserError when a number, or a pair of them, is negative, outside its (low, high), or not in
+    order."""
     for name, values in vars(args).items():
         values = values if isinstance(values, tuple) else (values,)
         if not all(isinstance(v, (int, float)) for v in values):
@@ -103,8 +109,8 @@ def check_ranges(args, limits: dict[str, tuple[float, float]]) -> None:
 
 
 def check_meaning(args, base, method: str, flags_of: dict[str, str], idle: dict[str, bool]) -> None:
-    """UserError when a flag was changed that would be ignored: by `method`, where `flags_of` maps methods to their
-    flags (both as words), or beside another flag, where `idle` says so."""
+    """UserError when a flag was changed that would be ignored: by `method`, where `flags_of` maps
+    methods to their flags (both as words), or beside another flag, where `idle` says so."""
     for name in (n for n, off in idle.items() if off and getattr(args, n) != getattr(base, n)):
         raise UserError(f"--{name.replace('_', '-')} does nothing beside another flag of this command; leave it out.")
     for methods, names in flags_of.items():
@@ -123,7 +129,7 @@ def saved_settings(args_type: type, path: Path, script: str):
     return args_type(**saved | {k: getattr(default, k) for k in ("resume", "device", "workers", "compile")})
 
 
-# ---------------------------------------------------------------------------------------------------- run folder
+# --------------------------------------------------------------------------------------- run folder
 def default_out(script: str, args) -> Path:
     """--out, or runs/<script>-<dataset>-<split>-d<split seed>-s<seed>."""
     split = Path(args.split).stem if Path(args.split).is_file() else args.split.removeprefix("random:")
@@ -157,14 +163,14 @@ def open_run(out: Path, script: str, args, resume: bool, main: bool) -> bool:
         print(f"--resume: no checkpoint in {out} yet, so this run starts afresh.")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        HELD.append(open(out / ".lock", "w"))                        # loader processes do not inherit its lock
+        HELD.append(open(out / ".lock", "w"))  # loader processes do not inherit its lock
         if int(os.environ.get("RANK", 0)) == 0:
             fcntl.lockf(HELD[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"Another process is at work in {out}; wait for it, or name another --out.") from None
     except OSError as error:
         if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
-            return last.exists()                                     # a file system without locks
+            return last.exists()  # a file system without locks
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UserError(f"The run folder {out} cannot be written ({error.strerror}); name another --out.") from None
@@ -172,7 +178,8 @@ def open_run(out: Path, script: str, args, resume: bool, main: bool) -> bool:
 
 
 def write_config(out: Path, script: str, args, world, extra: dict) -> None:
-    """config.json: settings, versions, commit, devices, and what the run decided by itself (`extra`)."""
+    """config.json: settings, versions, commit, devices, and what the run decided by itself
+    (`extra`)."""
     device = torch.cuda.get_device_name() if world.device.type == "cuda" else platform.processor() or "cpu"
     record = {"script": script, "settings": dataclasses.asdict(args), **extra, "processes": world.size,
               "device": device, "threads": torch.get_num_threads(), "python": platform.python_version(),
@@ -191,7 +198,8 @@ def commit() -> str:
 
 
 def write_bytes(path: Path, data: bytes | memoryview) -> None:
-    """Write to a temporary file, flush it to the disk, rename: a reader sees the old file or the new one."""
+    """Write to a temporary file, flush it to the disk, rename: a reader sees the old file or the
+    new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -210,8 +218,9 @@ def write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def claim(folder: Path, wait: bool = False):
-    """`with claim(folder) as ours`: True when no other process has this folder, which is made, until the block ends or
-    this process dies; with `wait` it becomes so. UserError on a file system without locks."""
+    """`with claim(folder) as ours`: True when no other process has this folder, which is made,
+    until the block ends or this process dies; with `wait` it becomes so. UserError on a file system
+    without locks."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
@@ -227,14 +236,15 @@ def claim(folder: Path, wait: bool = False):
         try:
             yield True
         finally:
-            fcntl.flock(lock, fcntl.LOCK_UN)                         # loader processes may hold a copy of the handle
+            fcntl.flock(lock, fcntl.LOCK_UN)  # loader processes may hold a copy of the handle
 
 
 class Run:
     """A run's folder while it trains: config, log, checkpoints, progress bar, clock, signals.
 
-    `before` is the checkpoint it continues from, if any; `extra` is written into config.json. All processes make one;
-    only the main one writes. log.jsonl has one object a line (and TensorBoard the same, when it is installed)."""
+    `before` is the checkpoint it continues from, if any; `extra` is written into config.json. All
+    processes make one; only the main one writes. log.jsonl has one object a line (and TensorBoard
+    the same, when it is installed)."""
 
     def __init__(self, out: Path, script: str, args, world, step: int, before: dict | None, extra: dict):
         self.out, self.script, self.args, self.world = out, script, args, world
@@ -242,12 +252,12 @@ class Run:
         self.first_bad, self.values, self.images, self.signal = {}, {}, 0, ""
         self.skipped = torch.zeros((), dtype=torch.int64, device=world.device)
         self.file = self.writer = None
-        world.barrier()                                              # all have looked into the folder before it changes
+        world.barrier()  # all have looked into the folder before it changes
         if world.main:
-            for left in out.glob(".*.tmp"):                          # of a process that was killed while saving
+            for left in out.glob(".*.tmp"):  # of a process that was killed while saving
                 left.unlink(missing_ok=True)
             path = out / "log.jsonl"
-            if path.exists():                                        # cut back to the checkpoint we continue from
+            if path.exists():  # cut back to the checkpoint we continue from
                 lines = path.read_text().splitlines()
                 write_text(path, "".join(x + "\n" for x in lines if parse_line(x).get("step", step + 1) <= step))
             self.file = open(path, "a", buffering=1)
@@ -256,7 +266,7 @@ class Run:
                 self.writer = SummaryWriter(str(out), purge_step=step + 1)
             write_config(out, script, args, world, extra)
         for number in (signal.SIGTERM, signal.SIGINT):
-            with contextlib.suppress(ValueError):                    # not the main thread: no signals
+            with contextlib.suppress(ValueError):  # not the main thread: no signals
                 signal.signal(number, self.ask)
         self.clock = time.perf_counter()
 
@@ -267,12 +277,13 @@ class Run:
 
     def ask(self, number, frame) -> None:
         """SIGTERM or Ctrl-C: save and leave after this step; a second Ctrl-C leaves at once."""
-        self.signal = signal.Signals(number).name                    # print is not safe here
+        self.signal = signal.Signals(number).name  # print is not safe here
         os.write(2, b"\nStopping after this step or evaluation; Ctrl-C again leaves at once.\n" * self.world.main)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def asked(self, step: int) -> str:
-        """The signal that some process got, or "". Several processes agree on every fifth step only (it is a wait)."""
+        """The signal that some process got, or "". Several processes agree on every fifth step only
+        (it is a wait)."""
         if self.world.size == 1 or step % 5:
             return self.signal if self.world.size == 1 else ""
         number = self.world.sum(torch.tensor(float(bool(self.signal)), device=self.world.device))
@@ -285,7 +296,8 @@ class Run:
                     smoothing=0.05, unit="step", dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 60)
 
     def tally(self, step: int, values: dict[str, Tensor], *batches) -> None:
-        """Note what a step gave and read, without waiting for the device, and when a loss first was not finite."""
+        """Note what a step gave and read, without waiting for the device, and when a loss first was
+        not finite."""
         self.values = values
         for batch in (b for b in batches if b is not None):
             self.images += len(batch.skipped) * self.world.size
@@ -295,16 +307,18 @@ class Run:
             self.first_bad[name] = torch.where((old < 0) & ~torch.isfinite(values[name]), step, old)
 
     def check(self) -> None:
-        """Raise when a loss was not finite, so that nothing is saved over the last good checkpoint."""
+        """Raise when a loss was not finite, so that nothing is saved over the last good
+        checkpoint."""
         for name, step in self.first_bad.items():
             if step.item() >= 0:
                 raise RankError(f"{name} is not finite since step {step.item()}, so training stops; the last good "
                                 f"checkpoint stays in {self.out}. Try a lower --lr, or --precision fp32.")
 
     def log(self, step: int, **extra) -> None:
-        """One line: the last step's values as means over processes, `extra`, images per second since the last line."""
+        """One line: the last step's values as means over processes, `extra`, images per second
+        since the last line."""
         self.check()
-        if self.world.device.type == "cuda":                         # of the main process, since the start
+        if self.world.device.type == "cuda":  # of the main process, since the start
             extra["peak_gpu_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         means = self.world.mean(torch.stack([v.float() for v in self.values.values()])).tolist()
         elapsed = time.perf_counter() - self.clock
@@ -322,7 +336,8 @@ class Run:
                 self.writer.add_scalar(name, value, step)
 
     def save(self, name: str, state: dict) -> None:
-        """A checkpoint, atomically; restarts the clock, so that saving and scoring do not count as training."""
+        """A checkpoint, atomically; restarts the clock, so that saving and scoring do not count as
+        training."""
         self.check()
         for network, weights in state["networks"].items():
             if not all(bool(torch.isfinite(w).all()) for w in weights.values()):
@@ -344,8 +359,8 @@ class Run:
                       f"--resume.")
 
     def finish(self, scores: dict, facts: dict, headline: str, metric: str) -> dict:
-        """results.json (`scores` of each network, and `facts`) and curves.png; says what `headline` reached and where
-        everything is. Returns what results.json holds."""
+        """results.json (`scores` of each network, and `facts`) and curves.png; says what `headline`
+        reached and where everything is. Returns what results.json holds."""
         from common import plots
         a = self.args
         results = scores | {"dataset": a.dataset, "split": a.split, "split_seed": a.split_seed, "seed": a.seed, **facts,
@@ -389,7 +404,7 @@ class Stopped(Exception):
     """A run that was asked to leave and has saved its state."""
 
 
-# ---------------------------------------------------------------------------------------------------- checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
 def save_checkpoint(path: Path, script: str, state: dict) -> None:
     """torch.save, atomically. `state` holds tensors, numbers, strings, lists and dicts only."""
     buffer = io.BytesIO()
@@ -414,7 +429,8 @@ def load_checkpoint(path: Path, script: str) -> dict:
 
 
 def read_weights(path: Path, flag: str = "--weights") -> dict[str, Tensor]:
-    """A flat dict of tensors from .pth/.pt/.bin (weights_only), .safetensors or .pkl, without wrappers' prefixes."""
+    """A flat dict of tensors from .pth/.pt/.bin (weights_only), .safetensors or .pkl, without
+    wrappers' prefixes."""
     if not path.is_file():
         raise UserError(f"{flag} {path}: no such file; give imagenet, none or a file.")
     try:
@@ -442,7 +458,8 @@ def read_weights(path: Path, flag: str = "--weights") -> dict[str, Tensor]:
 
 
 def load_exact(network: nn.Module, weights: dict[str, Tensor], path: str) -> None:
-    """Load all tensors of the checkpoint `path`; UserError when the network was built with other settings."""
+    """Load all tensors of the checkpoint `path`; UserError when the network was built with other
+    settings."""
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:

@@ -1,19 +1,22 @@
-"""Joint geometry of a picture and its label map on uint8 tensors; padding is never a class, it is marked invalid.
+"""Joint geometry of a picture and its label map on uint8 tensors; padding is never a class, it is
+marked invalid.
 
-Picture (3, H, W) uint8 RGB; label (H, W) uint8 class indices, 255 ignore; valid (H, W) bool, False where padded."""
+Picture (3, H, W) uint8 RGB; label (H, W) uint8 class indices, 255 ignore; valid (H, W) bool, False
+where padded."""
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IMAGENET_MEAN = (123.675, 116.28, 103.53)      # of RGB values in 0..255
+IMAGENET_MEAN = (123.675, 116.28, 103.53)  # of RGB values in 0..255
 IMAGENET_STD = (58.395, 57.12, 57.375)
 MEAN, STD = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
 
 
 def resize(image: Tensor, label: Tensor | None, size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
-    """Picture bilinear (half-pixel centres, no antialias), label nearest. `size` is (height, width)."""
+    """Picture bilinear (half-pixel centres, no antialias), label nearest. `size` is (height,
+    width)."""
     image = F.interpolate(image[None], size=size, mode="bilinear", align_corners=False)[0]
     if label is not None:
         label = F.interpolate(label[None, None], size=size, mode="nearest-exact")[0, 0]
@@ -22,8 +25,8 @@ def resize(image: Tensor, label: Tensor | None, size: tuple[int, int]) -> tuple[
 
 def random_scale(image: Tensor, label: Tensor | None, low: float, high: float,
                  rng: np.random.Generator) -> tuple[Tensor, Tensor | None]:
-    """Scale both sides by one factor. Factors under and over 1 are equally likely when the range holds 1:
-    half of the time uniform in [low, 1], else uniform in [1, high]."""
+    """Scale both sides by one factor. Factors under and over 1 are equally likely when the range
+    holds 1: half of the time uniform in [low, 1], else uniform in [1, high]."""
     if low < 1 < high:
         factor = rng.uniform(low, 1) if rng.random() < 0.5 else rng.uniform(1, high)
     else:
@@ -41,7 +44,8 @@ def random_flip(image: Tensor, label: Tensor | None, rng: np.random.Generator) -
 
 def crop(image: Tensor, label: Tensor | None, top: int, left: int, height: int, width: int,
          pad_label: int = 255) -> tuple[Tensor, Tensor, Tensor]:
-    """The window at (top, left), which may reach over every border -> image, label, valid of (height, width).
+    """The window at (top, left), which may reach over every border -> image, label, valid of
+    (height, width).
 
     Outside, the image is 0, the label `pad_label` and valid False."""
     h, w = image.shape[-2:]
@@ -59,7 +63,8 @@ def crop(image: Tensor, label: Tensor | None, top: int, left: int, height: int, 
 
 def random_crop(image: Tensor, label: Tensor | None, size: int | tuple[int, int], rng: np.random.Generator,
                 pad_label: int = 255) -> tuple[Tensor, Tensor, Tensor]:
-    """A random window of `size` (one side, or height and width); what is shorter is padded equally on both ends."""
+    """A random window of `size` (one side, or height and width); what is shorter is padded equally
+    on both ends."""
     sides = (size, size) if isinstance(size, int) else size
     top, left = (int(rng.integers(0, n - side + 1)) if n > side else -((side - n) // 2)
                  for n, side in zip(image.shape[-2:], sides, strict=True))
@@ -67,15 +72,18 @@ def random_crop(image: Tensor, label: Tensor | None, size: int | tuple[int, int]
 
 
 def normalize(images: Tensor, valid: Tensor | None = None) -> Tensor:
-    """(B, 3, H, W) uint8 -> float32 with ImageNet's mean and deviation; padding is exactly 0, the mean colour."""
-    mean, std = (values.to(images.device, non_blocking=True) for values in (MEAN, STD))      # no wait for a GPU
+    """(B, 3, H, W) uint8 -> float32 with ImageNet's mean and deviation; padding is exactly 0, the
+    mean colour."""
+    # no wait for a GPU
+    mean, std = (values.to(images.device, non_blocking=True) for values in (MEAN, STD))
     images = (images.float() - mean) / std
     return images if valid is None else images * valid[:, None]
 
 
 def jitter_and_blur(images: Tensor, rng: np.random.Generator) -> Tensor:
-    """ClassMix's photometric noise, one draw for the whole batch (B, 3, H, W) in 0..255: jitter of strength 0.25 with
-    probability 0.8, blur of deviation 0.15 to 1.15 with a kernel of a tenth of the side with 0.5."""
+    """ClassMix's photometric noise, one draw for the whole batch (B, 3, H, W) in 0..255: jitter of
+    strength 0.25 with probability 0.8, blur of deviation 0.15 to 1.15 with a kernel of a tenth of
+    the side with 0.5."""
     from torchvision.transforms.v2 import functional as tv
     bright, contrast, colourful = rng.uniform(0.75, 1.25, 3)
     hue, jittered, blurred, sigma = rng.uniform((-0.25, 0, 0, 0.15), (0.25, 1, 1, 1.15))

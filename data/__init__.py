@@ -1,1 +1,2 @@
-"""Making, fetching and splitting data sets: shapes.py, download.py, splits.py; README.md says what lies where."""
+"""Making, fetching and splitting data sets: shapes.py, download.py, splits.py; README.md says what
+lies where."""

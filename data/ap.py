@@ -1,4 +1,5 @@
-"""Mask AP, exact on any number of processes: COCO's by pycocotools, and the one of the Cityscapes benchmark.
+"""Mask AP, exact on any number of processes: COCO's by pycocotools, and the one of the Cityscapes
+benchmark.
 
 All numbers are in percent, and None where there is no object to find."""
 
@@ -18,26 +19,30 @@ from common.distributed import World
 from common.runs import RankError
 from data.instances import CITYSCAPES_THINGS, Instances, opened, outline
 
-THRESHOLDS = np.arange(0.5, 1.0, 0.05)                               # of the overlap, as cityscapesScripts has them
-MIN_PIXELS = 100                                                     # smaller objects of Cityscapes need not be found
-VOID = (0, 1, 2, 3, 4, 5, 6, 9, 10, 14, 15, 16, 18, 29, 30)          # labelIds that Cityscapes does not score
+THRESHOLDS = np.arange(0.5, 1.0, 0.05)  # of the overlap, as cityscapesScripts has them
+MIN_PIXELS = 100  # smaller objects of Cityscapes need not be found
+# labelIds that Cityscapes does not score
+VOID = (0, 1, 2, 3, 4, 5, 6, 9, 10, 14, 15, 16, 18, 29, 30)
 
 
-# ---------------------------------------------------------------------------------------------------- results
+# ------------------------------------------------------------------------------------------ results
 def encode(masks: Tensor) -> list[dict]:
-    """(N, H, W) bool, or numbers that are 0 or not -> N run lengths as JSON files hold them (`counts` is text)."""
+    """(N, H, W) bool, or numbers that are 0 or not -> N run lengths as JSON files hold them
+    (`counts` is text)."""
     if not len(masks):
         return []
-    columns = (masks != 0).to(torch.uint8).transpose(1, 2).contiguous().cpu().numpy()    # turned where the masks are
+    # turned where the masks are
+    columns = (masks != 0).to(torch.uint8).transpose(1, 2).contiguous().cpu().numpy()
     return [{"size": list(runs["size"]), "counts": runs["counts"].decode()}
             for runs in coco_mask.encode(columns.transpose(2, 1, 0))]
 
 
 def results_of(image_id: int, ids: list[int], labels: Tensor, scores: Tensor, masks: Tensor | None,
                boxes: Tensor | None = None) -> list[dict]:
-    """One image's entries of a COCO results file: class indices (N,), scores (N,) and masks (N, H, W) in the image's
-    own size, or none. `ids` are the data set's category ids. Boxes (N, 4), x0, y0, x1, y1, become x, y, width, height;
-    without them there is no bbox, or pycocotools would take areas from it."""
+    """One image's entries of a COCO results file: class indices (N,), scores (N,) and masks (N, H,
+    W) in the image's own size, or none. `ids` are the data set's category ids. Boxes (N, 4), x0,
+    y0, x1, y1, become x, y, width, height; without them there is no bbox, or pycocotools would take
+    areas from it."""
     entries = [{"image_id": image_id, "category_id": ids[label], "score": score}
                for label, score in zip(labels.tolist(), scores.tolist(), strict=True)]
     if masks is not None:
@@ -50,8 +55,9 @@ def results_of(image_id: int, ids: list[int], labels: Tensor, scores: Tensor, ma
 
 
 def gather(world: World, items: list) -> list:
-    """The items of all processes, on every process, in the order of images: entries of a results file by image_id, and
-    tuples by their first value. So equal scores are ranked the same on any number of processes."""
+    """The items of all processes, on every process, in the order of images: entries of a results
+    file by image_id, and tuples by their first value. So equal scores are ranked the same on any
+    number of processes."""
     parts = [items]
     if world.size > 1:
         parts = [None] * world.size
@@ -60,14 +66,16 @@ def gather(world: World, items: list) -> list:
                   key=lambda item: item["image_id"] if isinstance(item, dict) else item[0])
 
 
-# ---------------------------------------------------------------------------------------------------- COCO
+# --------------------------------------------------------------------------------------------- COCO
 def coco_ap(data: Instances | dict, results: list[dict], kind: str = "segm", max_dets: int = 100,
             frequency: list[str] | None = None) -> dict:
-    """COCO's AP of `results` on the scored pictures of a data set, or on the content of a COCO file (see `truth_of`).
+    """COCO's AP of `results` on the scored pictures of a data set, or on the content of a COCO file
+    (see `truth_of`).
 
-    `kind` is segm or bbox. Gives ap, ap50, ap75, ap_s, ap_m, ap_l (objects under 32^2, under 96^2, larger), ar100 (the
-    recall with `max_dets` detections an image), `stats`, the twelve numbers in the order of pycocotools, `per_class`,
-    name -> ap; and, with the `frequency` (r, c or f) of each class by ascending id, their means apr, apc, apf."""
+    `kind` is segm or bbox. Gives ap, ap50, ap75, ap_s, ap_m, ap_l (objects under 32^2, under 96^2,
+    larger), ar100 (the recall with `max_dets` detections an image), `stats`, the twelve numbers in
+    the order of pycocotools, `per_class`, name -> ap; and, with the `frequency` (r, c or f) of each
+    class by ascending id, their means apr, apc, apf."""
     truth = data if isinstance(data, dict) else truth_of(data)
     # pycocotools takes an object of id 0 for no match, and writes into what it is given
     truth = {**truth, "annotations": [{**a, "id": i} for i, a in enumerate(truth["annotations"], start=1)]}
@@ -85,8 +93,9 @@ def coco_ap(data: Instances | dict, results: list[dict], kind: str = "segm", max
         judge.params.maxDets = [1, min(10, max_dets), max_dets]
         judge.evaluate()
         judge.accumulate()
-    precision, recall = judge.eval["precision"], judge.eval["recall"]     # (10, 101, K, 4, 3), (10, K, 4, 3)
-    sizes = range(4)                                                 # all, small, medium, large
+    # (10, 101, K, 4, 3), (10, K, 4, 3)
+    precision, recall = judge.eval["precision"], judge.eval["recall"]
+    sizes = range(4)  # all, small, medium, large
     stats = [percent(precision[..., 0, 2]), percent(precision[0, ..., 0, 2]), percent(precision[5, ..., 0, 2]),
              *(percent(precision[..., a, 2]) for a in sizes[1:]), *(percent(recall[..., 0, m]) for m in range(3)),
              *(percent(recall[..., a, 2]) for a in sizes[1:])]
@@ -104,9 +113,9 @@ def percent(values: np.ndarray) -> float | None:
 
 
 def truth_of(data: Instances) -> dict:
-    """A COCO or LVIS file's content for the scored pictures: their JSON file, without annotations that have no mask, or
-    made of Cityscapes' label PNGs, where groups are crowds, or of the objects of the pictures that
-    `instances.scored_on` names. Read it once when it is needed often."""
+    """A COCO or LVIS file's content for the scored pictures: their JSON file, without annotations
+    that have no mask, or made of Cityscapes' label PNGs, where groups are crowds, or of the objects
+    of the pictures that `instances.scored_on` names. Read it once when it is needed often."""
     if data.val_json is None:
         return truth_of_labels(data) if any(photo.label for photo in data.val) else truth_of_things(data)
     content = json.loads(data.val_json.read_text(encoding="utf-8"))
@@ -118,7 +127,7 @@ def truth_of(data: Instances) -> dict:
         if a["image_id"] not in ids or not segmentation:
             continue
         area, box = float(a.get("area") or 0), a.get("bbox") or ()
-        if not area or len(box) != 4:                                # some exporters write neither
+        if not area or len(box) != 4:  # some exporters write neither
             runs = runs_of(segmentation, images[a["image_id"]]["height"], images[a["image_id"]]["width"])
             area = area or float(coco_mask.area(runs))
             box = box if len(box) == 4 else coco_mask.toBbox(runs).tolist()
@@ -134,7 +143,7 @@ def truth_of_labels(data: Instances) -> dict:
         photo, ids = opened(photo)
         size = [photo.height, photo.width]
         images.append({"id": photo.id, "file_name": photo.image.name, "height": size[0], "width": size[1]})
-        flat = ids.ravel(order="F")                                  # runs of equal values, down the columns
+        flat = ids.ravel(order="F")  # runs of equal values, down the columns
         starts = np.flatnonzero(np.diff(flat, prepend=flat[0] - 1))
         ends = np.append(starts[1:], flat.size)
         for thing in photo.things:
@@ -149,9 +158,9 @@ def truth_of_labels(data: Instances) -> dict:
 
 
 def truth_of_things(data: Instances) -> dict:
-    """The same from the objects of the Photos. Of an object whose file gives no area, or 0, the mask's is taken. A bbox
-    is the extent of the polygons to two digits, as in COCO and LVIS, or that of the mask, which is one pixel wider and
-    higher than COCO says of its crowds."""
+    """The same from the objects of the Photos. Of an object whose file gives no area, or 0, the
+    mask's is taken. A bbox is the extent of the polygons to two digits, as in COCO and LVIS, or
+    that of the mask, which is one pixel wider and higher than COCO says of its crowds."""
     images, annotations = [], []
     for photo in data.val:
         assert photo.things is not None, f"{photo.name} has no labels"
@@ -184,22 +193,24 @@ def categories_of(data: Instances) -> list[dict]:
     return [c | {"frequency": f} for c, f in zip(found, data.frequency, strict=True)] if data.frequency else found
 
 
-# ---------------------------------------------------------------------------------------------------- Cityscapes
+# --------------------------------------------------------------------------------------- Cityscapes
 class CityscapesAP:
-    """AP of the Cityscapes benchmark. It differs from COCO's: a detection overlaps by more than the threshold, the best
-    of several on one object is right and the others wrong, one that lies mostly on what is not scored does not count,
-    and precision is integrated over the raw curve. Objects under 100 pixels are not scored."""
+    """AP of the Cityscapes benchmark. It differs from COCO's: a detection overlaps by more than the
+    threshold, the best of several on one object is right and the others wrong, one that lies mostly
+    on what is not scored does not count, and precision is integrated over the raw curve. Objects
+    under 100 pixels are not scored."""
 
     def __init__(self):
-        self.records = []                                            # of each image, see `add`
+        self.records = []  # of each image, see `add`
 
     def add(self, truth: np.ndarray, predictions: list[tuple[int, float, np.ndarray]]) -> None:
-        """One image: instanceIds (H, W) of integers and (class index, score, mask (H, W) bool) of each detection.
+        """One image: instanceIds (H, W) of integers and (class index, score, mask (H, W) bool) of
+        each detection.
 
-        Keeps, of the P that are not empty, class, score and outcome at each threshold (P, 10): 1 right, 0 wrong, -1
-        does not count; and the number of objects of each class."""
+        Keeps, of the P that are not empty, class, score and outcome at each threshold (P, 10): 1
+        right, 0 wrong, -1 does not count; and the number of objects of each class."""
         counts = np.bincount(truth.ravel())
-        values = np.flatnonzero(counts)                              # (V,) the regions of this image
+        values = np.flatnonzero(counts)  # (V,) the regions of this image
         place = np.zeros(len(counts), np.int64)
         place[values] = np.arange(len(values))
         regions, sizes = place[truth], counts[values]
@@ -221,22 +232,23 @@ class CityscapesAP:
         labels, scores = np.array(labels, np.int64), np.array(scores, np.float64)
         overlap = np.array(overlaps, np.int64).reshape(len(labels), len(values))
         things = np.array(list(CITYSCAPES_THINGS))
-        own, area = kinds == things[labels][:, None], overlap.sum(axis=1)      # (P, V), (P,)
+        own, area = kinds == things[labels][:, None], overlap.sum(axis=1)  # (P, V), (P,)
         ious = overlap / (sizes + area[:, None] - overlap)
-        passes = (ious > THRESHOLDS[:, None, None]) & own & objects  # (10, P, V); a detection passes on one at most
+        # (10, P, V); a detection passes on one at most
+        passes = (ious > THRESHOLDS[:, None, None]) & own & objects
         ignored = (overlap * np.isin(values, VOID)).sum(axis=1) + (overlap * own * (1 * groups + small)).sum(axis=1)
-        outcome = np.where(ignored / area > THRESHOLDS[:, None], -1, 0)                        # (10, P)
-        outcome[passes.any(axis=2)] = 0                              # also all but the best on one object
+        outcome = np.where(ignored / area > THRESHOLDS[:, None], -1, 0)  # (10, P)
+        outcome[passes.any(axis=2)] = 0  # also all but the best on one object
         if len(labels):
-            best = np.where(passes, scores[:, None], -np.inf).argmax(axis=1)                   # (10, V)
+            best = np.where(passes, scores[:, None], -np.inf).argmax(axis=1)  # (10, V)
             threshold, region = np.nonzero(passes.any(axis=1))
             outcome[threshold, best[threshold, region]] = 1
         number = np.bincount(np.searchsorted(things, kinds[objects & np.isin(kinds, things)]), minlength=len(things))
         self.records.append((labels, scores, outcome.T.astype(np.int8), number))
 
     def result(self, world: World | None = None) -> dict:
-        """ap, ap50 and `per_class`, name -> ap, over the images of all processes of `world`: means over thresholds and
-        over the classes that have an object."""
+        """ap, ap50 and `per_class`, name -> ap, over the images of all processes of `world`: means
+        over thresholds and over the classes that have an object."""
         items = gather(world or World(), [(0, record) for record in self.records])
         empty = (np.zeros(0, np.int64), np.zeros(0), np.zeros((0, len(THRESHOLDS)), np.int8), np.zeros(8, np.int64))
         labels, scores, outcome, number = (np.concatenate(x) for x in zip(empty, *(r for _, r in items), strict=True))
@@ -251,10 +263,10 @@ class CityscapesAP:
 
 
 def area_under(scores: np.ndarray, right: np.ndarray, number: int) -> float:
-    """Area under the curve of precision over recall of detections with `scores` (N,), `right` (N,) 0/1, for `number`
-    objects. The curve has a point for each score, that of all detections at or above it, and ends in (recall 0,
-    precision 1); the width of a point reaches half-way to its neighbours, on the side of the highest recall not at
-    all."""
+    """Area under the curve of precision over recall of detections with `scores` (N,), `right` (N,)
+    0/1, for `number` objects. The curve has a point for each score, that of all detections at or
+    above it, and ends in (recall 0, precision 1); the width of a point reaches half-way to its
+    neighbours, on the side of the highest recall not at all."""
     if not len(scores):
         return 0.0
     order = np.argsort(scores)

@@ -1,7 +1,8 @@
 """How far confidences are from the share of right detections, in numbers and pictures.
 
-Samples come from data.lvis_ap.samples, or are any three arrays: class, confidence, and whether it was right. Errors lie
-in 0..1; those of a class with a sign (CCECE) are better_pseudo_labels.py's own. Matplotlib is imported for pictures."""
+Samples come from data.lvis_ap.samples, or are any three arrays: class, confidence, and whether it
+was right. Errors lie in 0..1; those of a class with a sign (CCECE) are better_pseudo_labels.py's
+own. Matplotlib is imported for pictures."""
 
 import itertools
 import json
@@ -14,12 +15,13 @@ from common.runs import write_text
 from data.lvis_ap import Samples
 
 GROUPS = {"f": ("frequent", "#009e73"), "c": ("common", "#0072b2"), "r": ("rare", "#d55e00"),
-          None: ("classes", "#666666")}                              # r on top of the others, which are many
+          None: ("classes", "#666666")}  # r on top of the others, which are many
 
 
 def table(conf: np.ndarray, right: np.ndarray, bins: int = 10) -> list[dict]:
-    """The `bins` of equal width on [0, 1] of samples (N,), each: low, high, the number n of samples with
-    low <= confidence < high (in the last also 1), their mean confidence conf and share of right ones acc, or None."""
+    """The `bins` of equal width on [0, 1] of samples (N,), each: low, high, the number n of samples
+    with low <= confidence < high (in the last also 1), their mean confidence conf and share of
+    right ones acc, or None."""
     conf, right = np.asarray(conf, np.float64), np.asarray(right, bool)
     assert conf.shape == right.shape and conf.ndim == 1 and bins > 0, (conf.shape, right.shape, bins)
     assert ((conf >= 0) & (conf <= 1)).all(), "a confidence is not in 0..1"
@@ -30,20 +32,23 @@ def table(conf: np.ndarray, right: np.ndarray, bins: int = 10) -> list[dict]:
 
 
 def error_of(rows: list[dict]) -> float | None:
-    """ECE of what `table` gives: the mean gap between confidence and accuracy, each bin by its share of samples."""
+    """ECE of what `table` gives: the mean gap between confidence and accuracy, each bin by its
+    share of samples."""
     number = sum(row["n"] for row in rows)
     return sum(row["n"] * abs(row["acc"] - row["conf"]) for row in rows if row["n"]) / number if number else None
 
 
 def ece(conf: np.ndarray, right: np.ndarray, bins: int = 10) -> float | None:
-    """Expected calibration error (Naeini, Cooper, Hauskrecht, AAAI 2015) of samples (N,): sum_b n_b / N |acc_b -
-    conf_b| over bins of equal width. Empty bins count nothing; None without a sample."""
+    """Expected calibration error (Naeini, Cooper, Hauskrecht, AAAI 2015) of samples (N,): sum_b n_b
+    / N |acc_b - conf_b| over bins of equal width. Empty bins count nothing; None without a
+    sample."""
     return error_of(table(conf, right, bins))
 
 
 def reliability(samples: Samples, bins: int = 10, groups: list[str] | None = None) -> dict:
-    """ece, n (how many samples) and bins (see `table`) of all samples; and, with `groups`, r, c or f of each class by
-    its index, under r, c and f the same of the samples of their classes. Ready for a JSON file."""
+    """ece, n (how many samples) and bins (see `table`) of all samples; and, with `groups`, r, c or
+    f of each class by its index, under r, c and f the same of the samples of their classes. Ready
+    for a JSON file."""
     def record(conf: np.ndarray, right: np.ndarray) -> dict:
         rows = table(conf, right, bins)
         return {"ece": error_of(rows), "n": len(conf), "bins": rows}
@@ -56,10 +61,11 @@ def reliability(samples: Samples, bins: int = 10, groups: list[str] | None = Non
     return found
 
 
-# ---------------------------------------------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------------------- pictures
 def diagram(records: dict[str, dict], path: Path) -> None:
-    """Reliability diagrams (the paper's Fig. 3) of what `reliability` gives, a panel each, titled by their keys: bars
-    reach up to the accuracy of a bin, hatched ones from there to its mean confidence; below, the number of samples."""
+    """Reliability diagrams (the paper's Fig. 3) of what `reliability` gives, a panel each, titled
+    by their keys: bars reach up to the accuracy of a bin, hatched ones from there to its mean
+    confidence; below, the number of samples."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -100,8 +106,9 @@ def diagram(records: dict[str, dict], path: Path) -> None:
 
 def scatter(before: dict[str, float | None], after: dict[str, float | None], groups: dict[str, str],
             counts: dict[str, int], path: Path, labels: tuple[str, str] = ("teacher", "student")) -> None:
-    """AP of each class (name -> percent, or None) over its number of labeled objects (the paper's Fig. 4), by its group
-    (name -> r, c or f): hollow by one network, filled by another. The legend has the mean gain of each group."""
+    """AP of each class (name -> percent, or None) over its number of labeled objects (the paper's
+    Fig. 4), by its group (name -> r, c or f): hollow by one network, filled by another. The legend
+    has the mean gain of each group."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -129,8 +136,8 @@ def scatter(before: dict[str, float | None], after: dict[str, float | None], gro
 
 
 def search(run: Callable[..., dict], values: dict[str, tuple], out: Path, main: bool) -> dict:
-    """Runs every combination of `values`, run(folder, **combination) -> a record of results.json, prints a table and
-    writes out/grid.json: `runs` and, by AP, the `best`, which is returned."""
+    """Runs every combination of `values`, run(folder, **combination) -> a record of results.json,
+    prints a table and writes out/grid.json: `runs` and, by AP, the `best`, which is returned."""
     rows = []
     for chosen in itertools.product(*values.values()):
         here = dict(zip(values, chosen, strict=True))

@@ -1,4 +1,5 @@
-"""Fetch data sets and published label lists:  python -m data.download {voc,splits,cityscapes,coco,lvis} [--root DIR]
+"""Fetch data sets and published label lists:  python -m data.download
+{voc,splits,cityscapes,coco,lvis} [--root DIR]
 
 voc         VOC 2012 and SBD from their official hosts, the 10,582 + 1,449 masks in SegmentationClassAug, the lists.
 splits      only the published lists of --dataset, into <root>/splits.
@@ -6,8 +7,8 @@ cityscapes  what to do by hand (the site asks for a login), and the lists; unpac
 coco        COCO 2017: annotations, train2017, val2017 (20 GB), the lists; --unlabeled adds unlabeled2017 (20 GB).
 lvis        LVIS v1: annotations, and COCO's pictures as above; --root datasets/coco shares those that are there.
 
-Every step skips what is already there and right, so a command that was stopped is simply given again.
-"""
+Every step skips what is already there and right, so a command that was stopped is simply given
+again. """
 
 from __future__ import annotations
 
@@ -46,13 +47,15 @@ SBD_MD5 = "82b4d87ceb2ed10f6038a1cba92111cb"  # as torchvision publishes it
 SBD_FILES = {"cls/*.mat": 11355, "*.txt": 2}
 CITYSCAPES_FILES = {"leftImg8bit": ("leftImg8bit_trainvaltest.zip", "11 GB", "leftImg8bit/train/*/*_leftImg8bit.png"),
                     "gtFine": ("gtFine_trainvaltest.zip", "241 MB", "gtFine/train/*/*_gtFine_labelIds.png")}
-COCO_ZIPS = "http://images.cocodataset.org/zips/"  # cocodataset.org names no https; hence the hashes below
+# cocodataset.org names no https; hence the hashes below
+COCO_ZIPS = "http://images.cocodataset.org/zips/"
 COCO_PICTURES = {"train2017": 118287, "val2017": 5000, "unlabeled2017": 123403}
 COCO_ANNOTATIONS = {"http://images.cocodataset.org/annotations/annotations_trainval2017.zip":
                     ("instances_train2017.json", "instances_val2017.json")}
 LVIS_ANNOTATIONS = {f"https://dl.fbaipublicfiles.com/LVIS/lvis_v1_{part}.json.zip": (f"lvis_v1_{part}.json",)
                     for part in ("train", "val")}
-ZIP_CHECKS = {  # bytes and SHA-256 as TensorFlow Datasets publishes them; of unlabeled2017 the pictures are counted
+# bytes and SHA-256 as TensorFlow Datasets publishes them; of unlabeled2017 the pictures are counted
+ZIP_CHECKS = {
     "train2017.zip": (19336861798, "69a8bb58ea5f8f99d24875f21416de2e9ded3178e903f1f7603e283b9e06d929"),
     "val2017.zip": (815585330, "4f7e2ccb2866ec5041993c9cf2a952bbed69647b115d0f74da7ce8f4bef82f05"),
     "annotations_trainval2017.zip": (252907541, "113a836d90195ee1f884e704da6304dfaaecff1f023f49b6ca93c4aaae470268"),
@@ -73,16 +76,17 @@ class _Interrupted(Exception):
     """The connection broke; what has arrived is kept and the next attempt goes on from there."""
 
 
-# --------------------------------------------------------------------------------------------------------- one file
+# ----------------------------------------------------------------------------------------- one file
 
 
 def fetch(url: str | Sequence[str], path: str | Path, sha256: str | None = None, size: int | None = None,
           md5: str | None = None) -> Path:
-    """Download one file, resuming from PATH.part, and put it in place only when it is complete and right.
+    """Download one file, resuming from PATH.part, and put it in place only when it is complete and
+    right.
 
-    url: one address, or several that hold the same file. sha256, md5: hex digests; size: bytes. A file that is there
-    and right (or there, when nothing is known to check) is left alone. Raises DownloadError.
-    """
+    url: one address, or several that hold the same file. sha256, md5: hex digests; size: bytes. A
+    file that is there and right (or there, when nothing is known to check) is left alone. Raises
+    DownloadError. """
     path = Path(path)
     urls = [url] if isinstance(url, str) else list(url)
     if path.is_file() and not _wrong(path, sha256, size, md5):
@@ -135,7 +139,8 @@ def _transfer_with_retries(url: str, part: Path, size: int | None) -> None:
 
 
 def _transfer(url: str, part: Path, size: int | None) -> None:
-    """One attempt: ask for what is missing in `part` and append it; start over when the server sends the whole file."""
+    """One attempt: ask for what is missing in `part` and append it; start over when the server
+    sends the whole file."""
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0 (python -m data.download)"})
     if have:
@@ -143,7 +148,8 @@ def _transfer(url: str, part: Path, size: int | None) -> None:
     try:
         response = urllib.request.urlopen(request, timeout=TIMEOUT_S)
     except urllib.error.HTTPError as error:
-        if error.code == 416 and have:  # nothing left to send: `part` is the whole file, or not of this file
+        # nothing left to send: `part` is the whole file, or not of this file
+        if error.code == 416 and have:
             if error.headers.get("Content-Range", "").endswith(f"/{have}"):
                 return
             part.unlink()
@@ -207,15 +213,16 @@ def _disk_error(error: OSError, path: Path) -> DownloadError:
     return DownloadError(f"cannot write {path}: {error.strerror or error}")
 
 
-# ---------------------------------------------------------------------------------------------------------- archives
+# ----------------------------------------------------------------------------------------- archives
 
 
 def extract(archive: str | Path, target: str | Path) -> None:
-    """Unpack a tar (any compression) or zip into `target`: everything, or nothing when a member is refused.
+    """Unpack a tar (any compression) or zip into `target`: everything, or nothing when a member is
+    refused.
 
-    Raises DownloadError for a damaged archive, a full disk, and any member that would leave the target: absolute paths,
-    "..", links to the outside, devices. Files appear in `target` by renaming, so each one there is whole.
-    """
+    Raises DownloadError for a damaged archive, a full disk, and any member that would leave the
+    target: absolute paths, "..", links to the outside, devices. Files appear in `target` by
+    renaming, so each one there is whole. """
     archive, target = Path(archive), Path(target)
     target.mkdir(parents=True, exist_ok=True)
     staging = target / f".{archive.name}.unpacking"
@@ -270,11 +277,12 @@ def _extract_zip(archive: Path, target: Path) -> None:
             file.extract(member, target)
 
 
-# --------------------------------------------------------------------------------------------------------------- VOC
+# ---------------------------------------------------------------------------------------------- VOC
 
 
 def voc(root: Path) -> None:
-    """VOC 2012 with SBD's masks and the published lists below `root`. Raises DownloadError, SplitError."""
+    """VOC 2012 with SBD's masks and the published lists below `root`. Raises DownloadError,
+    SplitError."""
     base = root if (root / "JPEGImages").is_dir() else root / "VOCdevkit" / "VOC2012"
     if not _complete(base, VOC_FILES):
         archive = fetch(VOC_URLS, root / "VOCtrainval_11-May-2012.tar", md5=VOC_MD5)
@@ -295,7 +303,8 @@ def _complete(folder: Path, files: dict[str, int]) -> bool:
 
 
 def _masks_done(base: Path) -> bool:
-    """Whether an earlier call finished: the list of train images is right and all masks are there."""
+    """Whether an earlier call finished: the list of train images is right and all masks are
+    there."""
     listed = base / "ImageSets" / "Segmentation" / "train_aug.txt"
     if not listed.is_file():
         return False
@@ -310,12 +319,13 @@ def _ids(path: Path) -> list[str]:
 
 def augmented_masks(voc_folder: str | Path, sbd_folder: str | Path, expected: int = TRAIN["voc"][0],
                     ids_sha256: str | None = TRAIN["voc"][1]) -> list[str]:
-    """Write SegmentationClassAug (index PNG (H, W), 255 = ignore) and train_aug.txt -> the train ids, sorted.
+    """Write SegmentationClassAug (index PNG (H, W), 255 = ignore) and train_aug.txt -> the train
+    ids, sorted.
 
-    Train is VOC's train and SBD's train and val without VOC's val. An image with a mask of VOC's own keeps it, the
-    others take SBD's `cls/ID.mat`. Masks that are there stay. expected: number of train ids; ids_sha256: their
-    `fingerprint`, None to skip that check. Raises DownloadError when either differs, or a file is missing or wrong.
-    """
+    Train is VOC's train and SBD's train and val without VOC's val. An image with a mask of VOC's
+    own keeps it, the others take SBD's `cls/ID.mat`. Masks that are there stay. expected: number of
+    train ids; ids_sha256: their `fingerprint`, None to skip that check. Raises DownloadError when
+    either differs, or a file is missing or wrong. """
     voc_folder, sbd_folder = Path(voc_folder), Path(sbd_folder)
     lists = voc_folder / "ImageSets" / "Segmentation"
     val = _ids(lists / "val.txt")
@@ -344,7 +354,8 @@ def augmented_masks(voc_folder: str | Path, sbd_folder: str | Path, expected: in
 
 
 def _read_mask(own: Path, sbd: Path) -> np.ndarray:
-    """Class indices (H, W) uint8 of one image: from VOC's PNG when it exists, else from SBD's .mat."""
+    """Class indices (H, W) uint8 of one image: from VOC's PNG when it exists, else from SBD's
+    .mat."""
     path = own if own.is_file() else sbd
     try:
         if path is own:
@@ -361,11 +372,12 @@ def _read_mask(own: Path, sbd: Path) -> np.ndarray:
     return mask.astype(np.uint8)
 
 
-# ------------------------------------------------------------------------------------------------------------- lists
+# -------------------------------------------------------------------------------------------- lists
 
 
 def splits(root: Path, dataset: str) -> None:
-    """Published lists of a data set into `<root>/splits/<family>`, each checked. Raises DownloadError, SplitError."""
+    """Published lists of a data set into `<root>/splits/<family>`, each checked. Raises
+    DownloadError, SplitError."""
     folder = root / "splits"
     table = {key[1:]: item for key, item in PUBLISHED.items() if key[0] == dataset}
     for (family, name), item in table.items():
@@ -375,7 +387,8 @@ def splits(root: Path, dataset: str) -> None:
             fetch(item.url, folder / family / f"{name}.txt", item.sha256)
             continue
         labeled = fetch(item.url, folder / family / folder_name(name) / "labeled.txt", item.sha256)
-        if family == "gta_seg":  # published without a hash, but with the labeled ids they must give all train images
+        # published without a hash, but with the labeled ids they must give all train images
+        if family == "gta_seg":
             unlabeled = fetch(item.url.replace("labeled.txt", "unlabeled.txt"), labeled.with_name("unlabeled.txt"))
             if not _is_train_set(dataset, labeled, unlabeled):
                 unlabeled.unlink()
@@ -395,7 +408,8 @@ def _is_train_set(dataset: str, *paths: Path) -> bool:
 
 
 def _s4gan(folder: Path, url: str, sha256: str) -> None:
-    """S4GAN's lists: labeled.txt of each ratio, and permutation.txt, of which each is the beginning."""
+    """S4GAN's lists: labeled.txt of each ratio, and permutation.txt, of which each is the
+    beginning."""
     ids_path, order = folder / "s4gan" / "train_aug.txt", folder / "s4gan" / "split_0.pkl"
     any_list = folder / "gta_seg" / "92"
     _write_list(ids_path, sorted(_ids(any_list / "labeled.txt") + _ids(any_list / "unlabeled.txt")))
@@ -412,11 +426,12 @@ def _write_list(path: Path, ids: Iterable[str]) -> None:
     os.replace(part, path)
 
 
-# -------------------------------------------------------------------------------------------------------- Cityscapes
+# --------------------------------------------------------------------------------------- Cityscapes
 
 
 def cityscapes(root: Path) -> None:
-    """Unpack the two zips when they lie in `root`, else say how to get them; fetch the lists. Raises DownloadError."""
+    """Unpack the two zips when they lie in `root`, else say how to get them; fetch the lists.
+    Raises DownloadError."""
     absent = {}
     for folder, (archive, size, pattern) in CITYSCAPES_FILES.items():
         files = {pattern: TRAIN["cityscapes"][0]}
@@ -441,13 +456,13 @@ def cityscapes(root: Path) -> None:
     splits(root, "cityscapes")
 
 
-# ------------------------------------------------------------------------------------------------------ COCO and LVIS
+# ------------------------------------------------------------------------------------ COCO and LVIS
 
 
 def coco(root: Path, lvis: bool = False, images: bool = True, unlabeled: bool = False) -> None:
-    """COCO 2017's or LVIS v1's annotations into `<root>/annotations` and COCO's pictures into `<root>/train2017` and
-    `<root>/val2017`, unless `images` is False; with `unlabeled` also `<root>/unlabeled2017`. COCO's published lists.
-    Raises DownloadError, SplitError."""
+    """COCO 2017's or LVIS v1's annotations into `<root>/annotations` and COCO's pictures into
+    `<root>/train2017` and `<root>/val2017`, unless `images` is False; with `unlabeled` also
+    `<root>/unlabeled2017`. COCO's published lists. Raises DownloadError, SplitError."""
     folder, zips = root / "annotations", []
     for url, names in (LVIS_ANNOTATIONS if lvis else COCO_ANNOTATIONS).items():
         _unpacked(url, root, folder if lvis else root, {f"annotations/{name}": 1 for name in names}, zips)
@@ -462,8 +477,9 @@ def coco(root: Path, lvis: bool = False, images: bool = True, unlabeled: bool = 
 
 
 def _unpacked(url: str, root: Path, target: Path, files: dict[str, int], zips: list[Path]) -> None:
-    """Fetch a zip into `root` and unpack it in `target`, unless `files` (pattern under `root` -> number) are there;
-    they must be afterwards. A zip that lies in `root` is added to `zips`. Raises DownloadError."""
+    """Fetch a zip into `root` and unpack it in `target`, unless `files` (pattern under `root` ->
+    number) are there; they must be afterwards. A zip that lies in `root` is added to `zips`. Raises
+    DownloadError."""
     archive = root / url.rsplit("/", 1)[-1]
     if not _complete(root, files):
         size, sha256 = ZIP_CHECKS.get(archive.name, (None, None))

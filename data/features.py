@@ -15,7 +15,7 @@ from common.runs import UserError
 from data import ap, read, regions
 from data.instances import Instances, Photo
 
-PLAIN = ("eva02", "vit")                                             # transformers that are built for one size
+PLAIN = ("eva02", "vit")  # transformers that are built for one size
 
 
 def made_of(args, names: str, classes: list[str]) -> str:
@@ -25,8 +25,9 @@ def made_of(args, names: str, classes: list[str]) -> str:
 
 
 def create(name: str, weights: str, **more) -> nn.Module:
-    """A network of timm without a classifier; `weights`: imagenet (what the name's tag says), none, or a file in any
-    layout that timm reads. UserError when there is none of this name, or its weights cannot be had."""
+    """A network of timm without a classifier; `weights`: imagenet (what the name's tag says), none,
+    or a file in any layout that timm reads. UserError when there is none of this name, or its
+    weights cannot be had."""
     import timm
     if weights not in ("imagenet", "none"):
         more["pretrained_cfg_overlay"] = {"file": weights}
@@ -38,8 +39,9 @@ def create(name: str, weights: str, **more) -> nn.Module:
 
 
 def resize_patch(kernel: Tensor, size: int, how: str) -> Tensor:
-    """Patch embedding (D, 3, p, p) -> (D, 3, size, size). `timm`: so that the answer to an enlarged picture stays
-    (pseudo-inverse of the resizing); `bicubic`: the kernel itself is enlarged, so answers grow by (size / p)^2."""
+    """Patch embedding (D, 3, p, p) -> (D, 3, size, size). `timm`: so that the answer to an enlarged
+    picture stays (pseudo-inverse of the resizing); `bicubic`: the kernel itself is enlarged, so
+    answers grow by (size / p)^2."""
     if kernel.shape[-1] == size:
         return kernel
     if how == "bicubic":
@@ -68,11 +70,12 @@ def drawn(layer: nn.Module, std: float) -> nn.Module:
 
 
 class Embedder(nn.Module):
-    """Pictures (B, 3, size, size) uint8 -> (B, D) float32. Of EVA-02 the mean of the patch tokens, through the norm of
-    its pre-training; of DINOv2 the class token; of a CNN the mean of its last map. Pictures are normalised as the
-    network learned them (EVA-02: CLIP's numbers).
+    """Pictures (B, 3, size, size) uint8 -> (B, D) float32. Of EVA-02 the mean of the patch tokens,
+    through the norm of its pre-training; of DINOv2 the class token; of a CNN the mean of its last
+    map. Pictures are normalised as the network learned them (EVA-02: CLIP's numbers).
 
-    `name` is timm's, else torchvision's; `weights` as in `create`, or shapes, the embedded data's under `root`."""
+    `name` is timm's, else torchvision's; `weights` as in `create`, or shapes, the embedded data's
+    under `root`."""
 
     def __init__(self, name: str, weights: str, root: str, size: int):
         super().__init__()
@@ -103,8 +106,9 @@ class Embedder(nn.Module):
 
 def embed_objects(net: nn.Module, chosen: list[tuple[Photo, list[int]]], data: Instances, size: int, world: World,
                   workers: int) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
-    """Embeddings (N, D) of the chosen objects' crops, their classes (N,), and a crop (3, size, size) uint8 of each
-    class; on every process and in the order of `chosen`, each made by one process."""
+    """Embeddings (N, D) of the chosen objects' crops, their classes (N,), and a crop (3, size,
+    size) uint8 of each class; on every process and in the order of `chosen`, each made by one
+    process."""
     mine, found, examples = chosen[world.rank::world.size], [], {}
     crops_of = DataLoader(mine, batch_size=None, generator=torch.Generator(), **read.helpers(workers),
                           collate_fn=lambda item: regions.crops(item[0], data, item[1], size))
@@ -122,8 +126,8 @@ def embed_objects(net: nn.Module, chosen: list[tuple[Photo, list[int]]], data: I
 
 
 class Strides(nn.Module):
-    """A CNN by its timm or torchvision name: (B, 3, H, W) -> four maps of strides 4, 8, 16, 32, of `channels`. With
-    `frozen` its BatchNorm is a constant, which keeps the type of a map."""
+    """A CNN by its timm or torchvision name: (B, 3, H, W) -> four maps of strides 4, 8, 16, 32, of
+    `channels`. With `frozen` its BatchNorm is a constant, which keeps the type of a map."""
 
     def __init__(self, name: str, frozen: bool, pretrained: bool):
         super().__init__()
@@ -137,7 +141,7 @@ class Strides(nn.Module):
             from timm.utils.model import freeze_batch_norm_2d
             self.body = freeze_batch_norm_2d(self.body)
             for m in self.body.modules():
-                if isinstance(m, FrozenBatchNorm2d):                 # its buffers would make bf16 maps float32
+                if isinstance(m, FrozenBatchNorm2d):  # its buffers would make bf16 maps float32
                     m.register_forward_hook(lambda _, inputs, out: out.to(inputs[0].dtype))
 
     def forward(self, images: Tensor) -> list[Tensor]:

@@ -1,4 +1,5 @@
-"""What lies where on disk (VOC/SBD, Cityscapes, plain folders, the embedded set), and which images a run learns from.
+"""What lies where on disk (VOC/SBD, Cityscapes, plain folders, the embedded set), and which images
+a run learns from.
 
 Layouts are described in data/README.md; --split and --unlabeled are read here."""
 
@@ -17,12 +18,14 @@ VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair 
 CITYSCAPES_CLASSES = ["road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign",
                       "vegetation", "terrain", "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle",
                       "bicycle"]
-CITYSCAPES_IDS = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]    # labelId of trainId i
+# labelId of trainId i
+CITYSCAPES_IDS = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
 
 
-# ---------------------------------------------------------------------------------------------------- on disk
+# ------------------------------------------------------------------------------------------ on disk
 def find(name: str, root: Path, val: str = "val", classes: list[str] | None = None) -> Segmentation:
-    """The data set `name` under `root`, scored on its `val` list; UserError when it is not there, or has not `classes`.
+    """The data set `name` under `root`, scored on its `val` list; UserError when it is not there,
+    or has not `classes`.
 
     The embedded set, shapes, is drawn on first use."""
     readers = {"voc": find_voc, "shapes": find_voc, "cityscapes": find_cityscapes, "folder": find_folder}
@@ -51,7 +54,8 @@ def missing(name: str, root: Path, what: str) -> UserError:
 
 
 def find_voc(root: Path, val: str) -> Segmentation:
-    """PASCAL VOC 2012 with SBD: the folder that holds JPEGImages, or VOCdevkit/VOC2012 under the root."""
+    """PASCAL VOC 2012 with SBD: the folder that holds JPEGImages, or VOCdevkit/VOC2012 under the
+    root."""
     def image(name: str) -> Path:
         return images.get(name) or need(base / "JPEGImages" / f"{name}.jpg")
 
@@ -78,7 +82,8 @@ def find_voc(root: Path, val: str) -> Segmentation:
 
 
 def find_cityscapes(root: Path, val: str) -> Segmentation:
-    """Cityscapes with fine labels: leftImg8bit/<part>/<city>/*.png and gtFine/... with raw labelIds."""
+    """Cityscapes with fine labels: leftImg8bit/<part>/<city>/*.png and gtFine/... with raw
+    labelIds."""
     def part(name: str) -> list[Picture]:
         found = []
         for image in sorted((root / "leftImg8bit" / name).glob("*/*_leftImg8bit.png")):
@@ -100,7 +105,8 @@ def find_cityscapes(root: Path, val: str) -> Segmentation:
 
 
 def find_folder(root: Path, val: str) -> Segmentation:
-    """images/{train,val,unlabeled}, labels/{train,val} (index PNG, 255 ignore), classes.txt, a class a line."""
+    """images/{train,val,unlabeled}, labels/{train,val} (index PNG, 255 ignore), classes.txt, a
+    class a line."""
     def part(name: str) -> list[Picture]:
         folder, labels = root / "images" / name, root / "labels" / name
         return [Picture(p.stem, p, labels / f"{p.stem}.png") for p in image_files(folder)] if folder.is_dir() else []
@@ -140,11 +146,11 @@ def need(path: Path) -> Path:
     return path
 
 
-# ------------------------------------------------------------------------------------ labeled and unlabeled
+# ---------------------------------------------------------------------------- labeled and unlabeled
 @dataclass
 class Chosen:
-    """Which images a run learns from, and which labeled ones it only chooses by. `text` says it to the user,
-    `fingerprint` identifies the labeled list."""
+    """Which images a run learns from, and which labeled ones it only chooses by. `text` says it to
+    the user, `fingerprint` identifies the labeled list."""
     labeled: list[Picture]
     unlabeled: list[Picture]
     text: str
@@ -154,10 +160,12 @@ class Chosen:
 
 def choose(data: Segmentation, split: str, split_seed: int, unlabeled: str, family: str, needed: bool = True,
            held_out: int = 0) -> Chosen:
-    """The labeled images that `split` names, and the unlabeled ones: all others, or what `unlabeled` names; UserError
-    when there are none and they are `needed`. `held_out` labeled images are kept apart from both.
+    """The labeled images that `split` names, and the unlabeled ones: all others, or what
+    `unlabeled` names; UserError when there are none and they are `needed`. `held_out` labeled
+    images are kept apart from both.
 
-    `split`: a published list of `family`, fetched beside the data; random:183, random:5%; a list file; all."""
+    `split`: a published list of `family`, fetched beside the data; random:183, random:5%; a list
+    file; all."""
     published = data.name in ("voc", "cityscapes")
     folder = data.root / "splits" / family / splits.folder_name(split)
     rest: list[Picture] | None = None
@@ -206,9 +214,10 @@ def choose(data: Segmentation, split: str, split_seed: int, unlabeled: str, fami
 
 
 def hold_out(data: Segmentation, labeled: list[Picture], split_seed: int, number: int, family: str) -> list[Picture]:
-    """Images with labels beside the `labeled` ones of a run, to choose by: the last `number` of the order the split
-    was cut from (the published permutation where `family` has one, else a seeded one), nearest the end first, so that a
-    smaller set is the beginning of a larger one. UserError when there are not so many."""
+    """Images with labels beside the `labeled` ones of a run, to choose by: the last `number` of the
+    order the split was cut from (the published permutation where `family` has one, else a seeded
+    one), nearest the end first, so that a smaller set is the beginning of a larger one. UserError
+    when there are not so many."""
     published = data.root / "splits" / family / "permutation.txt"
     if data.name == "voc" and published.is_file():
         order = [name for name, _ in splits.read_list(published)]
@@ -224,7 +233,8 @@ def hold_out(data: Segmentation, labeled: list[Picture], split_seed: int, number
 
 
 def pictures_of(path: Path, data: Segmentation, labels: bool = True) -> list[Picture]:
-    """The images that a list names, as ids of the data set or as paths under its root or beside the list."""
+    """The images that a list names, as ids of the data set or as paths under its root or beside the
+    list."""
     try:
         entries = splits.read_list(path)
     except (splits.SplitError, OSError) as error:
@@ -238,7 +248,7 @@ def pictures_of(path: Path, data: Segmentation, labels: bool = True) -> list[Pic
         bases = [data.root, path.parent, Path()]
         image = next((b / entry for b in bases if (b / entry).is_file()), None)
         label = next((b / mask for b in bases if (b / mask).is_file()), None) if mask else None
-        if image is None and name in data.train:                     # UniMatch names masks of SegmentationClass
+        if image is None and name in data.train:  # UniMatch names masks of SegmentationClass
             image, label = data.train[name].image, label or data.train[name].label
         if image is None or (labels and label is None):
             lost.append(entry)

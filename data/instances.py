@@ -1,8 +1,10 @@
-"""Annotated objects as they lie on disk (COCO, LVIS and own JSON files, Cityscapes, the embedded set): which pictures a
-run learns from, their masks under a joint geometry, and in what order they come.
+"""Annotated objects as they lie on disk (COCO, LVIS and own JSON files, Cityscapes, the embedded
+set): which pictures a run learns from, their masks under a joint geometry, and in what order they
+come.
 
-As in common/datasets.py, order and augmentation depend on (seed, step, sample) alone: not on workers, processes or
-restarts. Labels are class indices 0..K-1, the places in the sorted category ids, always."""
+As in common/datasets.py, order and augmentation depend on (seed, step, sample) alone: not on
+workers, processes or restarts. Labels are class indices 0..K-1, the places in the sorted category
+ids, always."""
 
 import functools
 import itertools
@@ -32,18 +34,21 @@ from data.find import missing, need
 from data.read import IMAGES, BrokenImage, helpers, image_files, read_image
 
 CITYSCAPES_THINGS = {24: "person", 25: "rider", 26: "car", 27: "truck", 28: "bus", 31: "train", 32: "motorcycle",
-                     33: "bicycle"}                                  # the other classes have no single objects
-FILES = ("{}", "instances_{}", "instances_{}2017", "lvis_{}", "lvis_v1_{}")     # annotations/<one of them>.json
-COCO_IMAGES = 117266                                                 # of train2017 that hold an object; 118,287 in all
+                     33: "bicycle"}  # the other classes have no single objects
+# annotations/<one of them>.json
+FILES = ("{}", "instances_{}", "instances_{}2017", "lvis_{}", "lvis_v1_{}")
+COCO_IMAGES = 117266  # of train2017 that hold an object; 118,287 in all
 PUBLISHED = {"cityscapes": ("guided_distillation", "5%, 10%, 20%, 30%"),
              "coco": ("unbiased_teacher", "0.01%, 0.1%, 0.5%, 1%, 2%, 5%, 10%")}
 
 
 class Thing(NamedTuple):
-    """One annotated object as on disk, in class `category`; `area` in pixels as the file says, 0 where it does not.
+    """One annotated object as on disk, in class `category`; `area` in pixels as the file says, 0
+    where it does not.
 
-    `segmentation`: polygons, float64 arrays x, y, x, y, ... in pixels; or pycocotools' run lengths; or the object's
-    value in a Cityscapes instanceIds PNG. A crowd is a region of many objects: no target, and ignored when scoring."""
+    `segmentation`: polygons, float64 arrays x, y, x, y, ... in pixels; or pycocotools' run lengths;
+    or the object's value in a Cityscapes instanceIds PNG. A crowd is a region of many objects: no
+    target, and ignored when scoring."""
     category: int
     segmentation: list | dict | int
     crowd: bool
@@ -51,11 +56,12 @@ class Thing(NamedTuple):
 
 
 class Photo(NamedTuple):
-    """One picture. `things` is None where no label may be opened, or where it is still to be read from `label`, a
-    Cityscapes instanceIds PNG (None elsewhere). `id` is -1 and the size in pixels 0 where no file gives them.
+    """One picture. `things` is None where no label may be opened, or where it is still to be read
+    from `label`, a Cityscapes instanceIds PNG (None elsewhere). `id` is -1 and the size in pixels 0
+    where no file gives them.
 
-    LVIS says of a picture which classes are known to be absent (`negative`), and of which only some objects are
-    annotated (`partial`), class indices; elsewhere both are empty."""
+    LVIS says of a picture which classes are known to be absent (`negative`), and of which only some
+    objects are annotated (`partial`), class indices; elsewhere both are empty."""
     name: str
     image: Path
     id: int = -1
@@ -69,17 +75,19 @@ class Photo(NamedTuple):
 
 @dataclass
 class Instances:
-    """A data set as found on disk, pictures by ascending id. `ids` are the category ids of the `classes`.
+    """A data set as found on disk, pictures by ascending id. `ids` are the category ids of the
+    `classes`.
 
-    LVIS files add the `frequency` of each class (r, c, f, in training pictures) and, of each scored image id, what its
-    Photo says of `negative` and `partial` classes. `val_json` is the file of `val`, or None (see `scored_on`)."""
+    LVIS files add the `frequency` of each class (r, c, f, in training pictures) and, of each scored
+    image id, what its Photo says of `negative` and `partial` classes. `val_json` is the file of
+    `val`, or None (see `scored_on`)."""
     name: str
     root: Path
     classes: list[str]
     ids: list[int]
     train: list[Photo]
     val: list[Photo]
-    extra: list[Photo]                                               # no annotations, or none but crowds
+    extra: list[Photo]  # no annotations, or none but crowds
     train_json: Path | None = None
     val_json: Path | None = None
     lvis: bool = False
@@ -88,11 +96,12 @@ class Instances:
     partial: dict[int, list[int]] = field(default_factory=dict)
 
 
-# ---------------------------------------------------------------------------------------------------- on disk
+# ------------------------------------------------------------------------------------------ on disk
 def find(name: str, root: Path, train_json: str = "", val_json: str = "", images: str = "", val: str = "val",
          classes: list[str] | None = None) -> Instances:
-    """The data set `name` (shapes, coco, lvis, cityscapes) under `root`, scored on its part `val`; UserError when it is
-    not there, contradicts itself, or has not `classes`. Flags name files and a folder, also relative to `root`."""
+    """The data set `name` (shapes, coco, lvis, cityscapes) under `root`, scored on its part `val`;
+    UserError when it is not there, contradicts itself, or has not `classes`. Flags name files and a
+    folder, also relative to `root`."""
     if root.exists() and not root.is_dir():
         raise missing(name, root, "a folder")
     if name == "shapes":
@@ -110,7 +119,8 @@ def find(name: str, root: Path, train_json: str = "", val_json: str = "", images
 
 
 def find_cityscapes(root: Path, val: str) -> Instances:
-    """leftImg8bit/<part>/<city>/*.png with gtFine/... instanceIds; `extra` is train_extra. No label is opened here."""
+    """leftImg8bit/<part>/<city>/*.png with gtFine/... instanceIds; `extra` is train_extra. No label
+    is opened here."""
     def part(name: str) -> list[Photo]:
         found, end = [], "_leftImg8bit.png"
         for number, image in enumerate(sorted((root / "leftImg8bit" / name).glob("*/*" + end)), start=1):
@@ -129,9 +139,9 @@ def find_cityscapes(root: Path, val: str) -> Instances:
 
 
 def find_coco(name: str, root: Path, train_json: str, val_json: str, images: str, val: str) -> Instances:
-    """COCO's or LVIS's files: annotations/ (see FILES) and images/, images/<part>, <part>2017, <part> or the folder
-    that coco_url or file_name names. Pictures without an object but crowds go from `train` to `extra`, where those of
-    images/unlabeled are, too."""
+    """COCO's or LVIS's files: annotations/ (see FILES) and images/, images/<part>, <part>2017,
+    <part> or the folder that coco_url or file_name names. Pictures without an object but crowds go
+    from `train` to `extra`, where those of images/unlabeled are, too."""
     def json_file(flag: str, value: str, part: str, *first: Path) -> Path:
         names = [f"annotations/{form.format(part)}.json" for form in FILES if name != "lvis" or form.startswith("lvis")]
         paths = [Path(value), root / value, root / "annotations" / value] if value else \
@@ -147,7 +157,7 @@ def find_coco(name: str, root: Path, train_json: str, val_json: str, images: str
     folder = next((p for p in (Path(images), root / images) if p.is_dir()), None) if images else root / "images"
     if folder is None:
         raise missing(name, root, f"--images {images}")
-    content = {path: read_json(path) for path in (train_path, val_path)}        # one file may be both
+    content = {path: read_json(path) for path in (train_path, val_path)}  # one file may be both
     kinds = [classes_of(content[path], path) for path in (train_path, val_path)]
     for a, b in itertools.zip_longest(*(kind.items() for kind in kinds)):
         if a != b:
@@ -178,8 +188,8 @@ def said_of(photos: list[Photo]) -> tuple[dict[int, list[int]], dict[int, list[i
 
 
 def scored_on(data: Instances, photos: list[Photo]) -> Instances:
-    """The same data set, but scored on these pictures, which have labels: such as training pictures that are held
-    out. What is true is then made of the Photos (data.ap.truth_of)."""
+    """The same data set, but scored on these pictures, which have labels: such as training pictures
+    that are held out. What is true is then made of the Photos (data.ap.truth_of)."""
     negative, partial = said_of(photos) if data.lvis else ({}, {})
     return replace(data, val=list(photos), val_json=None, negative=negative, partial=partial)
 
@@ -195,8 +205,9 @@ def bare(photo: Photo) -> Photo:
 
 
 def read_json(path: Path) -> dict:
-    """A COCO or LVIS file, each annotation a tuple (image id, category id, segmentation, crowd, area); UserError when
-    it is none. Annotations become small while they are read, or COCO's train file would fill many times its size."""
+    """A COCO or LVIS file, each annotation a tuple (image id, category id, segmentation, crowd,
+    area); UserError when it is none. Annotations become small while they are read, or COCO's train
+    file would fill many times its size."""
     def lean(record: dict):
         if not {"image_id", "category_id", "segmentation"} <= record.keys():
             return record
@@ -222,8 +233,9 @@ def read_json(path: Path) -> dict:
 
 
 def outline(segmentation: list | dict) -> list[np.ndarray] | dict:
-    """Polygons as arrays, a quarter of the memory of lists, or compressed run lengths. As in Detectron2, a polygon of
-    an odd count or of fewer than six numbers is left out; an object without any other is no object."""
+    """Polygons as arrays, a quarter of the memory of lists, or compressed run lengths. As in
+    Detectron2, a polygon of an odd count or of fewer than six numbers is left out; an object
+    without any other is no object."""
     if isinstance(segmentation, dict):
         listed = isinstance(segmentation["counts"], list)
         return coco_mask.frPyObjects(segmentation, *segmentation["size"]) if listed else segmentation
@@ -242,8 +254,9 @@ def classes_of(content: dict, path: Path) -> dict[int, str]:
 
 
 def finder(bases: list[Path], part: str) -> Callable[[dict], Path | None]:
-    """Record of an image -> its file. Folders are listed once: asking for each file is slow on a network disk. Pictures
-    of a part other than train and val (tune) are looked for among the training pictures, too."""
+    """Record of an image -> its file. Folders are listed once: asking for each file is slow on a
+    network disk. Pictures of a part other than train and val (tune) are looked for among the
+    training pictures, too."""
     @functools.cache
     def files(folder: str) -> set[str]:
         return set(os.listdir(folder)) if os.path.isdir(folder) else set()
@@ -263,7 +276,8 @@ def finder(bases: list[Path], part: str) -> Callable[[dict], Path | None]:
 
 
 def photos_of(content: dict, path: Path, index: dict[int, int], locate: Callable) -> list[Photo]:
-    """The pictures of a file by ascending id, with their objects; UserError where it contradicts itself or the disk."""
+    """The pictures of a file by ascending id, with their objects; UserError where it contradicts
+    itself or the disk."""
     def places(record: dict, key: str) -> tuple[int, ...]:
         return tuple(index[category] for category in record.get(key) or () if category in index)
 
@@ -295,10 +309,10 @@ def photos_of(content: dict, path: Path, index: dict[int, int], locate: Callable
     return [photo._replace(things=tuple(things[number])) for number, photo in photos.items()]
 
 
-# ---------------------------------------------------------------------------------------------------- masks
+# -------------------------------------------------------------------------------------------- masks
 class Window(NamedTuple):
-    """Joint geometry: flip left-right, resize to `size` (height, width), then the window of size `out` at (top, left),
-    which may reach over every border."""
+    """Joint geometry: flip left-right, resize to `size` (height, width), then the window of size
+    `out` at (top, left), which may reach over every border."""
     flip: bool
     size: tuple[int, int]
     top: int
@@ -315,7 +329,8 @@ def cut_out(image: Tensor, window: Window, fill: int) -> Tensor:
 
 
 def photometric_distortion(image: Tensor, g: np.random.Generator) -> Tensor:
-    """SSD's colour distortion of (3, H, W) uint8: brightness, contrast, saturation and hue, each half of the time."""
+    """SSD's colour distortion of (3, H, W) uint8: brightness, contrast, saturation and hue, each
+    half of the time."""
     def on() -> bool:
         return bool(g.random() < 0.5)
 
@@ -337,11 +352,13 @@ def photometric_distortion(image: Tensor, g: np.random.Generator) -> Tensor:
 
 def masks_of(photo: Photo, data: Instances, window: Window | None = None,
              crowds: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """Labels (N,) int64, masks (N, h, w) uint8 0/1 and whether each is a crowd (N,) bool, in the file's order; empty
-    masks are kept. Without `window` in the picture's own frame; without `crowds` no crowds.
+    """Labels (N,) int64, masks (N, h, w) uint8 0/1 and whether each is a crowd (N,) bool, in the
+    file's order; empty masks are kept. Without `window` in the picture's own frame; without
+    `crowds` no crowds.
 
-    Polygons are moved as coordinates and drawn on the window, so they stay sharp; run lengths and instanceIds are
-    decoded, and each pixel of the window takes the nearest one. A RankError names the image that cannot be drawn."""
+    Polygons are moved as coordinates and drawn on the window, so they stay sharp; run lengths and
+    instanceIds are decoded, and each pixel of the window takes the nearest one. A RankError names
+    the image that cannot be drawn."""
     assert photo.things is not None or photo.label is not None, f"{photo.name} has no labels"
     photo, ids = opened(photo)
     whole = (photo.height, photo.width)
@@ -369,7 +386,7 @@ def masks_of(photo: Photo, data: Instances, window: Window | None = None,
 
 def moved(polygon: np.ndarray, whole: tuple[int, int], window: Window) -> np.ndarray:
     """Coordinates x, y, x, y, ... in a picture of size `whole` (height, width) -> in the window."""
-    if not np.abs(polygon).max() < 1e6:                              # drawing takes memory for every pixel of an edge
+    if not np.abs(polygon).max() < 1e6:  # drawing takes memory for every pixel of an edge
         raise ValueError("a coordinate is not finite, or far outside")
     out = np.empty_like(polygon)
     out[0::2] = (whole[1] - polygon[0::2] if window.flip else polygon[0::2]) * (window.size[1] / whole[1]) - window.left
@@ -378,7 +395,8 @@ def moved(polygon: np.ndarray, whole: tuple[int, int], window: Window) -> np.nda
 
 
 def seen(values: np.ndarray, window: Window) -> np.ndarray:
-    """(H, W) -> the window (h, w) of it, nearest pixel with half-pixel centres, 0 outside of the picture."""
+    """(H, W) -> the window (h, w) of it, nearest pixel with half-pixel centres, 0 outside of the
+    picture."""
     places = []
     for n, size, start, number in zip(values.shape, window.size, (window.top, window.left), window.out, strict=True):
         first = max(start, 0)
@@ -391,9 +409,11 @@ def seen(values: np.ndarray, window: Window) -> np.ndarray:
 
 
 def opened(photo: Photo) -> tuple[Photo, np.ndarray | None]:
-    """The picture with its objects and size, and its instanceIds (H, W) int32 where it has a label PNG.
+    """The picture with its objects and size, and its instanceIds (H, W) int32 where it has a label
+    PNG.
 
-    Of their values, 24000 to 33999 are objects of the class value // 1000; the same classes under 1000 are crowds."""
+    Of their values, 24000 to 33999 are objects of the class value // 1000; the same classes under
+    1000 are crowds."""
     if photo.label is None:
         return photo, None
     ids = read_ids(photo.label)
@@ -416,11 +436,11 @@ def read_ids(path: Path) -> np.ndarray:
     return ids
 
 
-# ------------------------------------------------------------------------------------ labeled and unlabeled
+# ---------------------------------------------------------------------------- labeled and unlabeled
 @dataclass
 class Chosen:
-    """Which pictures a run learns from. `text` says it to the user, `fingerprint` identifies the labeled list. The
-    unlabeled ones carry no labels."""
+    """Which pictures a run learns from. `text` says it to the user, `fingerprint` identifies the
+    labeled list. The unlabeled ones carry no labels."""
     labeled: list[Photo]
     unlabeled: list[Photo]
     text: str
@@ -429,15 +449,16 @@ class Chosen:
 
 def choose(data: Instances, split: str, split_seed: int, unlabeled: str, pool: str, needed: bool,
            balanced: bool = True) -> Chosen:
-    """The labeled pictures that `split` names, and the unlabeled ones; UserError when there are none and they are
-    `needed`.
+    """The labeled pictures that `split` names, and the unlabeled ones; UserError when there are
+    none and they are `needed`.
 
-    `split`: all; a list file, or a COCO file of the labeled pictures; random:183, random:5%, drawn with `split_seed`,
-    `balanced` over the classes, or not, which keeps a long tail;
-    a published list of COCO or Cityscapes (elsewhere 183 or 5% mean random:). COCO's are Unbiased Teacher's, whose draw
-    is `split_seed` (0 to 9; its configurations use 1) and whose numbers are places in `data.train`, sorted by image id.
-    `unlabeled`: a folder or a list. Else `pool` "all" takes all training pictures (labeled ones too, as the released
-    code), "remaining" the others, and both `data.extra` (Cityscapes' train_extra with --split all only)."""
+    `split`: all; a list file, or a COCO file of the labeled pictures; random:183, random:5%, drawn
+    with `split_seed`, `balanced` over the classes, or not, which keeps a long tail; a published
+    list of COCO or Cityscapes (elsewhere 183 or 5% mean random:). COCO's are Unbiased Teacher's,
+    whose draw is `split_seed` (0 to 9; its configurations use 1) and whose numbers are places in
+    `data.train`, sorted by image id. `unlabeled`: a folder or a list. Else `pool` "all" takes all
+    training pictures (labeled ones too, as the released code), "remaining" the others, and both
+    `data.extra` (Cityscapes' train_extra with --split all only)."""
     official = data.name == "cityscapes" or data.name == "coco" and not data.lvis and (
         len(data.train) == COCO_IMAGES or supervision(data).is_file())
     if split == "all":
@@ -477,11 +498,13 @@ def choose(data: Instances, split: str, split_seed: int, unlabeled: str, pool: s
 
 def hold_out(photos: list[Photo], share: float, seed: int, stratify: bool = False,
              num_classes: int = 0) -> tuple[list[Photo], list[Photo]]:
-    """The pictures to learn from and those held out, both in the order given. round(share * n) are held out, but one at
-    least and one at most not; which ones, depends on the seed and the names alone.
+    """The pictures to learn from and those held out, both in the order given. round(share * n) are
+    held out, but one at least and one at most not; which ones, depends on the seed and the names
+    alone.
 
-    With `stratify` a class (of `num_classes`) that two pictures have, or more, comes into both parts where that is
-    possible: the rarest class not yet held out chooses first, and never the last picture to learn a class from."""
+    With `stratify` a class (of `num_classes`) that two pictures have, or more, comes into both
+    parts where that is possible: the rarest class not yet held out chooses first, and never the
+    last picture to learn a class from."""
     if len(photos) < 2:
         raise UserError(f"Of {len(photos)} labeled images none can be held out; a part to tune on needs two or more.")
     number = min(max(round(share * len(photos)), 1), len(photos) - 1)
@@ -494,17 +517,17 @@ def hold_out(photos: list[Photo], share: float, seed: int, stratify: bool = Fals
 
 
 def spread(held: list[list[int]], num_classes: int, number: int) -> list[int]:
-    """For pictures that hold these classes, their places, with the `number` to hold out first (see `hold_out`); where
-    the classes leave a choice, earlier pictures are taken first."""
+    """For pictures that hold these classes, their places, with the `number` to hold out first (see
+    `hold_out`); where the classes leave a choice, earlier pictures are taken first."""
     counts = np.bincount(np.array([c for classes in held for c in classes], np.int64), minlength=num_classes)
-    left, taken = counts.copy(), {}                                  # a dict keeps the order
+    left, taken = counts.copy(), {}  # a dict keeps the order
     homes: list[list[int]] = [[] for _ in counts]
     for i, classes in enumerate(held):
         for c in classes:
             homes[c].append(i)
 
     def take(places: Iterable[int], most: int) -> None:
-        for least in (0, 2):                                         # a class's only picture only if there is no other
+        for least in (0, 2):  # a class's only picture only if there is no other
             for i in places:
                 if most > 0 and i not in taken and all(left[c] > 1 or counts[c] < least for c in held[i]):
                     taken[i] = True
@@ -540,7 +563,7 @@ def published(data: Instances, split: str, split_seed: int) -> tuple[list[Photo]
             path = have[splits.folder_name(split)]
             return listed(path, data), f"the published list {family}/{split}"
     elif supervision(data).is_file():
-        try:                                                         # "5.0" -> draw "1" -> [12, 5, ...]
+        try:  # "5.0" -> draw "1" -> [12, 5, ...]
             have = {f"{float(key):g}%": draws for key, draws in json.loads(supervision(data).read_text()).items()}
         except (OSError, ValueError, AttributeError) as error:
             raise UserError(f"{supervision(data)} cannot be read ({error}); fetch it again.") from None
@@ -559,8 +582,9 @@ def published(data: Instances, split: str, split_seed: int) -> tuple[list[Photo]
 
 
 def listed(path: Path, data: Instances, files: bool = False) -> list[Photo]:
-    """The pictures that a list, or a COCO file, names: all by file name, or all by its stem, or all by id. Those
-    without labels are left out; but with `files` they stay, and paths under the root or beside the list count, too."""
+    """The pictures that a list, or a COCO file, names: all by file name, or all by its stem, or all
+    by id. Those without labels are left out; but with `files` they stay, and paths under the root
+    or beside the list count, too."""
     try:
         if path.suffix == ".json":
             entries = [str(r.get("file_name") or r.get("id")) for r in read_json(path)["images"]]
@@ -574,11 +598,11 @@ def listed(path: Path, data: Instances, files: bool = False) -> list[Photo]:
         for photo in data.train + data.extra:
             key = str(photo.id) if kind == "id" else photo.name
             key = splits.short_id(key, data.name) if kind == "stem" else key
-            table[key] = None if key in table else photo             # two of one stem: neither
+            table[key] = None if key in table else photo  # two of one stem: neither
         found = [table.get(splits.short_id(e, data.name) if kind == "stem" else e) for e in entries]
         if kind == "name" or found.count(None) < best.count(None):
             best = found
-    for i, entry in enumerate(entries):                              # a path is that file, whatever else has its name
+    for i, entry in enumerate(entries):  # a path is that file, whatever else has its name
         paths = (base / entry for base in (data.root, path.parent, Path()))
         wanted = files and (best[i] is None or "/" in entry and best[i].name != entry)
         if wanted and (image := next((p for p in paths if p.is_file()), None)):
@@ -598,21 +622,23 @@ def unlabeled_photos(text: str, data: Instances, flag: str = "--unlabeled") -> l
     if not found:
         raise UserError(f"{flag} {path}: {'no images in that folder' if path.is_dir() else 'no folder or list'}.")
     for photo in found:
-        if not str(photo.image).isascii() and "\\udc" in ascii(str(photo.image)):       # surrogates: not UTF-8
+        # surrogates: not UTF-8
+        if not str(photo.image).isascii() and "\\udc" in ascii(str(photo.image)):
             raise UserError(f"{flag} {path}: the file name {ascii(photo.name)} is not UTF-8; rename it.")
     return found
 
 
 def repeat_factors(photos: list[Photo], num_classes: int, threshold: float) -> np.ndarray:
-    """How often each picture comes in a pass, (len(photos),) float64, 1 or more: of its classes the largest
-    r(c) = max(1, sqrt(threshold / f_c)), f_c the share of `photos` that hold class c (LVIS, arXiv 1908.03195)."""
+    """How often each picture comes in a pass, (len(photos),) float64, 1 or more: of its classes the
+    largest r(c) = max(1, sqrt(threshold / f_c)), f_c the share of `photos` that hold class c (LVIS,
+    arXiv 1908.03195)."""
     held = [sorted(singles(photo)) for photo in photos]
     counts = np.bincount(np.array([c for classes in held for c in classes], np.int64), minlength=num_classes)
     factors = np.maximum(1, np.sqrt(threshold * len(photos) / np.maximum(counts, 1)))
     return np.array([factors[classes].max(initial=1) for classes in held])
 
 
-# ---------------------------------------------------------------------------------------------------- samples
+# ------------------------------------------------------------------------------------------ samples
 def load(photo: Photo) -> Tensor:
     """(3, H, W) uint8; it must have the size that its labels have."""
     image = read_image(photo.image)
@@ -624,16 +650,17 @@ def load(photo: Photo) -> Tensor:
 
 class Target(NamedTuple):
     """Objects of one image, true or pseudo, on its crop at any resolution."""
-    labels: Tensor                                  # (N,) int64
-    masks: Tensor                                   # (N, H', W') uint8 or bool
+    labels: Tensor  # (N,) int64
+    masks: Tensor  # (N, H', W') uint8 or bool
 
 
 class Batch(NamedTuple):
-    """Pictures (B, 3, H, W) uint8: `images` are learned from; `weak` is what the teacher sees of them, if anything."""
+    """Pictures (B, 3, H, W) uint8: `images` are learned from; `weak` is what the teacher sees of
+    them, if anything."""
     images: Tensor
     weak: Tensor | None
-    targets: list[Target]                           # of labeled pictures
-    skipped: Tensor                                 # (B,) how many broken images were passed over
+    targets: list[Target]  # of labeled pictures
+    skipped: Tensor  # (B,) how many broken images were passed over
 
 
 def collate(samples: list[tuple[tuple, int]]) -> Batch:
@@ -652,8 +679,8 @@ def to_device(batch: Batch | None, device: torch.device) -> Batch | None:
 
 
 class Views(Dataset):
-    """Training samples by key (index, step, sample): what `augment(image (3, H, W) uint8, photo, rng)` gives, and how
-    many broken images were passed over."""
+    """Training samples by key (index, step, sample): what `augment(image (3, H, W) uint8, photo,
+    rng)` gives, and how many broken images were passed over."""
 
     def __init__(self, photos: list[Photo], augment: Callable, seed: int, name: str):
         self.photos, self.augment, self.seed, self.name = photos, augment, seed, name
@@ -675,8 +702,9 @@ class Views(Dataset):
 
 
 class Stream(datasets.Stream):
-    """Batches of keys (index, step, sample) of this process for steps start..stop: passes over n pictures, each in an
-    order of its own. With `factors` (n,), a pass holds a picture floor(r) or floor(r) + 1 times, on average r times."""
+    """Batches of keys (index, step, sample) of this process for steps start..stop: passes over n
+    pictures, each in an order of its own. With `factors` (n,), a pass holds a picture floor(r) or
+    floor(r) + 1 times, on average r times."""
 
     def __init__(self, n: int, batch_size: int, seed: int, name: str, start: int, stop: int, world: World,
                  factors: np.ndarray | None = None):
@@ -684,7 +712,8 @@ class Stream(datasets.Stream):
         self.factors = factors
 
     def passes(self, place: int) -> Iterator[tuple[int, np.ndarray]]:
-        """(where it begins, its order) of each pass, from one at or before the sample `place` of the run."""
+        """(where it begins, its order) of each pass, from one at or before the sample `place` of
+        the run."""
         turn = 0 if self.factors is not None else place // self.n
         begin = turn * self.n
         while True:
@@ -712,8 +741,8 @@ class Stream(datasets.Stream):
 
 def stream(views: Views, batch_size: int, start: int, stop: int, world: World, workers: int,
            factors: np.ndarray | None = None, collate: Callable = list) -> Iterator:
-    """What `collate` makes of this process's samples (sample, skipped) of each step start..stop; nothing is read before
-    the first is asked for. Torch's own generator is left alone."""
+    """What `collate` makes of this process's samples (sample, skipped) of each step start..stop;
+    nothing is read before the first is asked for. Torch's own generator is left alone."""
     if start < stop:
         keys = Stream(len(views), batch_size, views.seed, views.name, start, stop, world, factors)
         yield from DataLoader(views, batch_sampler=keys, collate_fn=collate, generator=torch.Generator(),
@@ -721,8 +750,9 @@ def stream(views: Views, batch_size: int, start: int, stop: int, world: World, w
 
 
 def score_loader(photos: list[Photo], world: World, workers: int) -> Iterable[tuple[int, Tensor]]:
-    """(index, picture (3, H, W) uint8), one at a time, each on exactly one process, under a progress bar that goes when
-    it is done (without a terminal: a line a minute). A broken image stops the evaluation, which needs every one."""
+    """(index, picture (3, H, W) uint8), one at a time, each on exactly one process, under a
+    progress bar that goes when it is done (without a terminal: a line a minute). A broken image
+    stops the evaluation, which needs every one."""
     from tqdm import tqdm
     pictures = DataLoader(range(world.rank, len(photos), world.size), batch_size=None, generator=torch.Generator(),
                           collate_fn=lambda index: (index, load(photos[index])), **helpers(min(workers, 4)))

@@ -1,4 +1,5 @@
-"""Images, labels and weights as they lie on disk: what a data set is, how files are read, and by which processes."""
+"""Images, labels and weights as they lie on disk: what a data set is, how files are read, and by
+which processes."""
 
 import os
 import pickle
@@ -28,17 +29,18 @@ class Picture(NamedTuple):
 
 @dataclass
 class Segmentation:
-    """A data set as found on disk. `to_class` maps the values of a label file to class indices (None: as they are)."""
+    """A data set as found on disk. `to_class` maps the values of a label file to class indices
+    (None: as they are)."""
     name: str
     root: Path
     classes: list[str]
     train: dict[str, Picture]
     val: list[Picture]
-    extra: list[Picture] = field(default_factory=list)               # images that never had labels
+    extra: list[Picture] = field(default_factory=list)  # images that never had labels
     to_class: np.ndarray | None = None
 
 
-# ------------------------------------------------------------------------------------------------ reading
+# ------------------------------------------------------------------------------------------ reading
 def image_files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGES)
 
@@ -48,12 +50,13 @@ class BrokenImage(RankError):
 
 
 def read_image(path: Path) -> Tensor:
-    """(3, H, W) uint8 RGB, with the camera's rotation applied to nothing: pixels as they lie in the file."""
+    """(3, H, W) uint8 RGB, with the camera's rotation applied to nothing: pixels as they lie in the
+    file."""
     try:
         with Image.open(path) as file:
             if file.mode == "F":
                 raise ValueError("its pixels are floating-point numbers; save it with 8 bits")
-            if file.mode.startswith("I"):                            # 16 bits, which PIL would cut to white
+            if file.mode.startswith("I"):  # 16 bits, which PIL would cut to white
                 grey = np.array(file)
                 file = Image.fromarray((grey // 257 if grey.max() > 255 else grey).clip(0, 255).astype(np.uint8))
             return torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1).contiguous()
@@ -71,8 +74,8 @@ def pictures(paths: list[str]) -> list[Path]:
 
 
 def readable(files: list[Path], world) -> Iterator[tuple[int, Path, Tensor]]:
-    """Place, file and image of those that this process shall predict; files that are no images are said and passed
-    over, but an only one is an error."""
+    """Place, file and image of those that this process shall predict; files that are no images are
+    said and passed over, but an only one is an error."""
     for i, file in list(enumerate(files))[world.rank::world.size]:
         try:
             yield i, file, read_image(file)
@@ -83,7 +86,8 @@ def readable(files: list[Path], world) -> Iterator[tuple[int, Path, Tensor]]:
 
 
 def read_label(path: Path, data: Segmentation) -> Tensor:
-    """(H, W) uint8 class indices. Palette files are read as indices, never as colours or grey values.
+    """(H, W) uint8 class indices. Palette files are read as indices, never as colours or grey
+    values.
 
     Raises UserError (RankError, one process may meet it alone) when a value is not a class."""
     try:
@@ -104,7 +108,8 @@ def read_label(path: Path, data: Segmentation) -> Tensor:
 
 
 def load(picture: Picture, data: Segmentation, labels: bool = True) -> tuple[Tensor, Tensor | None]:
-    """Image and, when `labels`, its label (None for a picture without one); they must be of one size."""
+    """Image and, when `labels`, its label (None for a picture without one); they must be of one
+    size."""
     image = read_image(picture.image)
     if not labels or picture.label is None:
         return image, None
@@ -115,7 +120,7 @@ def load(picture: Picture, data: Segmentation, labels: bool = True) -> tuple[Ten
     return image, label
 
 
-# ------------------------------------------------------------------------------------------------ weight files
+# ------------------------------------------------------------------------------------- weight files
 class ArraysOnly(pickle.Unpickler):
     """Detectron2 and Caffe2 .pkl files: dicts of numpy arrays and nothing else may be built."""
 
@@ -138,11 +143,12 @@ PLACES = {"reduce": 1, "conv3x3": 2, "increase": 3}
 
 
 def deeplab_name(name: str) -> str:
-    """A tensor's name in a weight file of DeepLabV2 (layouts A to E of docs/gist_rist.md) -> that of torchvision's and
-    timm's ResNet; branches of the classifier become head.0 to head.3."""
+    """A tensor's name in a weight file of DeepLabV2 (layouts A to E of docs/gist_rist.md) -> that
+    of torchvision's and timm's ResNet; branches of the classifier become head.0 to head.3."""
     name = re.sub(r"^(Scale|backbone|base)\.", "", name)
     name = re.sub(r"^(layer5\.conv2d_list\.|classifier\.|aspp\.c)(\d)\.", r"head.\2.", name)
-    name = re.sub(r"^layer1\.conv1\.(conv|bn)\.", r"\g<1>1.", name)                     # C: the stem, and stages 2 to 5
+    # C: the stem, and stages 2 to 5
+    name = re.sub(r"^layer1\.conv1\.(conv|bn)\.", r"\g<1>1.", name)
     if not (found := re.match(r"layer(\d)\.block(\d+)\.(\w+)\.(conv|bn)\.(.+)", name)):
         return name
     stage, block, place, kind, rest = found.groups()
@@ -150,10 +156,10 @@ def deeplab_name(name: str) -> str:
     return f"layer{int(stage) - 1}.{int(block) - 1}.{layer}.{rest}"
 
 
-# ------------------------------------------------------------------------------------------------ reading processes
+# -------------------------------------------------------------------------------- reading processes
 def helpers(workers: int) -> dict:
-    """DataLoader's arguments for decoding processes. They are forked, so that they end when the run is killed: children
-    of a fork server outlive it."""
+    """DataLoader's arguments for decoding processes. They are forked, so that they end when the run
+    is killed: children of a fork server outlive it."""
     if not workers:
         return {}
     return {"num_workers": workers, "worker_init_fn": quiet_worker, "prefetch_factor": 4,

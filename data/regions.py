@@ -1,4 +1,5 @@
-"""Boxes, masks, crops and pictures of objects, true or found. Boxes are x0, y0, x1, y1 in pixels."""
+"""Boxes, masks, crops and pictures of objects, true or found. Boxes are x0, y0, x1, y1 in
+pixels."""
 
 import json
 import math
@@ -28,13 +29,14 @@ def boxes_of(masks: Tensor) -> Tensor:
 
 @lru_cache(maxsize=4)
 def anchors_of(size: int, scale: float, device: torch.device) -> tuple[Tensor, list[int]]:
-    """Anchors (A, 4) of strides 4, 8, .., 64 on a square, by level, row, column, shape; and how many a level has."""
+    """Anchors (A, 4) of strides 4, 8, .., 64 on a square, by level, row, column, shape; and how
+    many a level has."""
     levels = []
     for stride in (4, 8, 16, 32, 64):
         at = torch.arange(-(-size // stride), device=device) * stride
         y, x = torch.meshgrid(at, at, indexing="ij")
-        ratio = torch.tensor([0.5, 1.0, 2.0], device=device).sqrt()             # height over width
-        half = scale * stride / 2 * torch.stack([1 / ratio, ratio], dim=1)      # (3, 2)
+        ratio = torch.tensor([0.5, 1.0, 2.0], device=device).sqrt()  # height over width
+        half = scale * stride / 2 * torch.stack([1 / ratio, ratio], dim=1)  # (3, 2)
         centre = torch.stack([x, y], dim=2).view(-1, 1, 2).float()
         levels.append(torch.cat([centre - half, centre + half], dim=2).view(-1, 4))
     return torch.cat(levels), [len(x) for x in levels]
@@ -47,15 +49,16 @@ def row(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 
 def encode(boxes: Tensor, anchors: Tensor, weights: tuple[float, ...]) -> Tensor:
-    """Deltas (n, 4) that lead from `anchors` to `boxes`: shift of the centre over the size, log of the ratio of sizes,
-    each times its weight."""
+    """Deltas (n, 4) that lead from `anchors` to `boxes`: shift of the centre over the size, log of
+    the ratio of sizes, each times its weight."""
     size, target = anchors[:, 2:] - anchors[:, :2], boxes[:, 2:] - boxes[:, :2]
     shift = (boxes[:, :2] + boxes[:, 2:] - anchors[:, :2] - anchors[:, 2:]) / 2 / size
     return torch.cat([shift, (target / size).log()], dim=1) * row(weights, boxes.device)
 
 
 def decode(deltas: Tensor, anchors: Tensor, weights: tuple[float, ...], size: int) -> Tensor:
-    """The reverse of `encode`, clipped to the square of `size` pixels. A side grows by a factor of 62.5 at most."""
+    """The reverse of `encode`, clipped to the square of `size` pixels. A side grows by a factor of
+    62.5 at most."""
     deltas = deltas / row(weights, deltas.device)
     sides = anchors[:, 2:] - anchors[:, :2]
     centre = (anchors[:, :2] + anchors[:, 2:]) / 2 + deltas[:, :2] * sides
@@ -69,13 +72,13 @@ def sided(boxes: Tensor, least: float = 0.0) -> Tensor:
 
 
 def match(candidates: Tensor, boxes: Tensor, low: float, high: float, rescue: bool = False) -> Tensor:
-    """The object of each candidate box (n,): index of the most overlapping of `boxes` (N, 4); -1, background, where the
-    overlap is under `low`; -2, neither, from there to `high`. With `rescue` an object's best candidates, even under
-    `high`, are not lost (low-quality matches)."""
+    """The object of each candidate box (n,): index of the most overlapping of `boxes` (N, 4); -1,
+    background, where the overlap is under `low`; -2, neither, from there to `high`. With `rescue`
+    an object's best candidates, even under `high`, are not lost (low-quality matches)."""
     best = candidates.new_zeros(len(candidates))
     index, rescued = torch.zeros_like(best, dtype=torch.int64), torch.zeros_like(best, dtype=torch.bool)
-    for start in range(0, len(boxes), 64):                           # 300 objects and 260,000 anchors: 64 rows at once
-        overlap = box_iou(boxes[start:start + 64], candidates)       # (<= 64, n)
+    for start in range(0, len(boxes), 64):  # 300 objects and 260,000 anchors: 64 rows at once
+        overlap = box_iou(boxes[start:start + 64], candidates)  # (<= 64, n)
         value, place = overlap.max(0)
         index = torch.where(value > best, place + start, index)
         best = torch.maximum(best, value)
@@ -86,7 +89,8 @@ def match(candidates: Tensor, boxes: Tensor, low: float, high: float, rescue: bo
 
 
 def sample(matches: Tensor, number: int, share: float, g: torch.Generator) -> Tensor:
-    """Indices of `number` candidates at random: up to `share` of them objects (matches >= 0), the others background."""
+    """Indices of `number` candidates at random: up to `share` of them objects (matches >= 0), the
+    others background."""
     def pick(chosen: Tensor, most: int) -> Tensor:
         places = chosen.nonzero().flatten()
         return places[torch.randperm(len(places), generator=g, device=g.device)[:most]]
@@ -101,11 +105,12 @@ def shares(groups: list[Tensor]) -> Tensor:
 
 
 def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, overlap: float, soft: bool) -> tuple[Tensor, Tensor]:
-    """Indices of the boxes (n, 4) that stay, best first, none that overlaps a better one of its class by `overlap`, and
-    their scores. `soft` (linear soft-NMS, arXiv 1704.04503) lowers the scores by the overlap instead, where it is over
-    0.6; the best 1,000 stay."""
+    """Indices of the boxes (n, 4) that stay, best first, none that overlaps a better one of its
+    class by `overlap`, and their scores. `soft` (linear soft-NMS, arXiv 1704.04503) lowers the
+    scores by the overlap instead, where it is over 0.6; the best 1,000 stay."""
     if not soft:
-        keep = batched_nms(boxes.double(), scores.double(), labels, overlap)       # classes are told apart by an offset
+        # classes are told apart by an offset
+        keep = batched_nms(boxes.double(), scores.double(), labels, overlap)
         return keep, scores[keep]
     order, left, scores = [], scores.clone(), scores.clone()
     for _ in range(min(len(scores), 1000)):
@@ -118,8 +123,8 @@ def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, overlap: float, soft
 
 
 def true_objects(photo: Photo, data: Instances, chosen: list[int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Labels (N,), masks (N, H, W) uint8 and boxes (N, 4) of the objects of a picture, or of the `chosen` ones, in its
-    own frame; crowds and empty masks are left out."""
+    """Labels (N,), masks (N, H, W) uint8 and boxes (N, 4) of the objects of a picture, or of the
+    `chosen` ones, in its own frame; crowds and empty masks are left out."""
     if chosen is not None:
         photo = photo._replace(things=tuple(photo.things[i] for i in chosen))
     labels, masks, _ = instances.masks_of(photo, data)
@@ -128,8 +133,8 @@ def true_objects(photo: Photo, data: Instances, chosen: list[int] | None = None)
 
 
 def mask_targets(masks: Tensor, matches: Tensor, boxes: Tensor, size: int = 28) -> Tensor:
-    """Masks (N, S, S), the object of each box (n,) and boxes (n, 4) -> (n, size, size) 0/1: what of the object lies in
-    the box, averaged over each cell, from a half on."""
+    """Masks (N, S, S), the object of each box (n,) and boxes (n, 4) -> (n, size, size) 0/1: what of
+    the object lies in the box, averaged over each cell, from a half on."""
     used, place = matches.unique(return_inverse=True)
     rois = torch.cat([place[:, None].to(boxes), boxes], dim=1)
     return (roi_align(masks[used][:, None].float(), rois, size, 1.0, 0, aligned=True)[:, 0] >= 0.5).float()
@@ -137,7 +142,8 @@ def mask_targets(masks: Tensor, matches: Tensor, boxes: Tensor, size: int = 28) 
 
 def paste(probs: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
     """Masks (n, m, m) of boxes (n, 4) -> (n, *size) float32, bilinear, 0 outside of a box."""
-    def places(low: Tensor, high: Tensor, number: int) -> Tensor:    # (n, number) in -1 .. 1 of the box
+    # (n, number) in -1 .. 1 of the box
+    def places(low: Tensor, high: Tensor, number: int) -> Tensor:
         at = torch.arange(number, device=probs.device) + 0.5
         return (at - low[:, None]) / (high - low)[:, None] * 2 - 1
 
@@ -150,7 +156,8 @@ def paste(probs: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def choose_objects(photos: list[Photo], classes: set[int], most: int, seed: int) -> list[tuple[Photo, list[int]]]:
-    """Up to `most` objects (crowds are none) of each of the `classes`, at random: pictures and the places of theirs."""
+    """Up to `most` objects (crowds are none) of each of the `classes`, at random: pictures and the
+    places of theirs."""
     places: dict[int, list] = {}
     for p, photo in enumerate(photos):
         for i, thing in enumerate(photo.things):
@@ -164,8 +171,8 @@ def choose_objects(photos: list[Photo], classes: set[int], most: int, seed: int)
 
 
 def crops(photo: Photo, data: Instances, chosen: list[int], size: int) -> tuple[Tensor, Tensor]:
-    """Crops (n, 3, size, size) uint8 of `chosen` objects, their boxes enlarged by a tenth of the side at each end, and
-    their classes (n,)."""
+    """Crops (n, 3, size, size) uint8 of `chosen` objects, their boxes enlarged by a tenth of the
+    side at each end, and their classes (n,)."""
     image = instances.load(photo)
     labels, _, boxes = true_objects(photo, data, chosen)
     found = [torch.zeros(0, 3, size, size, dtype=torch.uint8)]
@@ -178,8 +185,9 @@ def crops(photo: Photo, data: Instances, chosen: list[int], size: int) -> tuple[
 
 def picture(image: Tensor, labels: Tensor, scores: Tensor, masks: Tensor, classes: list[str] | None = None) \
         -> np.ndarray:
-    """Image (3, H, W) uint8 with the objects that score 0.5 or more on it, the best in front -> (H', W, 3) uint8.
-    With names of `classes`, each in a colour of its own, and a legend; else in the colour of its class."""
+    """Image (3, H, W) uint8 with the objects that score 0.5 or more on it, the best in front ->
+    (H', W, 3) uint8. With names of `classes`, each in a colour of its own, and a legend; else in
+    the colour of its class."""
     shown = [i for i in scores.argsort().tolist() if scores[i] >= 0.5][-250:]
     index = torch.zeros(image.shape[-2:], dtype=torch.uint8)
     for place, i in enumerate(shown, start=1):
@@ -190,8 +198,9 @@ def picture(image: Tensor, labels: Tensor, scores: Tensor, masks: Tensor, classe
 
 def predictions(files: list[Path], out: Path, detect: Callable[[Tensor], tuple[Tensor, ...]], ids: list[int],
                 classes: list[str], world: World) -> None:
-    """Overlays of images, and predictions.json in COCO's result format, with paths for `image_id`, into `out`.
-    `detect`: (3, H, W) uint8 -> labels (n,), scores (n,), masks (n, H, W) and boxes (n, 4)."""
+    """Overlays of images, and predictions.json in COCO's result format, with paths for `image_id`,
+    into `out`. `detect`: (3, H, W) uint8 -> labels (n,), scores (n,), masks (n, H, W) and boxes (n,
+    4)."""
     out.mkdir(exist_ok=True)
     results = []
     for i, file, image in readable(files, world):

@@ -1,7 +1,8 @@
-"""Pictures near query embeddings in a large pool: embed the pool once on disk, search it, find duplicates.
+"""Pictures near query embeddings in a large pool: embed the pool once on disk, search it, find
+duplicates.
 
-Nothing here knows what a query is, or which network embeds. All processes embed, one may do the rest. Files are taken
-to stay as they were when they were embedded."""
+Nothing here knows what a query is, or which network embeds. All processes embed, one may do the
+rest. Files are taken to stay as they were when they were embedded."""
 
 import hashlib
 import io
@@ -28,16 +29,18 @@ from common.distributed import World, rng
 from common.runs import RankError, UserError, write_bytes, write_text
 from data.read import BrokenImage, helpers, read_image
 
-FORMAT = "1: whole picture, bicubic with antialias, float16"         # change it when a shard would be another one
-BLOCK = 2048                                                         # rows and columns of a block of cosines, 16 MiB
+# change it when a shard would be another one
+FORMAT = "1: whole picture, bicubic with antialias, float16"
+BLOCK = 2048  # rows and columns of a block of cosines, 16 MiB
 
 
 @dataclass
 class Store:
     """Embeddings of pictures on disk; row i of the concatenated shards is of `paths`[i].
 
-    `shards` are .npy files, float16 (`shard_size`, D), the last one shorter, rows of length 1; beside each lies a .json
-    with its pictures and their SHA-256. `broken` are the rows, all zero, of pictures that cannot be read."""
+    `shards` are .npy files, float16 (`shard_size`, D), the last one shorter, rows of length 1;
+    beside each lies a .json with its pictures and their SHA-256. `broken` are the rows, all zero,
+    of pictures that cannot be read."""
     folder: Path
     paths: list[Path]
     shards: list[Path]
@@ -52,7 +55,8 @@ class Store:
             raise UserError(f"{self.shards[s]} cannot be read ({error}); delete it, and it is made again.") from None
 
     def note(self, s: int) -> dict:
-        """About shard s: `key`, `size`, its `paths`, their `sha256` ("" for broken ones), its places `broken`."""
+        """About shard s: `key`, `size`, its `paths`, their `sha256` ("" for broken ones), its
+        places `broken`."""
         path = self.shards[s].with_suffix(".json")
         try:
             return json.loads(path.read_text())
@@ -60,7 +64,8 @@ class Store:
             raise UserError(f"{path} cannot be read ({error}); delete it, and it is made again.") from None
 
     def parts(self, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """(shard, places in `rows`, their rows within the shard) for each shard that holds some of `rows` (n,)."""
+        """(shard, places in `rows`, their rows within the shard) for each shard that holds some of
+        `rows` (n,)."""
         assert not len(rows) or 0 <= rows.min() and rows.max() < len(self.paths), "not a row of this store"
         order = np.argsort(rows, kind="stable")
         ends = np.flatnonzero(np.diff(rows[order] // self.shard_size)) + 1
@@ -69,15 +74,16 @@ class Store:
             yield s, places, rows[places] - s * self.shard_size
 
 
-# ---------------------------------------------------------------------------------------------------- embedding
+# ---------------------------------------------------------------------------------------- embedding
 def squared(image: Tensor, size: int) -> Tensor:
-    """(3, H, W) uint8 -> (3, size, size): all of it, whatever its shape, by antialiased bicubic resizing."""
+    """(3, H, W) uint8 -> (3, size, size): all of it, whatever its shape, by antialiased bicubic
+    resizing."""
     return F.interpolate(image[None], (size, size), mode="bicubic", antialias=True)[0]
 
 
 def read(paths: list[Path], size: int) -> tuple[Tensor, list[str], list[str]]:
-    """Pictures (B, 3, size, size) uint8, the SHA-256 of their files, and "" each; or, of one that cannot be read, a
-    black picture, "" and why."""
+    """Pictures (B, 3, size, size) uint8, the SHA-256 of their files, and "" each; or, of one that
+    cannot be read, a black picture, "" and why."""
     images, sha256, reasons = torch.zeros(len(paths), 3, size, size, dtype=torch.uint8), [], []
     for image, path in zip(images, paths, strict=True):
         try:
@@ -92,13 +98,14 @@ def read(paths: list[Path], size: int) -> tuple[Tensor, list[str], list[str]]:
 
 def embed(paths: list[Path], network: Callable[[Tensor], Tensor], folder: Path, key: str, size: int, world: World,
           workers: int, batch_size: int = 64, shard_size: int = 8192) -> Store:
-    """The store of `paths` in `folder`, where the shards that lack are made; all processes of `world` call this and get
-    the same. `network`, in evaluation mode, maps uint8 (B, 3, size, size) on world.device to (B, D); `key` names it,
-    its weights and what it does to the pixels.
+    """The store of `paths` in `folder`, where the shards that lack are made; all processes of
+    `world` call this and get the same. `network`, in evaluation mode, maps uint8 (B, 3, size, size)
+    on world.device to (B, D); `key` names it, its weights and what it does to the pixels.
 
-    Process s % world.size makes shard s. A shard's name holds a hash of key, size and its absolute paths: a killed run
-    goes on, a longer list adds to a store, and what another key or list left in the folder stays there unread.
-    Pictures that cannot be read are passed over with a warning; UserError when all are such, or there is none."""
+    Process s % world.size makes shard s. A shard's name holds a hash of key, size and its absolute
+    paths: a killed run goes on, a longer list adds to a store, and what another key or list left in
+    the folder stays there unread. Pictures that cannot be read are passed over with a warning;
+    UserError when all are such, or there is none."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
@@ -116,11 +123,13 @@ def embed(paths: list[Path], network: Callable[[Tensor], Tensor], folder: Path, 
         write_text(store.shards[s].with_suffix(".json"), json.dumps(note))
         buffer = io.BytesIO()
         np.save(buffer, rows.half().numpy())
-        write_bytes(store.shards[s], buffer.getbuffer())             # last, for it says that the shard is whole
+        # last, for it says that the shard is whole
+        write_bytes(store.shards[s], buffer.getbuffer())
     world.barrier()
     store.broken = [s * shard_size + place for s in range(len(store.shards)) for place in store.note(s)["broken"]]
     if len(store.broken) == len(paths):
-        for shard in store.shards[world.rank::world.size]:           # the disk of the pictures may just be missing
+        # the disk of the pictures may just be missing
+        for shard in store.shards[world.rank::world.size]:
             shard.unlink(missing_ok=True)
         raise UserError(f"Of {len(paths)} pictures to embed into {folder} none can be read"
                         f"{f', such as {paths[0]}' if paths else ''}; name a folder or a list of others.")
@@ -130,8 +139,9 @@ def embed(paths: list[Path], network: Callable[[Tensor], Tensor], folder: Path, 
 @torch.no_grad()
 def embedded(spans: dict[int, range], store: Store, network: Callable[[Tensor], Tensor], size: int, world: World,
              workers: int, batch_size: int) -> Iterator[tuple[int, Tensor, list[str], list[int]]]:
-    """(shard, rows (n_s, D) float32 of length 1, SHA-256, broken places) for each shard s of the rows `spans`[s].
-    Batches end where shards end, so a shard is the same whoever makes it, and when."""
+    """(shard, rows (n_s, D) float32 of length 1, SHA-256, broken places) for each shard s of the
+    rows `spans`[s]. Batches end where shards end, so a shard is the same whoever makes it, and
+    when."""
     from tqdm import tqdm
 
     batches = [span[i:i + batch_size] for span in spans.values() for i in range(0, len(span), batch_size)]
@@ -144,7 +154,7 @@ def embedded(spans: dict[int, range], store: Store, network: Callable[[Tensor], 
             while len(sha256) < len(span):
                 images, found, reasons = next(loader)
                 x = network(images.to(world.device, non_blocking=True)).float().cpu()
-                length = torch.linalg.vector_norm(x, dim=1, keepdim=True)            # (B, 1)
+                length = torch.linalg.vector_norm(x, dim=1, keepdim=True)  # (B, 1)
                 for i, reason in enumerate(reasons):
                     if reason:
                         warnings.warn(f"{reason}; it is never retrieved", stacklevel=2)
@@ -176,15 +186,17 @@ def contents(store: Store, rows: np.ndarray) -> np.ndarray:
     return found
 
 
-# ---------------------------------------------------------------------------------------------------- search
+# ------------------------------------------------------------------------------------------- search
 def search(queries: np.ndarray, store: Store, k: int, index: str = "exact", nprobe: int = 64, rerank: int = 8,
            device: torch.device | str = "cpu") -> tuple[np.ndarray, np.ndarray]:
-    """The k rows of `store` with the largest inner product with each of the `queries` (Q, D): scores (Q, k) float32,
-    falling, and rows (Q, k) int64; -inf and -1 where fewer are found. Broken pictures are not.
+    """The k rows of `store` with the largest inner product with each of the `queries` (Q, D):
+    scores (Q, k) float32, falling, and rows (Q, k) int64; -inf and -1 where fewer are found. Broken
+    pictures are not.
 
-    `index` is exact, which reads shard by shard and needs the memory of one, or a Faiss factory string (Flat,
-    "IVF256,Flat", "OPQ16,IVF64,PQ16", HNSW32). That index is held in memory, looks into `nprobe` of its lists where it
-    has some, and gives rerank * k candidates, which are ranked by their vectors on disk."""
+    `index` is exact, which reads shard by shard and needs the memory of one, or a Faiss factory
+    string (Flat, "IVF256,Flat", "OPQ16,IVF64,PQ16", HNSW32). That index is held in memory, looks
+    into `nprobe` of its lists where it has some, and gives rerank * k candidates, which are ranked
+    by their vectors on disk."""
     queries = np.ascontiguousarray(queries, np.float32)
     if index == "exact":
         return exact(torch.from_numpy(queries).to(device), store, k)
@@ -193,7 +205,7 @@ def search(queries: np.ndarray, store: Store, k: int, index: str = "exact", npro
     for start in range(0, len(queries), 64):
         needed = np.unique(found[start:start + 64])
         needed = needed[needed >= 0]
-        x = vectors(store, needed)                                   # read once for 64 queries
+        x = vectors(store, needed)  # read once for 64 queries
         for i, mine in enumerate(found[start:start + 64], start):
             mine = mine[mine >= 0]
             score = x[np.searchsorted(needed, mine)] @ queries[i]
@@ -222,10 +234,12 @@ def exact(queries: Tensor, store: Store, k: int) -> tuple[np.ndarray, np.ndarray
 
 
 def candidates(queries: np.ndarray, store: Store, k: int, index: str, nprobe: int) -> np.ndarray:
-    """(Q, k) rows near the queries by a Faiss index of all rows but the broken, -1 where it finds fewer.
+    """(Q, k) rows near the queries by a Faiss index of all rows but the broken, -1 where it finds
+    fewer.
 
-    It is trained on all rows, or on a sample of 2^18, or of 64 for each of its lists where that is more. Faiss also
-    trains product codes for a search that is not used here; PQ16np in place of PQ16 saves that time."""
+    It is trained on all rows, or on a sample of 2^18, or of 64 for each of its lists where that is
+    more. Faiss also trains product codes for a search that is not used here; PQ16np in place of
+    PQ16 saves that time."""
     try:
         import faiss
     except ImportError:
@@ -236,7 +250,7 @@ def candidates(queries: np.ndarray, store: Store, k: int, index: str, nprobe: in
         built = faiss.index_factory(queries.shape[1], index, faiss.METRIC_INNER_PRODUCT)
         lists = faiss.try_extract_index_ivf(built)
         if lists is not None:
-            if lists.nlist < 1:                                      # older versions crash on it
+            if lists.nlist < 1:  # older versions crash on it
                 raise RuntimeError("failed: no lists")
             lists.nprobe = min(nprobe, lists.nlist)
         if not built.is_trained:
@@ -245,21 +259,24 @@ def candidates(queries: np.ndarray, store: Store, k: int, index: str, nprobe: in
         for s, _, inside in store.parts(rows):
             built.add(store.shard(s)[inside].astype(np.float32))
         places = built.search(queries, k)[1]
-    except RuntimeError as error:                                    # Error in f(x) at y.cpp:66: Error: ... failed: why
+    except RuntimeError as error:  # Error in f(x) at y.cpp:66: Error: ... failed: why
         why = re.split(r":\d+: |Error: |failed: ", str(error).strip())[-1].rstrip(".")
         raise UserError(f"--index {index} cannot be built of {len(rows)} vectors of {queries.shape[1]} numbers ({why}"
                         f"); take exact, or a Faiss factory string that suits them.") from None
     return np.where(places < 0, -1, rows[places])
 
 
-# ---------------------------------------------------------------------------------------------------- duplicates
+# --------------------------------------------------------------------------------------- duplicates
 def duplicates(store: Store, rows: np.ndarray, threshold: float, device: torch.device | str = "cpu") -> np.ndarray:
-    """For each of `rows` (n,), all different, the row (n,) that stands for it: itself where it is kept.
+    """For each of `rows` (n,), all different, the row (n,) that stands for it: itself where it is
+    kept.
 
-    Pictures of one file content, or of a cosine above `threshold`, are linked; of those that hang together, directly
-    or by others, the first in `rows` is kept. The n vectors are held as float32, their cosines a block at a time."""
+    Pictures of one file content, or of a cosine above `threshold`, are linked; of those that hang
+    together, directly or by others, the first in `rows` is kept. The n vectors are held as float32,
+    their cosines a block at a time."""
     x = torch.from_numpy(vectors(store, rows)).to(device)
-    label = np.unique(contents(store, rows), return_inverse=True)[1]     # (n,) numbers below n, equal where linked
+    # (n,) numbers below n, equal where linked
+    label = np.unique(contents(store, rows), return_inverse=True)[1]
     for i in range(0, len(x), BLOCK):
         for j in range(i, len(x), BLOCK):
             a, b = (x[i:i + BLOCK] @ x[j:j + BLOCK].T > threshold).nonzero(as_tuple=True)
@@ -273,8 +290,8 @@ def duplicates(store: Store, rows: np.ndarray, threshold: float, device: torch.d
 
 def known(store: Store, rows: np.ndarray, others: Store, threshold: float,
           device: torch.device | str = "cpu") -> np.ndarray:
-    """(n,) bool: whether each of `rows` (n,) has a picture of the same file content, or of a cosine above `threshold`,
-    in `others`, a store of the same network."""
+    """(n,) bool: whether each of `rows` (n,) has a picture of the same file content, or of a cosine
+    above `threshold`, in `others`, a store of the same network."""
     assert store.note(0)["key"] == others.note(0)["key"], "stores of two networks"
     x = torch.from_numpy(vectors(store, rows)).to(device)
     theirs = {content for s in range(len(others.shards)) for content in others.note(s)["sha256"]}
@@ -288,14 +305,15 @@ def known(store: Store, rows: np.ndarray, others: Store, threshold: float,
 
 def histogram(store: Store, rows: np.ndarray, threshold: float, sample: int = 2000,
               device: torch.device | str = "cpu") -> str:
-    """Lines to choose the threshold by: the highest cosine to another one of the pictures `rows` (n,), two or more, for
-    all of them or a `sample`, in bins."""
+    """Lines to choose the threshold by: the highest cosine to another one of the pictures `rows`
+    (n,), two or more, for all of them or a `sample`, in bins."""
     x = torch.from_numpy(vectors(store, rows)).to(device)
     chosen = torch.from_numpy(rng(0, "histogram").permutation(len(rows))[:sample]).to(device)
     highest = torch.full((len(chosen),), -1.0, device=device)
     for j in range(0, len(rows), BLOCK):
         cosine = x[chosen] @ x[j:j + BLOCK].T
-        cosine[chosen[:, None] == torch.arange(j, j + cosine.shape[1], device=device)] = -1      # to itself
+        # to itself
+        cosine[chosen[:, None] == torch.arange(j, j + cosine.shape[1], device=device)] = -1
         highest = torch.maximum(highest, cosine.amax(dim=1))
     highest, edges = highest.clamp(-1, 1).cpu().numpy(), np.array([-1, *np.arange(50, 100, 5) / 100, 0.98, 1])
     counts = np.histogram(highest, edges)[0]
@@ -306,9 +324,10 @@ def histogram(store: Store, rows: np.ndarray, threshold: float, sample: int = 20
 
 def report(out: Path, store: Store, found: np.ndarray, kept: np.ndarray, rows: np.ndarray, cosine: np.ndarray,
            labels: np.ndarray, examples: dict[int, Tensor], classes: list[str], key: str = "") -> None:
-    """Writes out/retrieved.txt, the list of the `kept` rows; .json, what each class found; and .png, a query of a class
-    and its neighbours, for the first dozen. Of Q queries `rows` and `cosine` (Q, k) as from `search`, `labels` (Q,);
-    `examples` is a crop (3, H, W) uint8 of each class; `key` says by which settings it was all made."""
+    """Writes out/retrieved.txt, the list of the `kept` rows; .json, what each class found; and
+    .png, a query of a class and its neighbours, for the first dozen. Of Q queries `rows` and
+    `cosine` (Q, k) as from `search`, `labels` (Q,); `examples` is a crop (3, H, W) uint8 of each
+    class; `key` says by which settings it was all made."""
     (out / "retrieved.txt").unlink(missing_ok=True)
     groups = {classes[c]: (labels == c, examples[c]) for c in np.unique(labels).tolist()}
     facts = {name: {"queries": int(mine.sum()), "images": len(np.intersect1d(rows[mine], kept)),
@@ -337,8 +356,9 @@ def done(out: Path, key: str) -> bool:
 
 
 def sheet(rows: list[tuple[np.ndarray, list[tuple[Path, float]], str]], path: Path, height: int = 144) -> None:
-    """A picture of what was found: in each row a query crop (H, W, 3) uint8 under its title, then its neighbours (file,
-    score), best first, `height` pixels high or, to be at most twice as wide, less."""
+    """A picture of what was found: in each row a query crop (H, W, 3) uint8 under its title, then
+    its neighbours (file, score), best first, `height` pixels high or, to be at most twice as wide,
+    less."""
     def captioned(picture: np.ndarray, text: str) -> np.ndarray:
         scale = min(height / picture.shape[0], 2 * height / picture.shape[1])
         size = [max(1, round(n * scale)) for n in (picture.shape[1], picture.shape[0])]

@@ -1,8 +1,10 @@
-"""The embedded data set: drawn scenes in the real on-disk formats, so that everything runs without a download.
+"""The embedded data set: drawn scenes in the real on-disk formats, so that everything runs without
+a download.
 
-Objects have a class-typical form, pattern and hue. Classes come in look-alike pairs of nearly one hue, so that form and
-pattern must tell them apart; patterns fade, forms are cut off by what lies in front. A few labels show the hues at once
-and the rest badly; many unlabeled pictures show which forms and patterns go together.
+Objects have a class-typical form, pattern and hue. Classes come in look-alike pairs of nearly one
+hue, so that form and pattern must tell them apart; patterns fade, forms are cut off by what lies in
+front. A few labels show the hues at once and the rest badly; many unlabeled pictures show which
+forms and patterns go together.
 
     make_voc         VOC folders with palette PNGs, train / tune / val      semantic segmentation
     make_cityscapes  leftImg8bit and gtFine with labelIds and instanceIds   for format tests
@@ -13,8 +15,8 @@ and the rest badly; many unlabeled pictures show which forms and patterns go tog
 
     python -m data.shapes [--root datasets/shapes]      draws all of it (it is drawn on first use anyway)
 
-Every picture depends on (variant, part, index) alone. No randomness is taken from or left in global generators.
-"""
+Every picture depends on (variant, part, index) alone. No randomness is taken from or left in global
+generators. """
 
 import argparse
 import fcntl
@@ -33,24 +35,26 @@ from PIL import Image, ImageDraw
 
 from common.runs import UserError
 
-FORMS = ("circle", "square", "triangle", "star", "ring", "cross", "moon", "bar",            # the embedded classes
-         "heart", "hexagon", "ell", "drop", "arrow", "gear", "bow", "wedge")                 # pre-training only
+# the embedded classes
+FORMS = ("circle", "square", "triangle", "star", "ring", "cross", "moon", "bar",
+         "heart", "hexagon", "ell", "drop", "arrow", "gear", "bow", "wedge")  # pre-training only
 PATTERNS = ("plain", "stripes", "checks", "dots", "rings", "noise", "gradient", "mesh")
 
 
 @dataclass(frozen=True)
 class Difficulty:
-    """The knobs of one variant. Changing one means re-running the documents that quote its numbers."""
-    size: int = 64                         # pixels a side
-    objects: tuple[int, int] = (2, 4)      # drawn per scene, both ends included
-    radius: tuple[float, float] = (0.15, 0.28)      # of the side
-    hue_noise: float = 0.05                # standard deviation around the class's hue, of a full circle
-    grey: float = 0.3                      # share of objects that lost their hue
-    lying: float = 0.0                     # share of objects with a random hue
-    pattern: tuple[float, float] = (0.0, 1.0)       # contrast of the class's pattern
-    texture: float = 0.10                  # amplitude of smooth shading inside an object
-    pixel_noise: float = 0.03              # standard deviation of pixel noise, of full range
-    clutter: float = 0.25                  # contrast of the background
+    """The knobs of one variant. Changing one means re-running the documents that quote its
+    numbers."""
+    size: int = 64  # pixels a side
+    objects: tuple[int, int] = (2, 4)  # drawn per scene, both ends included
+    radius: tuple[float, float] = (0.15, 0.28)  # of the side
+    hue_noise: float = 0.05  # standard deviation around the class's hue, of a full circle
+    grey: float = 0.3  # share of objects that lost their hue
+    lying: float = 0.0  # share of objects with a random hue
+    pattern: tuple[float, float] = (0.0, 1.0)  # contrast of the class's pattern
+    texture: float = 0.10  # amplitude of smooth shading inside an object
+    pixel_noise: float = 0.03  # standard deviation of pixel noise, of full range
+    clutter: float = 0.25  # contrast of the background
 
 
 SEMANTIC = Difficulty(objects=(1, 3), radius=(0.22, 0.38), grey=0.0, pattern=(0.2, 1.0))
@@ -68,7 +72,8 @@ THING_CLASSES = {"coin": ("circle", "stripes", 0.13), "crate": ("square", "check
                  "star": ("star", "plain", 0.15), "tent": ("triangle", "dots", 0.33),
                  "wheel": ("ring", "rings", 0.60), "plus": ("cross", "mesh", 0.64)}
 
-# a short long tail in clearer scenes (three networks are trained on it), most frequent first: the later half are the
+# a short long tail in clearer scenes (three networks are trained on it), most frequent first: the
+# later half are the
 # look-alikes of the first, in another pattern
 TAIL = Difficulty(size=96, objects=(2, 4), radius=(0.15, 0.28), grey=0.1, clutter=0.15, pattern=(0.4, 1.0))
 TAIL_CLASSES = {"coin": ("circle", "stripes", 0.13), "tent": ("triangle", "dots", 0.33),
@@ -78,7 +83,8 @@ TAIL_CLASSES = {"coin": ("circle", "stripes", 0.13), "tent": ("triangle", "dots"
                 "wreath": ("ring", "dots", 0.60), "quilt": ("square", "mesh", 0.08),
                 "medal": ("star", "rings", 0.17), "mill": ("cross", "checks", 0.95)}
 
-# the long tail, most frequent first. Look-alikes differ in pattern (tent, flag) or by a step in hue (wheel, buoy) alone
+# the long tail, most frequent first. Look-alikes differ in pattern (tent, flag) or by a step in hue
+# (wheel, buoy) alone
 INSTANCE_CLASSES = {
     "coin": ("circle", "stripes", 0.13), "tent": ("triangle", "stripes", 0.33), "crate": ("square", "mesh", 0.08),
     "flag": ("triangle", "dots", 0.33), "wheel": ("ring", "rings", 0.60), "plus": ("cross", "checks", 0.00),
@@ -90,15 +96,16 @@ INSTANCE_CLASSES = {
     "medal": ("star", "rings", 0.15), "mill": ("cross", "checks", 0.88), "pencil": ("bar", "stripes", 0.95)}
 
 
-# ------------------------------------------------------------------------------------------------ drawing
+# ------------------------------------------------------------------------------------------ drawing
 def signed_distance(form: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Rough signed distance to the outline of `form` in a unit frame: negative inside, about 1 = one radius."""
+    """Rough signed distance to the outline of `form` in a unit frame: negative inside, about 1 =
+    one radius."""
     r, angle = np.hypot(x, y), np.arctan2(y, x)
     ax, ay = np.abs(x), np.abs(y)
 
-    def polygon(n: int, inner: float = 1.0) -> np.ndarray:           # star polygon when inner < 1
+    def polygon(n: int, inner: float = 1.0) -> np.ndarray:  # star polygon when inner < 1
         sector = np.pi / n
-        a = np.abs((angle + sector) % (2 * sector) - sector)         # 0 at a tip, sector at a notch
+        a = np.abs((angle + sector) % (2 * sector) - sector)  # 0 at a tip, sector at a notch
         if inner == 1.0:
             return r * np.cos(sector - a) - 0.95 * np.cos(sector)
         tip, notch = 1.0, inner
@@ -146,7 +153,8 @@ def signed_distance(form: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def pattern_of(name: str, x: np.ndarray, y: np.ndarray, frequency: float, rng: np.random.Generator) -> np.ndarray:
-    """Values in [-1, 1] of a pattern with about `frequency` periods per radius in the object's own frame."""
+    """Values in [-1, 1] of a pattern with about `frequency` periods per radius in the object's own
+    frame."""
     k, p = np.pi * frequency, rng.uniform(0, 2 * np.pi, 2)
     if name == "stripes":
         return np.sign(np.sin(k * x + p[0]))
@@ -172,7 +180,8 @@ def hsv(h: float, s: float, v: float) -> np.ndarray:
 
 
 def smooth(rng: np.random.Generator, size: int, cells: int) -> np.ndarray:
-    """(size, size, 3) smooth random field in about [-1, 1]: a coarse grid, linearly interpolated."""
+    """(size, size, 3) smooth random field in about [-1, 1]: a coarse grid, linearly
+    interpolated."""
     at = np.linspace(0, cells - 1, size)
     low = np.minimum(at.astype(int), cells - 2)
     weights = np.zeros((size, cells))
@@ -185,7 +194,8 @@ def draw(rng: np.random.Generator, kinds: list[tuple[str, str, float]], ids: lis
          d: Difficulty) -> tuple[np.ndarray, np.ndarray, list[int]]:
     """A scene with one object per entry of `kinds` (form, pattern, hue), later ones in front.
 
-    Returns the picture (S, S, 3) uint8, the instance map (S, S) uint8 (0 background, i the i-th object) and `ids`."""
+    Returns the picture (S, S, 3) uint8, the instance map (S, S) uint8 (0 background, i the i-th
+    object) and `ids`."""
     s = d.size
     base = rng.uniform(0.25, 0.75) + rng.uniform(-0.06, 0.06, 3)
     picture = base + d.clutter * smooth(rng, s, int(rng.integers(3, 7))).mean(-1, keepdims=True) \
@@ -218,23 +228,25 @@ def generator(*key: int | str) -> np.random.Generator:
     return np.random.default_rng([zlib.crc32(f"{type(k).__name__} {k}".encode()) for k in key])
 
 
-# ------------------------------------------------------------------------------------------------ on disk
+# ------------------------------------------------------------------------------------------ on disk
 def once(target: Path, version: str, make) -> Path:
-    """Run make(folder) into a temporary folder beside `target` and rename it, unless `target` has this version.
+    """Run make(folder) into a temporary folder beside `target` and rename it, unless `target` has
+    this version.
 
     Processes of one machine wait for the first of them."""
     mark = target / "version.txt"
     if mark.is_file() and mark.read_text() == version:
-        return target                                                # nothing to write: the root may be read-only
+        return target  # nothing to write: the root may be read-only
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(target.parent / f".{target.name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         found = mark.read_text() if mark.is_file() else ""
         if found != version:
-            ours = found.split(" ")[0] == version.split(" ")[0]      # an older drawing of the same kind
+            ours = found.split(" ")[0] == version.split(" ")[0]  # an older drawing of the same kind
             if not ours and target.exists() and (target.is_file() or any(target.iterdir())):
                 raise UserError(f"{target} holds something else than the embedded data set; name another --root.")
-            for left in target.parent.glob(f".{target.name}.*.tmp"):     # of processes that were killed
+            # of processes that were killed
+            for left in target.parent.glob(f".{target.name}.*.tmp"):
                 shutil.rmtree(left, ignore_errors=True)
             temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
             temporary.mkdir(parents=True)
@@ -254,7 +266,8 @@ def save_palette(index: np.ndarray, path: Path) -> None:
 
 
 def semantic_scene(part: str, index: int) -> tuple[np.ndarray, np.ndarray]:
-    """Scene `index` of a part: picture (S, S, 3) uint8 and label (S, S) uint8, 0 background, 1.. the classes."""
+    """Scene `index` of a part: picture (S, S, 3) uint8 and label (S, S) uint8, 0 background, 1..
+    the classes."""
     rng = generator("semantic", part, index)
     names = list(SEMANTIC_CLASSES)
     chosen = rng.integers(0, len(names), int(rng.integers(SEMANTIC.objects[0], SEMANTIC.objects[1] + 1)))
@@ -263,7 +276,8 @@ def semantic_scene(part: str, index: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def make_voc(root: Path, train: int = 1000, tune: int = 200, val: int = 300) -> Path:
-    """VOC folders of the semantic variant: `train` (labels for all; a run uses few), `tune` and `val`."""
+    """VOC folders of the semantic variant: `train` (labels for all; a run uses few), `tune` and
+    `val`."""
     def make(folder: Path) -> None:
         for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
             (folder / name).mkdir(parents=True)
@@ -278,10 +292,11 @@ def make_voc(root: Path, train: int = 1000, tune: int = 200, val: int = 300) -> 
     return once(root, f"voc {SEMANTIC} {SEMANTIC_CLASSES} {train} {tune} {val}", make)
 
 
-# ------------------------------------------------------------------------------------------------ Cityscapes
+# --------------------------------------------------------------------------------------- Cityscapes
 WHEELS = ", ellipse 10 70 30 100 15, ellipse 70 70 90 100 15"
 BODY = "rectangle 20 55 45 100 50, rectangle 55 55 80 100 50, rectangle 10 20 90 60 100, ellipse 28 0 72 22 140"
-# raw labelId, metres wide, high and above ground, hue, saturation and value (or any colour), and parts in percent:
+# raw labelId, metres wide, high and above ground, hue, saturation and value (or any colour), and
+# parts in percent:
 # form, left, top, right, bottom, brightness
 THINGS = {
     "pole": (17, 0.2, 4.2, 0, (0.6, 0.05, 0.45), "rectangle 0 0 100 100 100"),
@@ -290,7 +305,7 @@ THINGS = {
     "tree": (21, 3.5, 5.5, 0, (0.28, 0.55, 0.42),
              "rectangle 46 40 54 100 60, ellipse 0 20 65 65 80, ellipse 40 15 100 60 100, ellipse 20 0 80 40 120"),
     "person": (24, 0.65, 1.75, 0, None, BODY),
-    "people": (24, 1.1, 1.6, 0, None, BODY),                         # side by side they are a group without instances
+    "people": (24, 1.1, 1.6, 0, None, BODY),  # side by side they are a group without instances
     "rider": (25, 0.65, 1.75, 0.3, None, BODY),
     "car": (26, 3.4, 1.5, 0, None, "ellipse 10 0 88 80 50, rectangle 0 40 100 85 100" + WHEELS),
     "truck": (27, 4.8, 3.2, 0, None, "rectangle 0 0 70 85 120, rectangle 72 30 100 85 80" + WHEELS),
@@ -302,7 +317,8 @@ THINGS = {
 
 
 def street_scene(part: str, index: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """A street: picture (H, W, 3) uint8 and instanceIds (H, W) uint16. Four in a row show all 19 classes."""
+    """A street: picture (H, W, 3) uint8 and instanceIds (H, W) uint16. Four in a row show all 19
+    classes."""
     rng, counts = generator("street", part, index), dict.fromkeys(range(34), -1)
     images = Image.new("RGB", (width, height)), Image.new("I", (width, height))
     canvases = [ImageDraw.Draw(image) for image in images]
@@ -317,12 +333,12 @@ def street_scene(part: str, index: int, height: int, width: int) -> tuple[np.nda
         put(value, colour, "polygon", *(c for u, t in ((left, far), (right, far), (right, near), (left, near))
                                         for c in (centre + u * t * below / 2.5, horizon + t * below)))
 
-    def stand(name: str, u: float, t: float) -> None:                # u metres right, at share t of the ground
+    def stand(name: str, u: float, t: float) -> None:  # u metres right, at share t of the ground
         ident, wide, high, lift, colour, parts = THINGS[name]
         counts[ident] += 1
         value = ident if ident < 24 or name == "people" else 1000 * ident + counts[ident]
         tint = hsv(*colour) if colour else hsv(rng.random(), rng.uniform(0.3, 0.8), rng.uniform(0.35, 0.8))
-        scale = t * below / 2.5                                      # pixels a metre, seen from 2.5 m above the road
+        scale = t * below / 2.5  # pixels a metre, seen from 2.5 m above the road
         left, top = centre + (u - wide / 2) * scale, horizon + t * below - (lift + high) * scale
         for form, *box in map(str.split, parts.split(",")):
             x0, y0, x1, y1, bright = (float(number) / 100 for number in box)
@@ -331,7 +347,7 @@ def street_scene(part: str, index: int, height: int, width: int) -> tuple[np.nda
 
     put(23, hsv(0.57, rng.uniform(0.1, 0.45), 0.9), "rectangle", 0, 0, width, horizon)
     corners = np.linspace(0, width, int(rng.integers(6, 9)))
-    for left, right in zip(corners, corners[1:], strict=False):      # houses, higher towards the sides
+    for left, right in zip(corners, corners[1:], strict=False):  # houses, higher towards the sides
         top = horizon * rng.uniform(0.15, 0.75) * (1.25 - abs(left + right - width) / width)
         facade = hsv(rng.uniform(0.02, 0.14), rng.uniform(0.1, 0.45), rng.uniform(0.45, 0.75))
         put(11, facade, "rectangle", left, top, right, horizon)
@@ -345,7 +361,8 @@ def street_scene(part: str, index: int, height: int, width: int) -> tuple[np.nda
     strip(7, np.full(3, rng.uniform(0.28, 0.4)), -5, 5, 0.01, 1)
     for t in (0.14, 0.26, 0.45, 0.75):
         strip(7, np.full(3, 0.85), -0.12, 0.12, t, 1.35 * t)
-    put(1, np.full(3, 0.14), "ellipse", -0.1 * width, 0.94 * height, 1.1 * width, 1.3 * height)   # the car's own bonnet
+    # the car's own bonnet
+    put(1, np.full(3, 0.14), "ellipse", -0.1 * width, 0.94 * height, 1.1 * width, 1.3 * height)
 
     things = [(("truck", "bus", "train", "rider motorcycle")[index % 4], 2.6, 0.42 if index % 4 == 3 else 0.22),
               ("caravan", 2.0, 0.14) if index % 4 == 3 else ("people people people", -7.5, 0.25),
@@ -353,7 +370,7 @@ def street_scene(part: str, index: int, height: int, width: int) -> tuple[np.nda
               ("person", 6.0, 0.35), ("pole light", -5.3, 0.4), ("pole sign", 5.3, 0.5), ("tree", -8.0, 0.5),
               ("tree", 7.5, 0.45), ("car", -3.2, 0.38)][:rng.integers(11, 13)]
     places = [(t * rng.uniform(0.8, 1.2), u + rng.uniform(-0.6, 0.6), names) for names, u, t in things]
-    for t, u, names in sorted(places):                               # far ones first
+    for t, u, names in sorted(places):  # far ones first
         for shift, name in enumerate(names.split()):
             stand(name, u + 0.8 * shift * (name == "people"), t)
     picture = np.asarray(images[0]) / 255 + 0.02 * rng.standard_normal((height, width, 3))
@@ -363,7 +380,8 @@ def street_scene(part: str, index: int, height: int, width: int) -> tuple[np.nda
 
 
 def make_cityscapes(root: Path, train: int = 16, val: int = 4, height: int = 128, width: int = 256) -> Path:
-    """Cityscapes folders of drawn streets: leftImg8bit and gtFine with raw labelIds and 16-bit instanceIds."""
+    """Cityscapes folders of drawn streets: leftImg8bit and gtFine with raw labelIds and 16-bit
+    instanceIds."""
     def make(folder: Path) -> None:
         for part, index in [("train", i) for i in range(train)] + [("val", i) for i in range(val)]:
             picture, instances = street_scene(part, index, height, width)
@@ -377,14 +395,15 @@ def make_cityscapes(root: Path, train: int = 16, val: int = 4, height: int = 128
     return once(root, f"cityscapes {THINGS} {train} {val} {height} {width}", make)
 
 
-# ------------------------------------------------------------------------------------------------ COCO and LVIS
+# ------------------------------------------------------------------------------------ COCO and LVIS
 def polygons(mask: np.ndarray) -> list[list[int]]:
-    """(H, W) bool -> polygons [x, y, x, y, ...] along pixel edges that cover exactly `mask`; holes are cut open."""
+    """(H, W) bool -> polygons [x, y, x, y, ...] along pixel edges that cover exactly `mask`; holes
+    are cut open."""
     steps, edges, found, padded = ((1, 0), (0, 1), (-1, 0), (0, -1)), set(), [], np.pad(mask, 1)
     for turn, (row, column, dx, dy) in enumerate(((0, 1, 0, 0), (1, 2, 1, 0), (2, 1, 1, 1), (1, 0, 0, 1))):
         outside = ~padded[row:row + mask.shape[0], column:column + mask.shape[1]]
         edges |= {(x + dx, y + dy, turn) for y, x in np.argwhere(mask & outside).tolist()}
-    while edges:                                                     # along edges that have the mask at their right
+    while edges:  # along edges that have the mask at their right
         (x, y, turn), loop, last = min(edges), [], None
         while (x, y, turn) in edges:
             edges.remove((x, y, turn))
@@ -400,12 +419,13 @@ def polygons(mask: np.ndarray) -> list[list[int]]:
 
 
 def instance_scene(part: str, index: int) -> tuple[np.ndarray, np.ndarray, list[int], int]:
-    """Scene `index` of a part: picture (H, W, 3) uint8, instance map (H, W) uint8, the class of each instance, and how
-    many of them are no members of the crowd that every twelfth scene has in front."""
+    """Scene `index` of a part: picture (H, W, 3) uint8, instance map (H, W) uint8, the class of
+    each instance, and how many of them are no members of the crowd that every twelfth scene has in
+    front."""
     rng, d, kinds = generator("instance", part, index), INSTANCE, list(INSTANCE_CLASSES.values())
     law = 1 / np.arange(6, 6 + len(kinds)) ** 3
     law /= law.sum()
-    if part == "val":                                                # half of it even, or rare classes go unscored
+    if part == "val":  # half of it even, or rare classes go unscored
         law = (law + 1 / len(law)) / 2
     chosen = rng.choice(len(law), int(rng.integers(d.objects[0], d.objects[1] + 1)), p=law).tolist()
     picture, instances, _ = draw(rng, [kinds[c] for c in chosen], chosen, d)
@@ -423,13 +443,15 @@ def instance_scene(part: str, index: int) -> tuple[np.ndarray, np.ndarray, list[
 
 
 def make_coco(root: Path, train: int = 400, val: int = 100, labeled: int | None = None) -> Path:
-    """COCO folders of the instance variant: images/{train,val} and, of the same scenes, annotations/instances_*.json
-    (run lengths, crowds) and lvis_*.json (polygons, federated, no file_name, frequencies of the training pictures).
+    """COCO folders of the instance variant: images/{train,val} and, of the same scenes,
+    annotations/instances_*.json (run lengths, crowds) and lvis_*.json (polygons, federated, no
+    file_name, frequencies of the training pictures).
 
-    `labeled`: only so many training pictures are in the JSON files, the others lie in images/unlabeled (None: all)."""
+    `labeled`: only so many training pictures are in the JSON files, the others lie in
+    images/unlabeled (None: all)."""
     from pycocotools.mask import encode, toBbox
 
-    names = sorted(INSTANCE_CLASSES)                                 # ids 1, 4, 8, 11, ... in COCO, 1, 2, ... in LVIS
+    names = sorted(INSTANCE_CLASSES)  # ids 1, 4, 8, 11, ... in COCO, 1, 2, ... in LVIS
     place = [names.index(name) for name in INSTANCE_CLASSES]
 
     def add(data: dict, image: int, mask: np.ndarray, category: int, **crowd: int) -> None:
@@ -466,7 +488,7 @@ def make_coco(root: Path, train: int = 400, val: int = 100, labeled: int | None 
             for mask, c in [(mask, c) for mask, c, many in seen if not many]:
                 add(coco, number, mask, 1 + 7 * c // 2, iscrowd=0)
                 add(lvis, number, mask, c + 1)
-            if crowd:                                                # one region in COCO, one object of it in LVIS
+            if crowd:  # one region in COCO, one object of it in LVIS
                 add(coco, number, np.any([mask for mask, _ in crowd], axis=0), 1 + 7 * crowd[0][1] // 2, iscrowd=1)
                 add(lvis, number, crowd[0][0], crowd[0][1] + 1)
         pairs = [(a["category_id"], a["image_id"]) for a in files["lvis_train"]["annotations"]]
@@ -484,7 +506,8 @@ def make_coco(root: Path, train: int = 400, val: int = 100, labeled: int | None 
 
 
 def make_things(root: Path, train: int = 400, tune: int = 200, val: int = 200) -> Path:
-    """COCO folders of a few evenly frequent classes: images/{train,tune,val}, annotations/instances_*.json."""
+    """COCO folders of a few evenly frequent classes: images/{train,tune,val},
+    annotations/instances_*.json."""
     def make(folder: Path) -> None:
         for part, number in (("train", train), ("tune", tune), ("val", val)):
             data = annotated(folder, "things", part, number, FEW, THING_CLASSES, None)
@@ -493,8 +516,9 @@ def make_things(root: Path, train: int = 400, tune: int = 200, val: int = 200) -
 
 
 def make_tail(root: Path, train: int = 600, tune: int = 200, val: int = 200) -> Path:
-    """LVIS folders of a short long tail: images/{train,tune,val}, annotations/lvis_*.json, federated, with frequencies
-    of the training pictures. The others are drawn half by the same law, half evenly, or rare classes went unscored."""
+    """LVIS folders of a short long tail: images/{train,tune,val}, annotations/lvis_*.json,
+    federated, with frequencies of the training pictures. The others are drawn half by the same law,
+    half evenly, or rare classes went unscored."""
     law = 1 / np.arange(2, 2 + len(TAIL_CLASSES)) ** 2
     law /= law.sum()
 
@@ -522,7 +546,8 @@ def make_tail(root: Path, train: int = 600, tune: int = 200, val: int = 200) -> 
 
 def annotated(folder: Path, name: str, part: str, number: int, d: Difficulty, classes: dict,
               law: np.ndarray | None) -> dict:
-    """Draws scenes of a part into folder/images/<part>; what a COCO file says of them. `law`: share of each class."""
+    """Draws scenes of a part into folder/images/<part>; what a COCO file says of them. `law`: share
+    of each class."""
     from pycocotools.mask import encode, toBbox
 
     data = {"info": {"description": "drawn shapes"}, "images": [], "annotations": [], "categories": [
@@ -546,11 +571,13 @@ def annotated(folder: Path, name: str, part: str, number: int, d: Difficulty, cl
     return data
 
 
-# ------------------------------------------------------------------------------------------------ pre-training
+# ------------------------------------------------------------------------------------- pre-training
 def pretrain(root: Path, backbone: str, steps: int = 1200, batch_size: int = 64) -> Path:
-    """Weights of a timm backbone that learned form, pattern and hue of single objects, as file root/weights/<name>.pth.
+    """Weights of a timm backbone that learned form, pattern and hue of single objects, as file
+    root/weights/<name>.pth.
 
-    What ImageNet is to the papers: features, from classes (FORMS[8:]) that the embedded set does not have."""
+    What ImageNet is to the papers: features, from classes (FORMS[8:]) that the embedded set does
+    not have."""
     import timm
     import torch
     import torch.nn.functional as F
@@ -558,7 +585,7 @@ def pretrain(root: Path, backbone: str, steps: int = 1200, batch_size: int = 64)
 
     def make(folder: Path) -> None:
         forms, rng = FORMS[8:], generator("pretrain", backbone)
-        if not sys.stderr.isatty():                                  # else there are bars
+        if not sys.stderr.isatty():  # else there are bars
             print(f"Pre-training {backbone} on drawn pictures of other classes, once: some two minutes.", flush=True)
         pictures, targets = [], []
         for _ in tqdm(range(10000), desc="drawing pictures to pre-train on", leave=False, disable=None):

@@ -1,8 +1,8 @@
 """Lists of labeled images: the published ones, the formats they come in, and seeded draws.
 
-Pure functions on names; nothing here opens an image. The hashes are those of the lists at the commits in the addresses
-below, and `fingerprint` is the hash that does not depend on a list's order or format.
-"""
+Pure functions on names; nothing here opens an image. The hashes are those of the lists at the
+commits in the addresses below, and `fingerprint` is the hash that does not depend on a list's order
+or format. """
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class SplitError(ValueError):
 class Published:
     """One list as its authors publish it.
 
-    url: address of the labeled list. sha256: hash of that file. ids_sha256: `fingerprint` of its ids, None where the
-    file holds many lists. count: ids in the list, 0 where the file holds many lists.
-    """
+    url: address of the labeled list. sha256: hash of that file. ids_sha256: `fingerprint` of its
+    ids, None where the file holds many lists. count: ids in the list, 0 where the file holds many
+    lists. """
 
     url: str
     sha256: str | None
@@ -35,7 +35,8 @@ class Published:
     count: int
 
 
-# Training images in all: number and fingerprint. VOC is train + SBD without val ("train_aug"), Cityscapes fine train.
+# Training images in all: number and fingerprint. VOC is train + SBD without val ("train_aug"),
+# Cityscapes fine train.
 TRAIN = {
     "voc": (10582, "d1326bd532648d73bc4b1bd275434eba81930982dc7401a65a8cecb26c028e24"),
     "cityscapes": (2975, "7f56ebec1d2eb8db59a3600206fcf7f05b53a7f3a8cf66381e6de73356b9eb7a"),
@@ -88,7 +89,8 @@ _S4GAN_HASHES = {
     "1/20": (529, "a5c4123009d66b7e8f1c4257ff3fa0a31b5d093fb0779c2a8a8481359a0abe96"),
     "1/8": (1322, "10e57e4aa33cf70fc08d07271b2af4f4d335abb2f8f6baed4f0dd93f0691c969"),
 }
-# The fingerprints of these four are computed from the files whose SHA-256 stands beside them; nobody published them.
+# The fingerprints of these four are computed from the files whose SHA-256 stands beside them;
+# nobody published them.
 _GUIDED_HASHES = {
     "5%": (144, "da09a92a74030679fe00288dcbd0f471963cb2330ae07db8338dc91c2a00f7ef",
            "a1f095984fbdd13ce6272b8169798046f15137c6a759ddc00022fd712ae21a4f"),
@@ -128,12 +130,14 @@ _NAMES["af350f9ea948a470ca54a5c0fa8c9829a30ce537825aa9d3de2d450a9bbcc839"] = "ci
 
 
 def fingerprint(ids: Iterable[str]) -> str:
-    """SHA-256 of the sorted `short_id`s, one per line with a final newline: the same for any order and format."""
+    """SHA-256 of the sorted `short_id`s, one per line with a final newline: the same for any order
+    and format."""
     return hashlib.sha256("".join(f"{name}\n" for name in sorted(ids)).encode()).hexdigest()
 
 
 def published_name(ids: Iterable[str]) -> str | None:
-    """Which published list these `short_id`s are, e.g. "voc gta_seg 183" or "voc train"; None for any other set.
+    """Which published list these `short_id`s are, e.g. "voc gta_seg 183" or "voc train"; None for
+    any other set.
 
     Other authors' lists of the same images (U2PL, UniMatch, ST++) go by GTA-Seg's name.
     """
@@ -141,7 +145,8 @@ def published_name(ids: Iterable[str]) -> str | None:
 
 
 def folder_name(name: str) -> str:
-    """Folder of a published list below `<root>/splits/<family>`: 1/8 -> 1-of-8, 5% -> 5pc, 2645 -> 2646."""
+    """Folder of a published list below `<root>/splits/<family>`: 1/8 -> 1-of-8, 5% -> 5pc, 2645 ->
+    2646."""
     return ALIASES.get(name, name).replace("/", "-of-").replace("%", "pc")
 
 
@@ -149,12 +154,13 @@ _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 
 
 def read_list(path: str | Path) -> list[tuple[str, str | None]]:
-    """Read a list of images in any published format -> [(image, mask or None)], as written and in the file's order.
+    """Read a list of images in any published format -> [(image, mask or None)], as written and in
+    the file's order.
 
-    A line is a bare id (GTA-Seg, U2PL, S4GAN on VOC), one path (GTA-Seg's leftImg8bit, Guided Distillation's
-    gtFine_instanceIds.png, images of one's own), or an image and its mask (UniMatch, ST++). Blank lines are skipped.
-    Raises SplitError when the file cannot be read, is empty, names an image twice or has any other format.
-    """
+    A line is a bare id (GTA-Seg, U2PL, S4GAN on VOC), one path (GTA-Seg's leftImg8bit, Guided
+    Distillation's gtFine_instanceIds.png, images of one's own), or an image and its mask (UniMatch,
+    ST++). Blank lines are skipped. Raises SplitError when the file cannot be read, is empty, names
+    an image twice or has any other format. """
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -164,7 +170,7 @@ def read_list(path: str | Path) -> list[tuple[str, str | None]]:
     seen: set[str] = set()
     for number, line in enumerate(lines, 1):
         columns = line.split()
-        if len(columns) > 1 and Path(line).is_file():                # a name with spaces
+        if len(columns) > 1 and Path(line).is_file():  # a name with spaces
             columns = [line]
         if not columns:
             continue
@@ -182,10 +188,11 @@ def read_list(path: str | Path) -> list[tuple[str, str | None]]:
 
 
 def short_id(entry: str, dataset: str) -> str:
-    """The id of an image in fingerprints: VOC 'YYYY_NNNNNN', Cityscapes 'city_NNNNNN_NNNNNN', else the stem.
+    """The id of an image in fingerprints: VOC 'YYYY_NNNNNN', Cityscapes 'city_NNNNNN_NNNNNN', else
+    the stem.
 
-    entry: an image or label path, or a bare id; a name without the data set's pattern keeps its stem.
-    """
+    entry: an image or label path, or a bare id; a name without the data set's pattern keeps its
+    stem. """
     name = PurePosixPath(entry.replace("\\", "/")).name
     stem = name.rpartition(".")[0] if name.lower().endswith(_SUFFIXES) else name
     if dataset == "cityscapes":
@@ -195,10 +202,11 @@ def short_id(entry: str, dataset: str) -> str:
 
 
 def count(text: str, total: int) -> int:
-    """How many of `total` images: '183' -> 183, '1/8' -> floor(total / 8), '5%' -> floor(.05 total), 'all' -> total.
+    """How many of `total` images: '183' -> 183, '1/8' -> floor(total / 8), '5%' -> floor(.05
+    total), 'all' -> total.
 
-    A share gives at least one image. Raises SplitError for anything else, and for more than there are.
-    """
+    A share gives at least one image. Raises SplitError for anything else, and for more than there
+    are. """
     text = text.strip()
     share = Fraction(0)
     if re.fullmatch(r"[0-9]{1,9}/[1-9][0-9]{0,9}", text):
@@ -219,13 +227,14 @@ def count(text: str, total: int) -> int:
 
 
 def draw(ids: Sequence[str], n: int, seed: int, classes: Callable[[str], Iterable[int]] | None = None) -> list[str]:
-    """Draw n of the ids; nested: with the same seed, a smaller draw is the beginning of a larger one.
+    """Draw n of the ids; nested: with the same seed, a smaller draw is the beginning of a larger
+    one.
 
-    classes: id -> the classes in that image, called once per id. With it the draw is balanced: again and again it takes
-    a random unused image that holds the class found in the fewest chosen images so far, so K images or more cover all
-    K classes. The order of `ids` does not matter, and the same seed gives the same draw everywhere: NumPy keeps the
-    raw stream of PCG64 fixed, which it does not promise for shuffles. Raises SplitError for an impossible n.
-    """
+    classes: id -> the classes in that image, called once per id. With it the draw is balanced:
+    again and again it takes a random unused image that holds the class found in the fewest chosen
+    images so far, so K images or more cover all K classes. The order of `ids` does not matter, and
+    the same seed gives the same draw everywhere: NumPy keeps the raw stream of PCG64 fixed, which
+    it does not promise for shuffles. Raises SplitError for an impossible n. """
     names = sorted(ids)
     if len(set(names)) != len(names):
         raise SplitError("the images to draw from are not all different")
@@ -240,13 +249,15 @@ def draw(ids: Sequence[str], n: int, seed: int, classes: Callable[[str], Iterabl
     held = [set(classes(name)) for name in names]
     found = sorted(set().union(*held))
     ties = np.argsort(stream.random_raw(len(found)), kind="stable")
-    column = {found[c]: k for k, c in enumerate(ties)}  # in random order, so that argmin breaks ties by the seed
+    # in random order, so that argmin breaks ties by the seed
+    column = {found[c]: k for k, c in enumerate(ties)}
     columns = [[column[c] for c in image] for image in held]
     waiting: list[list[int]] = [[] for _ in found]  # images of a class, the next one last
     for i in reversed(range(len(names))):
         for k in columns[i]:
             waiting[k].append(i)
-    covered = np.zeros(len(found))  # chosen images that hold the class; infinite when no unused one is left
+    # chosen images that hold the class; infinite when no unused one is left
+    covered = np.zeros(len(found))
     used = np.zeros(len(names), dtype=bool)
     chosen: list[str] = []
     while len(chosen) < n and np.isfinite(covered).any():
@@ -260,12 +271,14 @@ def draw(ids: Sequence[str], n: int, seed: int, classes: Callable[[str], Iterabl
         used[i] = True
         covered[columns[i]] += 1
         chosen.append(names[i])
-    chosen += [name for i, name in enumerate(names) if not used[i]][: n - len(chosen)]  # images without any class
+    # images without any class
+    chosen += [name for i, name in enumerate(names) if not used[i]][: n - len(chosen)]
     return chosen
 
 
 class _IntegerArrayUnpickler(pickle.Unpickler):
-    """Allows the three names an integer array is made of, so that a foreign file cannot run anything."""
+    """Allows the three names an integer array is made of, so that a foreign file cannot run
+    anything."""
 
     def find_class(self, module: str, name: str) -> object:
         if (module, name) == ("numpy", "ndarray"):
@@ -278,12 +291,13 @@ class _IntegerArrayUnpickler(pickle.Unpickler):
 
 
 def read_s4gan(pickle_path: str | Path, ids_path: str | Path, name: str) -> list[str]:
-    """Labeled ids of S4GAN's VOC split '1/50', '1/20' or '1/8'; 'all' gives all 10,582 in its order.
+    """Labeled ids of S4GAN's VOC split '1/50', '1/20' or '1/8'; 'all' gives all 10,582 in its
+    order.
 
-    pickle_path: split_0.pkl of sud0301/semisup-semseg, a permutation of row numbers. ids_path: the list of all ids,
-    which it indexes in sorted order. Labeled are the first floor(ratio * 10582), unlabeled the rest. Raises SplitError
-    for an unknown name, a pickle with anything but a permutation in it, and ids that do not give the published list.
-    """
+    pickle_path: split_0.pkl of sud0301/semisup-semseg, a permutation of row numbers. ids_path: the
+    list of all ids, which it indexes in sorted order. Labeled are the first floor(ratio * 10582),
+    unlabeled the rest. Raises SplitError for an unknown name, a pickle with anything but a
+    permutation in it, and ids that do not give the published list. """
     expected = {key[2]: item.ids_sha256 for key, item in PUBLISHED.items() if key[1] == "s4gan"}
     expected["all"] = TRAIN["voc"][1]
     if name not in expected:

@@ -1,11 +1,12 @@
-"""Compare finished runs: a table of the last scores paired by label draw, and a strip of their predictions.
+"""Compare finished runs: a table of the last scores paired by label draw, and a strip of their
+predictions.
 
     python docs/compare.py runs/suponly-d* runs/gta-d*                       first method named is the baseline
     python docs/compare.py runs/suponly-d0 runs/gta-d0 --strip strip.png     pictures: image, each method, label
 
-Runs of one method and setting form a row: settings that differ from the baseline's name it. A difference is taken
-between runs on the same label draw and seed, and its spread is the sample standard deviation over the draws.
-"""
+Runs of one method and setting form a row: settings that differ from the baseline's name it. A
+difference is taken between runs on the same label draw and seed, and its spread is the sample
+standard deviation over the draws. """
 
 import argparse
 import json
@@ -36,7 +37,8 @@ def label(settings: dict, base: dict) -> str:
 
 
 def table(runs: list[dict], metric: str = "miou") -> str:
-    """Markdown: a row per setting with mean, range, paired difference to the first row and its spread."""
+    """Markdown: a row per setting with mean, range, paired difference to the first row and its
+    spread."""
     base, rows = runs[0]["settings"], {}
     for run in runs:
         place = (run["settings"]["split_seed"], run["settings"]["seed"])
@@ -59,7 +61,8 @@ def table(runs: list[dict], metric: str = "miou") -> str:
 
 
 def strip(runs: list[dict], path: Path, count: int = 8) -> None:
-    """Rows of image, each run's prediction, label, on the first images of the runs' scored set (Figs. 3 and 4)."""
+    """Rows of image, each run's prediction, label, on the first images of the runs' scored set
+    (Figs. 3 and 4)."""
     import torch
 
     import gta_seg

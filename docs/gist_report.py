@@ -1,5 +1,6 @@
-"""What a run of gist_rist.py found, from its stored nodes and without training: tables (Tables II and III, Fig. 7), the
-search tree (Fig. 3), curves by stage (Figs. 1 and 6), masks (Figs. 2, 8, 9) and confidences (Fig. 5).
+"""What a run of gist_rist.py found, from its stored nodes and without training: tables (Tables II
+and III, Fig. 7), the search tree (Fig. 3), curves by stage (Figs. 1 and 6), masks (Figs. 2, 8, 9)
+and confidences (Fig. 5).
 
     python gist_rist.py --report runs/gist_rist-shapes-10-d0-s0
 
@@ -18,14 +19,16 @@ from common import plots, runs
 from common.runs import UserError
 from data import read
 
-GROUP = 5                                                            # paths in a group of Table II
+GROUP = 5  # paths in a group of Table II
 
 
-# ------------------------------------------------------------------------------------------------ on numbers
+# --------------------------------------------------------------------------------------- on numbers
 def best_of(dev: list[float], val: list[float], n: int) -> tuple[float, float]:
-    """Fig. 7: mean and standard deviation of the val score of the best on dev, over all ways to take `n` solutions."""
+    """Fig. 7: mean and standard deviation of the val score of the best on dev, over all ways to
+    take `n` solutions."""
     ordered = np.array(val)[np.argsort(-np.array(dev), kind="stable")]
-    ways = [math.comb(len(ordered) - 1 - i, n - 1) for i in range(len(ordered))]     # in which the i-th is the best
+    # in which the i-th is the best
+    ways = [math.comb(len(ordered) - 1 - i, n - 1) for i in range(len(ordered))]
     chance = np.array(ways) / math.comb(len(ordered), n)
     mean = float(chance @ ordered)
     return mean, float(chance @ (ordered - mean) ** 2) ** 0.5
@@ -48,12 +51,14 @@ def rejected_share(stages: int, max_run: int) -> float:
 
 
 def bloat(shares: list[float], rise: float = 0.1) -> list[bool]:
-    """Where the dominant class's share of the pseudo labels is more than `rise` above the least share (Fig. 2)."""
+    """Where the dominant class's share of the pseudo labels is more than `rise` above the least
+    share (Fig. 2)."""
     return [share > min(shares) + rise for share in shares]
 
 
 def erased(labels: dict | None, phi: float) -> str:
-    """What is printed of a stage's pseudo labels; a share that says that --phi does not fit comes with a hint."""
+    """What is printed of a stage's pseudo labels; a share that says that --phi does not fit comes
+    with a hint."""
     if labels is None:
         return ""
     fits = phi <= 0 or 0.2 <= labels["kept"] <= 0.98
@@ -62,7 +67,8 @@ def erased(labels: dict | None, phi: float) -> str:
 
 
 def table(head: str, rows: list[tuple]) -> str:
-    """Markdown. `head` names the columns, with commas between; floats get two digits, NaN a dash."""
+    """Markdown. `head` names the columns, with commas between; floats get two digits, NaN a
+    dash."""
     def cell(v) -> str:
         return str(v) if not isinstance(v, float) else "-" if v != v else f"{v:.2f}"
 
@@ -71,9 +77,10 @@ def table(head: str, rows: list[tuple]) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
-# ------------------------------------------------------------------------------------------------ on a run
+# ----------------------------------------------------------------------------------------- on a run
 def write(tree, results: dict, out: Path) -> dict:
-    """results.json, log.jsonl (a line a node), report.md and pictures into the run folder `out`; the results."""
+    """results.json, log.jsonl (a line a node), report.md and pictures into the run folder `out`;
+    the results."""
     store, visited = tree.store, results["visited"]
     nodes = sorted({p for paths in visited.values() for p in paths}, key=lambda p: (store.record(p)["stage"], p))
     records = [store.record(p) for p in nodes]
@@ -99,7 +106,8 @@ def write(tree, results: dict, out: Path) -> dict:
 
 
 def again(tree, out: Path) -> dict:
-    """--report: the same for a run that is finished; UserError when it is not, or its nodes are gone."""
+    """--report: the same for a run that is finished; UserError when it is not, or its nodes are
+    gone."""
     if not (out / "results.json").is_file():
         raise UserError(f"{out} is not a finished run of gist_rist.py: it has no results.json.")
     results = json.loads((out / "results.json").read_text())
@@ -131,7 +139,8 @@ def leaves(tree, paths: list[str]) -> list[str]:
 
 
 def deepest(tree, paths: list[str]) -> str:
-    """Of the longest paths the one with the best end, by dev: GIST's leaves are also what it gave up on the way."""
+    """Of the longest paths the one with the best end, by dev: GIST's leaves are also what it gave
+    up on the way."""
     return min(leaves(tree, paths) or [""], key=lambda p: (-tree.store.record(p)["stage"], *tree.order(p)))
 
 
@@ -149,7 +158,7 @@ def tables(tree, results: dict, nodes: list[str], val: dict[str, float]) -> list
         (p or "stage 0", tree.dev_of(p), val[p], x["kept"], "-" if x["dominant"] != x["dominant"] else
          f"{x['dominant']:.2f}{' bloat' if alarm[x['dominant']] else ''}", store.record(p)["seconds"])
         for p, x in zip(nodes, labels, strict=True)])]
-    drawn = results.get("trials", leaves(tree, visited.get("rist", [])))              # some may be equal
+    drawn = results.get("trials", leaves(tree, visited.get("rist", [])))  # some may be equal
     ends = [*drawn, *leaves(tree, visited.get("path", []))]
     chosen = [tree.best(trail(tree, end)) for end in ends]
     dev, scored = [tree.dev_of(p) for p in chosen], [val[p] for p in chosen]
@@ -173,14 +182,16 @@ def tables(tree, results: dict, nodes: list[str], val: dict[str, float]) -> list
     return text
 
 
-# ------------------------------------------------------------------------------------------------ pictures
+# ----------------------------------------------------------------------------------------- pictures
 def draw_tree(tree, nodes: list[str], best: set[str], file: Path) -> None:
-    """The search tree as in Fig. 3: open nodes learned from labels, filled ones from pseudo labels; dev mIoU beside."""
+    """The search tree as in Fig. 3: open nodes learned from labels, filled ones from pseudo labels;
+    dev mIoU beside."""
     plt = pyplot()
     parent, stage = tree.store.parent_of, {p: tree.store.record(p)["stage"] for p in nodes}
     ends = sorted(leaves(tree, nodes)) or [""]
     row = {end: -float(i) for i, end in enumerate(ends)}
-    for path in sorted(nodes, key=lambda p: -stage[p]):                 # a parent stands in the middle of its children
+    # a parent stands in the middle of its children
+    for path in sorted(nodes, key=lambda p: -stage[p]):
         kids = [row[p] for p in nodes if p and parent(p) == path]
         row[path] = sum(kids) / len(kids) if kids else row[path]
     ways = {p for end in best for p in trail(tree, end)}
@@ -204,7 +215,8 @@ def draw_tree(tree, nodes: list[str], best: set[str], file: Path) -> None:
 
 
 def draw_curves(tree, visited: dict[str, list[str]], val: dict[str, float], file: Path) -> None:
-    """mIoU by stage of every search (Figs. 1 and 6), and confidences before and after temperature scaling (Fig. 5)."""
+    """mIoU by stage of every search (Figs. 1 and 6), and confidences before and after temperature
+    scaling (Fig. 5)."""
     figure, axes = pyplot().subplots(1, 3, figsize=(14, 4))
     for number, (name, paths) in enumerate(visited.items()):
         ends = leaves(tree, paths)
@@ -228,7 +240,8 @@ def draw_curves(tree, visited: dict[str, list[str]], val: dict[str, float], file
 
 
 def draw_masks(tree, path: str, file: Path) -> None:
-    """Development images with their predictions at stages 0, 1, 5, 9 and the last of `path` (Figs. 2, 8, 9)."""
+    """Development images with their predictions at stages 0, 1, 5, 9 and the last of `path` (Figs.
+    2, 8, 9)."""
     shown = [p for p in trail(tree, path) if tree.store.record(p)["stage"] in (0, 1, 5, 9) or p == path]
     masks = [np.load(tree.store.folder(p) / "scores.npz") for p in shown]
     rows = []

@@ -1,8 +1,9 @@
 """What gist_rist.py costs, counted and as ratios measured in one run: `make bench`.
 
-Counts come from the script's own searches, `refine`, `label_images` and store, with the paper's nine stages, where
-networks and iterations are left out and scores are drawn. Times are of a few iterations on drawn pictures; what is
-compared runs in turn, and the median of the ratios is printed: machines are noisy."""
+Counts come from the script's own searches, `refine`, `label_images` and store, with the paper's
+nine stages, where networks and iterations are left out and scores are drawn. Times are of a few
+iterations on drawn pictures; what is compared runs in turn, and the median of the ratios is
+printed: machines are noisy."""
 
 import contextlib
 import io
@@ -33,15 +34,16 @@ SEARCHES = {f"GIST {n}": dict(search=("gist",), beam=n) for n in (1, 2, 3)} | {
 TOGETHER = {"GIST 1, RIST 2": dict(search=("gist", "rist")),
             "GIST 1, RIST 2, FIST, batch-wise": dict(search=("gist", "rist", "fist", "batchwise"))}
 PAPER = gist_rist.preset("voc", weights="none", pixels="bgr", phi=0.5)
-POOL = 10_582 - 10_582 // 50 - PAPER.dev_size           # VOC's unlabeled images at 1/50
+POOL = 10_582 - 10_582 // 50 - PAPER.dev_size  # VOC's unlabeled images at 1/50
 TINY = dict(weights="none", backbone="test_resnet", bn="auto", resize=1, batch_size=4, dev_size=4, stage0_steps=3,
             eval_every=3, steps=4, stages=3, val_every_stage=False, keep_nodes=True, workers=0, device="cpu",
-            crop_size=(48, 48))                         # of 64 x 64, nearly as 321 x 321 of 375 x 500
+            crop_size=(48, 48))  # of 64 x 64, nearly as 321 x 321 of 375 x 500
 
 
 def counted(**flags) -> tuple[Counter, set[str]]:
-    """What these searches do in a store of their own, and the nodes: trainings, iterations, passes over the unlabeled
-    images (done), nodes that ask for pseudo labels (asked), and nodes that have children (parents)."""
+    """What these searches do in a store of their own, and the nodes: trainings, iterations, passes
+    over the unlabeled images (done), nodes that ask for pseudo labels (asked), and nodes that have
+    children (parents)."""
     args, count, labels = replace(PAPER, **flags), Counter(), mock.Mock(wraps=gist_rist.label_images)
 
     def fit(tree, path, state, step_of, streams, total):
@@ -75,7 +77,8 @@ def bench_counts() -> None:
           "the unlabeled images: one a training / not for alpha = 1 / one a parent / as done")
     found = {name: counted(**flags) for name, flags in (SEARCHES | TOGETHER).items()}
     for name, (c, _) in found.items():
-        flags = (SEARCHES | TOGETHER)[name]             # not shared: each search, and each trial of RIST, by itself
+        # not shared: each search, and each trial of RIST, by itself
+        flags = (SEARCHES | TOGETHER)[name]
         parts = [counted(**flags | dict(search=(s,), independent=s == "rist"))[0] for s in flags["search"]]
         n, iterations = (sum(part[key] for part in parts) for key in ("trainings", "iterations"))
         print(f"  {name}: {c['trainings']} / {n}, {c['iterations']:,} / {iterations:,}, not shared / shared "
@@ -92,7 +95,8 @@ def bench_counts() -> None:
 
 def bench_flops() -> None:
     size, crop = (375, 500), (PAPER.batch_size, *PAPER.crop_size)
-    no_autocast = mock.Mock(return_value=contextlib.nullcontext())               # off in fp32, and unknown to meta
+    # off in fp32, and unknown to meta
+    no_autocast = mock.Mock(return_value=contextlib.nullcontext())
     with torch.device("meta"), mock.patch.object(torch, "autocast", no_autocast):
         net, teacher = (gist_rist.SegNet(PAPER, 21) for _ in range(2))
         net.frozen = True
@@ -122,7 +126,8 @@ def seconds(function, *args) -> float:
 
 
 def planted(root: Path, pool: int = 8, **flags) -> gist_rist.Tree:
-    """A tree on drawn pictures, `pool` of them unlabeled, with stage 0 done and an empty folder for other nodes."""
+    """A tree on drawn pictures, `pool` of them unlabeled, with stage 0 done and an empty folder for
+    other nodes."""
     tree, _ = gist_rist.plant(gist_rist.preset("shapes", **TINY | flags, root=str(root), store=str(root / "store")))
     seconds(tree.store.make_if_free, gist_rist.ROOT, tree.train)
     tree.pool, tree.store.others = tree.pool[:pool], Path(tempfile.mkdtemp(dir=root))
@@ -137,7 +142,7 @@ def bench_searches(root: Path) -> None:
 
     ways = SEARCHES | {f"{name} --independent": flags | {"independent": True} for name, flags in SEARCHES.items()
                        if "RIST" in name}
-    searched(SEARCHES["GIST 1"])                        # the first one imports
+    searched(SEARCHES["GIST 1"])  # the first one imports
     rounds = [{name: searched(ways[name]) for name in sorted(ways)} for _ in range(2)]
     print(f"wall time, drawn pictures, {TINY['stages']} stages of {TINY['steps']} iterations, relative to GIST 1")
     for name in ways:
@@ -157,7 +162,7 @@ def bench_share(root: Path) -> None:
             tree = planted(root, pool, steps=steps, cl_on=cl_on)
             stage_l = seconds(tree.store.make_if_free, "L", tree.train)
             labels = seconds(gist_rist.label_images, tree, gist_rist.ROOT)
-            stage_p = seconds(tree.store.make_if_free, "P", tree.train)          # finds the labels
+            stage_p = seconds(tree.store.make_if_free, "P", tree.train)  # finds the labels
             found.append((labels / (labels + stage_p), 1 + labels / stage_l))
         share, spared = map(median, zip(*found, strict=True))
         print(f"  --cl-on {cl_on}: pass / P stage {share:.2f}; L stage with a pass / without {spared:.2f}")

@@ -1,6 +1,7 @@
 """What gta_seg.py costs, as ratios measured in one run: `make bench`.
 
-Each pair is timed in turn, A B A B ..., and the median of the pairwise ratios is printed: machines are noisy."""
+Each pair is timed in turn, A B A B ..., and the median of the pairwise ratios is printed: machines
+are noisy."""
 
 import statistics
 import sys
@@ -32,7 +33,8 @@ def seconds(function, repeats: int = 1) -> float:
 
 
 def pair(a, b, rounds: int = 5, repeats: int = 1) -> tuple[float, float, float]:
-    """Median seconds of a and of b, and the median of a / b over rounds that run one after the other."""
+    """Median seconds of a and of b, and the median of a / b over rounds that run one after the
+    other."""
     a(), b()
     times = [(seconds(a, repeats), seconds(b, repeats)) for _ in range(rounds)]
     return (statistics.median(t for t, _ in times), statistics.median(t for _, t in times),
@@ -47,7 +49,8 @@ def batch(args: gta_seg.Args, count: int, classes: int) -> datasets.Batch:
 
 
 def steps(count: int, world: World = WORLD, **overrides):
-    """Functions that make one step of the paper's and of the released loop on the same images, and their states."""
+    """Functions that make one step of the paper's and of the released loop on the same images, and
+    their states."""
     made = {}
     for recipe in ("paper", "released"):
         args = gta_seg.preset("voc", recipe, weights="none", batch_size=count, warmup_epochs=0, cutmix=0,
@@ -55,7 +58,7 @@ def steps(count: int, world: World = WORLD, **overrides):
         state, _ = gta_seg.build(args, 21, world, epoch=1)
         gta_seg.end_of_warmup(state, args)
         state.student.train()
-        state.step = 2                                  # after the first epoch, where the released loop has settled
+        state.step = 2  # after the first epoch, where the released loop has settled
         function = gta_seg.train_step if recipe == "paper" else gta_seg.train_step_released
         made[recipe] = partial(function, state, batch(args, count, 21), batch(args, count, 21), args, world)
     return made["paper"], made["released"]
@@ -90,7 +93,7 @@ def largest_graph(function) -> int:
 
 
 def bench_step() -> None:
-    with torch.device("meta"):                          # the paper's network and crop: shapes only, nothing is computed
+    with torch.device("meta"):  # the paper's network and crop: shapes only, nothing is computed
         paper, released = steps(3, World(device=torch.device("meta")))
         a, b = counted(paper), counted(released)
         saved = largest_graph(paper), largest_graph(released)
@@ -120,7 +123,7 @@ def bench_loader() -> None:
         def ours():
             views[(0, next(place), 0)]
 
-        def pil_chain():                                 # the chain of PIL and numpy calls that papers' code uses
+        def pil_chain():  # the chain of PIL and numpy calls that papers' code uses
             g = np.random.default_rng(next(place))
             with Image.open(image) as x, Image.open(label) as y:
                 x, y = x.convert("RGB"), y.copy()
@@ -139,7 +142,7 @@ def bench_loader() -> None:
             torch.from_numpy(y[top:top + 513, left:left + 513].copy())
 
         threads = torch.get_num_threads()
-        torch.set_num_threads(1)                         # as in a loader process
+        torch.set_num_threads(1)  # as in a loader process
         a, b, ratio = pair(pil_chain, ours, rounds=7, repeats=30)
         torch.set_num_threads(threads)
     print(f"loader, 500x375 to 513 with label: PIL chain {a * 1e3:.1f} ms a sample, ours {b * 1e3:.1f} ms, ratio "

@@ -1,9 +1,10 @@
-"""What Mask2Former's training step costs in guided_distillation.py, against transformers' with the same weights, images
-and targets, as ratios measured in one run: `make bench`.
+"""What Mask2Former's training step costs in guided_distillation.py, against transformers' with the
+same weights, images and targets, as ratios measured in one run: `make bench`.
 
-Each pair is timed in turn, A B A B ..., and the median of the pairwise ratios is printed: machines are noisy. Memory is
-the peak of the resident set above what it was before the step (Linux), each in a process of its own, in which the C
-library gives freed blocks back at once: otherwise it measures how it keeps them."""
+Each pair is timed in turn, A B A B ..., and the median of the pairwise ratios is printed: machines
+are noisy. Memory is the peak of the resident set above what it was before the step (Linux), each in
+a process of its own, in which the C library gives freed blocks back at once: otherwise it measures
+how it keeps them."""
 
 import os
 import statistics
@@ -20,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import guided_distillation as gd  # noqa: E402
 
-CLASSES, OBJECTS = 80, 7                            # of COCO; objects of an image, its mean
+CLASSES, OBJECTS = 80, 7  # of COCO; objects of an image, its mean
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -33,7 +34,8 @@ def seconds(function) -> float:
 
 
 def pair(a, b, rounds: int = 3) -> tuple[float, float, float]:
-    """Median seconds of a and of b, and the median of a / b over rounds that run one after the other."""
+    """Median seconds of a and of b, and the median of a / b over rounds that run one after the
+    other."""
     a(), b()
     times = [(seconds(a), seconds(b)) for _ in range(rounds)]
     return (statistics.median(t for t, _ in times), statistics.median(t for _, t in times),
@@ -55,21 +57,22 @@ def peak(function) -> float:
         return int(next(line for line in text.splitlines() if line.startswith(key)).split()[1])
 
     gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)         # what was freed goes back to the system
-    Path("/proc/self/clear_refs").write_text("5")   # the peak starts anew
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed goes back to the system
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = status("VmRSS")
     function()
     return (status("VmHWM") - before) / 2**20
 
 
 def build(batch: int, size: int):
-    """Training steps of transformers' network and of ours, from equal weights on equal images and targets."""
+    """Training steps of transformers' network and of ours, from equal weights on equal images and
+    targets."""
     from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, ResNetConfig
     torch.manual_seed(0)
     stages = ["stage1", "stage2", "stage3", "stage4"]
     theirs = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(
         backbone_config=ResNetConfig(out_features=stages), num_labels=CLASSES)).to(DEVICE).train()
-    for m in theirs.modules():                      # BatchNorm as constant as in our network
+    for m in theirs.modules():  # BatchNorm as constant as in our network
         if isinstance(m, torch.nn.BatchNorm2d):
             m.eval().requires_grad_(False)
     args = gd.resolve(gd.preset("coco", backbone="resnet50"))
@@ -115,7 +118,8 @@ def bench_step(batch: int = 1, size: int = 512) -> None:
 
 
 def print_peak(name: str, batch: str, size: str) -> None:
-    """In a process of its own: the peak of one network's step, the median of three after the first."""
+    """In a process of its own: the peak of one network's step, the median of three after the
+    first."""
     theirs, ours, net, *_ = build(int(batch), int(size))
     net.pixel_decoder.checkpointing = name.endswith("checkpointing")
     step = theirs if name == "transformers" else ours
@@ -149,8 +153,9 @@ def bench_parts(batch: int = 1, size: int = 512) -> None:
 
 
 def bench_memory(size: int = 1024) -> None:
-    """Counted on tensors without contents, float32: what a forward pass of one crop keeps for its backward pass, and
-    what weights, gradients and AdamW's state take; the weights of the teacher, which has neither, are in."""
+    """Counted on tensors without contents, float32: what a forward pass of one crop keeps for its
+    backward pass, and what weights, gradients and AdamW's state take; the weights of the teacher,
+    which has neither, are in."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     backbones = ("resnet50.tv_in1k", "swin_base_patch4_window12_384.ms_in22k", "vit_base_patch14_dinov2.lvd142m",
                  "swin_large_patch4_window12_384.ms_in22k", "vit_large_patch14_dinov2.lvd142m")
@@ -165,7 +170,7 @@ def bench_memory(size: int = 1024) -> None:
 
             def pack(tensor, seen=seen, hold=hold):
                 seen.setdefault(tensor.untyped_storage()._cdata, tensor.untyped_storage().nbytes())
-                hold.append(tensor)                 # so that no place is given twice
+                hold.append(tensor)  # so that no place is given twice
                 return tensor
 
             hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)

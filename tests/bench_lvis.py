@@ -1,7 +1,9 @@
-"""What LVIS's AP costs in data/lvis_ap.py, against the lvis package on the same drawn results, as ratios: `make bench`.
+"""What LVIS's AP costs in data/lvis_ap.py, against the lvis package on the same drawn results, as
+ratios: `make bench`.
 
-Both get the truth in memory, and each is run in a process of its own, the one after the other. Time is of the CPU; for
-memory see `peak` of bench_guided.py: the peak of the resident set above what it was before (Linux)."""
+Both get the truth in memory, and each is run in a process of its own, the one after the other. Time
+is of the CPU; for memory see `peak` of bench_guided.py: the peak of the resident set above what it
+was before (Linux)."""
 
 import copy
 import ctypes
@@ -27,14 +29,15 @@ HEIGHT, WIDTH = 480, 640
 
 
 def drawn(images: int, classes: int, detections: int, seed: int = 0) -> tuple[dict, list[dict]]:
-    """An LVIS file's content and results on it. The classes have a long tail; an image has 3.6 of them, 2.5 objects of
-    each, and nine that are known to be absent. Of its detections some lie on objects, a third of the others are of its
-    known classes. Forms are taken from a store, each with variants that overlap it more or less; scores have three
-    digits, so that many are equal."""
+    """An LVIS file's content and results on it. The classes have a long tail; an image has 3.6 of
+    them, 2.5 objects of each, and nine that are known to be absent. Of its detections some lie on
+    objects, a third of the others are of its known classes. Forms are taken from a store, each with
+    variants that overlap it more or less; scores have three digits, so that many are equal."""
     g = np.random.default_rng(seed)
     turn = np.linspace(0, 2 * np.pi, 17)[:-1]
     radii, centers = np.exp(g.uniform(1.5, 5, (300, 2))), g.uniform(0, (WIDTH, HEIGHT), (300, 2))
-    forms = centers[:, None] + radii[:, None] * np.stack([np.cos(turn), np.sin(turn)], axis=1)     # (300, 16, 2)
+    # (300, 16, 2)
+    forms = centers[:, None] + radii[:, None] * np.stack([np.cos(turn), np.sin(turn)], axis=1)
     moved = forms[:, None] + g.normal(0, 0.1, (300, 8, 1, 2)) * radii[:, None, None]
     moved = moved.clip(0, (WIDTH, HEIGHT)).reshape(300, 8, -1)
     forms = forms.clip(0, (WIDTH, HEIGHT)).reshape(300, -1)
@@ -74,7 +77,8 @@ def drawn(images: int, classes: int, detections: int, seed: int = 0) -> tuple[di
 
 
 def of_kind(results: list[dict], kind: str) -> list[dict]:
-    """Results without what the other kind needs: the package takes areas from boxes if there are any."""
+    """Results without what the other kind needs: the package takes areas from boxes if there are
+    any."""
     return [{k: v for k, v in r.items() if k != ("bbox" if kind == "segm" else "segmentation")} for r in results]
 
 
@@ -89,16 +93,16 @@ def loaded(truth: dict):
 
 
 def package(truth, results: list[dict], kind: str, max_dets: int = 300) -> tuple[list, dict]:
-    """The package's 13 numbers and the AP of each class (name ->) in percent, None where it says -1. It writes into the
-    results; np.float, which numpy has no more, is there while it runs."""
+    """The package's 13 numbers and the AP of each class (name ->) in percent, None where it says
+    -1. It writes into the results; np.float, which numpy has no more, is there while it runs."""
     from lvis import LVISEval, LVISResults
     with mock.patch.object(np, "float", float, create=True), warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)          # it logs with `warn`
+        warnings.simplefilter("ignore", DeprecationWarning)  # it logs with `warn`
         judge = LVISEval(truth, LVISResults(truth, results, max_dets=max_dets), kind)
         judge.params.max_dets = max_dets
         judge.run()
     stats = [None if x == -1 else 100 * float(x) for x in judge.get_results().values()]
-    precision = judge.eval["precision"][..., 0]                      # (10, 101, K)
+    precision = judge.eval["precision"][..., 0]  # (10, 101, K)
     names = {c["id"]: c["name"] for c in truth.dataset["categories"]}
     return stats, {names[c]: None if precision[0, 0, k] == -1 else 100 * float(precision[:, :, k].mean())
                    for k, c in enumerate(judge.params.cat_ids)}
@@ -114,7 +118,8 @@ def measure(which: str, kind: str, *sizes: int) -> dict:
     results = of_kind(results, kind)
     small, few = drawn(2, 30, 5)
     if which == "package":
-        package(loaded(copy.deepcopy(small)), of_kind(few, kind), kind)          # what is imported on first use
+        # what is imported on first use
+        package(loaded(copy.deepcopy(small)), of_kind(few, kind), kind)
         truth = loaded(truth)
     else:
         lvis_ap(small, of_kind(few, kind), kind)

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 DRAWS = "the first step of a process takes other dropout: the DataLoader draws its seed after seed_torch (gta_seg.py)"
-DEFECTS = {  # part of a test's name -> what the product does; take the line out when it is mended (strict: it tells)
+# part of a test's name -> what the product does; take the line out when it is mended (strict: it
+# tells)
+DEFECTS = {
 }
 
 
@@ -21,7 +23,8 @@ def pytest_collection_modifyitems(items) -> None:
 
 @pytest.fixture(scope="session")
 def shapes_root(tmp_path_factory) -> Path:
-    """A root for --dataset shapes. `few` (7 images) can be scored with --val; unlabeled.txt lists 8 images."""
+    """A root for --dataset shapes. `few` (7 images) can be scored with --val; unlabeled.txt lists 8
+    images."""
     from data import shapes
     root = tmp_path_factory.mktemp("shapes")
     voc = shapes.make_voc(root / "voc")
@@ -35,7 +38,8 @@ def shapes_root(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(shapes_root):
-    """tiny(out=..., steps=...) -> a command line on a few shapes: two steps to an epoch, two of them warm-up."""
+    """tiny(out=..., steps=...) -> a command line on a few shapes: two steps to an epoch, two of
+    them warm-up."""
     import helpers
 
     def line(**flags) -> list[str]:
@@ -47,7 +51,8 @@ def tiny(shapes_root):
 
 @pytest.fixture
 def folder_root(shapes_root, tmp_path) -> Path:
-    """A root for --dataset folder that a test may break: 8 training, 3 scored and 4 unlabeled images of shapes."""
+    """A root for --dataset folder that a test may break: 8 training, 3 scored and 4 unlabeled
+    images of shapes."""
     voc, root = shapes_root / "voc", tmp_path / "folder"
     for part, names in {"train": range(8), "val": range(3), "unlabeled": range(100, 104)}.items():
         (root / "images" / part).mkdir(parents=True)

@@ -1,4 +1,5 @@
-"""How tests start the scripts: forked from a warm server (a tenth of a second), as commands, and under torchrun."""
+"""How tests start the scripts: forked from a warm server (a tenth of a second), as commands, and
+under torchrun."""
 
 import importlib
 import json
@@ -20,7 +21,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 REPO = Path(__file__).resolve().parents[1]
 TEST_DATA = (REPO / os.environ.get("TEST_DATA", "../shared/data")).resolve()
 
-# A network of a few thousand weights, warm-up of two steps of `epoch` (2 steps: 8 unlabeled images, batches of 4)
+# A network of a few thousand weights, warm-up of two steps of `epoch` (2 steps: 8 unlabeled images,
+# batches of 4)
 TINY = {"backbone": "test_resnet", "weights": "none", "width": 8, "batch_size": 4, "crop_size": 32, "workers": 0}
 
 CHOOSERS = {"gta_seg": ("dataset", "recipe", "eval", "predict"), "gist_rist": ("dataset", "eval", "predict", "report")}
@@ -53,10 +55,11 @@ class Ran(NamedTuple):
 
 
 def argv(**flags) -> list[str]:
-    """A command line: width=8 -> --width 8, scale=(1, 2) -> --scale 1 2, resume=True -> --resume, None is left out."""
+    """A command line: width=8 -> --width 8, scale=(1, 2) -> --scale 1 2, resume=True -> --resume,
+    None is left out."""
     line = []
     if flags.get("dataset") == "shapes" and flags.get("method") != "suponly":
-        flags = {"warmup_epochs": 1} | flags                             # the preset's three would outlast a tiny run
+        flags = {"warmup_epochs": 1} | flags  # the preset's three would outlast a tiny run
     for name, value in flags.items():
         if value is None or value is False:
             continue
@@ -67,7 +70,8 @@ def argv(**flags) -> list[str]:
 
 
 class Started:
-    """A process forked from the server; its output goes to files, so that nothing blocks when it is killed."""
+    """A process forked from the server; its output goes to files, so that nothing blocks when it is
+    killed."""
 
     def __init__(self, target: Callable, args: tuple, folder: Path, env: dict[str, str] | None = None,
                  cwd: Path = REPO):
@@ -134,7 +138,8 @@ def run(line: list[str], folder: Path, setup: Callable | None = None, env: dict[
 
 def begin_ranks(n: int, line: list[str], folder: Path, setup: Callable | None = None,
                 name: str = "gta_seg") -> list[Started]:
-    """Start the script on n processes of one machine, with the environment that torchrun gives them."""
+    """Start the script on n processes of one machine, with the environment that torchrun gives
+    them."""
     port = str(free_port())
     env = {"WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return [begin(line, folder, setup, {**env, "RANK": str(i), "LOCAL_RANK": str(i)}, name=name) for i in range(n)]
@@ -173,7 +178,8 @@ def torchrun(n: int, line: list[str], start: bool = False, name: str = "gta_seg"
 
 
 def in_process(**overrides) -> dict:
-    """gta_seg.main(gta_seg.preset("shapes", ...)) in this process, and the signal handlers put back."""
+    """gta_seg.main(gta_seg.preset("shapes", ...)) in this process, and the signal handlers put
+    back."""
     import signal
 
     import gta_seg
@@ -189,7 +195,8 @@ def in_process(**overrides) -> dict:
 
 
 def until(condition: Callable[[], object], process: Started | None = None, seconds: float = 60) -> bool:
-    """Wait until `condition()` holds -> True; False when `process` ended before. Fails after `seconds`."""
+    """Wait until `condition()` holds -> True; False when `process` ended before. Fails after
+    `seconds`."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if condition():
@@ -208,7 +215,8 @@ def log_of(out: Path, torn: bool = False) -> list[dict]:
 
 
 def state(path: Path) -> dict:
-    """A checkpoint without what may differ between two equal runs: the clock and the folder's name."""
+    """A checkpoint without what may differ between two equal runs: the clock and the folder's
+    name."""
     read = torch.load(path, map_location="cpu", weights_only=True)
     read.pop("seconds")
     for name in ("out", "resume", "workers", "save_every", "log_every", "device"):

@@ -1,8 +1,10 @@
-"""A pretended accelerator for machines without one: tensors say `meta`, hold their values on the CPU, and refuse to mix
-with CPU tensors where a GPU refuses. Values are the CPU's, so a run must end as there.
+"""A pretended accelerator for machines without one: tensors say `meta`, hold their values on the
+CPU, and refuse to mix with CPU tensors where a GPU refuses. Values are the CPU's, so a run must end
+as there.
 
-It finds what a first run on a GPU would find: a constant left behind, an index on the wrong side, numpy without .cpu().
-It does not find what depends on CUDA's own kernels, streams or memory. It also counts the waits for a GPU."""
+It finds what a first run on a GPU would find: a constant left behind, an index on the wrong side,
+numpy without .cpu(). It does not find what depends on CUDA's own kernels, streams or memory. It
+also counts the waits for a GPU."""
 
 import functools
 import importlib
@@ -17,9 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_leaves, tree_map
 
 HERE, CPU = torch.device("meta"), torch.device("cpu")
-INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_"}       # on a GPU, by indices that may be on the CPU
-WAITING = {"_local_scalar_dense", "nonzero", "_unique2", "masked_select", "bincount", "nms"}    # their sizes come back
-WAITS = Counter()                                                        # since the start, by operator
+# on a GPU, by indices that may be on the CPU
+INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_"}
+# their sizes come back
+WAITING = {"_local_scalar_dense", "nonzero", "_unique2", "masked_select", "bincount", "nms"}
+WAITS = Counter()  # since the start, by operator
 
 
 class Far(Tensor):
@@ -80,14 +84,15 @@ def near_of(x):
 
 
 def dispatch(func, args: tuple, kwargs: dict):
-    """Every operator: refuse to mix, compute on the CPU, and give back results on the device that a GPU would."""
+    """Every operator: refuse to mix, compute on the CPU, and give back results on the device that a
+    GPU would."""
     name = func._schema.name.split("::")[1]
     given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     far = [x for x in given if isinstance(x, Far)]
     here = [x for x in given if not isinstance(x, Far)]
     assert all(x.device != HERE for x in here), f"{func} of a tensor that lost its values"
     if name in INDEXED and isinstance(args[0], Far):
-        here = [x for x in args[2:3] if not isinstance(x, Far)]                  # values, not indices
+        here = [x for x in args[2:3] if not isinstance(x, Far)]  # values, not indices
     if far and name not in ("copy_", "_to_copy") and any(x.dim() for x in here):
         raise RuntimeError(f"{func} of tensors on the pretended device and on the CPU: "
                            f"{[(tuple(x.shape), x.device.type) for x in given if isinstance(x, Tensor)]}")

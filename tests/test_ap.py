@@ -1,4 +1,5 @@
-"""data/ap.py: COCO's AP against the COCO API's demo and toys, Cityscapes' against values by hand and plain loops."""
+"""data/ap.py: COCO's AP against the COCO API's demo and toys, Cityscapes' against values by hand
+and plain loops."""
 
 import json
 from dataclasses import replace
@@ -22,7 +23,7 @@ DEMO = {"segm": "320 562 299 387 310 327 268 415 417 469 377 381",
         "bbox": "505 697 573 586 519 501 387 594 595 640 566 564"}
 golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no reference results in {GOLDEN}")
 real = pytest.mark.skipif(not (TEST_DATA / "coco_mini").is_dir(), reason=f"no pictures in {TEST_DATA}")
-CAR, TRUCK, PERSON = 2, 3, 0                                         # places among the eight classes
+CAR, TRUCK, PERSON = 2, 3, 0  # places among the eight classes
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,8 @@ def box(top: int, left: int, height: int, width: int, canvas: tuple[int, int] = 
 
 
 def toy(objects: list[tuple[int, np.ndarray, bool]], first: int = 0) -> dict:
-    """A COCO file of one image, with objects (category id, mask, crowd); annotation ids start at 0."""
+    """A COCO file of one image, with objects (category id, mask, crowd); annotation ids start at
+    0."""
     runs = [coco_mask.encode(np.asfortranarray(mask, np.uint8)) for _, mask, _ in objects]
     return {"images": [{"id": 5, "height": 60, "width": 60}],
             "categories": [{"id": 9, "name": "dog"}, {"id": 4, "name": "cat"}],
@@ -66,9 +68,10 @@ def detected(*found: tuple[int, float, np.ndarray]) -> list[dict]:
     return ap.results_of(5, [4, 9], labels, scores, torch.from_numpy(np.stack([m for _, _, m in found])))
 
 
-# ---------------------------------------------------------------------------------------------------- COCO
+# --------------------------------------------------------------------------------------------- COCO
 def test_files_without_boxes_and_areas_are_scored_as_with_them(tmp_path):
-    """Some exporters leave them out, or write 0 and empty lists, or sizes as text; polygons say it all."""
+    """Some exporters leave them out, or write 0 and empty lists, or sizes as text; polygons say it
+    all."""
     folder = shapes.make_tail(tmp_path / "tail", 12, 2, 6)
     data = instances.find("lvis", folder)
     content = json.loads(data.val_json.read_text())
@@ -90,7 +93,8 @@ def by_photos(data: Instances) -> dict:
 
 
 def moved(truth: dict, seed: int = 0) -> list[dict]:
-    """Boxes and masks of the objects, a few pixels off, some of another class; scores have one digit."""
+    """Boxes and masks of the objects, a few pixels off, some of another class; scores have one
+    digit."""
     g, results = np.random.default_rng(seed), []
     sizes = {r["id"]: (r["height"], r["width"]) for r in truth["images"]}
     for a in truth["annotations"]:
@@ -122,12 +126,12 @@ def test_what_is_true_by_the_photos_is_what_the_file_says(name, drawn, monkeypat
                             for r in c[key]] for c in (made, content))
         assert sorted(records) == sorted(others)
     assert (kind == "lvis") == ("frequency" in made["categories"][0]) == ("neg_category_ids" in made["images"][0])
-    for a in content["annotations"]:                                 # COCO's boxes of crowds are a pixel too small
+    for a in content["annotations"]:  # COCO's boxes of crowds are a pixel too small
         if folder == "coco_mini" and a["iscrowd"]:
             a["bbox"] = [*a["bbox"][:2], a["bbox"][2] + 1, a["bbox"][3] + 1]
     results = moved(content)
     for what in ("segm", "bbox"):
-        if folder == "car_parts" and what == "bbox":                 # the file's boxes are those of masks
+        if folder == "car_parts" and what == "bbox":  # the file's boxes are those of masks
             continue
         scores = [(ap.coco_ap(truth, results, what), lvis_ap(truth, results, what)) for truth in (content, made)]
         assert scores[0] == scores[1] and 1 < scores[0][0]["ap"] < 99
@@ -136,7 +140,8 @@ def test_what_is_true_by_the_photos_is_what_the_file_says(name, drawn, monkeypat
 
 
 def test_objects_without_area_and_boxes_of_polygons(drawn):
-    """Polygons have the extent of their points, run lengths that of the mask; where there is no area it is measured."""
+    """Polygons have the extent of their points, run lengths that of the mask; where there is no
+    area it is measured."""
     polygons = [np.array([2.004, 3, 12, 3, 12, 9, 2.004, 9]), np.array([20.3, 3, 22, 3, 22, 5])]
     runs = coco_mask.encode(np.asfortranarray(box(5, 6, 7, 8), np.uint8))
     things = (Thing(1, polygons, False, 0.0), Thing(0, runs, True, 0.0), Thing(0, runs, False, 5.5))
@@ -176,17 +181,20 @@ def test_the_demo_of_the_coco_api_to_the_digit(kind, capfd):
 
 
 def test_a_toy_by_hand():
-    """Two cats. The best detection is right, the second wrong: precision 1 up to recall 0.5, then 0, so AP is 51 of 101
-    recall points; dogs are not there. A detection of IoU 0.6 counts at thresholds 0.5, 0.55 and 0.6."""
+    """Two cats. The best detection is right, the second wrong: precision 1 up to recall 0.5, then
+    0, so AP is 51 of 101 recall points; dogs are not there. A detection of IoU 0.6 counts at
+    thresholds 0.5, 0.55 and 0.6."""
     one, two = box(0, 0, 20, 20), box(30, 0, 20, 20)
     truth = toy([(4, one, False), (4, two, False)])
     score = ap.coco_ap(truth, detected((0, 0.9, one), (0, 0.8, box(0, 40, 20, 20)), (1, 0.7, two)))
     assert score["ap"] == pytest.approx(100 * 51 / 101) and score["ap75"] == score["ap50"] == score["ap"]
     assert score["per_class"] == {"cat": score["ap"], "dog": None} and score["ar100"] == 50
-    assert score["ap_s"] == score["ap"] and score["ap_m"] is None and score["ap_l"] is None   # 400 pixels are small
+    # 400 pixels are small
+    assert score["ap_s"] == score["ap"] and score["ap_m"] is None and score["ap_l"] is None
     score = ap.coco_ap(truth, detected((0, 0.9, box(0, 0, 12, 20)), (0, 0.8, two)))
     assert score["ap50"] == pytest.approx(100) and score["ap75"] == pytest.approx(100 * 0.5 * 51 / 101)
-    assert score["ap"] == pytest.approx(100 * (3 * 1 + 7 * 0.5 * 51 / 101) / 10)      # from 0.65 on the best is wrong
+    # from 0.65 on the best is wrong
+    assert score["ap"] == pytest.approx(100 * (3 * 1 + 7 * 0.5 * 51 / 101) / 10)
     both = detected((0, 0.9, one), (0, 0.8, two))
     for number, ar in ((1, 50), (7, 100), (300, 100)):
         score = ap.coco_ap(truth, both, max_dets=number)
@@ -205,7 +213,7 @@ def test_crowds_hide_detections_and_areas_come_from_masks():
     large = [r | {"bbox": [0, 0, 60, 60]} for r in detected((0, 0.9, cat), (0, 0.95, box(30, 30, 9, 9)))]
     truth = toy([(4, cat, False)])
     assert ap.coco_ap(truth, large)["ap_s"] == pytest.approx(50)
-    assert ap.coco_ap(truth, results, "bbox")["ap"] == pytest.approx(100)        # else boxes of the masks
+    assert ap.coco_ap(truth, results, "bbox")["ap"] == pytest.approx(100)  # else boxes of the masks
 
 
 @pytest.mark.parametrize("first", [0, 1])
@@ -273,7 +281,7 @@ def test_cityscapes_as_a_coco_file(street):
             assert a["bbox"] == coco_mask.toBbox(a["segmentation"]).tolist()
 
 
-# ---------------------------------------------------------------------------------------------------- run lengths
+# -------------------------------------------------------------------------------------- run lengths
 @pytest.mark.parametrize("kind", [torch.bool, torch.uint8, torch.float32])
 def test_encode(kind):
     masks = (torch.rand(5, 13, 7, generator=torch.Generator().manual_seed(0)) < 0.4).to(kind)
@@ -286,7 +294,7 @@ def test_encode(kind):
     assert ap.encode(torch.zeros(0, 4, 4)) == []
 
 
-# ---------------------------------------------------------------------------------------------------- Cityscapes
+# --------------------------------------------------------------------------------------- Cityscapes
 def scored(*images: tuple[np.ndarray, list]) -> dict:
     judge = ap.CityscapesAP()
     for truth, predictions in images:
@@ -295,20 +303,21 @@ def scored(*images: tuple[np.ndarray, list]) -> dict:
 
 
 def region(*values: tuple[int, np.ndarray]) -> np.ndarray:
-    ids = np.full((60, 60), 7, np.int32)                             # road
+    ids = np.full((60, 60), 7, np.int32)  # road
     for value, mask in values:
         ids[mask] = value
     return ids
 
 
 def test_three_images_by_hand():
-    """Two cars of 400 pixels. A: found (0.9), and again in part (0.8, IoU 0.6). B: missed; a detection on a group
-    (0.7) does not count, one with 3/4 on void (0.95) is wrong from threshold 0.75 on, for 3/4 is not more. C: a car of
-    64 pixels is no object, so its detection (0.5) does not count; a truck that nobody finds.
+    """Two cars of 400 pixels. A: found (0.9), and again in part (0.8, IoU 0.6). B: missed; a
+    detection on a group (0.7) does not count, one with 3/4 on void (0.95) is wrong from threshold
+    0.75 on, for 3/4 is not more. C: a car of 64 pixels is no object, so its detection (0.5) does
+    not count; a truck that nobody finds.
 
-    Up to 0.7: right .9, wrong .8. Points (recall, precision): (.5, .5), (.5, 1), (0, 1), widths 0, .25, .25: area .5.
-    From 0.75: wrong .95, right .9, wrong .8. Points (.5, 1/3), (.5, 1/2), (0, 0), (0, 1), widths 0, .25, .25, 0: area
-    .125."""
+    Up to 0.7: right .9, wrong .8. Points (recall, precision): (.5, .5), (.5, 1), (0, 1), widths 0,
+    .25, .25: area .5. From 0.75: wrong .95, right .9, wrong .8. Points (.5, 1/3), (.5, 1/2), (0,
+    0), (0, 1), widths 0, .25, .25, 0: area .125."""
     car, other = box(0, 0, 20, 20), box(30, 0, 20, 20)
     a = region((26001, car)), [(CAR, 0.9, car), (CAR, 0.8, box(0, 0, 12, 20))]
     b = region((26000, car), (26, other), (0, box(0, 30, 15, 20))), [(CAR, 0.7, other), (CAR, 0.95, box(0, 30, 20, 20))]
@@ -325,35 +334,43 @@ def test_three_images_by_hand():
     ([(26001, box(0, 0, 20, 20))], [], 0),
     ([(26001, box(0, 0, 20, 20))], [(CAR, 0.9, np.zeros((60, 60), bool))], 0),
     ([(26001, box(0, 0, 20, 20))], [(TRUCK, 0.9, box(0, 0, 20, 20))], 0),
-    ([(26001, box(0, 0, 20, 20))], [(CAR, 0.9, box(0, 0, 10, 20))], 0),      # an IoU of 0.5 is not more than 0.5
-    ([(26001, box(0, 0, 20, 20))], [(CAR, 0.9, box(0, 0, 11, 20))], 10),     # 0.55 is
-    # wrong with a lower score than the right one: half of its step. The same outside of the curve costs nothing
+    # an IoU of 0.5 is not more than 0.5
+    ([(26001, box(0, 0, 20, 20))], [(CAR, 0.9, box(0, 0, 10, 20))], 0),
+    ([(26001, box(0, 0, 20, 20))], [(CAR, 0.9, box(0, 0, 11, 20))], 10),  # 0.55 is
+    # wrong with a lower score than the right one: half of its step. The same outside of the curve
+    # costs nothing
     ([(26001, box(0, 0, 20, 20))], [(CAR, 0.9, box(0, 0, 20, 20)), (CAR, 0.3, box(30, 30, 20, 20))], 100),
     ([(26001, box(0, 0, 20, 20))], [(CAR, 0.9, box(0, 0, 20, 20)), (CAR, 0.95, box(30, 30, 20, 20))], 25),
-    # on a region that is not scored: void, a group of this class, a small object, and a group of 81 pixels, twice
+    # on a region that is not scored: void, a group of this class, a small object, and a group of 81
+    # pixels, twice
     ([(26001, box(0, 0, 20, 20)), (4, box(30, 30, 20, 20))],
      [(CAR, 0.9, box(0, 0, 20, 20)), (CAR, 0.95, box(30, 30, 20, 20))], 100),
     ([(26001, box(0, 0, 20, 20)), (26, box(30, 30, 20, 20))],
      [(CAR, 0.9, box(0, 0, 20, 20)), (CAR, 0.95, box(30, 30, 20, 20))], 100),
-    ([(26001, box(0, 0, 20, 20)), (24, box(30, 30, 20, 20))],                 # a group of another class is no excuse
+    # a group of another class is no excuse
+    ([(26001, box(0, 0, 20, 20)), (24, box(30, 30, 20, 20))],
      [(CAR, 0.9, box(0, 0, 20, 20)), (CAR, 0.95, box(30, 30, 20, 20))], 25),
     ([(26001, box(0, 0, 20, 20)), (26002, box(30, 30, 9, 11))],
      [(CAR, 0.9, box(0, 0, 20, 20)), (CAR, 0.95, box(30, 30, 9, 11))], 100),
     ([(26001, box(0, 0, 20, 20)), (26, box(30, 30, 9, 9))],
-     [(CAR, 0.9, box(0, 0, 20, 20)), (CAR, 0.95, box(30, 30, 16, 10))], 100),   # 2 * 81 / 160 is more than 0.95
-    ([(26001, box(0, 0, 20, 20)), (4, box(30, 30, 10, 20))],                  # half on void is not more than 0.5
+     # 2 * 81 / 160 is more than 0.95
+     [(CAR, 0.9, box(0, 0, 20, 20)), (CAR, 0.95, box(30, 30, 16, 10))], 100),
+    ([(26001, box(0, 0, 20, 20)), (4, box(30, 30, 10, 20))],  # half on void is not more than 0.5
      [(CAR, 0.9, box(0, 0, 20, 20)), (CAR, 0.95, box(30, 30, 20, 20))], 25),
-    # the second on an object (IoU 0.625) is wrong up to 0.6, though 2 * 60 / 160 of it lie on a small group; for that
-    # it does not count at 0.65 and 0.7. A wrong one at .8 between right ones leaves (2/3 + 1/2 + 1 + 1) / 4 = 19/24
+    # the second on an object (IoU 0.625) is wrong up to 0.6, though 2 * 60 / 160 of it lie on a
+    # small group; for that
+    # it does not count at 0.65 and 0.7. A wrong one at .8 between right ones leaves (2/3 + 1/2 + 1
+    # + 1) / 4 = 19/24
     ([(26001, box(0, 0, 10, 10)), (26, box(10, 0, 6, 10)), (26002, box(30, 30, 20, 20))],
      [(CAR, 0.9, box(0, 0, 10, 10)), (CAR, 0.8, box(0, 0, 16, 10)), (CAR, 0.7, box(30, 30, 20, 20))],
      (8 * 100 * 19 / 24 + 2 * 100) / 10),
-    # caravans (29001) are objects of a class that is not scored, but the benchmark knows them as void in groups alone
+    # caravans (29001) are objects of a class that is not scored, but the benchmark knows them as
+    # void in groups alone
     ([(26001, box(0, 0, 20, 20)), (29, box(30, 30, 20, 20))],
      [(CAR, 0.9, box(0, 0, 20, 20)), (CAR, 0.95, box(30, 30, 20, 20))], 100),
     ([(26001, box(0, 0, 20, 20)), (29001, box(30, 30, 20, 20))],
      [(CAR, 0.9, box(0, 0, 20, 20)), (CAR, 0.95, box(30, 30, 20, 20))], 25),
-    ([(26001, box(0, 0, 10, 10))], [(CAR, 0.9, box(0, 0, 10, 10))], 100),     # 100 pixels are enough
+    ([(26001, box(0, 0, 10, 10))], [(CAR, 0.9, box(0, 0, 10, 10))], 100),  # 100 pixels are enough
     ([(26001, box(0, 0, 9, 11))], [(CAR, 0.9, box(0, 0, 9, 11))], None), ([], [(CAR, 0.9, box(0, 0, 9, 9))], None),
     # nothing is left to count
     ([(26001, box(0, 0, 20, 20)), (0, box(30, 30, 20, 20))], [(CAR, 0.9, box(30, 30, 20, 20))], 0)])
@@ -363,7 +380,8 @@ def test_single_rules(truth, predictions, expected):
 
 
 def by_loops(images: list[tuple[np.ndarray, list]]) -> dict[str, list[float]]:
-    """Recipe 4.7 word by word, with full-size masks: class -> AP at each threshold, nan without objects."""
+    """Recipe 4.7 word by word, with full-size masks: class -> AP at each threshold, nan without
+    objects."""
     table = {}
     for index, (kind, name) in enumerate(CITYSCAPES_THINGS.items()):
         table[name] = []
@@ -382,7 +400,8 @@ def by_loops(images: list[tuple[np.ndarray, list]]) -> dict[str, list[float]]:
                     if value < 1000 or mask.sum() < 100:
                         continue
                     objects += 1
-                    passing = sorted(s for s, m in ours if iou(m, mask) > threshold)  # noqa: B023 (used at once)
+                    # used at once
+                    passing = sorted(s for s, m in ours if iou(m, mask) > threshold)  # noqa: B023
                     misses += not passing
                     right += passing[-1:]
                     wrong += passing[:-1]
@@ -398,7 +417,7 @@ def by_loops(images: list[tuple[np.ndarray, list]]) -> dict[str, list[float]]:
             if not objects:
                 table[name].append(float("nan"))
                 continue
-            curve = []                                               # from the lowest score on
+            curve = []  # from the lowest score on
             for score in sorted({*right, *wrong}):
                 hits, all_above = sum(s >= score for s in right), sum(s >= score for s in right + wrong)
                 curve.append((hits / (len(right) + misses), hits / all_above))
@@ -411,8 +430,8 @@ def by_loops(images: list[tuple[np.ndarray, list]]) -> dict[str, list[float]]:
 
 
 def random_image(g: np.random.Generator) -> tuple[np.ndarray, list]:
-    """Boxes of objects, small ones, groups, void and caravans; detections near them, doubled, of wrong classes, random,
-    empty, with many equal scores."""
+    """Boxes of objects, small ones, groups, void and caravans; detections near them, doubled, of
+    wrong classes, random, empty, with many equal scores."""
     values = [24, 25, 26, 33, 24001, 24002, 24003, 26000, 26001, 27001, 29001, 29, 30, 0, 4, 9, 33000, 33001, 23]
     truth, found = np.full((50, 70), 7, np.int32), []
     for value in g.choice(values, 14):
@@ -452,9 +471,10 @@ def test_a_drawn_street_found_perfectly(street):
         judge.add(region(), [(CAR, 0.5, np.ones((50, 70), bool))])
 
 
-# ---------------------------------------------------------------------------------------------------- processes
+# ---------------------------------------------------------------------------------------- processes
 def evaluate(root: Path, out: Path) -> None:
-    """What a script does to score, on this process of those that the environment names; results as JSON."""
+    """What a script does to score, on this process of those that the environment names; results as
+    JSON."""
     world = distributed.start("cpu")
     data = instances.find("cityscapes", root)
     judge, results = ap.CityscapesAP(), []
@@ -462,7 +482,8 @@ def evaluate(root: Path, out: Path) -> None:
         photo, g = data.val[index], np.random.default_rng(index)
         labels, masks, _ = masks_of(photo, data)
         masks = torch.roll(masks, 1, -1)
-        scores = torch.from_numpy(g.integers(1, 4, len(labels)) / 4)         # many are equal: their order matters
+        # many are equal: their order matters
+        scores = torch.from_numpy(g.integers(1, 4, len(labels)) / 4)
         assert image.shape[-2:] == masks.shape[-2:]
         results += ap.results_of(photo.id, data.ids, labels, scores, masks)
         judge.add(instances.read_ids(photo.label), list(zip(labels.tolist(), scores.tolist(), masks.numpy() > 0,

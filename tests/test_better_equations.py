@@ -1,7 +1,8 @@
 """better_pseudo_labels.py against its paper: each equation by loops, who learns from what by hooks.
 
-Expected values come from the paper (Eqs. 1 to 5, Sec. 4.1) and, where it is silent, from what LVIS, Detectron2 and
-Guided Distillation publish, not from better_pseudo_labels.py. The detector itself is in test_better_parity.py."""
+Expected values come from the paper (Eqs. 1 to 5, Sec. 4.1) and, where it is silent, from what LVIS,
+Detectron2 and Guided Distillation publish, not from better_pseudo_labels.py. The detector itself is
+in test_better_parity.py."""
 
 import copy
 import itertools
@@ -29,16 +30,17 @@ from data.instances import Batch, Instances, Photo, Target, Thing
 
 WORLD, CPU = World(), torch.device("cpu")
 MEAN, STD = (torch.tensor(x).view(3, 1, 1) for x in ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)))
-RARE, COMMON, FREQUENT = 337, 461, 405              # classes of LVIS: in up to 10 pictures, up to 100, more
+RARE, COMMON, FREQUENT = 337, 461, 405  # classes of LVIS: in up to 10 pictures, up to 100, more
 
 pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
 
 
-# -------------------------------------------------------------------------------------------------------------- helpers
+# ------------------------------------------------------------------------------------------ helpers
 
 
 def small(**flags) -> Args:
-    """A network whose head is of some ten thousand weights; its teacher finds something in noise."""
+    """A network whose head is of some ten thousand weights; its teacher finds something in
+    noise."""
     return bpl.preset("shapes", **dict(
         weights="none", norm="frozen", image_size=64, width=8, fc=16, proposals=12, rpn_batch=16, roi_batch=12,
         embed_size=32, batch_size=2, teacher_batch_size=2, steps=10, teacher_steps=10, prior=0.5, threshold=0.0,
@@ -107,7 +109,7 @@ def tail(tmp_path_factory) -> Instances:
     return data
 
 
-# ---------------------------------------------------------------------------------------------------------------- Eq. 1
+# -------------------------------------------------------------------------------------------- Eq. 1
 
 
 def test_prototypes_are_equation_1():
@@ -136,7 +138,7 @@ def test_cosines_by_loops(center):
     assert got.diagonal()[there].tolist() == pytest.approx([1] * 4)
 
 
-# ---------------------------------------------------------------------------------------------------------------- Eq. 2
+# -------------------------------------------------------------------------------------------- Eq. 2
 
 
 def eq2(s: np.ndarray, n: np.ndarray, gamma: float, tau: float = 1.0, no_self: bool = False,
@@ -173,7 +175,7 @@ def test_gamma_zero_orders_classes_by_similarity_alone():
     s, n = bpl.cosines(torch.randn(9, 5)), torch.tensor([1, 900, 3, 50, 2, 7, 11, 400, 5])
     got = bpl.similar_classes(s, n, 0.0)
     assert torch.equal(got.argsort(1), s.argsort(1)) and torch.equal(got, bpl.similar_classes(s, n.flip(0), 0.0))
-    back = got * s.exp().sum(1, keepdim=True)                        # exp(S) is symmetric, its rows' sums differ
+    back = got * s.exp().sum(1, keepdim=True)  # exp(S) is symmetric, its rows' sums differ
     assert torch.allclose(back, back.T, atol=1e-5) and not torch.allclose(got, got.T, atol=1e-3)
 
 
@@ -182,13 +184,14 @@ def test_rare_classes_get_more():
     got = bpl.similar_classes(s, n, 1.5)
     assert (got.diff(dim=1) < 0).all() and (bpl.similar_classes(s, n, 0.0) == 1 / 7).all()
     ratios = [(row[i] / row[0 if i else 1]).item() for i, row in enumerate(bpl.similar_classes(torch.eye(7), n, 1.5))]
-    assert ratios == pytest.approx([2.72, 1.42, 1.21, 1.09, 1.03, 1.006, 1.001], abs=0.005)      # exp(1 / N^1.5)
+    # exp(1 / N^1.5)
+    assert ratios == pytest.approx([2.72, 1.42, 1.21, 1.09, 1.03, 1.006, 1.001], abs=0.005)
 
 
 @pytest.mark.parametrize("mean, mass", [(0.2, 0.294), (0.6, 0.325), (0.85, 0.349)])
 def test_equation_2_as_printed_is_nearly_uniform(mean, mass):
-    """At LVIS's size, with and without frequencies; the temperature is what sharpens it. Eq. 3's literal column is no
-    distribution: its sums are those of recipe 2.4."""
+    """At LVIS's size, with and without frequencies; the temperature is what sharpens it. Eq. 3's
+    literal column is no distribution: its sums are those of recipe 2.4."""
     c = RARE + COMMON + FREQUENT
     common, own = torch.tensor([1.0] + [0.0] * 63), F.normalize(torch.randn(c, 64), dim=1)
     s = bpl.cosines(math.sqrt(mean) * common + math.sqrt(1 - mean) * own).double()
@@ -207,7 +210,7 @@ def test_equation_2_as_printed_is_nearly_uniform(mean, mass):
     assert torch.allclose(bpl.smoothed_targets(got, 0.1).sum(1), torch.ones(c).double())
 
 
-# ---------------------------------------------------------------------------------------------------------------- Eq. 3
+# -------------------------------------------------------------------------------------------- Eq. 3
 
 
 @pytest.mark.parametrize("convention", ["row", "literal"])
@@ -225,7 +228,7 @@ def test_smoothed_targets_are_equation_3(convention):
         assert eps or torch.equal(got, torch.eye(6))
 
 
-# ------------------------------------------------------------------------------------------- labels of a drawn data set
+# ----------------------------------------------------------------------- labels of a drawn data set
 
 
 def learned(args: Args, data: Instances, photos: list[Photo]) -> Classes:
@@ -253,7 +256,7 @@ def test_counts_and_groups(tail, tmp_path):
     assert got.images.tolist() == [len({image for image, k in pairs if k == i}) for i in range(c)]
     assert (got.images == 0).any() and (got.instances > got.images).any()
     assert torch.equal(got.targets, torch.eye(c)) and not (tmp_path / "prototypes.pt").exists()
-    thirds = lvis_ap.group_by_count(got.images[got.images > 0].numpy())          # of those that there are
+    thirds = lvis_ap.group_by_count(got.images[got.images > 0].numpy())  # of those that there are
     assert [g for g, n in zip(got.groups, got.images, strict=True) if n] == thirds and len({*thirds}) > 1
     assert all(g == "r" for g, n in zip(got.groups, got.images, strict=True) if not n)
     by_file = replace(tail, frequency=["f", "r", "c"] * 4)
@@ -270,7 +273,8 @@ def test_a_crowd_is_no_object(tail, tmp_path):
 
 
 def test_prototypes_of_drawn_objects(tail, tmp_path):
-    """Eq. 1 of the crops of all objects, or of at most two of each class; kept for the run, though labels change."""
+    """Eq. 1 of the crops of all objects, or of at most two of each class; kept for the run, though
+    labels change."""
     c, photos = len(tail.classes), tail.train
     args = small(smoothing="similarity", out=str(tmp_path))
     s = bpl.similarities(args, tail, photos, WORLD)
@@ -298,7 +302,8 @@ def test_prototypes_of_drawn_objects(tail, tmp_path):
 
 
 def test_prototypes_of_another_command_are_made_anew(tail, tmp_path, monkeypatch):
-    """A command that stopped before it trained leaves them; the mended one may be of other classes or crops."""
+    """A command that stopped before it trained leaves them; the mended one may be of other classes
+    or crops."""
     made = []
     monkeypatch.setattr(bpl, "embed_objects", lambda args, data, *_: made.append(args.embed_size) or {
         "prototypes": torch.randn(len(data.classes), 4)})
@@ -320,7 +325,8 @@ def net_width(args: Args) -> int:
 @pytest.mark.parametrize("counts", ["instances", "images"])
 @pytest.mark.parametrize("smoothing", ["uniform", "similarity", "similarity+freq"])
 def test_targets_of_each_smoothing(smoothing, counts, tail, tmp_path):
-    """Fig. 2's curves. A class without an object gets nothing of others; there is no row of S' for its own."""
+    """Fig. 2's curves. A class without an object gets nothing of others; there is no row of S' for
+    its own."""
     photos, c, eps = tail.train[:7], len(tail.classes), 0.2
     pairs = annotations(tail, photos)
     n = np.bincount([k for _, k in (set(pairs) if counts == "images" else pairs)], minlength=c)
@@ -385,11 +391,12 @@ def test_crops_are_a_tenth_larger_at_each_side(tmp_path):
     assert (crop((0, 60, 30, 80), (0, 58, 33, 80)) == 200).all()
 
 
-# ---------------------------------------------------------------------------------------------------------------- Eq. 4
+# -------------------------------------------------------------------------------------------- Eq. 4
 
 
 def samples(c: int = 6, n: int = 400) -> tuple[Tensor, Tensor, Tensor]:
-    """Confidences, half of them on a border of bins, whether right, and classes; class 2 has none."""
+    """Confidences, half of them on a border of bins, whether right, and classes; class 2 has
+    none."""
     g = np.random.default_rng(1)
     conf = np.where(g.random(n) < 0.5, g.random(n), g.integers(0, 11, n) / 10).astype(np.float32)
     labels = g.choice([k for k in range(c) if k != 2], n)
@@ -398,7 +405,8 @@ def samples(c: int = 6, n: int = 400) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("bins", [1, 5, 10, 15, 100])
 def test_ccece_is_equation_4(bins):
-    """The sum over bins by loops; and, being signed, mean accuracy minus mean confidence for any number of bins."""
+    """The sum over bins by loops; and, being signed, mean accuracy minus mean confidence for any
+    number of bins."""
     conf, right, labels = samples()
     delta, number = bpl.ccece(conf, right, labels, 6, bins)
     for i in range(6):
@@ -426,7 +434,8 @@ def test_sign_of_ccece_and_borders():
 
 
 def shrunk(delta: list[float], number: list[int], groups: list[str], kappa: float) -> list[float]:
-    """(n Delta + kappa m) / (n + kappa), m the mean of the group, by samples, itself drawn so to the mean of all."""
+    """(n Delta + kappa m) / (n + kappa), m the mean of the group, by samples, itself drawn so to
+    the mean of all."""
     def mean(mine: list[int], towards: float) -> float:
         n, total = (sum(v) for v in zip(*((number[j], number[j] * delta[j]) for j in mine), strict=True))
         return (total + kappa * towards) / (n + kappa)
@@ -438,7 +447,8 @@ def shrunk(delta: list[float], number: list[int], groups: list[str], kappa: floa
 
 @pytest.mark.parametrize("kappa", [0.0, 3.0, 20.0])
 def test_shrunk_by_loops(kappa):
-    """Recipe 3.3; a class without a sample has its group's mean, a group without one that of all."""
+    """Recipe 3.3; a class without a sample has its group's mean, a group without one that of
+    all."""
     delta, number = torch.tensor([0.5, -0.3, 0.0, 0.2, -0.8, 0.0]), torch.tensor([1, 40, 0, 3, 5, 0])
     groups, whole = ["r", "r", "r", "c", "c", "f"], (0.5 - 12 + 0.6 - 4) / 49
     got = bpl.shrunk(delta, number, groups, kappa)
@@ -446,12 +456,12 @@ def test_shrunk_by_loops(kappa):
     if kappa:
         assert got[5].item() == pytest.approx(whole)
         assert got[2].item() == pytest.approx((0.5 - 12 + kappa * whole) / (41 + kappa))
-    assert delta[0] == 0.5                                           # the argument stays
+    assert delta[0] == 0.5  # the argument stays
     nothing = bpl.shrunk(torch.zeros(6), torch.zeros(6, dtype=torch.int64), groups, kappa)
     assert nothing.tolist() == [0] * 6
 
 
-# ---------------------------------------------------------------------------------------------------------------- Eq. 5
+# -------------------------------------------------------------------------------------------- Eq. 5
 
 
 SUPPORTS = {"all": lambda y, row: True, "support": lambda y, row: y > 0.02, "top1": lambda y, row: y == max(row)}
@@ -474,7 +484,8 @@ def test_corrected_is_equation_5(support):
 
 
 def test_correcting_all_classes_is_destructive():
-    """Recipe 3.4: one object of LVIS, its top score 0.6, and two confusers; 337 rare classes are underconfident."""
+    """Recipe 3.4: one object of LVIS, its top score 0.6, and two confusers; 337 rare classes are
+    underconfident."""
     c = RARE + COMMON + FREQUENT
     y = torch.zeros(1, c)
     y[0, 1000], y[0, 1001], y[0, 1002] = 0.6, 0.15, 0.05
@@ -482,7 +493,7 @@ def test_correcting_all_classes_is_destructive():
     for rise, mass in ((0.05, 34.5), (0.01, 7.6)):
         assert bpl.corrected(y, rise * rare, 2.0, "all").sum().item() == pytest.approx(mass, abs=0.1)
         assert torch.equal(bpl.corrected(y, rise * rare, 2.0), y)
-    delta = 0.05 * rare - 0.26 * (1 - rare)                          # and frequent ones are overconfident
+    delta = 0.05 * rare - 0.26 * (1 - rare)  # and frequent ones are overconfident
     got = {support: bpl.corrected(y, delta, 2.0, support) for support in SUPPORTS}
     assert got["all"].argmax() < RARE and y[0, got["all"].argmax()] == 0 and got["support"].argmax() == 1000
     assert got["support"].sum().item() == pytest.approx(0.08) and got["top1"].sum().item() == pytest.approx(0.28)
@@ -504,7 +515,7 @@ def test_pseudo_targets_are_table_1():
     assert all_[1].tolist() == pytest.approx([0, 0.4, 1, 0.4]) and top[1].tolist() == pytest.approx([0.1, 0.2, 1, 0])
 
 
-# --------------------------------------------------------------------------------------------------------------- losses
+# ------------------------------------------------------------------------------------------- losses
 
 
 def test_sigmoid_loss_by_loops():
@@ -536,8 +547,8 @@ def test_softmax_loss_by_loops():
 
 @pytest.mark.parametrize("weight", [0.5, 1.0, 2.0])
 def test_lambda_that_cancels_the_teachers_error(weight):
-    """Recipe 3.3: labels leave the confidence at c, pseudo labels pull it to c + lambda Delta. With equal weights half
-    of lambda arrives, so lambda = 2 cancels; in general 1 + 1 / weight."""
+    """Recipe 3.3: labels leave the confidence at c, pseudo labels pull it to c + lambda Delta. With
+    equal weights half of lambda arrives, so lambda = 2 cancels; in general 1 + 1 / weight."""
     c, delta, one = 0.6, torch.tensor([-0.15]), torch.ones(1, 1)
     for strength in (1.0, 2.0, 1 + 1 / weight):
         target = bpl.pseudo_targets(torch.tensor([[c]]), delta, small(lambda_calib=strength))
@@ -550,11 +561,12 @@ def test_lambda_that_cancels_the_teachers_error(weight):
     assert want == pytest.approx(c + delta.item())
 
 
-# ------------------------------------------------------------------------------------------------------- federated loss
+# ----------------------------------------------------------------------------------- federated loss
 
 
 def test_known_classes_of_an_image():
-    """Its own, and others up to --federated in all; none without labels; of soft labels all that they speak of."""
+    """Its own, and others up to --federated in all; none without labels; of soft labels all that
+    they speak of."""
     images = [9, 4, 0, 25, 1, 16, 3, 0, 2, 5]
     similar = torch.eye(10).bool()
     similar[1, [3, 6]] = similar[5, 8] = True
@@ -582,15 +594,16 @@ def test_soft_labels_of_unlabeled_classes_take_no_place():
 
 
 def test_known_classes_are_drawn_by_the_root_of_their_pictures():
-    """Of one more class each class's share is its root over all roots; of several, as numpy draws without replacement.
-    The draw is the generator's alone."""
+    """Of one more class each class's share is its root over all roots; of several, as numpy draws
+    without replacement. The draw is the generator's alone."""
     images, n = [100, 4, 0, 25, 1, 64, 9], 3000
     classes, o = classes_of(images), objects_at([[0, 0, 9, 9]], [1], 7)
     seeds = range(n)
     got = bpl.known_classes([o] * n, classes, False, small(federated=2), draws(*seeds))
     roots = np.sqrt(images) * (np.arange(7) != 1)
     counts, want = array(got.sum(0))[roots > 0], n * (roots / roots.sum())[roots > 0]
-    assert ((counts - want) ** 2 / want).sum() < 18.5                # 0.999 of chi-square with four degrees of freedom
+    # 0.999 of chi-square with four degrees of freedom
+    assert ((counts - want) ** 2 / want).sum() < 18.5
     g = np.random.default_rng(0)
     three = bpl.known_classes([o] * n, classes, False, small(federated=4), draws(*seeds)).float().mean(0)
     numpys = np.mean([np.isin(np.arange(7), g.choice(7, 3, False, roots / roots.sum())) for _ in range(n)], axis=0)
@@ -600,7 +613,8 @@ def test_known_classes_are_drawn_by_the_root_of_their_pictures():
 
 
 def test_repeat_factors_of_lvis():
-    """Recipe 1.8: sqrt(0.001 / share) of the rarest class; at most 10 of 100,170 pictures; none of a thousand."""
+    """Recipe 1.8: sqrt(0.001 / share) of the rarest class; at most 10 of 100,170 pictures; none of
+    a thousand."""
     def holding(n: int, *counts: int) -> list[Photo]:
         def photo(i: int) -> Photo:
             return Photo("", Path(), things=tuple(Thing(k, [], False, 1.0) for k, m in enumerate(counts) if i < m))
@@ -614,11 +628,12 @@ def test_repeat_factors_of_lvis():
     assert (instances.repeat_factors(holding(1000, 1000, 3, 1), 4, 0.001) == 1).all()
 
 
-# -------------------------------------------------------------------------------------------------------- pseudo labels
+# ------------------------------------------------------------------------------------ pseudo labels
 
 
 def test_objects_found():
-    """Over 0.05; one of those that overlap, of whatever class or of each; a hundred at most, best first."""
+    """Over 0.05; one of those that overlap, of whatever class or of each; a hundred at most, best
+    first."""
     boxes = torch.tensor([[0, 0, 10, 10], [1, 0, 11, 10], [0, 1, 10, 11], [30, 30, 40, 40], [50, 0, 60, 10.]])
     probs = torch.tensor([[0.5, 0.1, 0], [0.2, 0.7, 0.1], [0.6, 0, 0.3], [0, 0, 0.05], [0, 0.051, 0]])
     assert bpl.objects_found(boxes, probs, small()).tolist() == [1, 4]
@@ -629,7 +644,7 @@ def test_objects_found():
     found = bpl.objects_found(corner + boxes[0], conf[:, None] * torch.tensor([[0.0, 1, 0]]), small())
     assert found.tolist() == conf.argsort(descending=True)[:100].tolist()
     assert bpl.objects_found(boxes[:0], probs[:0], small()).tolist() == []
-    for height, kept in ((4.9, [0, 1]), (5.1, [0])):                 # an overlap of 0.49 stays, one of 0.51 goes
+    for height, kept in ((4.9, [0, 1]), (5.1, [0])):  # an overlap of 0.49 stays, one of 0.51 goes
         pair = torch.tensor([[0, 0, 10, 10], [0, 0, 10, height]])
         assert bpl.objects_found(pair, torch.tensor([[0.9], [0.8]]), small()).tolist() == kept
 
@@ -642,7 +657,8 @@ DELTA = torch.tensor([-0.2, 0.1, 0, 0.3])
 
 
 def stub(*views: list[str], size: int = 32):
-    """A teacher that finds these regions; the mask of the small one has 5 pixels, others fill their boxes."""
+    """A teacher that finds these regions; the mask of the small one has 5 pixels, others fill their
+    boxes."""
     calls = []
 
     def infer(x: Tensor, boxes=None):
@@ -671,7 +687,7 @@ def kept_of(view: list[str], args: Args, delta: Tensor | None = DELTA) -> tuple[
 
 def test_pseudo_labels_of_hand_made_scores():
     args = small(threshold=0.5, size_threshold=5.0, lambda_calib=2.0)
-    found, log, calls = kept_of(list(REGIONS), args)                 # sides over 2 pixels, areas over 5
+    found, log, calls = kept_of(list(REGIONS), args)  # sides over 2 pixels, areas over 5
     assert calls[1][:2] == (["a pyramid"], 0) and sorted(calls[1][2]) == [1, 1, 2]
     order = [b for name in ("tie", "sure") for b in [REGIONS[name][0]]]
     assert found.boxes.tolist() == order and found.labels.tolist() == [1, 1]
@@ -689,7 +705,7 @@ def test_pseudo_labels_of_hand_made_scores():
 
 def test_threshold_is_of_raw_or_corrected_scores():
     args, names = small(threshold=0.5, size_threshold=5.0), ["sure", "lower", "tie"]
-    for mode in ("onehot", "soft", "calibrated"):                    # Table 1: rows differ in targets alone
+    for mode in ("onehot", "soft", "calibrated"):  # Table 1: rows differ in targets alone
         found, log, _ = kept_of(names, replace(args, pseudo=mode))
         assert found.boxes.tolist() == [REGIONS["tie"][0], REGIONS["sure"][0]]
         assert log["conf"].item() == pytest.approx(0.75)
@@ -697,12 +713,14 @@ def test_threshold_is_of_raw_or_corrected_scores():
     assert found.boxes.tolist() == [REGIONS["tie"][0], REGIONS["lower"][0]]
     assert torch.allclose(found.probs, torch.tensor([[0.4, 1, 0, 0], [0, 0.65, 0.4, 0]]))
     assert log["conf"].item() == pytest.approx((1 + 0.65) / 2)
-    assert len(kept_of(["sure"], replace(args, threshold=0.6))[0].labels) == 1       # as high as it: stays
+    # as high as it: stays
+    assert len(kept_of(["sure"], replace(args, threshold=0.6))[0].labels) == 1
     assert len(kept_of(["sure"], replace(args, threshold=0.601))[0].labels) == 0
 
 
 def test_classes_that_pseudo_labels_speak_of():
-    """Of a soft label all scores over 0.02, also those that Eq. 5 takes to zero, and all that it makes larger."""
+    """Of a soft label all scores over 0.02, also those that Eq. 5 takes to zero, and all that it
+    makes larger."""
     for flags, want in ((dict(), [0, 1, 2]), (dict(pseudo="soft"), [0, 1, 2]), (dict(pseudo="onehot"), [1]),
                         (dict(support="all"), [0, 1, 2, 3]), (dict(support="top1"), [0, 1, 2])):
         args = small(threshold=0.3, size_threshold=5.0, **flags)
@@ -726,7 +744,8 @@ def test_mask_channel_is_the_best_corrected_class():
 
 
 def test_mask_channel_is_of_the_support():
-    """Recipe 3.4: the best corrected class among the support, also where all classes are corrected."""
+    """Recipe 3.4: the best corrected class among the support, also where all classes are
+    corrected."""
     args = small(threshold=0.5, size_threshold=5.0, lambda_calib=1.0, support="all")
     found, _, _ = kept_of(["sure"], args, torch.tensor([-0.5, -0.25, 0, 0.3]))
     assert torch.allclose(found.probs, torch.tensor([[0.1, 0.05, 0.01, 0.3]])) and found.labels.tolist() == [0]
@@ -745,7 +764,7 @@ def test_pseudo_labels_of_views_without_any():
     assert log["conf"] == log["mass"] == log["pseudo_per_image"] == 0 and log["pseudo_none"] == 1
 
 
-# -------------------------------------------------------------------------------------------- what regions shall become
+# ------------------------------------------------------------------------ what regions shall become
 
 
 def test_wanted_of_regions():
@@ -771,7 +790,8 @@ def test_labeled_objects():
 
 @pytest.mark.parametrize("k", [1, 2])
 def test_mask_targets_by_loops(k):
-    """Each of 28 x 28 cells of k x k pixels: 1 from a half on; of the object that the box is matched to."""
+    """Each of 28 x 28 cells of k x k pixels: 1 from a half on; of the object that the box is
+    matched to."""
     masks = (torch.rand(3, 70, 70) < 0.5).to(torch.uint8)
     boxes, matches = torch.tensor([[3, 5], [10, 0], [0, 2], [6, 6]]), torch.tensor([2, 0, 2, 0])
     got = regions.mask_targets(masks, matches, torch.cat([boxes, boxes + 28 * k], dim=1).float())
@@ -790,7 +810,7 @@ def cascade(monkeypatch, objects: list[Objects], known: Tensor, **flags) -> tupl
     args, b, seen = small(roi_batch=24, **flags), len(objects), []
     torch.manual_seed(3)
     heads = bpl.CascadeHeads(args, known.shape[1])
-    for layer in (*(head.classes for head in heads.boxes), heads.mask.masks):        # deltas stay small
+    for layer in (*(head.classes for head in heads.boxes), heads.mask.masks):  # deltas stay small
         nn.init.normal_(layer.weight, std=1)
     heads.learned[3] = False
     pyramid = [torch.randn(b, 8, 64 // s, 64 // s) for s in (4, 8, 16, 32, 64)]
@@ -819,7 +839,7 @@ def test_smooth_labels_in_all_heads_or_the_first(where, monkeypatch):
     for stage, (_, probs, mask) in enumerate(seen):
         found = {tuple(row) for row in probs.tolist()}
         assert found - {(0.0,) * 5} == (rows if where == "all" or stage == 0 else hot) and mask.all()
-        assert (0.0,) * 5 in found                                   # background
+        assert (0.0,) * 5 in found  # background
 
 
 def test_losses_are_means_over_images_of_means_over_regions(monkeypatch):
@@ -833,16 +853,17 @@ def test_losses_are_means_over_images_of_means_over_regions(monkeypatch):
     real = (probs > 0).any(1).split([9, 7])
     value = F.binary_cross_entropy_with_logits(logits, probs, reduction="none").sum(1).split([9, 7])
     assert loss["class1"].item() == pytest.approx(sum(v.mean().item() for v in value) / 2, rel=1e-4)
-    assert [r.sum() for r in real] == [6, 5]                         # objects are a quarter of 24 at most
+    assert [r.sum() for r in real] == [6, 5]  # objects are a quarter of 24 at most
 
 
 @pytest.mark.parametrize("more", ["mask", "fg-all"])
 def test_federated_loss_learns_known_classes_alone(more, monkeypatch):
-    """`fg-all`: regions of objects teach all classes that have an object; background those that are known."""
+    """`fg-all`: regions of objects teach all classes that have an object; background those that are
+    known."""
     objects, known = [objects_at(*o, 5) for o in OBJECTS], torch.zeros(2, 5, dtype=torch.bool)
     known[0, [1, 4]] = known[1, [0, 4]] = True
     seen, loss, heads = cascade(monkeypatch, objects, known, fed_soft=more)
-    columns = [0, 1, 4] if more == "mask" else [0, 1, 2, 4]          # class 3 has no object at all
+    columns = [0, 1, 4] if more == "mask" else [0, 1, 2, 4]  # class 3 has no object at all
     for logits, probs, mask in seen:
         assert logits.shape == probs.shape == mask.shape and logits.shape[1] == len(columns)
         real = (probs > 0).any(1)
@@ -854,7 +875,7 @@ def test_federated_loss_learns_known_classes_alone(more, monkeypatch):
         assert (head.classes.weight.grad.abs().sum(1) > 0).nonzero().flatten().tolist() == columns
 
 
-# ------------------------------------------------------------------------------------------------------------- the step
+# ----------------------------------------------------------------------------------------- the step
 
 
 def pictures(low: int, high: int, count: int) -> Tensor:
@@ -862,7 +883,8 @@ def pictures(low: int, high: int, count: int) -> Tensor:
 
 
 def batches(seed: int, count: int = 2) -> tuple[Batch, Batch]:
-    """Dark labeled pictures, and unlabeled ones: middling for the teacher, bright for the student."""
+    """Dark labeled pictures, and unlabeled ones: middling for the teacher, bright for the
+    student."""
     torch.manual_seed(seed)
     objects = [objects_at(b, k, 5) for b, k in (*OBJECTS, ([], []), ([[1, 1, 63, 40]], [4]))][:count]
     targets = [Target(o.labels, o.masks) for o in objects]
@@ -875,13 +897,14 @@ STEP_DELTA = torch.tensor([-0.1, 0.05, 0.0, 0.3, 0.1])
 
 
 def begun(args: Args, tmp_path: Path, phase: str = "student", unlearned=(3,)) -> tuple[bpl.State, dict[str, Tensor]]:
-    """The phase at step 10 of a run, and the weights of the trained teacher; nothing is labeled as class d."""
+    """The phase at step 10 of a run, and the weights of the trained teacher; nothing is labeled as
+    class d."""
     args.out, classes = str(tmp_path), classes_of([7, 3, 2, 0, 9])
     trained = shaken(bpl.Detector(args, 5))
     trained.heads.learned[list(unlearned)] = False
     with torch.no_grad():
         for head in trained.heads.boxes:
-            head.classes.weight.mul_(30)                             # scores differ from region to region
+            head.classes.weight.mul_(30)  # scores differ from region to region
     runs.save_checkpoint(tmp_path / "teacher.pt", bpl.SCRIPT,
                          {"classes": NAMES, "networks": {"supervised": trained.state_dict()}})
     data = SimpleNamespace(classes=NAMES, root=tmp_path)
@@ -938,21 +961,22 @@ def test_the_student_may_learn_classes_that_its_teacher_did_not(tmp_path):
 
 @pytest.mark.parametrize("labels", ["smoothed", "onehot"])
 def test_the_student_learns_from_both_halves(labels, tmp_path):
-    """Labels with Eq. 3's rows; strong views with what the teacher finds on the weak ones, with Eq. 5. The gradient is
-    that of the sum of both losses, the second one weighted; the teacher has none."""
+    """Labels with Eq. 3's rows; strong views with what the teacher finds on the weak ones, with Eq.
+    5. The gradient is that of the sum of both losses, the second one weighted; the teacher has
+    none."""
     args = small(student_labels=labels, unsup_weight=0.3, lr=0.01, teacher_update="frozen")
     s, trained = begun(args, tmp_path)
     s.teacher.requires_grad_(True)
     calls, (labeled, unlabeled), twin = watched(s), batches(1), copy.deepcopy(s.student)
     twin._forward_pre_hooks.clear()
     for p in s.student.parameters():
-        p.grad = torch.ones_like(p)                                  # of a step before
+        p.grad = torch.ones_like(p)  # of a step before
     log = bpl.train_step(s, labeled, unlabeled, args, WORLD)
     assert [c[0] for c in calls] == ["student", "teacher", "student"]
     first, asked, second = calls
     for call, x in zip(calls, (labeled.images, unlabeled.weak, unlabeled.images), strict=True):
         assert torch.allclose(call[1], (x - MEAN) / STD, atol=1e-5)
-        assert call[-1] == call[-2] == (call[0] == "student")        # training mode, and gradients
+        assert call[-1] == call[-2] == (call[0] == "student")  # training mode, and gradients
     table = s.classes.targets if labels == "smoothed" else torch.eye(5)
     for o, target in zip(first[2], labeled.targets, strict=True):
         assert torch.equal(o.probs, table[target.labels]) and torch.equal(o.masks, target.masks)
@@ -980,7 +1004,8 @@ def test_a_supervised_phase_does_not_look_at_unlabeled_images(tmp_path):
     log = bpl.train_step(s, labeled, None, args, WORLD)
     assert len(calls) == 1 and not any(name.endswith("_u") or "pseudo" in name for name in log)
     for o, target in zip(calls[0][2], labeled.targets, strict=True):
-        assert torch.equal(o.probs, s.classes.targets[target.labels])            # Eq. 3, whatever the student learns
+        # Eq. 3, whatever the student learns
+        assert torch.equal(o.probs, s.classes.targets[target.labels])
     repeated(twin, calls[0]).backward()
     assert close(gradients(s.student), gradients(twin), 1e-5)
     args.clip = 1e-3
@@ -1024,7 +1049,8 @@ def test_ema_averages_parameters_and_floating_buffers():
 
 @pytest.mark.parametrize("burn_in, update", [(0, "ema"), (1, "ema"), (2, "ema"), (0, "frozen")])
 def test_teacher_follows_from_the_burn_in_on(burn_in, update, tmp_path):
-    """Frozen before, a copy when that many steps are done, Eq. 5 of Guided Distillation after; with live statistics."""
+    """Frozen before, a copy when that many steps are done, Eq. 5 of Guided Distillation after; with
+    live statistics."""
     args = small(burn_in=burn_in, teacher_update=update, norm="live", lr=0.01)
     s, expected = begun(args, tmp_path)
     calls = watched(s)
@@ -1042,7 +1068,7 @@ def test_teacher_follows_from_the_burn_in_on(burn_in, update, tmp_path):
         assert done == burn_in or not close(values(s.teacher), now)
 
 
-# --------------------------------------------------------------------------------------------------- Sec. 4.1: settings
+# ------------------------------------------------------------------------------- Sec. 4.1: settings
 
 
 def test_the_papers_numbers():
@@ -1059,7 +1085,8 @@ def test_the_papers_numbers():
 
 
 def test_schedule():
-    """Linear from a thousandth over one percent of the steps, then a cosine to zero; or constant."""
+    """Linear from a thousandth over one percent of the steps, then a cosine to zero; or
+    constant."""
     args = bpl.preset("lvis")
     for t in (0, 1, 75, 149, 150, 151, 7500, 14_999, 15_000):
         rise = 0.001 + 0.999 * t / 150 if t < 150 else 1
@@ -1106,7 +1133,8 @@ PLANS = [
 
 @pytest.mark.parametrize("flags, phases", PLANS, ids=str)
 def test_plan(flags, phases):
-    """A network of 85 % of the labels only where Eq. 4 has to be measured, and the teacher has seen all labels."""
+    """A network of 85 % of the labels only where Eq. 4 has to be measured, and the teacher has seen
+    all labels."""
     steps = {"heldout": 7, "teacher": 7, "student": 5}
     got = bpl.plan(bpl.preset("lvis", teacher_steps=7, steps=5, **flags))
     assert got == [(name, steps[name]) for name in phases.split()]
@@ -1151,11 +1179,12 @@ def test_who_is_not_refused():
             bpl.check(bpl.preset("lvis", **flags), World(size=16))
 
 
-# ---------------------------------------------------------------------------------------------------------------- views
+# -------------------------------------------------------------------------------------------- views
 
 
 def test_jitter_crop():
-    """Recipe 6.3: flip, a scale of 0.1 to 2 of the square, aspect kept; a window at random, padded right and below."""
+    """Recipe 6.3: flip, a scale of 0.1 to 2 of the square, aspect kept; a window at random, padded
+    right and below."""
     args, g = bpl.preset("lvis", image_size=640), np.random.default_rng(0)
     us, places, flips = [], [], 0
     for h, n in [(480, 640), (1200, 300), (333, 777)] * 200:
@@ -1212,7 +1241,8 @@ def test_labeled_view_moves_masks_and_drops_empty_ones():
         assert nothing is None and view.shape == (3, 64, 64) and labels.tolist() == [1, 0]
         assert target.masks.flatten(1).any(1).all()
         assert target.labels.tolist() == [k for k, m in zip((1, 0), masks, strict=True) if m.any()]
-        for label, mask in zip(target.labels.tolist(), target.masks, strict=True):   # painted so, but for the edges
+        # painted so, but for the edges
+        for label, mask in zip(target.labels.tolist(), target.masks, strict=True):
             painted = (view[label] > 200) & (view[1 - label] < 60)
             assert mask.shape == (64, 64) and (painted != (mask > 0)).float().mean() < 0.06
         h, w = window.size
@@ -1267,10 +1297,11 @@ def test_strong_view_draws(monkeypatch):
     assert len({tuple(name for name, _ in c[:4]) for c in calls if ("adjust_hue" in dict(c))}) == 24
 
 
-# ---------------------------------------------------------------------------------------------------------- calibration
+# -------------------------------------------------------------------------------------- calibration
 
 
-OBJECTS_OF = [(0, [8, 8, 24, 24, 0]), (1, [32, 8, 56, 32, 20]), (0, [2, 36, 10, 44, 0])]    # class; box and slant
+# class; box and slant
+OBJECTS_OF = [(0, [8, 8, 24, 24, 0]), (1, [32, 8, 56, 32, 20]), (0, [2, 36, 10, 44, 0])]
 FOUND = {  # in pixels of the picture: box, scores of the classes a, b, c, d
     "right": ([8, 8, 24, 24], [0.9, 0.1, 0, 0]), "thin": ([32, 8, 56, 32], [0.1, 0.7, 0, 0]),
     "absent": ([2, 20, 7, 34], [0, 0.1, 0.5, 0]), "not said": ([40, 34, 60, 46], [0, 0, 0.2, 0.8]),
@@ -1279,7 +1310,8 @@ FOUND = {  # in pixels of the picture: box, scores of the classes a, b, c, d
 
 
 def judged() -> tuple[Instances, Tensor]:
-    """A picture of 48 x 64 with objects of a and b, whose b is thin; without any c; nothing is said of d."""
+    """A picture of 48 x 64 with objects of a and b, whose b is thin; without any c; nothing is said
+    of d."""
     things = []
     for k, (x0, y0, x1, y1, slant) in OBJECTS_OF:
         corners = [x0, y0, x1 - slant, y0, x1, y1, x0 + slant, y1]
@@ -1292,8 +1324,8 @@ def judged() -> tuple[Instances, Tensor]:
 @pytest.mark.parametrize("nms", ["agnostic", "class"])
 @pytest.mark.parametrize("overlap", ["box", "mask"])
 def test_detections_that_are_counted(overlap, nms):
-    """Recipe 3.2 A: those found as pseudo labels are, from 0.3 on, right at an overlap of half with an object of their
-    class; of classes that the picture knows."""
+    """Recipe 3.2 A: those found as pseudo labels are, from 0.3 on, right at an overlap of half with
+    an object of their class; of classes that the picture knows."""
     data, image = judged()
     args = small(image_size=96, calib_iou=overlap, pseudo_nms=nms, calib_min_score=0.3)
     boxes, probs = (torch.tensor(x) for x in zip(*FOUND.values(), strict=True))
@@ -1311,19 +1343,20 @@ def test_detections_that_are_counted(overlap, nms):
     want |= {(1, 0.4, False)} if nms == "class" else set()
     assert {(k, round(p, 4), r) for k, p, r in zip(*map(np.ndarray.tolist, got), strict=True)} == want
     assert len(got.conf) == len(want) and len(asked) == (overlap == "mask")
-    for e in entries:                                                # in the picture's own pixels
+    for e in entries:  # in the picture's own pixels
         (x0, y0, w, h), k = e["bbox"], [3, 5, 6, 9].index(e["category_id"])
         (p,) = (p for b, p in FOUND.values() if b == pytest.approx([x0, y0, x0 + w, y0 + h]))
         assert p.index(max(p)) == k and e["score"] == pytest.approx(max(p)) and e["image_id"] == 7
     entries = bpl.counted(net, image, seen, data.val[0], data, replace(args, calib_min_score=0.2))
-    assert len(bpl.samples_of(entries, truth, data, args).conf) == len(want) + 1             # the unsure one
-    closed = replace(data, lvis=False)                               # as in COCO, what is not annotated is absent
+    assert len(bpl.samples_of(entries, truth, data, args).conf) == len(want) + 1  # the unsure one
+    closed = replace(data, lvis=False)  # as in COCO, what is not annotated is absent
     got = bpl.samples_of(entries, ap.truth_of(closed), closed, args)
     assert (3, 0.8) in {(k, round(p, 4)) for k, p in zip(got.labels.tolist(), got.conf.tolist(), strict=True)}
 
 
 def test_true_objects_that_are_counted():
-    """Recipe 3.2 B: one sample of each object, of its class: the best score at its box, right if it is of its class."""
+    """Recipe 3.2 B: one sample of each object, of its class: the best score at its box, right if it
+    is of its class."""
     data, image = judged()
     args, asked, factors = small(calib_samples="gt"), [], torch.tensor([1.5, 2, 1.5, 2])
     probs = torch.tensor([[0.8, 0.1, 0, 0], [0.6, 0.5, 0, 0], [0.2, 0, 0.1, 0]])
@@ -1365,8 +1398,9 @@ def test_looking_ends_with_the_picture():
 
 @pytest.mark.parametrize("kappa", [20.0, 0.0])
 def test_calibrate_measures_each_class_and_shrinks(kappa, monkeypatch):
-    """Classes without an object in the held-out part have their group's mean alone; 0 is Eq. 4, literally."""
-    data, _ = judged()                                               # objects of a and b; c and d, both rare, have none
+    """Classes without an object in the held-out part have their group's mean alone; 0 is Eq. 4,
+    literally."""
+    data, _ = judged()  # objects of a and b; c and d, both rare, have none
     data.frequency[1] = "r"
     conf, labels = np.array([0.9, 0.8, 0.7, 0.6, 0.5, 0.4]), np.array([0, 0, 1, 1, 1, 2])
     right = np.array([1, 0, 1, 1, 1, 0], bool)
@@ -1379,9 +1413,10 @@ def test_calibrate_measures_each_class_and_shrinks(kappa, monkeypatch):
     got = bpl.calibrate("net", data, data.frequency, small(shrink=kappa, bins=5), WORLD)
     raw = [0.5 - 0.85, 1 - 0.6, -0.4, 0.0]
     assert got["raw_delta"] == pytest.approx(raw, abs=1e-6) and got["samples"] == [2, 3, 1, 0]
-    want = shrunk(raw, [2, 3, 0, 0], data.frequency, kappa)          # the sample of c does not count
+    want = shrunk(raw, [2, 3, 0, 0], data.frequency, kappa)  # the sample of c does not count
     assert got["delta"] == pytest.approx(want, abs=1e-6) and got["classes"] == NAMES[:4] and got["images"] == 1
-    ece = (1 * 0.6 + 2 * abs(1 - 0.65) + 1 * 0.4 + 2 * abs(0.5 - 0.85)) / 6     # bins 0.4 to 0.6, 0.6 to 0.8, ...
+    # bins 0.4 to 0.6, 0.6 to 0.8, ...
+    ece = (1 * 0.6 + 2 * abs(1 - 0.65) + 1 * 0.4 + 2 * abs(0.5 - 0.85)) / 6
     assert len(got["reliability"]["bins"]) == 5 and got["reliability"] == calibration.reliability(
         lvis_ap.Samples(labels, conf, right), 5, data.frequency) and ece > 0
 
@@ -1395,7 +1430,8 @@ WHOSE = [(dict(), "heldout.pt"), (dict(tune=True), "teacher.pt"), (dict(delta_fr
 
 @pytest.mark.parametrize("flags, whose", WHOSE, ids=str)
 def test_whose_error_is_measured(flags, whose, tmp_path, monkeypatch):
-    """By default that of the network that has not seen the held-out labels; written once; classes go by their names."""
+    """By default that of the network that has not seen the held-out labels; written once; classes
+    go by their names."""
     data, asked = judged()[0], []
     args, groups = small(out=str(tmp_path), **flags), ["r", "c", "f", "r"]
     monkeypatch.setattr(bpl, "trained", lambda args, data, name, world: name)

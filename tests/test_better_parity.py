@@ -1,7 +1,9 @@
-"""better_pseudo_labels.py's detector against torchvision's detection modules and timm's EVA-02 with the same weights.
+"""better_pseudo_labels.py's detector against torchvision's detection modules and timm's EVA-02 with
+the same weights.
 
-Where neither has a part (cascade, sigmoid scores, windows, released names) the reference is a loop written here from
-Secs. 1.1 to 1.8 of what EVA-02's detector and Detectron2 publish, not from better_pseudo_labels.py."""
+Where neither has a part (cascade, sigmoid scores, windows, released names) the reference is a loop
+written here from Secs. 1.1 to 1.8 of what EVA-02's detector and Detectron2 publish, not from
+better_pseudo_labels.py."""
 
 import itertools
 import math
@@ -31,12 +33,12 @@ from data import features, regions
 
 CPU, STRIDES = torch.device("cpu"), (4, 8, 16, 32, 64)
 STAGES = ((0.5, (10.0, 10.0, 5.0, 5.0)), (0.6, (20.0, 20.0, 10.0, 10.0)), (0.7, (30.0, 30.0, 15.0, 15.0)))
-EVA = "eva02_base_patch14_224"                      # q, k and v apart, norm inside the MLP: as the large one
+EVA = "eva02_base_patch14_224"  # q, k and v apart, norm inside the MLP: as the large one
 
 pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
 
 
-# -------------------------------------------------------------------------------------------------------------- helpers
+# ------------------------------------------------------------------------------------------ helpers
 
 
 def small(**flags) -> Args:
@@ -67,7 +69,7 @@ def shaken(module: nn.Module, by: float = 0.3) -> nn.Module:
 
 
 def some_boxes(n: int, size: float, least: float = 2.0, most: float | None = None) -> Tensor:
-    sides = least * ((most or size) / least) ** torch.rand(n, 2)     # as many small ones as large ones
+    sides = least * ((most or size) / least) ** torch.rand(n, 2)  # as many small ones as large ones
     corner = torch.rand(n, 2) * (size - sides)
     return torch.cat([corner, corner + sides], dim=1)
 
@@ -90,7 +92,7 @@ def shared_part(a: Tensor, b: Tensor) -> float:
     return ((a > 0.5) & (b > 0.5)).sum().item() / ((a > 0.5) | (b > 0.5)).sum().item()
 
 
-# ---------------------------------------------------------------------------------------------------------------- boxes
+# -------------------------------------------------------------------------------------------- boxes
 
 
 class Anchors(AnchorGenerator):
@@ -112,8 +114,9 @@ def made(kind: AnchorGenerator, size: int) -> Tensor:
 
 @pytest.mark.parametrize("scale", [8.0, 6.0])
 def test_anchors_are_torchvisions(scale):
-    """Order (level, row, column, shape) and places. torchvision moves each side to a whole pixel from the centre: by up
-    to half a pixel where a side is not whole, not at all where it is (the square ones)."""
+    """Order (level, row, column, shape) and places. torchvision moves each side to a whole pixel
+    from the centre: by up to half a pixel where a side is not whole, not at all where it is (the
+    square ones)."""
     ours, numbers = regions.anchors_of(256, scale, CPU)
     assert numbers == [3 * (256 // s) ** 2 for s in STRIDES]
     assert close(ours, made(generator(Anchors, scale), 256), 2e-4)
@@ -163,13 +166,14 @@ def test_a_side_grows_by_62_and_a_half_at_most():
 @pytest.mark.parametrize("number", [1, 5, 64, 65, 150])
 @pytest.mark.parametrize("low, high, rescue", [(0.3, 0.7, True), (0.5, 0.5, False), (0.7, 0.7, False)])
 def test_matching_is_torchvisions(number, low, high, rescue):
-    """Boxes on a coarse grid: most overlaps are equal to others. Over 64 objects are taken in parts."""
+    """Boxes on a coarse grid: most overlaps are equal to others. Over 64 objects are taken in
+    parts."""
     candidates = (some_boxes(700, 60, 5) / 5).round() * 5
     candidates = torch.cat([candidates[regions.sided(candidates)], some_boxes(100, 60)])
     boxes = candidates[torch.randint(len(candidates), (number,))]
     boxes[1::2] = jittered(boxes[1::2], 0.1, 60)
-    boxes[number - number // 10:] = boxes[:number // 10]             # twice, in two parts
-    boxes[1:2] = torch.tensor([1.1, 1.2, 3.7, 3.9])                  # smaller than any candidate on the grid
+    boxes[number - number // 10:] = boxes[:number // 10]  # twice, in two parts
+    boxes[1:2] = torch.tensor([1.1, 1.2, 3.7, 3.9])  # smaller than any candidate on the grid
     overlap = box_iou(boxes, candidates)
     assert (overlap.amax(1) > 0).all()
     want = coding.Matcher(high, low, rescue)(overlap)
@@ -186,18 +190,20 @@ def test_matching_at_the_borders():
     assert regions.match(candidates, torch.tensor([[0.0, 0, 10, 10]]), 0.5, 0.5).tolist() == [0, -1, -1]
     assert regions.match(candidates, torch.zeros(0, 4), 0.3, 0.7, True).tolist() == [-1, -1, -1]
     assert regions.match(torch.zeros(0, 4), torch.rand(2, 4), 0.3, 0.7, True).shape == (0,)
-    outside = torch.tensor([[80.0, 80, 90, 90]])                     # torchvision would give it all three candidates
+    outside = torch.tensor([[80.0, 80, 90, 90]])  # torchvision would give it all three candidates
     assert regions.match(candidates, outside, 0.3, 0.7, True).tolist() == [-1, -1, -1]
     assert coding.Matcher(0.7, 0.3, True)(box_iou(outside, candidates)).tolist() == [0, 0, 0]
     far = torch.cat([outside.expand(64, 4), torch.tensor([[0.0, 0, 10, 11]])])
-    assert regions.match(candidates, far, 0.3, 0.7, True).tolist() == [64, -2, -1]       # rescued in the second part
+    # rescued in the second part
+    assert regions.match(candidates, far, 0.3, 0.7, True).tolist() == [64, -2, -1]
 
 
-# ------------------------------------------------------------------------------------------------------------ proposals
+# ---------------------------------------------------------------------------------------- proposals
 
 
 def rpns(args: Args, training: bool) -> tuple[bpl.RPN, RegionProposalNetwork]:
-    """Ours with random weights, and torchvision's with the same and with anchors that are not rounded."""
+    """Ours with random weights, and torchvision's with the same and with anchors that are not
+    rounded."""
     ours, head, n = shaken(bpl.RPN(args), 0.1), RPNHead(args.width, 3, conv_depth=2), args.proposals
     for a, b in ((head.conv[0][0], ours.convs[0]), (head.conv[1][0], ours.convs[2]), (head.cls_logits, ours.objectness),
                  (head.bbox_pred, ours.deltas)):
@@ -240,7 +246,7 @@ def test_proposals_leave_out_what_is_no_box():
     ours, _ = rpns(small(), False)
     objectness, deltas = ours(pyramid_of(64, 8))
     deltas = deltas.detach().clone()
-    deltas[:, :, 0] = 1e4                                            # far to the right of the square
+    deltas[:, :, 0] = 1e4  # far to the right of the square
     deltas[0, 6:8] = 0.0
     deltas[0, 8] = math.nan
     objectness = torch.zeros_like(objectness)
@@ -251,7 +257,8 @@ def test_proposals_leave_out_what_is_no_box():
 
 
 def test_rpn_losses_are_torchvisions(monkeypatch):
-    """Of the same sampled anchors; torchvision's smooth L1 with beta 0 is L1. One image has no object."""
+    """Of the same sampled anchors; torchvision's smooth L1 with beta 0 is L1. One image has no
+    object."""
     args = small()
     ours, rpn = rpns(args, True)
     maps, drawn, draw = pyramid_of(64, 8, 3), [], regions.sample
@@ -283,11 +290,12 @@ def test_rpn_losses_are_torchvisions(monkeypatch):
         assert torch.allclose(a.weight.grad, b.weight.grad, atol=1e-6) and a.weight.grad.abs().sum() > 0
 
 
-# -------------------------------------------------------------------------------------------------------------- pooling
+# ------------------------------------------------------------------------------------------ pooling
 
 
 def test_levels_are_torchvisions():
-    """Told by maps that are 2, 3, 4, 5 everywhere. 224 pixels a side are pooled from stride 16, 112 from 8."""
+    """Told by maps that are 2, 3, 4, 5 everywhere. 224 pixels a side are pooled from stride 16, 112
+    from 8."""
     maps = [torch.full((2, 1, 1536 // s, 1536 // s), float(i)) for i, s in enumerate(STRIDES, start=2)]
     boxes = [some_boxes(400, 1536, 4), some_boxes(300, 1536, 90, 900)]
     levels = bpl.roi_pool(maps, boxes, 1).flatten()
@@ -295,13 +303,14 @@ def test_levels_are_torchvisions():
     sides = torch.tensor([10, 111.9, 112, 223.9, 224, 447.9, 448, 1000])
     squares = torch.stack([0 * sides, 0 * sides, sides, sides], dim=1)
     assert bpl.roi_pool(maps, [squares], 1).flatten().tolist() == [2, 2, 3, 3, 4, 4, 5, 5]
-    wide = torch.tensor([[0, 0, 56.0, 224], [0, 0, 896, 56]])        # the root of the area counts
+    wide = torch.tensor([[0, 0, 56.0, 224], [0, 0, 896, 56]])  # the root of the area counts
     assert bpl.roi_pool(maps, [wide], 1).flatten().tolist() == [3, 4]
 
 
 @pytest.mark.parametrize("size", [7, 14])
 def test_pooling_is_torchvisions(size):
-    """Half a pixel of the level aside, which `aligned` is, as by torchvision's own pooler, also along the borders."""
+    """Half a pixel of the level aside, which `aligned` is, as by torchvision's own pooler, also
+    along the borders."""
     maps, boxes = pyramid_of(512, 3, 2), [some_boxes(60, 512, 64), some_boxes(50, 512, 40)]
     boxes[0][:4] = torch.tensor([[0.0, 0, 512, 512], [0, 0, 100, 100], [448, 448, 512, 512], [0, 400, 300, 512]])
     got, parts = bpl.roi_pool(maps, boxes, size), []
@@ -313,7 +322,7 @@ def test_pooling_is_torchvisions(size):
     assert bpl.roi_pool(maps, [torch.zeros(0, 4)] * 2, size).shape == (0, 3, size, size)
 
 
-# ---------------------------------------------------------------------------------------------------------- the cascade
+# -------------------------------------------------------------------------------------- the cascade
 
 
 def pooled(pyramid: list[Tensor], image: int, box: Tensor, size: int) -> Tensor:
@@ -373,12 +382,13 @@ def lively(heads: bpl.CascadeHeads) -> bpl.CascadeHeads:
 
 @pytest.fixture
 def cascade(monkeypatch):
-    """Heads with random weights in double precision, and what they train on: three images, one without an object."""
+    """Heads with random weights in double precision, and what they train on: three images, one
+    without an object."""
     args = small(image_size=512, roi_batch=40)
     heads, drawn, draw = lively(bpl.CascadeHeads(args, 5)).double(), [], regions.sample
     pyramid = [x.requires_grad_() for x in pyramid_of(512, 8, 3, torch.float64)]
     boxes = torch.tensor([[200, 30, 270, 90], [10, 300, 150, 450.5], [220, 180, 500, 470]]), torch.zeros(0, 4), \
-        torch.tensor([[10, 20, 490, 500.0], [300, 100, 460, 300]])   # of all levels
+        torch.tensor([[10, 20, 490, 500.0], [300, 100, 460, 300]])  # of all levels
     objects = [objects_at(b, 512) for b in boxes]
     objects = [o._replace(boxes=o.boxes.double(), probs=o.probs.double()) for o in objects]
     near = [torch.cat([jittered(o.boxes.repeat(3, 1), 0.12, 512), some_boxes(20, 512).double()]) for o in objects]
@@ -395,7 +405,8 @@ def cascade(monkeypatch):
 
 
 def test_cascade_losses_by_loops(cascade):
-    """Matched again at 0.5, 0.6, 0.7; boxes of a head are the next one's regions, clipped, and gone when empty."""
+    """Matched again at 0.5, 0.6, 0.7; boxes of a head are the next one's regions, clipped, and gone
+    when empty."""
     *_, got, want = cascade
     assert got.keys() == want.keys()
     for name, value in want.items():
@@ -414,7 +425,7 @@ def test_shared_features_get_a_third_of_the_gradient(cascade):
     for a, b in zip(mine[len(parameters):], plain[len(parameters):], strict=True):
         assert torch.allclose(3 * a, b, rtol=1e-4, atol=1e-8) and b.abs().sum() > 0
     for a, b in zip(*(torch.autograd.grad(x["mask"], maps) for x in (got, want)), strict=True):
-        assert torch.allclose(a, b, rtol=1e-4, atol=1e-8)             # of the mask head: the whole
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-8)  # of the mask head: the whole
 
 
 def test_no_gradient_leads_from_a_head_to_the_one_before(cascade):
@@ -428,9 +439,9 @@ def test_no_gradient_leads_from_a_head_to_the_one_before(cascade):
 def test_scores_are_the_mean_of_three_sigmoids_at_successive_boxes():
     args = small(image_size=512)
     heads = lively(bpl.CascadeHeads(args, 4)).eval()
-    heads.learned[2] = False                                         # a class that had no object
+    heads.learned[2] = False  # a class that had no object
     pyramid, proposals = pyramid_of(512, 8, 2), [some_boxes(9, 512, 20), some_boxes(6, 512, 20)]
-    proposals[0][0] = 5.0                                            # an empty box stays, with its place
+    proposals[0][0] = 5.0  # an empty box stays, with its place
     with torch.no_grad():
         found = heads.scores(pyramid, proposals)
         for i, (boxes, probs) in enumerate(found):
@@ -445,11 +456,12 @@ def test_scores_are_the_mean_of_three_sigmoids_at_successive_boxes():
     assert (boxes - torch.cat(proposals)).abs().amax(1)[1:].min() > 0.1 and probs[1:, [0, 1, 3]].std() > 0.01
 
 
-# ------------------------------------------------------------------------------------------------------------ detection
+# ---------------------------------------------------------------------------------------- detection
 
 
 def survivors(boxes: Tensor, probs: Tensor, overlap: float) -> list[tuple[float, int, int]]:
-    """(score, class, region), best first: class by class, the best that overlaps none of the kept."""
+    """(score, class, region), best first: class by class, the best that overlaps none of the
+    kept."""
     found, shared = [], box_iou(boxes.double(), boxes.double())
     for c in range(probs.shape[1]):
         kept = []
@@ -462,7 +474,8 @@ def survivors(boxes: Tensor, probs: Tensor, overlap: float) -> list[tuple[float,
 
 @pytest.mark.parametrize("overlap, most", [(0.5, 300), (0.3, 300), (0.5, 5000)])
 def test_detections_by_loops(overlap, most):
-    """Threshold 0.02, suppression within a class, the best 300 of the image; boxes in its own pixels."""
+    """Threshold 0.02, suppression within a class, the best 300 of the image; boxes in its own
+    pixels."""
     boxes, probs = some_boxes(40, 120, 20).repeat(3, 1), (torch.randperm(3600).view(120, 30) / 3600) ** 5
     image, factors = torch.zeros(3, 48, 64, dtype=torch.uint8), torch.tensor([2.0, 2.5] * 2)
     boxes = torch.minimum(jittered(boxes, 0.1, 128), torch.tensor([128.0, 120] * 2))
@@ -476,22 +489,24 @@ def test_detections_by_loops(overlap, most):
     assert torch.equal(found, torch.stack([boxes[i] / factors for *_, i in want[:n]]))
     empty = (labels == 7) | ~regions.sided(found, 1)
     assert torch.equal(masks.flatten(1).any(1) | empty, torch.ones(n, dtype=torch.bool)) and (labels == 7).any()
-    known = torch.arange(30) % 3 == 0                                # after the cut
+    known = torch.arange(30) % 3 == 0  # after the cut
     some = bpl.detect(net, image, seen, args, known)
     assert torch.equal(some[1], scores[known[labels]]) and len(some[0]) < n
 
 
 def test_boxes_end_with_the_image():
-    """Not with the square that it is padded to; its sides are whole pixels, so each has a factor of its own."""
+    """Not with the square that it is padded to; its sides are whole pixels, so each has a factor of
+    its own."""
     found, image = torch.tensor([[3, 5, 128, 128], [10, 90, 20, 128.0]]), torch.zeros(3, 33, 50, dtype=torch.uint8)
     net = SimpleNamespace(parameters=lambda: iter([found]), infer=lambda x: ([], [(found, torch.rand(2, 3))]))
     seen = bpl.look(net, image, small(image_size=128))
-    assert seen.factors.tolist() == pytest.approx([128 / 50, 84 / 33] * 2)               # 84.48 pixels are 84
+    assert seen.factors.tolist() == pytest.approx([128 / 50, 84 / 33] * 2)  # 84.48 pixels are 84
     assert seen.boxes.tolist() == [[3, 5, 128, 84], [10, 84, 20, 84]]
 
 
 def doubles(classes: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Pairs of boxes far from the corner, whose overlap is a hundredth off 0.5 at most; a class to each pair."""
+    """Pairs of boxes far from the corner, whose overlap is a hundredth off 0.5 at most; a class to
+    each pair."""
     n = len(classes)
     corner, sides = 400 + 1000 * torch.rand(n, 2), 4 + 60 * torch.rand(n, 2)
     boxes, moved = (torch.cat([corner, corner + sides], dim=1) for _ in range(2))
@@ -501,7 +516,8 @@ def doubles(classes: list[int]) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("classes", [[7, 1202] * 20, [1202] * 500, [*range(703, 1203)]], ids=["two", "one", "many"])
 def test_suppression_is_exact_for_classes_of_high_number(classes):
-    """1,202 times 1,500 pixels leaves float32 an eighth of a pixel; classes apart are suppressed apart."""
+    """1,202 times 1,500 pixels leaves float32 an eighth of a pixel; classes apart are suppressed
+    apart."""
     boxes, scores, labels = doubles(classes)
     kept = []
     for c in labels.unique():
@@ -513,7 +529,8 @@ def test_suppression_is_exact_for_classes_of_high_number(classes):
 
 
 def test_soft_suppression_by_loops():
-    """Linear: the score of a box falls by what it shares with a better one of its class, from 0.6 on."""
+    """Linear: the score of a box falls by what it shares with a better one of its class, from 0.6
+    on."""
     boxes, labels = jittered(some_boxes(6, 100, 30).repeat(6, 1), 0.05, 100), torch.arange(36) % 5
     scores, shared, kept = torch.rand(36), box_iou(boxes, boxes), []
     left = dict(enumerate(scores.tolist()))
@@ -528,7 +545,7 @@ def test_soft_suppression_by_loops():
     assert 3 < (found < 0.99 * scores[keep]).sum() < 30
 
 
-# ---------------------------------------------------------------------------------------------------------------- masks
+# -------------------------------------------------------------------------------------------- masks
 
 
 def test_only_the_wanted_channel_is_computed():
@@ -618,8 +635,9 @@ def test_mask_targets_of_whole_cells_are_the_mask_itself():
 
 
 def test_mask_targets_are_nearly_detectron2s_polygons():
-    """Detectron2 draws the polygon on 28 x 28 cells; ours averages the drawn mask: 1.2 % of the cells differ, overlap
-    0.96. torchvision pools half a pixel aside and keeps fractions: 3 %, 0.91."""
+    """Detectron2 draws the polygon on 28 x 28 cells; ours averages the drawn mask: 1.2 % of the
+    cells differ, overlap 0.96. torchvision pools half a pixel aside and keeps fractions: 3 %,
+    0.91."""
     same, alike, other, apart = [], [], [], []
     for polygon, mask, box in stars(60, 128):
         [target] = regions.mask_targets(mask[None], torch.tensor([0]), box[None])
@@ -658,7 +676,8 @@ def test_mask_loss_is_torchvisions_with_our_targets(monkeypatch):
 
 
 def test_pasted_masks_are_nearly_torchvisions():
-    """torchvision pastes into whole pixels, one too many a side. Only pixels along an edge differ."""
+    """torchvision pastes into whole pixels, one too many a side. Only pixels along an edge
+    differ."""
     found = []
     for _ in range(20):
         mask = (4 + 8 * F.interpolate(torch.randn(1, 1, 4, 4), (28, 28), mode="bicubic")).sigmoid()
@@ -673,7 +692,8 @@ def test_pasted_masks_are_nearly_torchvisions():
 
 
 def test_paste_moves_a_mask_of_its_own_size():
-    """Where a box has as many pixels as the mask has cells they are copied, wherever it lies; nothing lies outside."""
+    """Where a box has as many pixels as the mask has cells they are copied, wherever it lies;
+    nothing lies outside."""
     masks = torch.rand(3, 28, 28)
     boxes = torch.tensor([[4.0, 6, 32, 34], [-10, -3, 18, 25], [20, 30, 48, 58]])
     got = regions.paste(masks, boxes, (40, 36))
@@ -683,7 +703,7 @@ def test_paste_moves_a_mask_of_its_own_size():
     want[2, 30:, 20:] = masks[2, :10, :16]
     assert close(got, want, 1e-5)
     moved = regions.paste(masks[:1], boxes[:1] + torch.tensor([0.25, 0.5, 0.25, 0.5]), (40, 36))[0]
-    rows = (want[0, 7:34] + want[0, 6:33]) / 2                       # between two cells down, a quarter across
+    rows = (want[0, 7:34] + want[0, 6:33]) / 2  # between two cells down, a quarter across
     assert close(moved[7:34, 5:32], 0.75 * rows[:, 5:32] + 0.25 * rows[:, 4:31], 1e-5)
     many = torch.rand(130, 28, 28)
     assert close(regions.paste(many, boxes[:1].expand(130, 4), (40, 36))[:, 6:34, 4:32], many, 1e-5)
@@ -701,19 +721,21 @@ def test_a_full_mask_covers_the_pixels_whose_centres_are_in_its_box(box, want):
 
 
 def test_a_full_mask_in_a_large_box_loses_its_corners_as_in_detectron2():
-    """Outside is zero, so a corner pixel of four times the size is (5/8)^2 < 1/2, beside it 5/8 * 7/8 > 1/2."""
+    """Outside is zero, so a corner pixel of four times the size is (5/8)^2 < 1/2, beside it 5/8 *
+    7/8 > 1/2."""
     got = regions.paste(torch.ones(1, 28, 28), torch.tensor([[4.0, 8, 116, 120]]), (128, 128))[0]
     inside = got[8:120, 4:116]
     assert inside[0, :3].tolist() == pytest.approx([25 / 64, 35 / 64, 40 / 64], rel=1e-5)
     assert (inside <= 0.5).sum() == 4 and ((got > 0.5).sum() == 112**2 - 4) and got.max() == pytest.approx(1)
 
 
-# --------------------------------------------------------------------------------------------------------------- EVA-02
+# ------------------------------------------------------------------------------------------- EVA-02
 
 
 def timms(ours: bpl.EVA02, name: str, tokens: int, window: tuple[int, int, int] | None = None) -> nn.Module:
-    """timm's own network of `tokens` a side, patch 16 and no class token, with the weights of ours. All its blocks are
-    global. `window`: first row and column of a window of a grid, whose positions it takes, and the grid's side."""
+    """timm's own network of `tokens` a side, patch 16 and no class token, with the weights of ours.
+    All its blocks are global. `window`: first row and column of a window of a grid, whose positions
+    it takes, and the grid's side."""
     net = timm.create_model(name, patch_size=16, img_size=16 * tokens, class_token=False, num_classes=0).eval()
     net.patch_embed.proj.load_state_dict(ours.proj.state_dict())
     net.blocks.load_state_dict(ours.blocks.state_dict())
@@ -753,8 +775,8 @@ def test_blocks_are_timms_when_one_window_covers_the_image(slim, name, tokens, b
 
 
 def test_windows_are_images_of_their_own(slim):
-    """Two blocks within windows of 4 x 4 tokens, each as timm's network sees its part of the picture; then a global
-    one over 8 x 8 tokens."""
+    """Two blocks within windows of 4 x 4 tokens, each as timm's network sees its part of the
+    picture; then a global one over 8 x 8 tokens."""
     slim(embed_dim=64, depth=3)
     net = shaken(bpl.EVA02(eva(image_size=128, window=4), "none"), 0.1).eval()
     images, tokens = torch.randn(1, 3, 128, 128), torch.zeros(1, 64, 8, 8)
@@ -769,7 +791,7 @@ def test_windows_are_images_of_their_own(slim):
         out = net(images)
     assert torch.allclose(out, want.transpose(1, 2).view(1, 64, 8, 8), rtol=1e-4, atol=1e-4)
     found = of_blocks(net, images, 1, 2, 3)
-    images[:, :, :16, :16] += 1.0                                    # a patch of the first window
+    images[:, :, :16, :16] += 1.0  # a patch of the first window
     inside = torch.zeros(8, 8, dtype=torch.bool)
     inside[:4, :4] = True
     changed = [(a - b)[0].abs().amax(0) > 1e-5 for a, b in zip(found, of_blocks(net, images, 1, 2, 3), strict=True)]
@@ -799,7 +821,8 @@ def test_global_blocks_that_cannot_be_spread_evenly_are_refused(slim, depth):
 
 
 def rotary(tokens: int, channels: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sines and cosines (tokens^2, channels): rows in the first half, columns in the second, each frequency twice."""
+    """Sines and cosines (tokens^2, channels): rows in the first half, columns in the second, each
+    frequency twice."""
     k, i = np.arange(channels // 2), np.arange(tokens) * 16 / tokens
     angle = i[:, None] * 10000.0 ** (-(k // 2 * 2) / (channels // 2))
     rows, columns = np.repeat(angle, tokens, axis=0), np.tile(angle, (tokens, 1))
@@ -809,17 +832,19 @@ def rotary(tokens: int, channels: int) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("tokens", [16, 32, 64, 96])
 def test_rotary_table_is_the_definition(slim, tokens):
-    slim(embed_dim=128, depth=1)                                     # a head has 64 channels, as the large one's
+    slim(embed_dim=128, depth=1)  # a head has 64 channels, as the large one's
     net = bpl.EVA02(eva(), "none")
     table = net.rope.get_embed(shape=[tokens, tokens])
     sines, cosines = rotary(tokens, 64)
     assert table.shape == (tokens**2, 128)
     assert np.abs(table.numpy() - np.concatenate([sines, cosines], axis=1)).max() < 1e-5
-    assert len(np.unique(sines[tokens].round(9))) == 17 and (sines[0] == 0).all()        # 16 frequencies, and column 0
+    # 16 frequencies, and column 0
+    assert len(np.unique(sines[tokens].round(9))) == 17 and (sines[0] == 0).all()
 
 
 def cubic(old: int, new: int) -> np.ndarray:
-    """(new, old): bicubic weights with a = -0.75, edges repeated, corners not aligned, no antialiasing."""
+    """(new, old): bicubic weights with a = -0.75, edges repeated, corners not aligned, no
+    antialiasing."""
     def kernel(t: float) -> float:
         t, a = abs(t), -0.75
         return (a + 2) * t**3 - (a + 3) * t**2 + 1 if t <= 1 else a * (t**3 - 5 * t**2 + 8 * t - 4) if t < 2 else 0.0
@@ -855,7 +880,8 @@ def test_there_is_no_class_token_and_no_final_norm(slim):
 
 
 def test_patches_are_resized_so_that_answers_stay():
-    """`timm`: the answer to an enlarged picture is the picture's; `bicubic`: (16/14)^2 of it, to a constant."""
+    """`timm`: the answer to an enlarged picture is the picture's; `bicubic`: (16/14)^2 of it, to a
+    constant."""
     kernel, picture = torch.randn(6, 3, 14, 14), torch.randn(9, 3, 14, 14)
     enlarged = F.interpolate(picture, (16, 16), mode="bicubic", antialias=True)
     answer = F.conv2d(picture, kernel)
@@ -910,14 +936,14 @@ def test_a_dropped_block_is_dropped_for_the_whole_image(slim):
     """Not for some of its windows."""
     slim(depth=4)
     net, images = bpl.EVA02(eva(image_size=128, drop_path=0.8), "none").train(), torch.randn(16, 3, 128, 128)
-    net.blocks, net.whole = net.blocks[2:3], [False]                 # 16 windows of 2 x 2 tokens an image
+    net.blocks, net.whole = net.blocks[2:3], [False]  # 16 windows of 2 x 2 tokens an image
     nn.init.zeros_(net.blocks[0].mlp.fc2.weight)
     tokens, out = of_blocks(net, images, 0, 1)
     kept = (out != tokens).flatten(1)
     assert 0 < kept.float().mean() < 0.95 and ((kept.float().mean(1) > 0.9) | ~kept.any(1)).all()
 
 
-# ---------------------------------------------------------------------------------------------------- the whole network
+# -------------------------------------------------------------------------------- the whole network
 
 
 @pytest.fixture(scope="module")
@@ -935,7 +961,8 @@ def count(module: nn.Module) -> int:
 def test_the_papers_network_has_its_parameters(large):
     """303.3, 7.8, 1.2, three times 16.4 and 2.9 millions."""
     d, h, w, c, norm = 1024, 2730, 256, 1203, 2
-    attention, mlp = 4 * d * d + 3 * d, 2 * (d * h + h) + norm * h + h * d + d           # no bias of the keys
+    # no bias of the keys
+    attention, mlp = 4 * d * d + 3 * d, 2 * (d * h + h) + norm * h + h * d + d
     backbone = 24 * (attention + mlp + 2 * norm * d) + 3 * 16 * 16 * d + d + 16 * 16 * d
     out = 9 * w * w + 2 * norm * w
     neck = 2 * (4 * d * 512 + 512) + norm * 512 + 4 * 512 * w + w + w * (w + 512 + d + d) + 4 * out
@@ -953,7 +980,7 @@ def test_the_papers_network_has_its_parameters(large):
 def test_the_backbone_is_timms_less_class_token_and_norm(large):
     with torch.device("meta"):
         body = timm.create_model("eva02_large_patch14_224", num_classes=0)
-    less = 2 * 1024 + 2 * 1024                                       # its token and place, and the norm after pooling
+    less = 2 * 1024 + 2 * 1024  # its token and place, and the norm after pooling
     assert round(count(body) / 1e6, 1) == 303.3
     assert count(large[1].backbone) == count(body) - less + 3 * (16**2 - 14**2) * 1024
     block = {n: tuple(p.shape) for n, p in large[1].backbone.blocks[0].named_parameters()}
@@ -962,7 +989,8 @@ def test_the_backbone_is_timms_less_class_token_and_norm(large):
 
 
 def test_layer_decay_of_the_papers_network(large):
-    """0.8^25 for patches and positions, 0.8^(24 - i) for block i, 1 elsewhere; weight decay 0.1 on everything."""
+    """0.8^25 for patches and positions, 0.8^(24 - i) for block i, 1 elsewhere; weight decay 0.1 on
+    everything."""
     args, net = large
     groups = bpl.adamw(net, args, World()).param_groups
     names, rates = {p: n for n, p in net.named_parameters()}, {}
@@ -978,19 +1006,20 @@ def test_layer_decay_of_the_papers_network(large):
         pytest.approx(0.8)
 
 
-# ----------------------------------------------------------------------------------------------------- released weights
+# --------------------------------------------------------------------------------- released weights
 
-D, HIDDEN, W, FC, C, DEPTH = 32, 85, 8, 16, 5, 2     # 85 = int(32 * 8 / 3)
+D, HIDDEN, W, FC, C, DEPTH = 32, 85, 8, 16, 5, 2  # 85 = int(32 * 8 / 3)
 
 
 def released() -> dict[str, Tensor]:
-    """A whole detector under the names of EVA-02's release (Detectron2), random, and what a release has besides."""
+    """A whole detector under the names of EVA-02's release (Detectron2), random, and what a release
+    has besides."""
     shapes = {"backbone.net.pos_embed": (1, 197, D)}
 
     def put(name: str, *weight: int, bias: int | None = None) -> None:
         shapes.update({f"{name}.weight": weight} | ({f"{name}.bias": (bias,)} if bias else {}))
 
-    def conv(name: str, outputs: int, inputs: int, kernel: int) -> None:                 # no bias, but a norm
+    def conv(name: str, outputs: int, inputs: int, kernel: int) -> None:  # no bias, but a norm
         put(name, outputs, inputs, kernel, kernel)
         put(f"{name}.norm", outputs, bias=outputs)
 
@@ -1032,7 +1061,7 @@ def released() -> dict[str, Tensor]:
     put("roi_heads.mask_head.predictor", C, W, 1, 1, bias=C)
     g = torch.Generator().manual_seed(0)
     values = {n: torch.randn(x, generator=g) / math.sqrt(max(math.prod(x[1:]), 4)) for n, x in shapes.items()}
-    for name in values:                                              # scales of norms, so that signals live
+    for name in values:  # scales of norms, so that signals live
         if len(shapes[name]) == 1 and name.endswith("weight"):
             values[name] += 1
     return values
@@ -1051,7 +1080,7 @@ def own_place(name: str) -> str:
             return f"backbone.{'.'.join(path)}.{last[0]}_proj.bias"
         path[-1] = {"w1": "fc1_g", "w2": "fc1_x", "w3": "fc2", "ffn_ln": "norm"}.get(path[-1], path[-1])
         return f"backbone.{'.'.join(path)}.{last}"
-    if path[0] == "backbone":                                        # deconvolutions, then 1x1, norm, 3x3, norm
+    if path[0] == "backbone":  # deconvolutions, then 1x1, norm, 3x3, norm
         level, layer, norm = int(path[1][-1]), int(path[2]), path[-1] == "norm"
         first = {2: 4, 3: 1, 4: 0, 5: 1}[level]
         at = layer if layer < first else first + 2 * (layer - first) + norm
@@ -1215,7 +1244,8 @@ def test_our_own_detector_is_loaded_whole(slim, tmp_path, backbone):
 
 
 def test_a_checkpoint_of_a_released_detector_loads_again(loaded):
-    """As a teacher, with --eval and --predict: into a network that has not seen the released file."""
+    """As a teacher, with --eval and --predict: into a network that has not seen the released
+    file."""
     _, net, _ = loaded
     fresh = bpl.Detector(eva(), C)
     assert fresh.backbone.pos_embed.shape != net.backbone.pos_embed.shape

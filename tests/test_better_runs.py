@@ -1,4 +1,5 @@
-"""better_pseudo_labels.py from the command line: stages, kills, processes, evaluation, prediction, presets, errors."""
+"""better_pseudo_labels.py from the command line: stages, kills, processes, evaluation, prediction,
+presets, errors."""
 
 import json
 import os
@@ -33,20 +34,22 @@ from data import calibration, features, instances, lvis_ap, shapes
 
 NAME = "better_pseudo_labels"
 helpers.CHOOSERS[NAME] = ("dataset", "eval", "predict")
-HERE = ["--workers", "0", "--device", "cpu"]                         # beside a checkpoint, which does not settle these
+HERE = ["--workers", "0", "--device", "cpu"]  # beside a checkpoint, which does not settle these
 
-# 8 labeled pictures, 2 of them held out; 2 steps of each network that learns from labels, 3 of the student
+# 8 labeled pictures, 2 of them held out; 2 steps of each network that learns from labels, 3 of the
+# student
 TINY = dict(split="8", frequency="subset", backbone="test_resnet", weights="none", norm="frozen", image_size=64,
             width=32, fc=64, head_convs=1, anchor_scale=4.0, proposals=20, rpn_batch=32, roi_batch=16, embed_size=32,
             batch_size=2, teacher_batch_size=2, teacher_steps=2, steps=3, lr=1e-3, layer_decay=0.5, eval_every=2,
             log_every=1, workers=0, device="cpu", scale=(0.7, 1.4), ema=0.9, holdout=0.25, threshold=0.2,
             calib_min_score=0.1)
-LATE = dict(eval_every=99)                                           # evaluated at the ends alone
+LATE = dict(eval_every=99)  # evaluated at the ends alone
 
 
-# ---------------------------------------------------------------------------------------------------- tools
+# -------------------------------------------------------------------------------------------- tools
 def quick(*more: Callable, put: Callable = setattr) -> None:
-    """No pictures, no TensorBoard, no git and no flushing, which take most of a tiny run's time; then `more`."""
+    """No pictures, no TensorBoard, no git and no flushing, which take most of a tiny run's time;
+    then `more`."""
     def touch(*args, **keywords) -> None:
         path = next(a for a in args if isinstance(a, Path))
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +65,7 @@ def quick(*more: Callable, put: Callable = setattr) -> None:
 
 
 def no_tensorboard() -> None:
-    sys.modules["torch.utils.tensorboard"] = None                    # a second for each process that imports it
+    sys.modules["torch.utils.tensorboard"] = None  # a second for each process that imports it
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +82,8 @@ def quiet(monkeypatch):
 
 @pytest.fixture(scope="session")
 def tail(tmp_path_factory) -> Path:
-    """LVIS folders of a drawn long tail: 12 pictures to learn from, 5 to score. Do not change them."""
+    """LVIS folders of a drawn long tail: 12 pictures to learn from, 5 to score. Do not change
+    them."""
     return shapes.make_tail(tmp_path_factory.mktemp("tail") / "tail", 12, 2, 5)
 
 
@@ -91,7 +95,8 @@ def data(tail, tmp_path) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(tail, tmp_path_factory) -> Path:
-    """The folder of a run whose network finds things on the pictures that it learned from, which are scored, too."""
+    """The folder of a run whose network finds things on the pictures that it learned from, which
+    are scored, too."""
     folder = tmp_path_factory.mktemp("trained")
     torch.manual_seed(0)
     torch.save(timm.create_model("test_resnet").state_dict(), folder / "body.pth")
@@ -107,7 +112,7 @@ def trained(tail, tmp_path_factory) -> Path:
     return folder / "run"
 
 
-STARTS: dict[str, Path] = {}                                         # where runs start from, once it is made
+STARTS: dict[str, Path] = {}  # where runs start from, once it is made
 
 
 def tiny(data: Path, out: Path, **flags) -> dict:
@@ -124,7 +129,7 @@ def tiny(data: Path, out: Path, **flags) -> dict:
                 del every[name]
                 continue
         except KeyError:
-            pass                                                     # an unknown name, which is for the test to see
+            pass  # an unknown name, which is for the test to see
         return plain
 
 
@@ -154,7 +159,8 @@ def on_ranks(n: int, flags: list[str], folder: Path, *setup: Callable) -> list[R
 
 @pytest.fixture
 def typed(monkeypatch, capsys):
-    """typed(LINE) -> exit code and output of `python better_pseudo_labels.py LINE`, run in this process."""
+    """typed(LINE) -> exit code and output of `python better_pseudo_labels.py LINE`, run in this
+    process."""
     def enter(flags: list[str]) -> Ran:
         capsys.readouterr()
         with monkeypatch.context() as patch:
@@ -185,7 +191,8 @@ def finished(trained, tail, tmp_path_factory):
 
 @pytest.fixture
 def short(trained, tail, tmp_path, monkeypatch):
-    """short(...) -> the State after each phase of a run of few steps that is not scored, and its `args`."""
+    """short(...) -> the State after each phase of a run of few steps that is not scored, and its
+    `args`."""
     def run(**flags) -> SimpleNamespace:
         found = {}
 
@@ -232,11 +239,13 @@ def weights(path: Path) -> dict[str, dict[str, torch.Tensor]]:
 def content(path: Path) -> dict:
     if path.name != "prototypes.pt":
         return state(path)
-    return {k: v for k, v in torch.load(path, weights_only=True).items() if k != "key"}         # it names the folder
+    # it names the folder
+    return {k: v for k, v in torch.load(path, weights_only=True).items() if k != "key"}
 
 
 def assert_equal_runs(out: Path, reference: Path) -> None:
-    """Networks, optimizer, prototypes, Delta, scores, detections and log, bit by bit; nothing more in the folder."""
+    """Networks, optimizer, prototypes, Delta, scores, detections and log, bit by bit; nothing more
+    in the folder."""
     assert files(out) == files(reference) and results(out) == results(reference)
     for name in sorted(p.name for p in reference.glob("*.pt")):
         wrong = differences(content(out / name), content(reference / name))
@@ -268,7 +277,7 @@ def altered(data: Path, folder: Path, change: Callable[[dict], object]) -> dict[
     return {f"{name}_json": folder / f"{name}.json" for name in ("train", "val")}
 
 
-# ---------------------------------------------------------------------------------------------------- a run
+# -------------------------------------------------------------------------------------------- a run
 def small_shapes() -> None:
     """`--dataset shapes` draws few pictures, and starts from the weights that lie in BODY."""
     shapes.make_tail = lambda root, make=shapes.make_tail: make(root, 12, 2, 5)
@@ -277,7 +286,8 @@ def small_shapes() -> None:
 
 @pytest.fixture(scope="module")
 def whole(trained, tmp_path_factory) -> tuple[Path, Ran]:
-    """`--dataset shapes --stage all` in a process of its own, with its pictures; and what it said."""
+    """`--dataset shapes --stage all` in a process of its own, with its pictures; and what it
+    said."""
     folder = tmp_path_factory.mktemp("whole")
     flags = {k: v for k, v in TINY.items() if k not in ("frequency", "backbone", "weights", "norm")}
     flags = flags | dict(out=folder / "run", root=folder / "data", init_detector=STARTS["init_detector"], stratify=True)
@@ -309,7 +319,7 @@ def test_results_of_a_run(whole):
             assert list(record["per_class"]) == classes
             assert present and np.mean(present) == pytest.approx(record["ap"], abs=1e-9)
         assert read[name]["last"]["step"] == steps[-1]
-    assert read["supervised"]["last"]["box_ap"] > 1                  # it finds something
+    assert read["supervised"]["last"]["box_ap"] > 1  # it finds something
     assert read["dataset"] == "shapes" and read["split"] == "8" and (read["split_seed"], read["seed"]) == (0, 0)
     assert read["stage"] == "all" and read["val"] == "val"
     assert re.fullmatch("[0-9a-f]{64}", read["split_fingerprint"]) and read["seconds"] > 0 < read["images_per_second"]
@@ -347,7 +357,8 @@ def test_checkpoints_of_a_run(whole):
     made, train_json = content(out / "prototypes.pt"), part(out.parent / "data" / "tail", "train").read_text()
     assert made["prototypes"].shape == (12, 96) and made["classes"] == list(shapes.TAIL_CLASSES)
     assert ((made["prototypes"].abs().sum(1) > 0) == (made["embedded"] > 0)).all()
-    assert 8 <= made["embedded"].sum() < len(json.loads(train_json)["annotations"])      # of the labeled ones alone
+    # of the labeled ones alone
+    assert 8 <= made["embedded"].sum() < len(json.loads(train_json)["annotations"])
 
 
 def test_calibration_of_a_run(whole):
@@ -377,11 +388,11 @@ def test_log_of_a_run(whole):
         for x in "lu" if "loss_u" in r else "l":
             total = sum(r[f"{name}_{x}"] for name in PARTS[1:])
             assert r[f"loss_{x}"] == pytest.approx(total, rel=1e-5) and np.isfinite(total)
-        args = bp.preset("shapes")                                   # each phase has a schedule of its own
+        args = bp.preset("shapes")  # each phase has a schedule of its own
         assert r["lr"] == pytest.approx(1e-3 * 0.5 ** 0 * bp.schedule(r["step"] - 1 - first, length, args))
 
 
-# ---------------------------------------------------------------------------------------------------- stages
+# ------------------------------------------------------------------------------------------- stages
 def test_stage_prototypes(finished):
     out = finished(stage="prototypes")
     assert files(out) == {"config.json", "log.jsonl", "prototypes.pt"} and log_of(out) == []
@@ -397,13 +408,15 @@ def test_stage_teacher(finished):
 
 
 def test_stage_calibrate(finished):
-    """What the whole run measures before its student begins; and the same of a teacher that is given."""
+    """What the whole run measures before its student begins; and the same of a teacher that is
+    given."""
     out = finished(stage="calibrate")
     assert {"heldout.pt", "calibration.json", "calibration.png"} <= files(out)
     assert not {"teacher.pt", "results.json", "supervised.segm.json"} & files(out)
     for reference in (finished(), finished(stage="calibrate", teacher=out / "heldout.pt")):
         assert (reference / "calibration.json").read_text() == (out / "calibration.json").read_text()
-    assert not {p for p in files(reference) if p.endswith(".pt")} - {"prototypes.pt"}            # it trains nothing
+    # it trains nothing
+    assert not {p for p in files(reference) if p.endswith(".pt")} - {"prototypes.pt"}
     mine, whole_run = weights(out / "heldout.pt"), weights(finished() / "heldout.pt")
     assert not differences(mine, whole_run)
 
@@ -418,13 +431,14 @@ def test_calibration_of_the_teacher_itself(finished, flags):
 
 
 def test_stage_student_with_teacher_and_calibration(finished, tail):
-    """Of a run of all stages; the labels held out are learned from, for others were needed to measure Delta."""
+    """Of a run of all stages; the labels held out are learned from, for others were needed to
+    measure Delta."""
     both = dict(teacher=finished() / "teacher.pt", calibration=finished() / "calibration.json")
     out = finished(stage="student", **both)
     assert networks(out) == {"student", "teacher"} and state(out / "last.pt")["step"] == 3
     assert not {"teacher.pt", "heldout.pt", "calibration.json", "per_class.png"} & files(out)
     assert state(out / "last.pt")["delta"].tolist() == json.loads(both["calibration"].read_text())["delta"]
-    again = finished(stage="all", **both)                            # nothing else is left to do
+    again = finished(stage="all", **both)  # nothing else is left to do
     assert not differences(weights(again / "last.pt"), weights(out / "last.pt"))
     last = weights(out / "last.pt")
     assert apart(last["student"], last["teacher"]) > 1e-5 < apart(
@@ -435,7 +449,7 @@ def test_stage_student_with_teacher_and_calibration(finished, tail):
 def test_of_two_networks_in_a_file_the_teacher_teaches(finished, name):
     given = finished() / name
     out = finished(stage="student", pseudo="soft", teacher=given, lr=0.0)
-    for net in weights(out / "last.pt").values():                    # and the student begins as its copy
+    for net in weights(out / "last.pt").values():  # and the student begins as its copy
         assert apart(net, weights(given)["teacher"]) < 1e-6
 
 
@@ -457,7 +471,8 @@ def test_pseudo_labels_of_each_kind(short, monkeypatch, trained, finished):
         made[pseudo] = bp.Objects(*(torch.cat([getattr(o, k) for o in found]) for k in bp.Objects._fields)), delta
     (hard, _), (soft, none), (right, delta) = (made[k] for k in ("onehot", "soft", "calibrated"))
     assert none is None and delta.abs().max() > 0 and len(soft.labels) > 0
-    assert torch.equal(hard.boxes, soft.boxes) and torch.equal(soft.boxes, right.boxes)      # filtered on raw scores
+    # filtered on raw scores
+    assert torch.equal(hard.boxes, soft.boxes) and torch.equal(soft.boxes, right.boxes)
     assert torch.equal(hard.probs, F.one_hot(soft.probs.argmax(1), 12).float())
     assert torch.equal(hard.labels, soft.labels) and ((soft.probs == 0) | (soft.probs > 0.02)).all()
     want = torch.where(soft.probs > 0, (soft.probs + 2.0 * delta).clamp(0, 1), 0.0)
@@ -489,7 +504,8 @@ EVERYONE = {f"{i:012d}" for i in range(1, 13)}
 
 
 def test_who_learns_from_what(finished, trained, tail, tmp_path, monkeypatch):
-    """Of 8 labeled pictures 2 are held out: from the network that Delta is measured of, not from the two others."""
+    """Of 8 labeled pictures 2 are held out: from the network that Delta is measured of, not from
+    the two others."""
     lists = spied_lists(monkeypatch)
     train(tail, tmp_path / "out", **LATE)
     held = {Path(p).stem for p in json.loads((tmp_path / "out" / "config.json").read_text())["held_out"]}
@@ -501,8 +517,8 @@ def test_who_learns_from_what(finished, trained, tail, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("flags", [dict(tune=True), dict(refresh=2)], ids=words)
 def test_labels_that_teach_no_one(trained, tail, tmp_path, monkeypatch, flags):
-    """--tune scores on the held-out labels, --refresh measures on them while the student learns: nothing learns from
-    them, not the teacher either, and they are no unlabeled pictures."""
+    """--tune scores on the held-out labels, --refresh measures on them while the student learns:
+    nothing learns from them, not the teacher either, and they are no unlabeled pictures."""
     lists = spied_lists(monkeypatch)
     train(tail, tmp_path / "out", **LATE, **flags)
     held = {Path(p).stem for p in json.loads((tmp_path / "out" / "config.json").read_text())["held_out"]}
@@ -510,7 +526,8 @@ def test_labels_that_teach_no_one(trained, tail, tmp_path, monkeypatch, flags):
     assert (lists["scored"] == held) == ("tune" in flags) == (results(tmp_path / "out")["val"] == "held out")
     for name in {"teacher labeled", "student labeled", "unlabeled"}:
         assert lists[name] and not lists[name] & held, name
-    made = content(tmp_path / "out" / "prototypes.pt")["embedded"]   # nor do prototypes speak of them
+    # nor do prototypes speak of them
+    made = content(tmp_path / "out" / "prototypes.pt")["embedded"]
     read = json.loads(part(tail, "train").read_text())
     ids = {p["id"] for p in read["images"] if Path(p["file_name"]).stem in lists["teacher labeled"]}
     assert made.sum() == sum(a["image_id"] in ids for a in read["annotations"])
@@ -539,7 +556,8 @@ def test_grid(line, typed, tmp_path, monkeypatch):
 
 
 def test_grid_of_the_student_on_two_processes(finished, line, tmp_path):
-    """Each run joins the group anew; the others' results are read when they are there; one process speaks."""
+    """Each run joins the group anew; the others' results are read when they are there; one process
+    speaks."""
     given = finished(stage="teacher", tune=True) / "teacher.pt"
     flags = line(tune=True, stage="student", teacher=given, steps=1, **LATE) + ["--grid", "student"]
     at = flags.index("--stage")
@@ -547,7 +565,8 @@ def test_grid_of_the_student_on_two_processes(finished, line, tmp_path):
     assert [done.code for done in every] == [0, 0], every[0].err[-2000:] + every[1].err[-2000:]
     table = json.loads((tmp_path / "out" / "grid.json").read_text())
     assert [r["lambda_calib"] for r in table["runs"]] == [0.0, 2.0] and table["best"] in table["runs"]
-    said = [line for line in every[1].out.splitlines() if not line.startswith("[Gloo]")]        # PyTorch 2.9's own
+    # PyTorch 2.9's own
+    said = [line for line in every[1].out.splitlines() if not line.startswith("[Gloo]")]
     assert every[0].out.count("lambda_calib 0") == 1 and not said
 
 
@@ -555,10 +574,11 @@ def small_grid() -> None:
     bp.GRIDS = {"student": {"lambda_calib": (0.0, 2.0), "unsup_weight": (1.0,)}}
 
 
-# ---------------------------------------------------------------------------------------------------- retrieval
+# ---------------------------------------------------------------------------------------- retrieval
 @pytest.fixture(scope="session")
 def pool(tail, tmp_path_factory) -> Path:
-    """A folder of 8 other pictures, 2 of them twice, 2 that are labeled or scored, one that cannot be read."""
+    """A folder of 8 other pictures, 2 of them twice, 2 that are labeled or scored, one that cannot
+    be read."""
     folder = tmp_path_factory.mktemp("pool") / "pool"
     things = shapes.make_things(folder.parent / "things", 8, 1, 1)
     shutil.copytree(things / "images" / "train", folder / "a")
@@ -594,7 +614,8 @@ def retrieved(searched, tail, tmp_path_factory) -> Path:
 
 
 def test_stage_retrieve(retrieved, pool):
-    """A list of files, none of them twice, labeled, scored or torn; what each class found, and a picture of it."""
+    """A list of files, none of them twice, labeled, scored or torn; what each class found, and a
+    picture of it."""
     assert {"retrieved.txt", "retrieved.json", "retrieved.png", "embedded/pool"} <= files(retrieved)
     assert not list(retrieved.glob("*.pt"))
     listed = (retrieved / "retrieved.txt").read_text().splitlines()
@@ -626,7 +647,8 @@ def test_retrieved_list_is_what_a_student_learns_from(retrieved, finished, train
 
 
 def test_pool_inside_a_run(retrieved, searched, tmp_path, monkeypatch, line, typed):
-    """Embedded, searched, and learned from; a resumed run does not search again, and says which pictures it took."""
+    """Embedded, searched, and learned from; a resumed run does not search again, and says which
+    pictures it took."""
     lists = spied_lists(monkeypatch)
     flags = dict(pseudo="soft", **searched, **LATE)
     with pytest.warns(UserWarning, match="torn.jpg"):
@@ -640,19 +662,20 @@ def test_pool_inside_a_run(retrieved, searched, tmp_path, monkeypatch, line, typ
     typed(line(resume=True, **flags)).ok()
 
 
-# ---------------------------------------------------------------------------------------------------- kill -9
+# ------------------------------------------------------------------------------------------ kill -9
 def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def die(at: int | str) -> None:
-    """In a process of its own: SIGKILL at the end of the step `at`; when half of the file `at` is written; when the
-    networks of the phase `begin ...` are to be made; or when `embed` or `measure`, prototypes or Delta, is to begin."""
+    """In a process of its own: SIGKILL at the end of the step `at`; when half of the file `at` is
+    written; when the networks of the phase `begin ...` are to be made; or when `embed` or
+    `measure`, prototypes or Delta, is to begin."""
     tally, made = runs.Run.tally, bp.begin
 
     def opened(path, mode="r", **more):
         file = open(path, mode, **more)
-        if mode == "wb" and isinstance(at, str) and at in path.name:     # also a temporary name
+        if mode == "wb" and isinstance(at, str) and at in path.name:  # also a temporary name
             file.write = lambda data, half=file.write: (half(bytes(data)[:len(data) // 2]), file.flush(), kill())
         return file
     runs.Run.tally = lambda self, step, *args: kill() if step == at else tally(self, step, *args)
@@ -671,7 +694,8 @@ def graded() -> None:
         "ap": zlib.crc32(repr(found).encode()) % 9999 / 99}
 
 
-MOMENTS = [  # where it is killed, each time in the run that the one before left; the step that is then saved
+# where it is killed, each time in the run that the one before left; the step that is then saved
+MOMENTS = [
     ("embed", 0), ("prototypes.pt", 0), ("begin heldout", 0), (0, 0), (1, 1), ("heldout.pt", 1), ("last.pt", 1),
     ("begin teacher", 2), (2, 2), (3, 3), ("teacher.pt", 3), ("last.pt", 3), ("measure", 4), ("calibration.json", 4),
     ("begin student", 4), (4, 4), ("last.pt", 4), (5, 5), ("student.segm.json", 5), (6, 6), ("last.pt", 6),
@@ -689,7 +713,8 @@ def test_killed_at_chosen_moments_and_resumed_is_bit_equal(line, tmp_path):
     for each in (flags, line(tmp_path / "reference")):
         forked(each, tmp_path, graded).ok()
     assert_equal_runs(out, tmp_path / "reference")
-    assert len({r[k] for r in log_of(out) for k in r if k.startswith("ap_")}) == 5       # no evaluation is another's
+    # no evaluation is another's
+    assert len({r[k] for r in log_of(out) for k in r if k.startswith("ap_")}) == 5
 
 
 def test_killed_at_random_moments_and_resumed_is_bit_equal(line, tmp_path):
@@ -711,7 +736,7 @@ def test_killed_at_random_moments_and_resumed_is_bit_equal(line, tmp_path):
     assert_equal_runs(out, tmp_path / "reference")
 
 
-# ---------------------------------------------------------------------------------------------------- signals, resume
+# ---------------------------------------------------------------------------------- signals, resume
 def interrupt(patch: pytest.MonkeyPatch, at: int, number: int = signal.SIGTERM) -> None:
     """This process gets the signal in the step `at`."""
     def at_step(self, step, *args, tally=runs.Run.tally):
@@ -742,7 +767,8 @@ def shallow(monkeypatch, depth: int, width: int = 48) -> None:
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_stopped_by_sigterm_and_resumed_is_bit_equal(line, typed, tail, tmp_path, monkeypatch, name):
-    """In each phase, and at their borders (the second and the fourth step are the last of theirs)."""
+    """In each phase, and at their borders (the second and the fourth step are the last of
+    theirs)."""
     settings = {k: v for k, v in SETTINGS[name].items() if k != "depth"}
     if "depth" in SETTINGS[name]:
         shallow(monkeypatch, SETTINGS[name]["depth"])
@@ -823,21 +849,24 @@ def test_run_whose_teacher_file_is_gone_goes_on(line, typed, finished, tmp_path,
     assert state(tmp_path / "out" / "last.pt")["step"] == 3
 
 
-# ---------------------------------------------------------------------------------------------------- processes
+# ---------------------------------------------------------------------------------------- processes
 def test_as_a_user_types_it(line, tmp_path):
     """Under torchrun with two processes; the tests start the script as its last line does."""
     done = torchrun(2, line(steps=1, teacher_steps=1, **LATE), name=NAME).ok()
-    assert done.out.count("8 labeled images") == done.out.count("ap: teacher") == 1              # one process speaks
+    # one process speaks
+    assert done.out.count("8 labeled images") == done.out.count("ap: teacher") == 1
     assert results(tmp_path / "out")["teacher"]["last"]["step"] == 3
     assert json.loads((tmp_path / "out" / "config.json").read_text())["processes"] == 2
     choosers = ", ".join(f'"{name}"' for name in helpers.CHOOSERS[NAME])
     assert f"runs.cli(Args, settings, main, choosers=({choosers}))" in (helpers.REPO / f"{NAME}.py").read_text()
 
 
-# Batches of four with frozen BatchNorm, weights that were trained, few steps, and a seed with which rounding decides
-# nothing: large anchors all around a small box overlap it alike, so now and then it does, and other ones are sampled.
+# Batches of four with frozen BatchNorm, weights that were trained, few steps, and a seed with which
+# rounding decides
+# nothing: large anchors all around a small box overlap it alike, so now and then it does, and other
+# ones are sampled.
 FOUR = dict(batch_size=4, teacher_batch_size=4, steps=2, teacher_steps=3, lr=3e-4, seed=3, **LATE)
-MEANS = {"conf", "mass", "images_per_second"}                        # over objects, see below
+MEANS = {"conf", "mass", "images_per_second"}  # over objects, see below
 
 
 def signal_to_one() -> None:
@@ -846,8 +875,9 @@ def signal_to_one() -> None:
 
 
 def test_steps_are_equal_on_one_and_two_processes(line, typed, finished, tmp_path):
-    """In all phases: prototypes, Delta, losses, pseudo labels. Then a signal to one of two processes, which all hear at
-    the next fifth step, here within the teacher's phase; and one process goes on."""
+    """In all phases: prototypes, Delta, losses, pseudo labels. Then a signal to one of two
+    processes, which all hear at the next fifth step, here within the teacher's phase; and one
+    process goes on."""
     one, two, out = finished(**FOUR), tmp_path / "two", tmp_path / "out"
     for done in on_ranks(2, line(two, **FOUR), tmp_path):
         done.ok()
@@ -924,7 +954,7 @@ def test_evaluation_and_prediction_are_equal_on_any_number_of_processes(copy, ty
 
 @pytest.mark.parametrize("flags", [dict(batch_size=0), dict(batch_size=3), dict(teacher_batch_size=5)], ids=words)
 def test_batch_that_does_not_divide_is_said_before_processes_meet(line, tmp_path, flags):
-    for rank in "01":                                                # nobody listens at the address: none may wait
+    for rank in "01":  # nobody listens at the address: none may wait
         env = {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
         error = forked(line(**flags), tmp_path, env=env).error()
         assert f" {next(iter(flags.values()))}" in error and "2 processes" in error and "batch" in error.lower()
@@ -932,7 +962,7 @@ def test_batch_that_does_not_divide_is_said_before_processes_meet(line, tmp_path
 
 
 def test_an_image_that_one_process_cannot_score_stops_all_with_one_sentence(line, data, tmp_path):
-    truncate(data / "images" / "val" / "000000000002.jpg")           # the second of five: process 1 meets it
+    truncate(data / "images" / "val" / "000000000002.jpg")  # the second of five: process 1 meets it
     every = on_ranks(2, line(data=data, stage="teacher"), tmp_path)
     assert [done.code for done in every] == [2, 2] and not any("Traceback" in done.err for done in every)
     assert any("000000000002.jpg" in re.findall("error: .*", done.err)[0] for done in every if "error: " in done.err)
@@ -940,7 +970,8 @@ def test_an_image_that_one_process_cannot_score_stops_all_with_one_sentence(line
 
 @pytest.mark.parametrize("flags", [dict(accumulate=2), dict(accumulate=3), dict(accumulate=4)], ids=words)
 def test_same_steps_in_less_memory(finished, trained, tail, tmp_path, flags):
-    """Of four images, three parts are two and two. The pictures have 1 to 4 objects, pseudo labels from none on."""
+    """Of four images, three parts are two and two. The pictures have 1 to 4 objects, pseudo labels
+    from none on."""
     train(tail, tmp_path / "out", **FOUR, **flags)
     for name in ("heldout.pt", "teacher.pt", "last.pt"):
         assert apart(weights(finished(**FOUR) / name), weights(tmp_path / "out" / name)) < 5e-6
@@ -954,7 +985,8 @@ def truncate(path: Path) -> None:
 
 @pytest.mark.parametrize("numbers", [(0, 3, 1, 2), (0, 0, 2, 1), (0, 0, 0, 0)], ids=str)
 def test_parts_with_other_numbers_of_objects_or_none(short, tail, monkeypatch, numbers):
-    """One step on four images of which some have no object: gradients of --accumulate 2 are those of 1."""
+    """One step on four images of which some have no object: gradients of --accumulate 2 are those
+    of 1."""
     found = {}
     for parts in (1, 2):
         s = short(stage="teacher", teacher_steps=1, teacher_batch_size=4, accumulate=parts).teacher
@@ -989,7 +1021,7 @@ def test_bf16(finished, trained, tail, tmp_path):
     assert all(v.isfinite().all() for v in last)
 
 
-# ---------------------------------------------------------------------------------------------------- eval, predict
+# ------------------------------------------------------------------------------------ eval, predict
 @pytest.mark.parametrize("name, which", [("last", "last"), ("best", "best"), ("teacher", "last"), ("heldout", None)])
 def test_eval_gives_the_runs_own_results(finished, typed, tail, tmp_path, name, which):
     run = Path(shutil.copytree(finished(), tmp_path / "copy"))
@@ -1001,7 +1033,8 @@ def test_eval_gives_the_runs_own_results(finished, typed, tail, tmp_path, name, 
         assert scored[network]["last"] == read[network][which]
     for network in ("student", "teacher") if name in ("last", "best") else ("supervised",):
         record = scored[network]["last"]
-        if which and record["step"] == read[network][which]["step"]:         # best.pt is the teacher's best
+        # best.pt is the teacher's best
+        if which and record["step"] == read[network][which]["step"]:
             assert record == read[network][which]
         assert record["box_ap"] > 1 and f"{network}: ap {record['ap']:.2f}" in said
         found = json.loads((run / f"{name}.pt.{network}.segm.json").read_text())
@@ -1016,7 +1049,8 @@ def test_eval_gives_the_runs_own_results(finished, typed, tail, tmp_path, name, 
 
 
 def test_eval_with_other_flags(copy, typed):
-    """Soft-NMS keeps what NMS drops, with lower scores; maskness lowers scores; fewer detections."""
+    """Soft-NMS keeps what NMS drops, with lower scores; maskness lowers scores; fewer
+    detections."""
     def scored(*flags: str) -> list[dict]:
         typed(["--eval", str(copy / "teacher.pt"), *HERE, "--frequency", "subset", *flags]).ok()
         return json.loads((copy / "teacher.pt.supervised.segm.json").read_text())
@@ -1058,7 +1092,7 @@ def test_predict_writes_overlays_and_predictions(copy, typed, tail, tmp_path):
         with Image.open(overlays[name]) as overlay:
             assert overlay.width == picture.width and overlay.height >= picture.height
     best = max((r for r in found if r["image_id"].endswith("a.jpg")), key=lambda r: r["score"])
-    assert best["score"] > 0.5                                       # something is drawn, inside its box
+    assert best["score"] > 0.5  # something is drawn, inside its box
     x, y, w, h = best["bbox"]
     rows, columns = np.nonzero(coco_mask.decode(best["segmentation"]))
     assert len(rows) > 20 and x - 1 <= columns.min() and columns.max() <= x + w and y - 1 <= rows.min()
@@ -1075,7 +1109,7 @@ def test_predictions_of_a_scored_picture_are_what_is_evaluated(copy, typed, tail
     assert scored and all(r in every for r in scored) and len(every) > len(scored)
 
 
-# ---------------------------------------------------------------------------------------------------- data
+# --------------------------------------------------------------------------------------------- data
 def test_broken_image_is_skipped_with_a_warning_and_counted_in_training(trained, data, tmp_path):
     truncate(data / "images" / "train" / "000000000003.jpg")
     with pytest.warns(UserWarning, match="000000000003.jpg .*training goes on without it"):
@@ -1135,7 +1169,8 @@ def test_pictures_of_odd_sizes(trained, data, tmp_path, proto):
 
 
 def test_images_without_an_object(trained, tail, line, typed, tmp_path):
-    """In the training file they are unlabeled, wherever they are listed; in the scored one they stay."""
+    """In the training file they are unlabeled, wherever they are listed; in the scored one they
+    stay."""
     def bare(read: dict) -> None:
         read["annotations"] = [a for a in read["annotations"] if a["image_id"] > 2]
 
@@ -1217,7 +1252,8 @@ def with_crowds(read: dict) -> None:
 
 
 def test_class_whose_only_object_is_a_crowd(trained, tail, tmp_path):
-    """It is not learned, counted, embedded, or found; Delta is its group's; and its picture stays."""
+    """It is not learned, counted, embedded, or found; Delta is its group's; and its picture
+    stays."""
     files, out = altered(tail, tmp_path, with_crowds), tmp_path / "out"
     (tmp_path / "list.txt").write_text("".join(f"{i}\n" for i in range(1, 10)))
     train(tail, out, dataset="coco", split=tmp_path / "list.txt", **files, **LATE)
@@ -1230,7 +1266,8 @@ def test_class_whose_only_object_is_a_crowd(trained, tail, tmp_path):
 
 
 def test_crowd_does_not_count_as_an_object_when_a_class_is_measured(trained, tail, monkeypatch):
-    """Of classes without an object in the held-out pictures the group's mean is taken, not their own Delta."""
+    """Of classes without an object in the held-out pictures the group's mean is taken, not their
+    own Delta."""
     data = instances.find("lvis", tail)
     photos = [p._replace(things=tuple(t._replace(crowd=t.category == 0) for t in p.things)) for p in data.train]
     data = instances.scored_on(data, photos)
@@ -1243,11 +1280,11 @@ def test_crowd_does_not_count_as_an_object_when_a_class_is_measured(trained, tai
     assert delta[0] > 0.1, "nine wrong detections of a class without an object decide its Delta"
 
 
-# ---------------------------------------------------------------------------------------------------- presets
+# ------------------------------------------------------------------------------------------ presets
 @pytest.fixture
 def two_steps(trained, typed, tmp_path):
-    """two_steps(picture, ...) -> results.json of a run of two small steps a phase, which is then evaluated and predicts
-    the picture. The flags that a data set has of its own are its own."""
+    """two_steps(picture, ...) -> results.json of a run of two small steps a phase, which is then
+    evaluated and predicts the picture. The flags that a data set has of its own are its own."""
     def do(picture: Callable[[], Path], **flags) -> dict:
         own = ("lr", "scale", "ema", "layer_decay", "frequency", "split", "norm", "threshold", "calib_min_score")
         small, out = {k: None for k in (*own, "init_detector")}, tmp_path / "out"
@@ -1285,7 +1322,8 @@ needs = {name: pytest.mark.skipif(not (TEST_DATA / name).exists(), reason=f"no {
 
 
 def test_preset_lvis_with_an_eva02(two_steps, few_val, tail, tmp_path, monkeypatch):
-    """Scaled down: 16 x 16 tokens in windows of 4 x 4, four blocks of which the second and the fourth attend to all."""
+    """Scaled down: 16 x 16 tokens in windows of 4 x 4, four blocks of which the second and the
+    fourth attend to all."""
     shallow(monkeypatch, 4, 96)
     read = two_steps(lambda: tail / "images" / "val" / "000000000001.jpg", root=tail, image_size=256, window=4,
                      global_blocks=2, backbone="eva02_tiny_patch14_224", weights="none", checkpointing=True, width=16,
@@ -1333,7 +1371,7 @@ def test_pictures_in_the_layout_of_lvis_with_imagenet_weights(two_steps, few_val
     assert content(tmp_path / "out" / "prototypes.pt")["prototypes"].shape == (13, 1280)
 
 
-# ---------------------------------------------------------------------------------------------------- flags
+# -------------------------------------------------------------------------------------------- flags
 def test_help_shows_every_flag_with_the_presets_numbers(typed):
     for dataset, number in (("lvis", "15000"), ("coco", "datasets/coco"), ("shapes", "test_resnet")):
         said = typed(["--dataset", dataset, "--help"]).ok().out
@@ -1383,13 +1421,14 @@ def test_targets_change_with(short, name):
     if name == "topk":
         assert (soft > 1e-7).sum(1).max() == 2
     if name == "tau":
-        assert soft.max() > 2 * was.max() and (soft > 1e-4).sum() < (was > 1e-4).sum()                 # sharper
+        assert soft.max() > 2 * was.max() and (soft > 1e-4).sum() < (was > 1e-4).sum()  # sharper
     if name == "eps":
         assert torch.allclose(soft / 3, was, atol=1e-6)
 
 
 def test_prototypes_of_regions_and_of_crops(trained, tail, tmp_path, monkeypatch):
-    """Of whole pictures' features of stride 16, or of the embedder's; also of an EVA-02; so many of a class at most."""
+    """Of whole pictures' features of stride 16, or of the embedder's; also of an EVA-02; so many of
+    a class at most."""
     made = {}
     for name, flags in {"crop": {}, "roi": dict(proto="roi"), "few": dict(proto_per_class=2)}.items():
         train(tail, tmp_path / name, stage="prototypes", **flags)
@@ -1413,8 +1452,8 @@ def spied_losses(monkeypatch) -> list[tuple[torch.Tensor, ...]]:
 
 
 def test_federated_loss_and_soft_labels(short, monkeypatch):
-    """--federated 3: an image teaches its own classes and others, up to three; `topk` similar ones, too, `fg-all`
-    everything where an object is."""
+    """--federated 3: an image teaches its own classes and others, up to three; `topk` similar ones,
+    too, `fg-all` everything where an object is."""
     seen, known, real = spied_losses(monkeypatch), {}, bp.known_classes
 
     def spied(objects, classes, *args):
@@ -1454,7 +1493,8 @@ def test_pseudo_labels_teach_all_classes_that_they_speak_of(short, monkeypatch, 
 
 
 def test_softmax(short, trained, tail, tmp_path):
-    """A unit for the background, which starts as any other; scores of the classes sum to less than 1."""
+    """A unit for the background, which starts as any other; scores of the classes sum to less than
+    1."""
     run = short(cls_loss="softmax", init_detector="", weights=STARTS["weights"], teacher_steps=1, steps=1)
     for head in run.student.student.heads.boxes:
         assert head.classes.out_features == 13
@@ -1486,7 +1526,8 @@ def test_calibration_counts_objects_or_detections_by_box_or_mask(trained, tail, 
 
 
 def test_refresh_measures_the_teacher_again(short, monkeypatch):
-    """Every two steps of the student, of the teacher as it then is; the next pseudo labels use it."""
+    """Every two steps of the student, of the teacher as it then is; the next pseudo labels use
+    it."""
     measured, used = [], []
 
     def calibrate(net, data, *args, real=bp.calibrate):
@@ -1522,7 +1563,7 @@ def test_fresh_student_with_burn_in(short, monkeypatch, trained):
     assert apart({k: there[k] for k in run.student.teacher.state_dict()}, run.student.teacher.state_dict()) > 0.1
     gaps.clear()
     short(steps=1, lr=0.0, **flags)
-    assert gaps == [0.0]                                             # else it begins as the teacher is
+    assert gaps == [0.0]  # else it begins as the teacher is
 
 
 def test_teacher_that_is_frozen(finished):
@@ -1536,7 +1577,8 @@ def test_teacher_that_is_frozen(finished):
 
 
 def test_student_that_knows_a_class_which_its_teacher_did_not(trained, tail, short, tmp_path):
-    """The teacher's pictures had no object of it; the student's have: it is learned, so it must be found."""
+    """The teacher's pictures had no object of it; the student's have: it is learned, so it must be
+    found."""
     data = instances.find("lvis", tail)
     with_it = [p for p in data.train if 3 in instances.singles(p)]
     (tmp_path / "without.txt").write_text("".join(f"{p.name}\n" for p in data.train if p not in with_it))
@@ -1545,7 +1587,7 @@ def test_student_that_knows_a_class_which_its_teacher_did_not(trained, tail, sho
     run = short(stage="student", pseudo="soft", teacher=first.out / "teacher.pt", split="all", smoothing="uniform",
                 steps=1, unlabeled=tail / "images" / "val")
     assert run.student.classes.images[3] > 0
-    for net in (run.student.student, run.student.teacher):           # which follows it
+    for net in (run.student.student, run.student.teacher):  # which follows it
         assert net.heads.learned[3], "its scores stay zero for ever"
 
 
@@ -1580,7 +1622,7 @@ def test_labels_of_the_student_and_of_the_later_heads(short, monkeypatch, traine
     """--student-labels onehot, --smooth-heads first: where labels are not smoothed."""
     seen = spied_losses(monkeypatch)
 
-    def soft() -> list[bool]:                                        # of each call, whether a target is between
+    def soft() -> list[bool]:  # of each call, whether a target is between
         return [bool(((t > 0) & (t < 0.99)).any()) for _, t, _ in seen]
     for flags, want in (({}, [True] * 3), (dict(smooth_heads="first"), [True, False, False])):
         seen.clear()
@@ -1646,7 +1688,8 @@ def test_repeat_factors_and_schedules(short, monkeypatch):
 
 
 def test_checkpointing_and_windows_of_an_eva02(short, monkeypatch):
-    """Same gradients in less memory, also under drop path; windows and drop path change what is seen."""
+    """Same gradients in less memory, also under drop path; windows and drop path change what is
+    seen."""
     shallow(monkeypatch, 2)
     found = {}
     for name, flags in {"plain": {}, "again": dict(checkpointing=True), "window": dict(window=4, global_blocks=1),
@@ -1659,7 +1702,7 @@ def test_checkpointing_and_windows_of_an_eva02(short, monkeypatch):
     assert all(apart(found["plain"], found[k]) > 1e-6 for k in ("window", "whole", "drop", "bicubic"))
 
 
-# ---------------------------------------------------------------------------------------------------- errors
+# ------------------------------------------------------------------------------------------- errors
 SMALL = dict(pool="x", retrieval_model="test_resnet", retrieval_weights="none")
 REFUSED = [  # flags, what the sentence names
     *(({k: v}, f"--{k.replace('_', '-')} ") for k, v in dict(
@@ -1807,7 +1850,8 @@ def test_pool_without_a_rare_class_or_without_a_neighbour(line, typed, tail, tmp
 
 
 def test_few_labels_have_rare_classes_to_search_with(line, typed, tail, tmp_path):
-    """--frequency subset: a class without a labeled object is none of the rarest third of those that have some."""
+    """--frequency subset: a class without a labeled object is none of the rarest third of those
+    that have some."""
     typed(line(pool=tail / "images" / "val", stage="retrieve", retrieval_model="test_resnet", retrieval_weights="none",
                train_json=part(tail, "train"), val_json=part(tail, "tune"), duplicate=1.0)).ok()
     assert json.loads((tmp_path / "out" / "retrieved.json").read_text())["classes"]
@@ -1855,16 +1899,18 @@ def test_weights_that_cannot_be_had(line, typed, tmp_path, monkeypatch):
             assert backbone in error and "file" in error.lower() and "none" in error
 
 
-# ---------------------------------------------------------------------------------------------------- a GPU
+# -------------------------------------------------------------------------------------------- a GPU
 @pytest.mark.parametrize("flags", [{}, dict(batch_size=4, teacher_batch_size=4, accumulate=2, pseudo="soft"),
                                    dict(EVA, federated=4, repeat=0.5)], ids=str)
 def test_nothing_mixes_devices(line, tmp_path, flags):
-    """On an accelerator that is pretended, with the CPU's values: the same run, but for the order of sums in a ViT."""
+    """On an accelerator that is pretended, with the CPU's values: the same run, but for the order
+    of sums in a ViT."""
     for name, setup in (("near", ()), ("far", (partial(pretend.count, NAME, "train_step"),))):
         said = forked(line(out=tmp_path / name, **flags), tmp_path / "io", *setup).ok().out
     assert 0 < max(pretend.waits(said)) <= 65 * flags.get("batch_size", 2), "waits for the GPU, for each image"
     if "backbone" in flags:
-        assert apart(*(weights(tmp_path / name / "last.pt") for name in ("far", "near"))) < 2e-3          # of Adam
+        # of Adam
+        assert apart(*(weights(tmp_path / name / "last.pt") for name in ("far", "near"))) < 2e-3
     else:
         assert_equal_runs(tmp_path / "far", tmp_path / "near")
         assert any(r.get("pseudo_per_image") for r in log_of(tmp_path / "far"))

@@ -1,4 +1,5 @@
-"""data/calibration.py: the calibration error against values by hand and a plain loop, and the pictures."""
+"""data/calibration.py: the calibration error against values by hand and a plain loop, and the
+pictures."""
 
 import json
 
@@ -12,7 +13,8 @@ from data.lvis_ap import Samples
 
 
 def random_samples(seed: int, n: int = 400, steps: int = 0) -> Samples:
-    """Of five classes; confidences are multiples of 1 / steps, if that is given, and the lower ones are too low."""
+    """Of five classes; confidences are multiples of 1 / steps, if that is given, and the lower ones
+    are too low."""
     g = np.random.default_rng(seed)
     conf = g.random(n) if steps == 0 else g.integers(0, steps + 1, n) / steps
     return Samples(g.integers(0, 5, n), conf, g.random(n) < np.sqrt(conf))
@@ -30,12 +32,14 @@ def by_loop(conf: np.ndarray, right: np.ndarray, bins: int) -> float:
     return total
 
 
-# ---------------------------------------------------------------------------------------------------- numbers
+# ------------------------------------------------------------------------------------------ numbers
 def test_ece_by_hand():
-    """Two in [0.2, 0.3), one of them right: |0.5 - 0.25|; three in [0.9, 1], all right: |1 - 0.95|."""
+    """Two in [0.2, 0.3), one of them right: |0.5 - 0.25|; three in [0.9, 1], all right: |1 -
+    0.95|."""
     conf, right = np.array([0.2, 0.3 - 1e-9, 0.9, 1.0, 0.95]), np.array([True, False, True, True, True])
     assert ece(conf, right) == pytest.approx(2 / 5 * 0.25 + 3 / 5 * 0.05)
-    assert ece(conf, right, 1) == pytest.approx(abs(0.8 - conf.mean()))      # overconfident and underconfident cancel
+    # overconfident and underconfident cancel
+    assert ece(conf, right, 1) == pytest.approx(abs(0.8 - conf.mean()))
     assert ece(conf.tolist(), right.tolist()) == ece(conf, right)
     assert ece([0.6], [False]) == pytest.approx(0.6) and ece([0.6], [True]) == pytest.approx(0.4)
     assert ece([0.25] * 4, [True, False, False, False]) == 0
@@ -55,7 +59,8 @@ def test_ece_against_a_loop(bins, steps):
 
 
 def test_bins_add_up_to_the_signed_error():
-    """Recipe 3.1: sum_b n_b / N (acc_b - conf_b) is mean accuracy - mean confidence, for any number of bins."""
+    """Recipe 3.1: sum_b n_b / N (acc_b - conf_b) is mean accuracy - mean confidence, for any number
+    of bins."""
     found = random_samples(0)
     for bins in (5, 10, 15, 100):
         rows = reliability(found, bins)["bins"]
@@ -100,7 +105,7 @@ def test_groups_and_bins_without_samples():
     assert record["bins"] == [nothing["bins"][0], {"low": 0.5, "high": 1, "n": 1, "conf": 0.75, "acc": 1}]
 
 
-# ---------------------------------------------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------------------- pictures
 def shown(path) -> np.ndarray:
     with Image.open(path) as file:
         return np.array(file.convert("RGB")).astype(int)
@@ -113,13 +118,14 @@ def share(picture: np.ndarray, colour: str) -> float:
 
 
 def test_diagrams_show_gaps_on_the_right_side(tmp_path):
-    """Too sure: hatched orange above the bars; too unsure: their upper part hatched; no gap where there is none."""
+    """Too sure: hatched orange above the bars; too unsure: their upper part hatched; no gap where
+    there is none."""
     g = np.random.default_rng(0)
     conf, zeros = g.random(2000), np.zeros(2000, np.int64)
     panels = {}
     for name, chance in (("sure", conf ** 3), ("unsure", conf ** 0.3)):
         panels[name] = reliability(Samples(zeros, conf, g.random(2000) < chance))
-    exact = np.repeat((np.arange(10) + 0.5) / 10, 20)                # of 20 in the b-th bin 2 b + 1 are right
+    exact = np.repeat((np.arange(10) + 0.5) / 10, 20)  # of 20 in the b-th bin 2 b + 1 are right
     panels["exact"] = reliability(Samples(zeros[:200], exact, np.tile(np.arange(20), 10) < np.repeat(
         2 * np.arange(10) + 1, 20)))
     assert panels["exact"]["ece"] == pytest.approx(0, abs=1e-9)
@@ -129,8 +135,8 @@ def test_diagrams_show_gaps_on_the_right_side(tmp_path):
         picture = shown(tmp_path / f"{name}.png")
         pixels[name] = share(picture, "#f4cdb2"), share(picture, "#0072b2")
     orange, blue = np.array(list(pixels.values())).T
-    assert orange[0] > 0.05 > 10 * orange[1] and orange[2] < 0.01    # the legend alone
-    assert blue[1] > blue[2] > blue[0] > 0.01                        # bars reach up to the accuracy, hatched or not
+    assert orange[0] > 0.05 > 10 * orange[1] and orange[2] < 0.01  # the legend alone
+    assert blue[1] > blue[2] > blue[0] > 0.01  # bars reach up to the accuracy, hatched or not
     calibration.diagram(panels, tmp_path / "all.png")
     assert shown(tmp_path / "all.png").shape[1] > 2.5 * picture.shape[1]
 

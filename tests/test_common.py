@@ -1,4 +1,5 @@
-"""What common/ does on GPUs and with several processes, as far as a CPU can tell; sentences for the user."""
+"""What common/ does on GPUs and with several processes, as far as a CPU can tell; sentences for the
+user."""
 
 import errno
 import multiprocessing
@@ -23,10 +24,11 @@ from data import find, read
 TWO_GPUS = World(0, 2, 0, torch.device("cuda"))
 
 
-# ---------------------------------------------------------------------------------------------------- distributed
+# -------------------------------------------------------------------------------------- distributed
 @pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050", "tf_efficientnet_lite0", "regnetx_002"])
 def test_synchronised_batchnorm_keeps_what_the_layers_compute(name):
-    """timm's BatchNormAct2d applies an activation, too. Without a process group the layers compute on CPUs."""
+    """timm's BatchNormAct2d applies an activation, too. Without a process group the layers compute
+    on CPUs."""
     net = timm.create_model(name, features_only=True, pretrained=False).eval()
     layers = sum(isinstance(m, nn.BatchNorm2d) for m in net.modules())
     x, keys = torch.randn(2, 3, 64, 64), list(net.state_dict())
@@ -59,7 +61,7 @@ def test_auto_takes_bf16_where_the_gpu_computes_in_it(monkeypatch):
     assert TWO_GPUS.bf16("auto") and not TWO_GPUS.bf16("fp32") and not World().bf16("auto")
 
 
-# ---------------------------------------------------------------------------------------------------- runs
+# --------------------------------------------------------------------------------------------- runs
 LOST = ["[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:2046",
         "[../gloo/transport/tcp/pair.cc:534] Read error [127.0.0.1]:2046: Connection reset by peer",
         "NCCL error in: NCCLUtils.cpp:77, remote process exited or there was a network error, NCCL version 2.28.3",
@@ -79,7 +81,8 @@ def test_only_a_lost_process_is_said_to_be_one(monkeypatch, text):
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert runs.user_sentence(error) is None
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert runs.user_sentence(ConnectionResetError(104, "Connection reset by peer")) is None        # a download
+    # a download
+    assert runs.user_sentence(ConnectionResetError(104, "Connection reset by peer")) is None
 
 
 @dataclass
@@ -135,7 +138,7 @@ def test_peak_memory_of_a_gpu_is_logged_and_a_cpus_is_not(monkeypatch, tmp_path)
     assert "peak_gpu_gib" not in first and second["peak_gpu_gib"] == 1.5
 
 
-# ---------------------------------------------------------------------------------------------------- transforms, data
+# --------------------------------------------------------------------------------- transforms, data
 def test_normalize_subtracts_and_divides_bit_by_bit():
     images, valid = torch.randint(0, 256, (2, 3, 9, 7), dtype=torch.uint8), torch.rand(2, 9, 7) < 0.5
     mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (transforms.IMAGENET_MEAN, transforms.IMAGENET_STD))
@@ -197,7 +200,7 @@ def test_sheets_of_very_wide_pictures_stay_small(tmp_path):
     assert Image.open(tmp_path / "sheet.png").size[0] < 2 * 4 * 192 + 20
 
 
-# ---------------------------------------------------------------------------------------------------- run folder
+# --------------------------------------------------------------------------------------- run folder
 @dataclass
 class Settings:
     seed: int = 0

@@ -31,7 +31,8 @@ MD5 = hashlib.md5(CONTENT).hexdigest()
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `files` (path -> bytes); `asked` holds (path, Range header or None) of every request."""
+    """Serves `files` (path -> bytes); `asked` holds (path, Range header or None) of every
+    request."""
 
     daemon_threads = True
 
@@ -97,7 +98,7 @@ def server(monkeypatch):
     thread.join()
 
 
-# -------------------------------------------------------------------------------------------------------------- fetch
+# -------------------------------------------------------------------------------------------- fetch
 
 
 def test_fetch_checks_places_and_then_skips(server, tmp_path):
@@ -206,7 +207,7 @@ def test_fetch_says_when_the_disk_is_full(server, tmp_path):
     assert download._disk_error(OSError(errno.EACCES, "Permission denied"), tmp_path).args[0].endswith("denied")
 
 
-# ----------------------------------------------------------------------------------------------------------- archives
+# ----------------------------------------------------------------------------------------- archives
 
 
 def tar_of(path: Path, *members: tuple[str, bytes | str], kind: bytes = tarfile.REGTYPE, mode: str = "w") -> Path:
@@ -320,7 +321,7 @@ def test_extract_says_when_an_archive_is_damaged(tmp_path, name, mode):
     assert os.listdir(tmp_path / "out") == []
 
 
-# ---------------------------------------------------------------------------------------------------------------- VOC
+# ---------------------------------------------------------------------------------------------- VOC
 
 TRAIN, VAL = ["2007_000001", "2007_000002"], ["2007_000003"]
 SBD_TRAIN, SBD_VAL = ["2008_000004"], ["2007_000003", "2008_000005"]
@@ -328,7 +329,8 @@ SBD_TRAIN, SBD_VAL = ["2008_000004"], ["2007_000003", "2008_000005"]
 
 @pytest.fixture
 def trees(tmp_path) -> tuple[Path, Path]:
-    """VOC with palette masks of classes 1, 2, 15 and border 255; SBD with other classes, also for a VOC image."""
+    """VOC with palette masks of classes 1, 2, 15 and border 255; SBD with other classes, also for a
+    VOC image."""
     voc, sbd = tmp_path / "VOC2012", tmp_path / "sbd"
     for folder in (voc / "JPEGImages", voc / "SegmentationClass", voc / "ImageSets" / "Segmentation", sbd / "cls"):
         folder.mkdir(parents=True)
@@ -425,7 +427,8 @@ def test_masks_name_what_is_missing_or_wrong(trees):
 
 
 def test_voc_from_the_archives_to_masks(server, tmp_path, trees, monkeypatch):
-    """The whole command on tiny archives; a second call asks for nothing, even when SBD was removed."""
+    """The whole command on tiny archives; a second call asks for nothing, even when SBD was
+    removed."""
     voc, sbd = trees
     (voc / "ImageSets/Segmentation/trainval.txt").write_text("")
     for source, top, mode, name in ((voc, "VOCdevkit/VOC2012", "w", "voc.tar"),
@@ -454,7 +457,7 @@ def test_voc_from_the_archives_to_masks(server, tmp_path, trees, monkeypatch):
     assert len(server.asked) == 3
 
 
-# ----------------------------------------------------------------------------------------- lists, Cityscapes, command
+# ----------------------------------------------------------------------- lists, Cityscapes, command
 
 
 @pytest.fixture
@@ -544,7 +547,7 @@ def test_cityscapes_says_what_to_do_then_unpacks(published_lists, tmp_path, caps
     assert "Cityscapes is complete" in capsys.readouterr().out
 
 
-# ------------------------------------------------------------------------------------------------------ COCO and LVIS
+# ------------------------------------------------------------------------------------ COCO and LVIS
 
 PICTURES = {"train2017": 3, "val2017": 2, "unlabeled2017": 4}
 
@@ -570,7 +573,8 @@ def annotations(part: str, number: int) -> bytes:
 
 @pytest.fixture
 def coco_site(server, monkeypatch):
-    """The server stands for cocodataset.org and LVIS's host, with sets of two and three pictures."""
+    """The server stands for cocodataset.org and LVIS's host, with sets of two and three
+    pictures."""
     picture = io.BytesIO()
     Image.fromarray(np.zeros((6, 8, 3), np.uint8)).save(picture, "JPEG")
     for part, number in PICTURES.items():
@@ -651,7 +655,8 @@ def test_lvis_beside_coco_and_without_pictures(coco_site, tmp_path, capsys):
 
 
 def test_a_stopped_download_of_coco_goes_on(coco_site, tmp_path, capsys):
-    """The part of a zip is kept; a picture that was lost is taken from the zip that is still there."""
+    """The part of a zip is kept; a picture that was lost is taken from the zip that is still
+    there."""
     assert download.main(["coco", "--without-images", "--root", str(tmp_path)]) == 0
     asked_of(coco_site), capsys.readouterr()
     coco_site.break_after = [100] * download.ATTEMPTS

@@ -1,4 +1,5 @@
-"""DESIGN section 7: whatever is wrong, the user reads one sentence, the exit code is 2, and there is no traceback."""
+"""DESIGN section 7: whatever is wrong, the user reads one sentence, the exit code is 2, and there
+is no traceback."""
 
 import errno
 import json
@@ -39,7 +40,7 @@ def trained(tiny, tmp_path_factory) -> Path:
     return out
 
 
-# ---------------------------------------------------------------------------------------------------- data on disk
+# ------------------------------------------------------------------------------------- data on disk
 @pytest.mark.parametrize("dataset, way", [("voc", "python -m data.download voc"),
                                           ("cityscapes", "python -m data.download cityscapes"),
                                           ("folder", "data/README.md")])
@@ -89,7 +90,7 @@ def test_shapes_draws_nothing_over_a_folder_of_somebody_else(tiny, tmp_path, io)
     assert (tmp_path / "mine" / "voc" / "thesis.txt").read_text() == "x"
 
 
-# ---------------------------------------------------------------------------------------------------- lists
+# -------------------------------------------------------------------------------------------- lists
 def test_unknown_split_lists_those_that_exist(shapes_root, tmp_path, io):
     root = tmp_path / "voc"
     shutil.copytree(shapes_root / "voc", root, copy_function=os.symlink)
@@ -158,7 +159,7 @@ def test_no_unlabeled_image_left(folder_root, folder_line, io):
     run(folder_line(split="random:8", method="suponly", warmup_epochs=None), io).ok()
 
 
-# ---------------------------------------------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------------------- pictures
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
 
@@ -171,8 +172,9 @@ def test_truncated_image_is_skipped_with_a_warning_and_counted_in_training(folde
     done = run(folder_line(split=tmp_path / "list.txt", steps=3, workers=workers), io).ok()
     assert "train_000001.jpg" in done.err and "training goes on without it" in done.err
     log = log_of(tmp_path / "run")
-    assert log[0]["skipped_images"] >= 1                             # batches of 4 out of 4 meet it in every step ...
-    assert [r["skipped_images"] for r in log if "loss_l" in r][-1] in (3, 4)           # ... and once among 8 unlabeled
+    assert log[0]["skipped_images"] >= 1  # batches of 4 out of 4 meet it in every step ...
+    # ... and once among 8 unlabeled
+    assert [r["skipped_images"] for r in log if "loss_l" in r][-1] in (3, 4)
 
 
 def stop_at(step: int, number: int) -> None:
@@ -258,14 +260,14 @@ def test_tiny_unlabeled_images_are_trained_on(folder_line, tmp_path, io, size):
     run(folder_line(unlabeled=tmp_path / "photos"), io).ok()
 
 
-# ---------------------------------------------------------------------------------------------------- settings
+# ----------------------------------------------------------------------------------------- settings
 @pytest.mark.parametrize("batch_size", [0, -4, 1, 3, 5])
 def test_batch_that_does_not_divide(tiny, tmp_path, io, batch_size):
     assert "--batch-size" in run(tiny(out=tmp_path / "out", batch_size=batch_size), io).error()
 
 
 def test_batch_that_does_not_divide_among_processes_is_said_before_they_meet(tiny, tmp_path, io):
-    for rank in "01":                                                # nobody listens at the address: none may wait
+    for rank in "01":  # nobody listens at the address: none may wait
         env = {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
         error = run(tiny(out=tmp_path / "out", batch_size=6), io, env=env).error()
         assert "2 processes" in error and "4 or 8" in error
@@ -297,7 +299,7 @@ def test_flag_without_a_meaning_is_refused(tiny, tmp_path, io, flags):
 
 
 def test_ohem_that_would_keep_every_pixel_is_refused(tiny, tmp_path, io):
-    assert "--ohem" in run(tiny(out=tmp_path / "out", ohem=0.7), io).error()                # crops of 32 pixels
+    assert "--ohem" in run(tiny(out=tmp_path / "out", ohem=0.7), io).error()  # crops of 32 pixels
     for size, able in ((223, False), (224, True)):
         args = gta_seg.preset("cityscapes", crop_size=size)
         if able:
@@ -315,7 +317,7 @@ def test_unknown_flag_and_choice_leave_with_code_2(tiny, tmp_path, io):
         assert str(list(flags.items())[0][1]) in done.err + done.out
 
 
-# ---------------------------------------------------------------------------------------------------- network, device
+# ---------------------------------------------------------------------------------- network, device
 @pytest.mark.parametrize("flags", [dict(weights="none"), dict(weights="imagenet"), dict(weights="shapes")], ids=str)
 def test_unknown_backbone(tiny, tmp_path, io, flags):
     error = run(tiny(out=tmp_path / "out", backbone="nonsense", **flags), io).error()
@@ -390,7 +392,7 @@ def test_port_in_use(tiny, tmp_path, io):
     assert port in error and "--master_port" in error
 
 
-# ---------------------------------------------------------------------------------------------------- run folder
+# --------------------------------------------------------------------------------------- run folder
 def test_out_is_a_file_or_below_one(tiny, tmp_path, io):
     (tmp_path / "file").write_text("x")
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
@@ -416,7 +418,8 @@ def test_out_is_not_writable(folder_root, folder_line, io, exists):
 
 
 def full_disk(good: int) -> None:
-    """To be run in a process of its own: after this many files that were written, the disk is full."""
+    """To be run in a process of its own: after this many files that were written, the disk is
+    full."""
     fsync, done = os.fsync, []
 
     def failing(number):
@@ -470,7 +473,7 @@ def test_a_disk_that_is_really_full(tiny, tmp_path, io):
         subprocess.run(["umount", str(disk)], check=True)
 
 
-# ---------------------------------------------------------------------------------------------------- divergence
+# --------------------------------------------------------------------------------------- divergence
 def test_loss_that_is_not_finite_stops_with_step_and_term(tiny, tmp_path, io):
     out = tmp_path / "out"
     error = run(tiny(out=out, lr=1e14, decoder_lr=1e14, save_every=1, steps=10), io).error()
@@ -481,7 +484,8 @@ def test_loss_that_is_not_finite_stops_with_step_and_term(tiny, tmp_path, io):
 
 
 def test_checkpoint_that_stays_after_a_loss_that_is_not_finite_is_good(tiny, tmp_path, io):
-    """An update can spoil the weights whose loss was still finite: they must not replace the last good checkpoint."""
+    """An update can spoil the weights whose loss was still finite: they must not replace the last
+    good checkpoint."""
     out = tmp_path / "out"
     run(tiny(out=out, lr=1e15, decoder_lr=1e15, weight_decay=1e15, save_every=1, steps=10), io).error()
     if not (out / "last.pt").exists():
@@ -490,7 +494,7 @@ def test_checkpoint_that_stays_after_a_loss_that_is_not_finite_is_good(tiny, tmp
     assert not bad, f"{len(bad)} tensors of last.pt are not finite, for example {bad[0]}"
 
 
-# ---------------------------------------------------------------------------------------------------- checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
 def test_checkpoint_that_cannot_be_used(trained, tmp_path, io):
     good = torch.load(trained / "best.pt", weights_only=True)
     torch.save({**good, "script": "other.py"}, tmp_path / "other.pt")
@@ -526,7 +530,7 @@ def test_predict_without_pictures(trained, tmp_path, io):
         assert name in run(["--predict", checkpoint, str(tmp_path / name)], io).error()
 
 
-# ---------------------------------------------------------------------------------------------------- data that work
+# ----------------------------------------------------------------------------------- data that work
 def two_steps_score_predict(line: list[str], out: Path, picture: Path, io: Path) -> str:
     """A run of two steps, its evaluation and a prediction; what it said."""
     said = run(line, io).ok().out
@@ -543,7 +547,8 @@ def two_steps_score_predict(line: list[str], out: Path, picture: Path, io: Path)
 
 @pytest.fixture
 def voc_root(shapes_root, tmp_path) -> Path:
-    """VOC folders: 183 labeled images with the published names, 8 unlabeled ones without masks, 3 to score."""
+    """VOC folders: 183 labeled images with the published names, 8 unlabeled ones without masks, 3
+    to score."""
     if not (LISTS / "183" / "labeled.txt").is_file():
         pytest.skip(f"no published lists in TEST_DATA ({TEST_DATA})")
     root, source = tmp_path / "voc", shapes_root / "voc"

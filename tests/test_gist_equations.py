@@ -1,7 +1,8 @@
-"""gist_rist.py against its paper: each equation by loops, each search by all paths, the network by a second one.
+"""gist_rist.py against its paper: each equation by loops, each search by all paths, the network by
+a second one.
 
-Expected values come from the paper (Eqs. 1 to 9, Algorithms 1 and 2, Sec. IV, Table II) and from what the cited methods
-do (S4GAN, ClassMix, DeepLabV2), not from gist_rist.py."""
+Expected values come from the paper (Eqs. 1 to 9, Algorithms 1 and 2, Sec. IV, Table II) and from
+what the cited methods do (S4GAN, ClassMix, DeepLabV2), not from gist_rist.py."""
 
 import copy
 import itertools
@@ -34,7 +35,7 @@ CLASSES, SIZE, IGNORE, WORLD = 4, 16, 255, World()
 pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
 
 
-# ------------------------------------------------------------------------------------------------------------- helpers
+# ------------------------------------------------------------------------------------------ helpers
 
 
 def settings(dataset: str = "shapes", **flags) -> Args:
@@ -42,7 +43,8 @@ def settings(dataset: str = "shapes", **flags) -> Args:
 
 
 def aligned(length: int, size: int) -> Tensor:
-    """(size, length): linear interpolation whose first and last sample lie on the first and last cell."""
+    """(size, length): linear interpolation whose first and last sample lie on the first and last
+    cell."""
     weights = torch.zeros(size, length, dtype=torch.float64)
     for y in range(size):
         place = y * (length - 1) / (size - 1) if size > 1 else 0.0
@@ -58,7 +60,8 @@ def up(z: Tensor, height: int, width: int) -> Tensor:
 
 
 def ent(z: Tensor, label: Tensor) -> Tensor:
-    """Eq. 1 with gradients, float64: the mean of -log p over the pixels that carry a label; 0 without any."""
+    """Eq. 1 with gradients, float64: the mean of -log p over the pixels that carry a label; 0
+    without any."""
     z = up(z, *label.shape[-2:])
     logp, known = z - z.logsumexp(1, keepdim=True), label != IGNORE
     picked = logp.gather(1, label.clamp(max=z.shape[1] - 1)[:, None])[:, 0]
@@ -75,7 +78,8 @@ def probabilities(logits: Tensor) -> np.ndarray:
 
 
 def pictures(seed: int, count: int = 3, size: int = SIZE, padding: int = 0, ignored: float = 0.1) -> Batch:
-    """A batch as training steps get it: images in 0..255, int64 labels, the last `padding` columns outside."""
+    """A batch as training steps get it: images in 0..255, int64 labels, the last `padding` columns
+    outside."""
     g = torch.Generator().manual_seed(seed)
     label = torch.randint(0, CLASSES, (count, size, size), generator=g)
     label[torch.rand(label.shape, generator=g) < ignored] = IGNORE
@@ -122,7 +126,7 @@ def pooled_distance(f: Tensor, f_teacher: Tensor) -> Tensor:
     return (f.double().mean((2, 3)) - f_teacher.double().mean((2, 3))).abs().mean()
 
 
-# ---------------------------------------------------------------------------------------------------------- Eqs. 1, 2
+# ---------------------------------------------------------------------------------------- Eqs. 1, 2
 
 
 def test_upsampling_aligns_the_corners():
@@ -133,7 +137,7 @@ def test_upsampling_aligns_the_corners():
 def test_cross_entropy_is_the_mean_over_labeled_pixels_of_the_batch():
     logits, label = 3 * torch.randn(3, CLASSES, 4, 3), torch.randint(0, CLASSES, (3, 13, 9))
     label[torch.rand(label.shape) < 0.3] = IGNORE
-    label[1, 2:] = IGNORE                                       # images with unlike numbers of labels
+    label[1, 2:] = IGNORE  # images with unlike numbers of labels
     p, terms = probabilities(up(logits, 13, 9)), []
     for b, y, x in np.ndindex(3, 13, 9):
         if label[b, y, x] != IGNORE:
@@ -168,7 +172,7 @@ def test_refine_step_is_equation_2_and_the_consistency_loss(alpha, on):
     with torch.no_grad():
         for part, lr in ((student.backbone, 0.01), (student.head, 0.1)):
             for p in part.parameters():
-                p -= lr * (p.grad + 5e-4 * p)                   # weight decay of Sec. IV
+                p -= lr * (p.grad + 5e-4 * p)  # weight decay of Sec. IV
 
     log = gist_rist.refine_step(s, args, "P", alpha, 0, labeled, pseudo)
     assert log["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
@@ -185,7 +189,8 @@ def test_refine_step_is_equation_2_and_the_consistency_loss(alpha, on):
 @pytest.mark.parametrize("alpha, other", [(1.0, "pseudo"), (0.0, "labeled")])
 @pytest.mark.parametrize("on", ["both", "active"])
 def test_a_binary_stage_never_uses_the_other_labels(alpha, other, on):
-    """With `both` the other images serve the consistency loss; their labels never count, with `active` nothing does."""
+    """With `both` the other images serve the consistency loss; their labels never count, with
+    `active` nothing does."""
     args, batches = settings(cl_on=on, cl_drop=0.0), {"labeled": pictures(1), "pseudo": pictures(2)}
     relabeled = batches[other]._replace(label=(batches[other].label + 1) % CLASSES)
     found = []
@@ -240,7 +245,7 @@ def test_batchwise_draws_one_source_per_iteration():
 
     args = settings(cl_on="active", lr=1e-4)
     word = draw(args, "B", 300)
-    assert abs(word.count("L") - 150) < 40                      # 4.6 deviations
+    assert abs(word.count("L") - 150) < 40  # 4.6 deviations
     assert abs(sum(a == b for a, b in itertools.pairwise(word)) - 149.5) < 40
     assert draw(args, "B", 30) == word[:30]
     assert draw(args, "BB", 30) != word[:30] and draw(replace(args, seed=1), "B", 30) != word[:30]
@@ -262,7 +267,7 @@ def test_ema_update_is_equation_3():
     assert all(torch.equal(value, source[name]) for name, value in values(a).items() if name != "count")
 
 
-# ---------------------------------------------------------------------------------------------------- Eqs. 6, 7, 8, 9
+# ---------------------------------------------------------------------------------- Eqs. 6, 7, 8, 9
 
 
 def test_consistency_without_dropout_by_hand():
@@ -276,13 +281,15 @@ def test_consistency_without_dropout_by_hand():
 
 @pytest.mark.parametrize("drop", [0.5, 0.25])
 def test_consistency_of_equal_features_is_two_p_times_their_mean(drop):
-    """Independent masks: E |d f - d* f| / (1 - p) = 2 p (1 - p) f / (1 - p), which is mean(f) at p = 0.5."""
+    """Independent masks: E |d f - d* f| / (1 - p) = 2 p (1 - p) f / (1 - p), which is mean(f) at p
+    = 0.5."""
     f = torch.rand(16, 4000, 2, 1)
     f.requires_grad_()
     loss = gist_rist.consistency(f, f.detach(), drop)
     loss.backward()
     assert loss.item() == pytest.approx(2 * drop * f.mean().item(), rel=0.02)
-    # d/df: the sum over the pooled units' gradients, 1 / N each; +p of them where only the teacher's unit is dropped
+    # d/df: the sum over the pooled units' gradients, 1 / N each; +p of them where only the
+    # teacher's unit is dropped
     assert f.grad.sum().item() == pytest.approx(drop, rel=0.03)
 
 
@@ -312,7 +319,7 @@ def test_label_erase_keeps_a_confidence_of_exactly_phi():
 def test_temperature_moves_no_argmax_and_lowers_the_confidence():
     logits = 9 * torch.randn(2, 6, 8, 8)
     (sharp, high), (soft, low) = (gist_rist.pseudo_label(logits, 0.0, temp) for temp in (1.0, 0.2))
-    assert torch.equal(sharp, logits.argmax(1)) and torch.equal(soft, sharp)        # phi = 0: the argmax
+    assert torch.equal(sharp, logits.argmax(1)) and torch.equal(soft, sharp)  # phi = 0: the argmax
     assert (low < high).all()
 
 
@@ -340,7 +347,7 @@ def test_logit_gap_that_passes_label_erase(temp, table):
         assert kept[1:].int().diff().min() >= 0
 
 
-# -------------------------------------------------------------------------------------------------- optimizer, schedule
+# ------------------------------------------------------------------------------ optimizer, schedule
 
 
 def test_poly():
@@ -402,7 +409,8 @@ def handlers():
 
 
 def test_fit_is_sgd_with_the_poly_schedule(tmp_path, handlers):
-    """K iterations by hand: lr restarts at its base, 10 times as much for the classifier, momentum 0.9, Eq. 3 after."""
+    """K iterations by hand: lr restarts at its base, 10 times as much for the classifier, momentum
+    0.9, Eq. 3 after."""
     args = settings(lr=0.01, cl=0.5, cl_drop=0.0, cl_beta=0.6, threads=1)
     tree = Tree(args, WORLD, Segmentation("x", tmp_path, ["a"] * CLASSES, {}, []), [], [], [],
                 Nodes(tmp_path / "root", tmp_path, gist_rist.parent_of))
@@ -434,7 +442,7 @@ def test_fit_is_sgd_with_the_poly_schedule(tmp_path, handlers):
     assert s.step == total
 
 
-# -------------------------------------------------------------------------------------------------------------- stage 0
+# ------------------------------------------------------------------------------------------ stage 0
 
 
 def test_supervised_step_is_equation_1():
@@ -452,7 +460,7 @@ def test_supervised_step_is_equation_1():
 def test_classmix_mask_takes_half_of_the_classes_present():
     label = torch.randint(0, 7, (40, 6, 6))
     for i in range(40):
-        label[i] %= 1 + i % 7                                   # 1 to 7 classes
+        label[i] %= 1 + i % 7  # 1 to 7 classes
         label[i, 0, :i % 4] = IGNORE
     scores = torch.rand(40, 7)
     given, mask = label.clone(), gist_rist.classmix_mask(label, scores)
@@ -481,7 +489,8 @@ def test_classmix_chooses_every_class_equally_often():
 
 
 class Told(nn.Module):
-    """A network that answers what it is told, times one learned number, and notes what it was shown."""
+    """A network that answers what it is told, times one learned number, and notes what it was
+    shown."""
 
     def __init__(self, *logits: Tensor):
         super().__init__()
@@ -494,11 +503,12 @@ class Told(nn.Module):
 
 
 def mixed(count: int, step: int, gain: float = 14.0, colour: bool = False, **flags):
-    """One classmix_step on `count` images of one colour each: state before and after, batches, the log."""
+    """One classmix_step on `count` images of one colour each: state before and after, batches, the
+    log."""
     torch.manual_seed(1)
     args = settings(mix_colour=colour, **flags)
     labeled, unlabeled = pictures(1, count), pictures(2, count)
-    for i in range(count):                                      # image i is 20 i + 10, its last i + 1 rows are padding
+    for i in range(count):  # image i is 20 i + 10, its last i + 1 rows are padding
         unlabeled.images[i], unlabeled.valid[i, SIZE - 1 - i:] = 20 * i + 10, False
     student = Told(torch.randn(count, CLASSES, 4, 4), 2 * torch.randn(count, CLASSES, 4, 4))
     teacher = Told(gain * torch.randn(count, CLASSES, 6, 6)).requires_grad_(False).eval()
@@ -531,7 +541,7 @@ def test_classmix_step(count, step):
         for y, x in np.ndindex(SIZE, SIZE):
             k = i if own[y, x] else j
             assert valid[i, y, x] == unlabeled.valid[k, y, x]
-            if unlabeled.valid[k, y, x]:                        # padding is not learned
+            if unlabeled.valid[k, y, x]:  # padding is not learned
                 target[i, y, x] = int(p[k, :, y, x].argmax())
                 sure, pixels = sure + (p[k, :, y, x].max() >= 0.968), pixels + 1
     assert 0.1 < sure / pixels < 0.9
@@ -542,7 +552,7 @@ def test_classmix_step(count, step):
     assert log["loss_u"].item() == pytest.approx(loss_u.item(), rel=1e-5)
     (loss_l + 0.7 * loss_u).backward()
     assert s.student.gain.item() == pytest.approx(1 - 0.1 * student.gain.grad.item(), rel=1e-5)
-    decay = min(1 - 1 / (step + 1), 0.99)                       # 0, 1/2, 2/3, ..., 0.99
+    decay = min(1 - 1 / (step + 1), 0.99)  # 0, 1/2, 2/3, ..., 0.99
     assert s.teacher.gain.item() == pytest.approx(decay * 0.9 + (1 - decay) * s.student.gain.item(), rel=1e-6)
     if step == 0:
         assert s.teacher.gain.item() == s.student.gain.item()
@@ -563,7 +573,7 @@ def test_classmix_colour_changes_what_the_student_sees_and_nothing_else(monkeypa
         assert log["sure"] == other_log["sure"] and log["loss_u"] == other_log["loss_u"]
     changed = [not torch.equal(a[1].student.shown[1][0], b[1].student.shown[1][0])
                for a, b in zip(noisy, plain, strict=True)]
-    assert sum(changed) >= 2                                    # nine times in ten
+    assert sum(changed) >= 2  # nine times in ten
     monkeypatch.setattr(gist_rist.transforms, "jitter_and_blur", lambda images, generator: 255 - images)
     assert torch.equal(mixed(3, 2, colour=True)[1].student.shown[1][0], 255 - plain[2][1].student.shown[1][0])
 
@@ -575,7 +585,7 @@ def test_classmix_without_a_sure_pixel_learns_from_labels_alone():
     assert s.student.gain.item() == pytest.approx(1 - 0.1 * student.gain.grad.item(), rel=1e-5)
 
 
-# ---------------------------------------------------------------------------------------------------------------- S4GAN
+# -------------------------------------------------------------------------------------------- S4GAN
 
 
 def test_minmax01_stretches_the_whole_batch():
@@ -619,13 +629,14 @@ def test_discriminator_drops_half_of_the_first_three_layers_maps():
     assert len(entered) == 4 and (entered[0] != 0).all()
     for x in entered[1:]:
         empty = (x == 0).flatten(2).all(2).float().mean().item()
-        assert 0.4 < empty < 0.6 and (x == 0).flatten(2).any(2).float().mean().item() == empty      # whole maps
+        # whole maps
+        assert 0.4 < empty < 0.6 and (x == 0).flatten(2).any(2).float().mean().item() == empty
     assert (features != 0).all()
 
 
 class Judge(nn.Module):
-    """A discriminator without chance: scores as told, first of predictions, then of labels, and so on, moved by one
-    learned number; features by channel means."""
+    """A discriminator without chance: scores as told, first of predictions, then of labels, and so
+    on, moved by one learned number; features by channel means."""
 
     def __init__(self, *scores: tuple[float, ...]):
         super().__init__()
@@ -649,7 +660,8 @@ def test_s4gan_step_by_hand(step):
     s = gan_state(args, Judge(scores, scores_real))
     labeled, unlabeled, again = pictures(1), pictures(2, padding=5), pictures(3, ignored=0.4)
     unlabeled.images.clamp_(30, 180)
-    again.label[0, 3:], again.label[1, :12] = 2, 1              # unlike images: some have more of a class, some less
+    # unlike images: some have more of a class, some less
+    again.label[0, 3:], again.label[1, :12] = 2, 1
     student = copy.deepcopy(s.student)
 
     loss_l = ent(student(labeled.images, labeled.valid)[0], labeled.label)
@@ -658,9 +670,10 @@ def test_s4gan_step_by_hand(step):
     onehot = np.zeros((3, CLASSES, SIZE, SIZE))
     for b, y, x in np.ndindex(3, SIZE, SIZE):
         if again.label[b, y, x] != IGNORE:
-            onehot[b, again.label[b, y, x], y, x] = 1           # all zero where ignored
+            onehot[b, again.label[b, y, x], y, x] = 1  # all zero where ignored
     stretched = [(b.images - b.images.min()) / (b.images.max() - b.images.min()) for b in (unlabeled, again)]
-    shown, inside = z.softmax(1) * unlabeled.valid[:, None], unlabeled.valid.numpy()[:, None]       # padding shows none
+    # padding shows none
+    shown, inside = z.softmax(1) * unlabeled.valid[:, None], unlabeled.valid.numpy()[:, None]
     fm = 0.0
     for k in range(CLASSES + 3):
         mean = onehot[:, k].mean() if k < CLASSES else stretched[1][:, k - CLASSES].double().mean().item()
@@ -668,7 +681,8 @@ def test_s4gan_step_by_hand(step):
         fm = fm + (0.5 * mean - 0.5 * of_fake).abs() / (CLASSES + 3)
     label = torch.full((3, SIZE, SIZE), IGNORE)
     for b, y, x in np.ndindex(3, SIZE, SIZE):
-        if scores[b] > 0.6 and unlabeled.valid[b, y, x] and step > 0:       # whole images, without their padding
+        # whole images, without their padding
+        if scores[b] > 0.6 and unlabeled.valid[b, y, x] and step > 0:
             label[b, y, x] = int(p[b, :, y, x].argmax())
     loss_st = ent(z, label)
     (loss_l + 0.3 * fm + 0.8 * loss_st).backward()
@@ -690,13 +704,14 @@ def test_s4gan_step_by_hand(step):
 
 def test_s4gan_selects_strictly_above_gamma():
     args, batches = settings(gan_gamma=0.5), (pictures(1), pictures(2), pictures(3))
-    s = gan_state(args, Judge((0.5, 0.5, 0.5)))                   # logit 0: exactly 0.5
+    s = gan_state(args, Judge((0.5, 0.5, 0.5)))  # logit 0: exactly 0.5
     log = gist_rist.s4gan_step(s, args, 3, *batches)
     assert log["loss_st"] == 0 and log["trusted"] == 0
 
 
 def test_s4gan_keeps_the_two_networks_gradients_apart():
-    """At the student's step the discriminator has no gradient; at the discriminator's the student's is what it was."""
+    """At the student's step the discriminator has no gradient; at the discriminator's the student's
+    is what it was."""
     args, noted = settings(lr=0.01), []
     s = gan_state(args, Discriminator(CLASSES), torch.optim.Adam)
 
@@ -771,7 +786,7 @@ def test_stage_0_begins_with(monkeypatch, stage0, bn, weights, frozen):
         assert len(group["params"]) == len(list(it.s.critic.parameters()))
 
 
-# --------------------------------------------------------------------------------------------- a stage from its parent
+# -------------------------------------------------------------------------- a stage from its parent
 
 
 @pytest.mark.parametrize("on, cl, bn", [("both", 1.0, "frozen"), ("active", 1.0, "live"), ("both", 0.0, "auto")])
@@ -803,7 +818,7 @@ def test_a_stage_starts_from_copies_of_its_parent(monkeypatch, path, alpha, on, 
         assert same(values(it.s.teacher), before), "teacher and student share memory"
 
 
-# -------------------------------------------------------------------------------------------------------------- network
+# ------------------------------------------------------------------------------------------ network
 
 
 @pytest.fixture(scope="module")
@@ -897,7 +912,8 @@ def test_deeplab_by_hand(caffe50):
     images, valid = torch.randint(0, 256, (2, 3, 64, 48)).float(), torch.ones(2, 64, 48, dtype=torch.bool)
     valid[1, 50:], images[1, :, 50:] = False, 0
     x = torch.zeros(2, 3, 64, 48)
-    for channel, (source, mean) in enumerate(((2, 104.00698793), (1, 116.66876762), (0, 122.67891434))):      # B, G, R
+    # B, G, R
+    for channel, (source, mean) in enumerate(((2, 104.00698793), (1, 116.66876762), (0, 122.67891434))):
         x[:, channel] = torch.where(valid, images[:, source] - mean, 0)
     want = caffe_resnet(caffe50.backbone.state_dict(), x, (3, 4, 6, 3))
     z = sum(F.conv2d(want, caffe50.head[i].weight, caffe50.head[i].bias, padding=rate, dilation=rate)
@@ -954,11 +970,12 @@ def test_scaled_pixels(dataset, means):
             assert found[b, c, y, x].item() == (everywhere[b, c, y, x].item() if valid[b, y, x] else 0)
 
 
-# --------------------------------------------------------------------------------------------------------- weight files
+# ------------------------------------------------------------------------------------- weight files
 
 
 def layout(net: SegNet, kind: str) -> dict[str, Tensor]:
-    """The network as files name its tensors: A flat, B `Scale.`, C kazuto1011's, D torchvision, E ST++."""
+    """The network as files name its tensors: A flat, B `Scale.`, C kazuto1011's, D torchvision, E
+    ST++."""
     body = {k: v for k, v in net.backbone.state_dict().items() if kind == "D" or not k.endswith("num_batches_tracked")}
     head = {f"{i}.{k}": getattr(b, k).detach() for i, b in enumerate(net.head) for k in ("weight", "bias")}
     if kind == "C":
@@ -1068,7 +1085,7 @@ def test_stages_that_a_file_lacks_are_cut():
     assert full.cut == 0 and full.pixels == "rgb", "what the user says stays"
 
 
-# ------------------------------------------------------------------------------------------------------------- searches
+# ----------------------------------------------------------------------------------------- searches
 
 
 def toy_scores(stages: int, seed: int, ties: bool = False) -> dict[str, float]:
@@ -1220,7 +1237,8 @@ def test_words_that_are_no_paths_are_refused(path):
 
 
 def test_rist_paths():
-    """Algorithm 2: each stage draws alpha = 1 (L) half of the time, apart from the stages before it."""
+    """Algorithm 2: each stage draws alpha = 1 (L) half of the time, apart from the stages before
+    it."""
     args = settings("voc", trials=2)
     paths = [gist_rist.rist_path(replace(args, seed=seed), trial) for seed in range(300) for trial in (0, 1)]
     assert all(len(path) == 9 and set(path) <= {"L", "P"} for path in paths)
@@ -1234,7 +1252,8 @@ def test_rist_paths():
 
 
 def test_max_run_draws_again():
-    """Recipe 3.4: a run of five is degenerate, 18.75% of all paths; a path without stays the same."""
+    """Recipe 3.4: a run of five is degenerate, 18.75% of all paths; a path without stays the
+    same."""
     args = settings("voc")
     plain = [gist_rist.rist_path(args, trial) for trial in range(800)]
     tidy = [gist_rist.rist_path(replace(args, max_run=4), trial) for trial in range(800)]
@@ -1276,7 +1295,8 @@ def test_alpha_of_a_token():
 
 
 def test_node_folders_are_named_by_what_shapes_weights():
-    """Recipe 8.1: what only selects is left out of the key; refinement does not touch the name of stage 0."""
+    """Recipe 8.1: what only selects is left out of the key; refinement does not touch the name of
+    stage 0."""
     def keys(**flags) -> tuple[str, str]:
         tree = planted(settings("voc", **flags))
         return tuple(gist_rist.key_of(tree, rest, "w") for rest in (gist_rist.REFINE_ONLY, gist_rist.STAGE0_ONLY))
@@ -1303,7 +1323,7 @@ def test_batchnorm_names_refined_nodes_too():
     assert len({gist_rist.key_of(tree, gist_rist.STAGE0_ONLY, "w") for tree in trees}) == 2
 
 
-# ------------------------------------------------------------------------------------------------------------- settings
+# ----------------------------------------------------------------------------------------- settings
 
 
 def test_the_papers_numbers():
@@ -1338,7 +1358,7 @@ def test_phi_depends_on_temperature_scaling(monkeypatch, tmp_path, flags, phi):
     assert found.value.args == (phi,)
 
 
-# --------------------------------------------------------------------------------------------- the report (Table II)
+# ---------------------------------------------------------------------------- the report (Table II)
 
 TABLE_2 = """
 PPLLPLPLL 54.35 66.14
@@ -1410,7 +1430,8 @@ def test_table_2_through_the_report(tmp_path):
 
 
 def test_the_report_takes_each_path_at_the_stage_that_dev_chooses(tmp_path):
-    """Sec. IV: the best refinement stage, for tables by path and for other numbers of development images, too."""
+    """Sec. IV: the best refinement stage, for tables by path and for other numbers of development
+    images, too."""
     dev_images = [Picture("x", tmp_path, None)] * 50
     tree = Tree(settings("voc"), WORLD, None, [], [], dev_images, Nodes(tmp_path, tmp_path, gist_rist.parent_of))
     scores = {"": (50, 58, 51), "L": (57, 52, 66.5), "LP": (55, 53, 65.25), "P": (51, 59, 60), "PL": (54, 51, 64)}
@@ -1422,7 +1443,7 @@ def test_the_report_takes_each_path_at_the_stage_that_dev_chooses(tmp_path):
     assert "| LP | 1 | 57 | 66.50 |" in text and "| PL | 2 | 54 | 64.00 |" in text
     assert "val 65.25 ± 1.77 over 2 paths; best on dev in each group of 5: no full group" in text
     assert "| 1 | 65.25 | 1.25 |" in text and "| 2 | 66.50 | 0.00 |" in text
-    assert "| 10 | P | 60.00 |" in text and "| 50 | L | 66.50 |" in text           # Table III
+    assert "| 10 | P | 60.00 |" in text and "| 50 | L | 66.50 |" in text  # Table III
 
 
 def test_bloat_is_a_rise_of_the_dominant_class():
@@ -1430,16 +1451,16 @@ def test_bloat_is_a_rise_of_the_dominant_class():
     assert gist_report.bloat([0.3]) == [False]
 
 
-# -------------------------------------------------------------------------------------------------- scores and pictures
+# ------------------------------------------------------------------------------ scores and pictures
 
 
 def test_dev_miou_counts_the_classes_in_the_labels():
     for seed in range(5):
         g = np.random.default_rng(seed)
         counts = g.integers(0, 50, (4, 5, 5))
-        counts[:, 1] = 0                                        # class 1: predicted, never labeled
-        counts[:, 3], counts[:, :, 3] = 0, 0                    # class 3: nowhere
-        counts[:, 2, 2] = 0                                     # class 2: labeled, never found
+        counts[:, 1] = 0  # class 1: predicted, never labeled
+        counts[:, 3], counts[:, :, 3] = 0, 0  # class 3: nowhere
+        counts[:, 2, 2] = 0  # class 2: labeled, never found
         total, found = counts.sum(0), []
         for k in range(5):
             if total[k].sum():
@@ -1448,7 +1469,8 @@ def test_dev_miou_counts_the_classes_in_the_labels():
 
 
 def test_cityscapes_is_read_at_half_size():
-    """Image bilinear with antialias, as PIL does it; the label nearest, so that no class is invented."""
+    """Image bilinear with antialias, as PIL does it; the label nearest, so that no class is
+    invented."""
     g = np.random.default_rng(0)
     image = np.repeat(np.repeat(g.integers(0, 256, (11, 17, 3), dtype=np.uint8), 6, 0), 6, 1)[:64, :100]
     label = torch.from_numpy(g.choice([0, 7, 18, 255], (64, 100)).astype(np.uint8))
@@ -1468,8 +1490,8 @@ def test_cityscapes_is_read_at_half_size():
 
 def test_augment_scales_flips_and_crops():
     args = settings("voc", crop_size=(90, 130))
-    label = (torch.arange(80)[None] // 40 * 3).expand(60, 80).to(torch.uint8)           # 0 left, 3 right
-    image = (label.float() * 50 + 50).byte().expand(3, 60, 80)                          # 50 left, 200 right
+    label = (torch.arange(80)[None] // 40 * 3).expand(60, 80).to(torch.uint8)  # 0 left, 3 right
+    image = (label.float() * 50 + 50).byte().expand(3, 60, 80)  # 50 left, 200 right
     factors, flips = [], 0
     for i in range(400):
         out, cut, valid = gist_rist.augment(args, image, label, np.random.default_rng(i))
@@ -1507,7 +1529,7 @@ def test_augment_halves_cityscapes_first():
     assert (valid.any(1).sum(), valid.any(0).sum()) == (32, 64)
 
 
-# --------------------------------------------------------------------------------- whole images (Alg. 1, lines 6 to 8)
+# -------------------------------------------------------------- whole images (Alg. 1, lines 6 to 8)
 
 
 def picture_files(folder, sizes) -> list[Picture]:
@@ -1531,7 +1553,8 @@ def pixels_of(picture: Picture, resize: float = 1) -> Tensor:
 
 @pytest.mark.parametrize("dataset, resize", [("voc", 1.0), ("cityscapes", 0.5), ("voc", 0.75)])
 def test_pseudo_labels_of_whole_images(tmp_path, monkeypatch, dataset, resize):
-    """Equation 9 at the network's full output, as index PNGs of the files' size; unreadable images are left out."""
+    """Equation 9 at the network's full output, as index PNGs of the files' size; unreadable images
+    are left out."""
     args = settings(dataset, phi=0.4, temp=0.2, workers=0, **{"resize": resize} if resize == 0.75 else {})
     tree, net, asked = planted(args, tmp_path), Small(), []
     with torch.no_grad():
@@ -1553,7 +1576,8 @@ def test_pseudo_labels_of_whole_images(tmp_path, monkeypatch, dataset, resize):
         with Image.open(picture.image) as file:
             want = np.array(Image.fromarray(want).resize(file.size, Image.NEAREST))
         assert label.shape == want.shape
-        assert (label == want).mean() > (0.97 if resize < 1 else 0.999)     # PIL and torch differ by a grey level
+        # PIL and torch differ by a grey level
+        assert (label == want).mean() > (0.97 if resize < 1 else 0.999)
         assert 0.05 < (label == IGNORE).mean() < 0.95
         kept, pixels = kept + (label != IGNORE).sum(), pixels + label.size
         shares += [(label == k).sum() for k in range(CLASSES)]
@@ -1598,7 +1622,8 @@ def test_the_record_of_a_node_holds_development_scores_and_val_is_not_opened(tmp
 
 
 def test_a_run_with_another_dev_size_reads_the_same_nodes(tmp_path):
-    """Table III: scores of every picture are stored, so any number of the first development images can choose."""
+    """Table III: scores of every picture are stored, so any number of the first development images
+    can choose."""
     net = SegNet(settings(), CLASSES)
     first = planted(settings("voc", workers=0, dev_size=2, dev_reserve=3), tmp_path)
     first.dev = picture_files(tmp_path, [(48, 32)] * 3)

@@ -1,4 +1,5 @@
-"""gist_rist.py from the command line: searches, shared nodes, processes, kills, errors, evaluation, presets."""
+"""gist_rist.py from the command line: searches, shared nodes, processes, kills, errors, evaluation,
+presets."""
 
 import importlib
 import itertools
@@ -33,7 +34,7 @@ TINY = dict(weights="none", backbone="test_resnet", bn="auto", lr=0.006, phi=0.3
 S4GAN = TEST_DATA / "splits" / "s4gan" / "voc"
 
 
-# ---------------------------------------------------------------------------------------------------- tools
+# -------------------------------------------------------------------------------------------- tools
 @pytest.fixture
 def io(tmp_path) -> Path:
     return tmp_path / "io"
@@ -46,15 +47,16 @@ def line(shapes_root, tmp_path):
 
 
 def on_shapes(data: Path, folder: Path, **flags) -> list[str]:
-    flags = ({"stages": None} if flags.get("search") == "path" else {}) | flags          # a path has its own number
+    # a path has its own number
+    flags = ({"stages": None} if flags.get("search") == "path" else {}) | flags
     return ["--dataset", "shapes", *argv(**{
         "root": data, "val": "few", "split": data / "labeled.txt", "unlabeled": data / "unlabeled.txt", **TINY,
         "out": folder / "out", "store": folder / "store", **flags})]
 
 
 def quick(*more) -> None:
-    """In a process of its own: no pictures, no TensorBoard, no git and no flushing, which take half of a tiny run's
-    time; then what `more` changes."""
+    """In a process of its own: no pictures, no TensorBoard, no git and no flushing, which take half
+    of a tiny run's time; then what `more` changes."""
     from common import runs
     from docs import gist_report
 
@@ -165,7 +167,8 @@ def assert_equal_runs(folder: Path, reference: Path) -> None:
 
 
 def at_call(where: str, nth: int, number: int, after: bool = False) -> None:
-    """In a process of its own: it gets signal `number` at the n-th call of `where` (module:name), or after it."""
+    """In a process of its own: it gets signal `number` at the n-th call of `where` (module:name),
+    or after it."""
     module, _, name = where.partition(":")
     owner = importlib.import_module(module)
     *parents, last = name.split(".")
@@ -186,8 +189,9 @@ def at_call(where: str, nth: int, number: int, after: bool = False) -> None:
 
 @pytest.fixture(scope="module")
 def finished(shapes_root, tmp_path_factory):
-    """finished(...) -> the folder of a finished run with these flags (out, store), undisturbed; made once. GIST and
-    RIST where no search is named. `beside`: the flags of runs that are made at the same time."""
+    """finished(...) -> the folder of a finished run with these flags (out, store), undisturbed;
+    made once. GIST and RIST where no search is named. `beside`: the flags of runs that are made at
+    the same time."""
     made = {}
 
     def make(beside: Iterable[dict] = (), **flags) -> Path:
@@ -208,10 +212,10 @@ def copied(finished, tmp_path):
     return lambda **flags: Path(shutil.copytree(finished(**flags) / "store", tmp_path / "store"))
 
 
-# ---------------------------------------------------------------------------------------------------- a run
+# -------------------------------------------------------------------------------------------- a run
 def test_a_run_end_to_end(line, tmp_path, io):
     out, store = tmp_path / "out", tmp_path / "store"
-    done = helpers.run(line(), io, name="gist_rist").ok()                       # with pictures
+    done = helpers.run(line(), io, name="gist_rist").ok()  # with pictures
     assert str(out) in done.out and "miou" in done.out
     assert {p.name for p in out.iterdir() if p.name != ".lock"} == {
         "config.json", "results.json", "log.jsonl", "report.md", "tree.png", "curves.png", "previews", "best.pt"}
@@ -281,7 +285,8 @@ def test_no_stages_is_stage_0_alone(line, tmp_path, io):
 
 
 def test_gist_keeps_the_better_child(finished):
-    """Beam 1: the grandchildren's parent is the child with the higher score on the development images."""
+    """Beam 1: the grandchildren's parent is the child with the higher score on the development
+    images."""
     visited, nodes = results(finished() / "out")["visited"]["gist"], records(finished() / "store")
     winner = max("LP", key=lambda p: nodes[p]["dev"]["4"])
     assert nodes["L"]["dev"]["4"] != nodes["P"]["dev"]["4"]
@@ -313,7 +318,8 @@ def test_independent_trials_share_nothing(finished, tmp_path):
 
 
 def test_winning_path_is_replayed_bit_by_bit(finished, line, tmp_path, io):
-    """In a fresh store, where nothing else is trained; the best of the last stage, should stage 0 be the winner."""
+    """In a fresh store, where nothing else is trained; the best of the last stage, should stage 0
+    be the winner."""
     found, nodes = results(finished() / "out"), records(finished() / "store")
     last = [p for p in found["visited"]["gist"] if len(p) == 2]
     best = found["gist"]["path"] or max(last, key=lambda p: nodes[p]["dev"]["4"])
@@ -338,7 +344,7 @@ def test_default_folders(line, tmp_path, io):
     assert {p.name for p in (tmp_path / "runs").iterdir()} == {"gist_rist-shapes-8-d3-s2", "gist_rist-nodes"}
 
 
-# ---------------------------------------------------------------------------------------------------- sharing
+# ------------------------------------------------------------------------------------------ sharing
 def test_another_search_trains_new_nodes_only(line, copied, tmp_path, io):
     """Flags that choose nodes, or only keep the books: none of them trains a node twice."""
     store = copied(keep_nodes=True)
@@ -346,7 +352,8 @@ def test_another_search_trains_new_nodes_only(line, copied, tmp_path, io):
     more = dict(log_every=2, save_every=1, workers=1, no_val_every_stage=True)
     run(line(search=("fist", "path", "rist"), alpha=(0, 1), path="PP", trials=3, **more), io).ok()
     assert {"LL", "PP"} <= paths(store) and trained(store, before) == paths(store) - old
-    assert len({name.split("/")[0] for name in folders(store)}) == 2            # one stage 0, one key of nodes
+    # one stage 0, one key of nodes
+    assert len({name.split("/")[0] for name in folders(store)}) == 2
 
 
 def test_the_same_run_again_trains_nothing(line, finished, copied, tmp_path, io):
@@ -374,7 +381,7 @@ def test_ablations_share_stage_0_but_neither_nodes_nor_pseudo_labels(line, copie
     found = {name: f for name, f in facts(store).items() if name != stage0}
     assert len({f["weights"] for f in found.values()}) == len(ABLATIONS) + 1
     shares = {f["labels"]["kept"] for f in found.values()}
-    assert len(shares) == 3 and 1.0 in shares                        # phi 0 keeps all, temp 1 more than temp 0.5
+    assert len(shares) == 3 and 1.0 in shares  # phi 0 keeps all, temp 1 more than temp 0.5
 
 
 def words(flags: dict) -> str:
@@ -392,19 +399,22 @@ def test_what_shapes_all_weights_shares_nothing(line, shapes_root, copied, tmp_p
     assert trained(store, before) == {"", "P"} and len(stamps(store).keys() - before.keys()) == 8
     weights = {name: f["weights"] for name, f in facts(store).items()}
     same = {name for name in weights if list(weights.values()).count(weights[name]) > 1}
-    assert all(name.startswith("stage0-") for name in same) and len(same) == 2         # it takes no unlabeled images
+    # it takes no unlabeled images
+    assert all(name.startswith("stage0-") for name in same) and len(same) == 2
 
 
 def test_a_smaller_development_set_out_of_one_reserve_trains_no_refinement_again(line, copied, tmp_path, io):
-    """The key of nodes holds the reserve and the weights of stage 0; the key of stage 0 also the number of images that
-    chose among its evaluations, here one."""
+    """The key of nodes holds the reserve and the weights of stage 0; the key of stage 0 also the
+    number of images that chose among its evaluations, here one."""
     store = copied(dev_reserve=8, eval_every=6)
     before = stamps(store)
     run(line(dev_reserve=8, eval_every=6, dev_size=3), io).ok()
     again = trained(store, before)
     found, nodes = results(tmp_path / "out"), facts(store)
-    assert {name.split("/")[0] for name in before if "/" in name} == {found["nodes"]}            # the same key
-    assert not {p for p in again if f"{found['nodes']}/{p}" in before}          # another selection may ask for new ones
+    # the same key
+    assert {name.split("/")[0] for name in before if "/" in name} == {found["nodes"]}
+    # another selection may ask for new ones
+    assert not {p for p in again if f"{found['nodes']}/{p}" in before}
     for name in ("gist", "rist"):
         assert found[name]["dev"] == max(dev_of(nodes[node_name(found, p)], 3) for p in found["visited"][name])
 
@@ -436,12 +446,12 @@ def test_development_labeled_and_unlabeled_images_are_apart(shapes_root, tmp_pat
         assert [len(s) for s in sets] == [8, 1000 - 8 - number, number] and len(set.union(*sets)) == 1000
         assert all(p.label is None for p in tree.pool)
     assert trees[0].dev == trees[1].dev[:4] and trees[1].dev == trees[2].dev == trees[3].dev == trees[4].dev
-    assert len({t.store.root for t in trees}) == 3                              # a reserve of 10 for 10 is none
+    assert len({t.store.root for t in trees}) == 3  # a reserve of 10 for 10 is none
 
 
 def test_two_runs_at_once_share_one_store(line, finished, tmp_path, io):
-    """Jobs of their own, not processes of one job. With --keep-nodes, as docs/gist_rist.md asks, no node is trained
-    twice."""
+    """Jobs of their own, not processes of one job. With --keep-nodes, as docs/gist_rist.md asks, no
+    node is trained twice."""
     other = line(out=tmp_path / "other", search=("path", "fist"), path=("PL", "LP"), alpha=(0, 1), keep_nodes=True)
     end([begin(flags, io, partial(count_trainings, tmp_path)) for flags in (line(keep_nodes=True), other)])
     assert results(tmp_path / "out") == results(finished() / "out")
@@ -463,13 +473,13 @@ def count_trainings(folder: Path) -> None:
     gist_rist.fit = noting
 
 
-# ---------------------------------------------------------------------------------------------------- processes
+# ---------------------------------------------------------------------------------------- processes
 @pytest.mark.parametrize("n", [2, 3])
 def test_processes_find_what_one_finds(line, finished, tmp_path, io, n):
     every = end(start_ranks(n, line(**ALL), io, partial(count_trainings, tmp_path)))
     assert_equal_runs(tmp_path, finished(**ALL))
     said = (tmp_path / "trainings").read_text().split()
-    assert len(said) == len(set(said)) == 9                          # nobody trained what another one had
+    assert len(said) == len(set(said)) == 9  # nobody trained what another one had
     assert sum(done.out.count("labels used") for done in every) == 1 == sum(d.out.count("miou:") for d in every)
     assert kept(tmp_path / "store") == kept(finished(**ALL) / "store") and not litter(tmp_path / "store")
 
@@ -497,7 +507,7 @@ def test_a_node_has_no_children_before_it_is_scored(line, tmp_path, io):
     end(start_ranks(2, line(search="path", path="LL"), io, slow_scores))
 
 
-# ---------------------------------------------------------------------------------------------------- kills
+# -------------------------------------------------------------------------------------------- kills
 MOMENTS = [  # in this order, each in the run that the one before left
     ("common.runs:Run.tally", 2, False), ("common.runs:save_checkpoint", 3, True), ("gist_rist:finish", 1, False),
     ("common.nodes:Nodes.finish", 1, False), ("common.nodes:Nodes.finish", 1, True),
@@ -539,7 +549,7 @@ def test_killed_at_random_moments_and_resumed_is_bit_equal(line, finished, tmp_p
             victim.kill(signal.SIGKILL)
         done = [started.wait() for started in every]
         assert all(d.code in (0, -signal.SIGKILL) for d in done), [d.err[-1500:] for d in done]
-        if (tmp_path / "out" / "results.json").exists():                # it was over: begin anew
+        if (tmp_path / "out" / "results.json").exists():  # it was over: begin anew
             assert_equal_runs(tmp_path, finished())
             shutil.rmtree(tmp_path / "out")
             shutil.rmtree(tmp_path / "store")
@@ -561,7 +571,7 @@ def test_many_kills(line, finished, tmp_path, io):
     assert_equal_runs(tmp_path, reference)
 
 
-# ---------------------------------------------------------------------------------------------------- signals
+# ------------------------------------------------------------------------------------------ signals
 @pytest.mark.parametrize("where, nth", [("common.runs:Run.tally", 2), ("common.runs:Run.tally", 8),
                                         ("PIL.Image:Image.save", 3)], ids=["stage 0", "a stage", "pseudo labels"])
 def test_sigterm_saves_and_leaves_with_a_message_and_code_0(line, finished, tmp_path, io, where, nth):
@@ -572,7 +582,7 @@ def test_sigterm_saves_and_leaves_with_a_message_and_code_0(line, finished, tmp_
     step = torch.load(last, weights_only=True)["step"]
     assert step == {"common.runs:Run.tally": (nth - 1) % 6 + 1, "PIL.Image:Image.save": 1}[where]
     assert f"after step {step}" in stopped.out and str(last) in stopped.out
-    if nth != 2:                                                     # stage 0 is resumed in other tests
+    if nth != 2:  # stage 0 is resumed in other tests
         run(flags, io).ok()
         assert_equal_runs(tmp_path, finished(search="path", path=("L", "P")))
 
@@ -629,7 +639,7 @@ def test_resume_with_other_settings_names_the_fields(line, tmp_path, io):
     assert stamps(tmp_path / "store") == before
 
 
-# ---------------------------------------------------------------------------------------------------- what is read
+# ------------------------------------------------------------------------------------- what is read
 def note_reads(file: Path) -> None:
     """Every image and label that is opened, and every node that is finished, in order."""
     from common import nodes
@@ -681,7 +691,7 @@ def test_searches_end_although_val_cannot_be_read(folder_root, tmp_path, io):
     assert stamps(tmp_path / "store") == before and results(tmp_path / "out")["gist"]["miou"] > 0
 
 
-# ---------------------------------------------------------------------------------------------------- kept weights
+# ------------------------------------------------------------------------------------- kept weights
 def test_weights_and_pseudo_labels_that_nobody_needs_are_removed(finished):
     for flags in ({}, ALL, dict(search="path", path="LLP")):
         folder = finished(**flags)
@@ -740,12 +750,12 @@ def test_weights_that_are_not_those_that_were_scored(line, copied, tmp_path, io,
         (folder / "weights.pt").write_bytes((folder / "weights.pt").read_bytes()[:5000])
     error = run(line(search="path", path="PL"), io).error()
     assert str(folder) in error
-    if how == "other values":                                        # do what the sentence says
+    if how == "other values":  # do what the sentence says
         shutil.rmtree(folder)
         run(line(search="path", path="PL", resume=True), io).ok()
 
 
-# ---------------------------------------------------------------------------------------------------- stage 0
+# ------------------------------------------------------------------------------------------ stage 0
 STAGE0 = {"supervised": {}, "s4gan": dict(gan_gamma=0), "classmix": dict(mix_threshold=0.2, mix_colour=True)}
 
 
@@ -791,7 +801,7 @@ def test_stage_0_from_a_checkpoint(line, finished, copied, tmp_path, io):
     assert found[""]["weights"] == gist_rist.fingerprint(student(best)) and found[""]["steps"] == 0
     assert found["L"]["parent"] == found[""]["weights"] != found["L"]["weights"]
     assert results(tmp_path / "out")["stage0"]["dev"] == found[""]["dev"]["4"]
-    torch.save(student(best), tmp_path / "plain.pth")                # the same weights in a file of their own
+    torch.save(student(best), tmp_path / "plain.pth")  # the same weights in a file of their own
     plain = line(stage0=tmp_path / "plain.pth", stage0_steps=None, search="path", path="L",
                  out=tmp_path / "out2", store=tmp_path / "store2")
     run(plain, io).ok()
@@ -814,7 +824,8 @@ def counting() -> None:
 
 @pytest.mark.parametrize("kind", STAGE0)
 def test_nothing_mixes_devices(line, shapes_root, tmp_path, io, kind):
-    """On an accelerator that is pretended, with the CPU's values: the same nodes, scores and predictions."""
+    """On an accelerator that is pretended, with the CPU's values: the same nodes, scores and
+    predictions."""
     found, photo = [], str(shapes_root / "voc" / "JPEGImages" / "val_000000.jpg")
     for name, setup in (("near", ()), ("far", (counting,))):
         store, out = tmp_path / f"{name}-store", tmp_path / name
@@ -829,7 +840,7 @@ def test_nothing_mixes_devices(line, shapes_root, tmp_path, io, kind):
     assert found[0] == found[1]
 
 
-# ---------------------------------------------------------------------------------------------------- eval, report
+# ------------------------------------------------------------------------------------- eval, report
 @pytest.fixture
 def finished_copy(finished, tmp_path) -> Path:
     """A copy of the run folder of GIST and RIST."""
@@ -907,16 +918,17 @@ def test_eval_and_report_of_a_run_whose_nodes_another_run_trained(line, copied, 
 
 
 def test_val_every_stage_scores_nodes_that_were_there(line, copied, tmp_path, io):
-    """Figs. 1 and 7 and Table II need the scores of all nodes, also of those whose run did not ask for them."""
+    """Figs. 1 and 7 and Table II need the scores of all nodes, also of those whose run did not ask
+    for them."""
     copied(search="path", path=("LL", "PP"), keep_nodes=True, no_val_every_stage=True)
     run(line(search="path", path=("LL", "PP")), io).ok()
     lost = [str(f) for f in folders(tmp_path / "store").values() if not (f / "val-few.json").exists()]
     assert not lost and "Table II" in (tmp_path / "out" / "report.md").read_text()
 
 
-# ---------------------------------------------------------------------------------------------------- presets
+# ------------------------------------------------------------------------------------------ presets
 SHORT = TINY | dict(stage0_steps=2, steps=2, stages=1, eval_every=2, dev_size=2)
-ONE = {k: v for k, v in SHORT.items() if k != "stages"}              # a path has its own number
+ONE = {k: v for k, v in SHORT.items() if k != "stages"}  # a path has its own number
 
 
 def two_steps_score_predict(line: list[str], out: Path, picture: Path, io: Path) -> str:
@@ -940,7 +952,8 @@ def shallow() -> None:
 
 @pytest.fixture(scope="module")
 def coco(tmp_path_factory) -> Path:
-    """A file in the layout of resnet101COCO-41f33a49.pth, of a shallow ResNet-50 with random weights."""
+    """A file in the layout of resnet101COCO-41f33a49.pth, of a shallow ResNet-50 with random
+    weights."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gist_rist.backbones, "build", partial(gist_rist.backbones.build, layers=(1, 1, 1, 1)))
         net = gist_rist.SegNet(gist_rist.preset("voc", backbone="caffe_resnet50"), 21)
@@ -969,7 +982,8 @@ def test_preset_voc_with_coco_weights(shapes_root, coco, tmp_path, io):
 
 @pytest.fixture
 def voc_root(shapes_root, tmp_path) -> Path:
-    """VOC folders: the 211 labeled images of S4GAN's list, the four last of its order, 8 unlabeled ones, 3 to score."""
+    """VOC folders: the 211 labeled images of S4GAN's list, the four last of its order, 8 unlabeled
+    ones, 3 to score."""
     if not (S4GAN / "permutation.txt").is_file():
         pytest.skip(f"no published lists in TEST_DATA ({TEST_DATA})")
     root, source = tmp_path / "voc", shapes_root / "voc"
@@ -1007,10 +1021,11 @@ def test_preset_voc_with_the_published_list(voc_root, tmp_path, io):
 
 
 def test_preset_cityscapes_at_half_size(tmp_path, io):
-    """Pseudo labels are made at half size, stored at full size, and halved again when they are read."""
+    """Pseudo labels are made at half size, stored at full size, and halved again when they are
+    read."""
     root = shapes.make_cityscapes(tmp_path / "cityscapes")
     flags = ONE | dict(crop_size=(32, 64), phi=0, search=("path",), path=("P",))
-    del flags["resize"]                                                             # the preset's own: 0.5
+    del flags["resize"]  # the preset's own: 0.5
     line = argv(dataset="cityscapes", root=root, split="random:4", **flags, keep_nodes=True, out=tmp_path / "out",
                 store=tmp_path / "store")
     picture = next((root / "leftImg8bit" / "val").glob("*/*.png"))
@@ -1052,7 +1067,8 @@ def test_pictures_are_predicted_at_the_size_that_was_trained_and_scored(line, sh
 
 @pytest.fixture
 def folder_flags(folder_root, tmp_path):
-    """folder_flags(...) -> a command line on `folder_root`, four labeled images and two to choose by."""
+    """folder_flags(...) -> a command line on `folder_root`, four labeled images and two to choose
+    by."""
     def line(**flags) -> list[str]:
         return argv(**{"dataset": "folder", "root": folder_root, "split": "random:4", **ONE, "search": "path",
                        "path": "P", "out": tmp_path / "out", "store": tmp_path / "store", **flags})
@@ -1082,7 +1098,7 @@ def test_real_pictures_in_a_folder(tmp_path, io):
     assert "23 labeled images" in said and "4 unlabeled" in said
 
 
-# ---------------------------------------------------------------------------------------------------- errors
+# ------------------------------------------------------------------------------------------- errors
 def test_the_papers_data_sets_need_weights(shapes_root, tmp_path, io):
     for dataset in ("voc", "cityscapes"):
         root = shapes_root / "voc" if dataset == "voc" else shapes.make_cityscapes(tmp_path / "cityscapes")
@@ -1115,7 +1131,8 @@ def test_missing_data_set_says_what_where_and_two_ways_on(dataset, way, tmp_path
 
 @pytest.fixture
 def refused(shapes_root, tmp_path):
-    """refused(...) -> why these settings, in place of TINY's, are refused before anything is written."""
+    """refused(...) -> why these settings, in place of TINY's, are refused before anything is
+    written."""
     def why(**flags) -> str:
         args = gist_rist.preset("shapes", **TINY | dict(
             root=str(shapes_root), val="few", split=str(shapes_root / "labeled.txt"), out=str(tmp_path / "out"),
@@ -1239,7 +1256,8 @@ def test_report_after_the_store_is_gone(line, tmp_path, io):
             shutil.rmtree(folder)
         error = run(["--report", str(tmp_path / "out")], io).error()
         assert names in error and str(tmp_path / "store") in error
-    run(line(search="path", path="LP", resume=True), io).ok()       # trains them again, as the sentence says
+    # trains them again, as the sentence says
+    run(line(search="path", path="LP", resume=True), io).ok()
     run(["--report", str(tmp_path / "out")], io).ok()
 
 

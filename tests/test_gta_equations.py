@@ -1,6 +1,8 @@
-"""gta_seg.py against its paper: each equation by loops over pixels, Algorithm 1 by a plain second version of it.
+"""gta_seg.py against its paper: each equation by loops over pixels, Algorithm 1 by a plain second
+version of it.
 
-Expected values come from the paper (Secs. 3 and 4) and from what the released code does, not from gta_seg.py."""
+Expected values come from the paper (Secs. 3 and 4) and from what the released code does, not from
+gta_seg.py."""
 
 import copy
 import io
@@ -30,7 +32,7 @@ def seeded():
     np.random.seed(0)
 
 
-# ------------------------------------------------------------------------------------------------------------- helpers
+# ------------------------------------------------------------------------------------------ helpers
 
 
 def probabilities(logits: Tensor) -> np.ndarray:
@@ -47,7 +49,8 @@ def up(logits: Tensor, size: int) -> Tensor:
 
 
 def pictures(seed: int, count: int = 4, size: int = SIZE, padding: int = 0) -> Batch:
-    """A prepared batch: normalised images, labels with some ignored pixels, the last `padding` columns outside."""
+    """A prepared batch: normalised images, labels with some ignored pixels, the last `padding`
+    columns outside."""
     g = torch.Generator().manual_seed(seed)
     images = torch.randn(count, 3, size, size, generator=g) + 2 * torch.randn(count, 3, 1, 1, generator=g)
     label = torch.randint(0, CLASSES, (count, size, size), generator=g)
@@ -73,7 +76,8 @@ def plain(net: nn.Module) -> nn.Module:
 
 
 def tiny(args: Args, epoch: int = 2) -> State:
-    """The networks of a run after one warm-up step and the copy that ends warm-up, at the first step of Algorithm 1."""
+    """The networks of a run after one warm-up step and the copy that ends warm-up, at the first
+    step of Algorithm 1."""
     s, _ = gta_seg.build(args, CLASSES, WORLD, epoch)
     for net in s.networks().values():
         plain(net)
@@ -106,7 +110,7 @@ def momenta(optimizer: torch.optim.Optimizer) -> list[Tensor]:
             if "momentum_buffer" in optimizer.state[p]]
 
 
-# ------------------------------------------------------------------------------------------------- Eqs. 1, 2, Sec. 4.2
+# ------------------------------------------------------------------------------ Eqs. 1, 2, Sec. 4.2
 
 
 def test_confidence_is_equation_1():
@@ -144,7 +148,8 @@ def test_threshold_is_numpys_percentile_rule(drop):
         assert gamma.shape == ()
         kept = valid & (conf > gamma)
         assert (kept.numpy() == kept_by_numpy(conf, valid, drop)).all(), n
-        assert n - kept.sum().item() == math.floor(drop * (n - 1) + 1e-9) + 1       # recipe 2.5, in counts
+        # recipe 2.5, in counts
+        assert n - kept.sum().item() == math.floor(drop * (n - 1) + 1e-9) + 1
 
 
 @pytest.mark.parametrize("values_", [None, [0.3, 0.5, 0.9], [0.4, 1.0]], ids=["random", "ties", "saturated ties"])
@@ -183,7 +188,7 @@ def test_saturated_confidence_keeps_nothing_and_costs_nothing():
     assert (weight == 0).all() and loss.item() == 0 and (logits.grad == 0).all()
 
 
-# ------------------------------------------------------------------------------------------------------- Eqs. 6, 7, 10
+# ------------------------------------------------------------------------------------ Eqs. 6, 7, 10
 
 
 @pytest.mark.parametrize("tau", [1.0, 0.0, 0.25])
@@ -205,7 +210,8 @@ def test_reweight_is_equation_6(tau):
 def test_reweight_of_nothing_is_zero(tau):
     nothing = torch.zeros(2, 3, 4, dtype=torch.bool)
     assert torch.equal(gta_seg.reweight(torch.rand(2, 3, 4), nothing, tau), torch.zeros(2, 3, 4))
-    everything_at_zero = gta_seg.reweight(torch.zeros(2, 3, 4), ~nothing, tau)       # c = 0 where tau = 0: 0 / 0
+    # c = 0 where tau = 0: 0 / 0
+    everything_at_zero = gta_seg.reweight(torch.zeros(2, 3, 4), ~nothing, tau)
     assert torch.isfinite(everything_at_zero).all()
 
 
@@ -247,7 +253,7 @@ def test_losses_of_nothing_are_zero_with_zero_gradient(loss_of):
     assert loss.item() == 0 and (logits.grad == 0).all()
 
 
-# ---------------------------------------------------------------------------------------------------- Eqs. 3, 5, 9, 12
+# --------------------------------------------------------------------------------- Eqs. 3, 5, 9, 12
 
 
 def test_ema_decay_ramps_from_a_plain_mean_to_alpha():
@@ -273,7 +279,8 @@ def test_ema_update_is_equations_5_9_12(buffers, frozen):
     for n in range(5):
         source, d = norm_net(n + 1), min(1 - 1 / (n + 1), 0.7)
         given = values(source)
-        gta_seg.ema_update(target, source, d, **dict(buffers=True) if buffers else {})       # no buffers by default
+        # no buffers by default
+        gta_seg.ema_update(target, source, d, **dict(buffers=True) if buffers else {})
         assert same(given, values(source)), "the source was changed"
         for name, tensor in source.state_dict().items():
             if name.endswith("num_batches_tracked"):
@@ -292,7 +299,8 @@ def test_ema_update_is_equations_5_9_12(buffers, frozen):
 
 
 def flat_loss(logits: Tensor, label: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Mean of -log p over labeled pixels; with weights their weighted sum over the number of labeled pixels."""
+    """Mean of -log p over labeled pixels; with weights their weighted sum over the number of
+    labeled pixels."""
     cost = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="none")
     return (cost if weight is None else cost * weight).sum() / (label != IGNORE).sum()
 
@@ -303,7 +311,8 @@ def made_up(count: int = 4, seed: int = 5) -> Pseudo:
 
 
 def calm(net: nn.Module) -> nn.Module:
-    """Train mode, with what makes one image depend on others switched off: running statistics, no dropout."""
+    """Train mode, with what makes one image depend on others switched off: running statistics, no
+    dropout."""
     for module in plain(net).train().modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
@@ -336,7 +345,7 @@ def test_loss_on_both_is_equation_3(aux):
 def test_joint_passes_learn_each_from_its_own_half():
     args = settings(joint_bn=True)
     net, labeled, pseudo, seen = plain(gta_seg.SegNet(args, CLASSES)), pictures(1), made_up(), []
-    labeled.images.mul_(2).add_(1)                                   # other statistics than the unlabeled ones
+    labeled.images.mul_(2).add_(1)  # other statistics than the unlabeled ones
     net.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
     z = up(net(torch.cat([labeled.images, pseudo.images]))[0], SIZE)
     for data, want in (("labeled", flat_loss(z[:4], labeled.label)),
@@ -349,7 +358,7 @@ def test_joint_passes_learn_each_from_its_own_half():
         assert separate.item() != pytest.approx(want.item(), rel=1e-4), "BatchNorm does not see the other batch"
 
 
-# ------------------------------------------------------------------------------------------------ OHEM, upsample, poly
+# ----------------------------------------------------------------------------- OHEM, upsample, poly
 
 
 def hard_by_loop(logits: Tensor, label: Tensor, thresh: float, min_kept: int) -> np.ndarray:
@@ -378,12 +387,13 @@ def test_hard_pixels_are_ohem(min_kept, ignored):
 
 
 def test_cityscapes_loss_keeps_100000_pixels_or_those_below_the_threshold():
-    args = settings(aux=0.4, ohem=0.7, batch_size=2)                 # of two images, as on a GPU of U2PL
+    args = settings(aux=0.4, ohem=0.7, batch_size=2)  # of two images, as on a GPU of U2PL
     label = torch.randint(0, 3, (2, 256, 256))
     label[torch.rand(label.shape) < 0.05] = IGNORE
     labeled = Batch(torch.zeros(2, 3, 256, 256), label != IGNORE, label, torch.zeros(2))
     small = F.one_hot(label.clamp(max=2), 3).permute(0, 3, 1, 2).float()[:, :, ::4, ::4]
-    main, aux = 8 * small + torch.randn(2, 3, 64, 64), torch.randn(2, 3, 64, 64)    # mostly easy; mostly hard
+    # mostly easy; mostly hard
+    main, aux = 8 * small + torch.randn(2, 3, 64, 64), torch.randn(2, 3, 64, 64)
 
     def ohem(logits: Tensor) -> float:
         p = F.interpolate(logits, size=(256, 256), mode="bilinear", align_corners=True).double().softmax(1).numpy()
@@ -421,7 +431,7 @@ def test_decoder_learns_ten_times_faster_at_every_step():
     net = gta_seg.SegNet(args, CLASSES)
     optimizer = gta_seg.sgd(net, args, WORLD)
     rates = {}
-    for step in (0, 5, 9, 2):                                        # set from the first rate, not from the last one
+    for step in (0, 5, 9, 2):  # set from the first rate, not from the last one
         gta_seg.set_lr(optimizer, gta_seg.poly(step, 10))
         rates = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
         for name, p in net.named_parameters():
@@ -447,7 +457,7 @@ def test_presets_have_the_settings_of_section_4_2():
                                                                                                   "constant", 12)
 
 
-# -------------------------------------------------------------------------------------------------------------- CutMix
+# ------------------------------------------------------------------------------------------- CutMix
 
 
 @pytest.mark.parametrize("size", [(64, 64), (33, 47), (47, 47), (48, 65), (513, 513)])
@@ -474,7 +484,7 @@ def test_cutmix_pastes_unmixed_originals_alike_into_every_map():
     images, label = torch.rand(4, 3, 9, 11), torch.randint(0, 5, (4, 9, 11))
     conf, valid = torch.rand(4, 9, 11), torch.rand(4, 9, 11) < 0.5
     boxes = torch.tensor([[0, 5, 2, 10], [3, 9, 0, 8], [1, 8, 4, 11], [0, 9, 0, 5]])
-    partner = torch.tensor([1, 2, 3, 0])                             # a cycle: mixed partners would show
+    partner = torch.tensor([1, 2, 3, 0])  # a cycle: mixed partners would show
     maps = [images, label, conf, valid]
     given = [m.clone() for m in maps]
     mixed = gta_seg.cutmix(boxes, partner, *maps)
@@ -564,11 +574,12 @@ def test_prepare_normalises_pads_with_the_mean_and_mixes_labels_too():
     assert (mixed.images != got.images).flatten(1).any(1).all()
 
 
-# ------------------------------------------------------------------------------------------------------- step 1: teach
+# ------------------------------------------------------------------------------------ step 1: teach
 
 
 class Colours(nn.Module):
-    """A network whose logits are the image's channels at every fourth pixel: no image depends on another."""
+    """A network whose logits are the image's channels at every fourth pixel: no image depends on
+    another."""
 
     def __init__(self, gain: float = 1.0):
         super().__init__()
@@ -579,7 +590,8 @@ class Colours(nn.Module):
 
 
 def expected_pseudo(origin: np.ndarray, unlabeled: Batch, args: Args) -> tuple[np.ndarray, np.ndarray]:
-    """Pseudo labels and weights of mixed images, where `origin` (B, H, W) says which image shows at a pixel."""
+    """Pseudo labels and weights of mixed images, where `origin` (B, H, W) says which image shows at
+    a pixel."""
     p = probabilities(up(unlabeled.images[:, :, ::4, ::4], SIZE))
     conf, best, inside = np.zeros(origin.shape), np.zeros(origin.shape, int), np.zeros(origin.shape, bool)
     for i, y, x in np.ndindex(origin.shape):
@@ -594,7 +606,8 @@ def expected_pseudo(origin: np.ndarray, unlabeled: Batch, args: Args) -> tuple[n
 
 
 def noise() -> Batch:
-    """Four unlabeled images in which every pixel is unlike any other; some columns or rows count as padding."""
+    """Four unlabeled images in which every pixel is unlike any other; some columns or rows count as
+    padding."""
     batch = pictures(7)
     batch.valid[0::2, :, -16:] = False
     batch.valid[1::2, :24] = False
@@ -636,7 +649,7 @@ def test_teach_runs_the_teacher_as_it_is_for_validation():
     assert same(before, values(s.teacher)), "the teacher's statistics moved"
 
 
-# ---------------------------------------------------------------------------- one process and two: the sums are global
+# --------------------------------------------------------- one process and two: the sums are global
 
 
 @dataclass(frozen=True)
@@ -677,7 +690,7 @@ def half(batch: tuple, rank: int) -> tuple:
 @pytest.mark.parametrize("flags", FLAGS, ids=str)
 def test_threshold_and_weights_belong_to_the_global_batch(flags):
     args, unlabeled = settings(**flags), noise()
-    unlabeled.images[2:] *= 0.3                                      # the second process is far less sure
+    unlabeled.images[2:] *= 0.3  # the second process is far less sure
     alone = gta_seg.teach(Colours(), unlabeled, args, 3, WORLD)
     parts = in_two(lambda world: gta_seg.teach(Colours(), half(unlabeled, world.rank), args, 3, world))
     assert torch.equal(alone.images, torch.cat([p.images for p in parts]))
@@ -687,7 +700,7 @@ def test_threshold_and_weights_belong_to_the_global_batch(flags):
 
 def test_hard_pixels_are_those_of_the_global_batch():
     logits, label = 2 * torch.randn(4, 3, 5, 6), torch.randint(0, 3, (4, 5, 6))
-    logits[2:] *= 0.1                                                # the second process has the hard ones
+    logits[2:] *= 0.1  # the second process has the hard ones
     label[0, :4] = IGNORE
     for min_kept in (10, 50, 200):
         parts = in_two(lambda world, k=min_kept: gta_seg.hard_pixels(
@@ -700,9 +713,10 @@ def test_hard_pixels_are_those_of_the_global_batch():
 def test_gradients_averaged_over_processes_are_those_of_the_global_loss(data, ohem):
     args, labeled, pseudo = settings(mu=0.7, ohem=ohem), pictures(1), made_up()
     labeled.label[labeled.label == 3] = 0
-    pseudo.label[pseudo.label == 3] = 0                              # Colours knows three classes
+    pseudo.label[pseudo.label == 3] = 0  # Colours knows three classes
     labeled.label[0, :40] = IGNORE
-    pseudo.label[3] = pseudo.label[3].masked_fill(torch.rand(SIZE, SIZE) < 0.9, IGNORE)      # unequal shares
+    # unequal shares
+    pseudo.label[3] = pseudo.label[3].masked_fill(torch.rand(SIZE, SIZE) < 0.9, IGNORE)
 
     def slope(world: World, rank: int | None = None) -> Tensor:
         net = Colours(2.0)
@@ -716,7 +730,7 @@ def test_gradients_averaged_over_processes_are_those_of_the_global_loss(data, oh
     assert (two[0] + two[1]).item() / 2 == pytest.approx(one.item(), rel=1e-4)
 
 
-# --------------------------------------------------------------------------------------- Algorithm 1, a second version
+# -------------------------------------------------------------------- Algorithm 1, a second version
 
 
 class Descent:
@@ -744,7 +758,8 @@ class Reference:
             for p, q in zip(self.gta.predictor.parameters(), self.student.predictor.parameters(), strict=True):
                 p.data = q.data
         self.learn_student, self.learn_gta = Descent(self.student, args), Descent(self.gta, args) if self.gta else None
-        self.learn_student.speed = {name: s.opt_student.state[p]["momentum_buffer"].clone()      # of the warm-up step
+        # of the warm-up step
+        self.learn_student.speed = {name: s.opt_student.state[p]["momentum_buffer"].clone()
                                     for name, p in s.student.named_parameters()}
 
     def logits(self, net: nn.Module, images: Tensor) -> Tensor:
@@ -772,21 +787,23 @@ class Reference:
         return total
 
     def step(self, labeled: Batch, unlabeled: Batch) -> None:
-        args, batches = self.args, (labeled, unlabeled, *self.pseudo(unlabeled))                         # Eqs. 1, 2, 6
+        args, batches = self.args, (labeled, unlabeled, *self.pseudo(unlabeled))  # Eqs. 1, 2, 6
         if self.gta is not None:
-            self.learn_gta(self.loss(self.gta, args.gta_data, *batches))                                 # Eqs. 7, 8
+            self.learn_gta(self.loss(self.gta, args.gta_data, *batches))  # Eqs. 7, 8
             d, mine = min(1 - 1 / (self.n + 1), args.alpha_gta), dict(self.student.named_parameters())
-            for name, p in self.gta.named_parameters():                                                  # Eq. 9
+            for name, p in self.gta.named_parameters():  # Eq. 9
                 if args.transfer == "all" or (args.transfer == "features" and name.startswith("features.")):
                     mine[name].data.copy_(d * mine[name].data + (1 - d) * p.data)
-        self.learn_student(self.loss(self.student, args.student_data if self.gta else "both", *batches))     # 10, 11
+        # 10, 11
+        self.learn_student(self.loss(self.student, args.student_data if self.gta else "both", *batches))
         d, theirs = min(1 - 1 / (self.n + 1), args.alpha_teacher), self.student.state_dict()
-        for name, tensor in self.teacher.state_dict().items():                                           # Eq. 12
+        for name, tensor in self.teacher.state_dict().items():  # Eq. 12
             tensor.copy_(d * tensor + (1 - d) * theirs[name] if tensor.is_floating_point() else theirs[name])
         self.n += 1
 
     def compare(self, s: State, where: object) -> None:
-        """Networks and momenta agree; then go on from exactly theirs, so that no rounding adds up over steps."""
+        """Networks and momenta agree; then go on from exactly theirs, so that no rounding adds up
+        over steps."""
         for name, net in s.networks().items():
             mine = getattr(self, name).state_dict()
             for key, tensor in net.state_dict().items():
@@ -828,7 +845,7 @@ def test_labels_of_unlabeled_images_teach_nothing():
     assert all(same(a, b) for a, b in zip(*ends, strict=True))
 
 
-# ------------------------------------------------------------------------------------------------ who learns from what
+# ----------------------------------------------------------------------------- who learns from what
 
 
 class Record:
@@ -983,7 +1000,7 @@ def test_unbiased_st_shares_features_and_keeps_predictors_apart(monkeypatch):
     assert not storages(s.teacher) & (storages(s.student) | storages(s.gta))
 
 
-# --------------------------------------------------------------------------------------------- cost of a step, sharing
+# -------------------------------------------------------------------------- cost of a step, sharing
 
 
 def image_passes(step_of, s: State, args: Args, count: int) -> tuple[int, int]:
@@ -1079,11 +1096,12 @@ def test_released_networks_keep_their_memory_layout():
             assert p.stride() == q.stride(), (name, key)
 
 
-# --------------------------------------------------------------------------------------------------- the released loop
+# -------------------------------------------------------------------------------- the released loop
 
 
 class ReferenceReleased(Reference):
-    """The released loop as the recipe's Secs. 0.1, 2.1, 2.2, 2.5 tell it; `p.data = q.data`: its copy by reference."""
+    """The released loop as the recipe's Secs. 0.1, 2.1, 2.2, 2.5 tell it; `p.data = q.data`: its
+    copy by reference."""
 
     def __init__(self, s: State, args: Args):
         super().__init__(s, args)
@@ -1120,7 +1138,7 @@ def test_released_steps_are_the_released_loop():
     args = settings("released", alpha_gta=0.3, alpha_teacher=0.6)
     s = tiny(args)
     reference = ReferenceReleased(s, args)
-    for n in range(4):                                               # two steps of the first epoch, two of the second
+    for n in range(4):  # two steps of the first epoch, two of the second
         labeled, unlabeled = pictures(10 + n), pictures(20 + n, padding=16)
         reference.step(labeled, unlabeled)
         gta_seg.train_step_released(s, labeled, unlabeled, args, WORLD)
@@ -1139,7 +1157,7 @@ def test_released_loop_ties_the_predictor_and_nothing_else_for_good():
         assert not parameter_storages(s.teacher) & parameter_storages(s.student)
     before = values(s.student.predictor)
     ignored = pictures(5)._replace(label=torch.full((4, SIZE, SIZE), IGNORE))
-    gta_seg.set_lr(s.opt_student, 0)                                 # the student's own optimizer stands still
+    gta_seg.set_lr(s.opt_student, 0)  # the student's own optimizer stands still
     gta_seg.train_step_released(s, ignored, pictures(6), args, WORLD)
     after = values(s.student.predictor)
     assert any(not torch.equal(before[key], after[key]) for key, _ in s.student.predictor.named_parameters())
@@ -1162,7 +1180,7 @@ def test_released_warm_up_moves_the_others_statistics_only():
     assert not torch.equal(before["student"][key], s.student.state_dict()[key])
 
 
-# -------------------------------------------------------------------------------------------------- full-size networks
+# ------------------------------------------------------------------------------- full-size networks
 
 
 @pytest.fixture(scope="module")
@@ -1233,7 +1251,7 @@ def test_low_level_channels_come_first():
     assert torch.allclose(features[:, 8:], up(seen[1], seen[0].shape[-1]), atol=1e-6)
 
 
-# ----------------------------------------------------------------------------------------------- backbones, edge cases
+# ---------------------------------------------------------------------------- backbones, edge cases
 
 
 def finite(s: State, losses: dict[str, Tensor]) -> None:
@@ -1260,7 +1278,8 @@ def test_small_backbones_take_a_step(backbone):
     ("resnet50", [4, 8, 16]), ("resnetrs50", [4, 8, 16]), ("resnetblur50", [4, 8, 16]), ("resnet26", [2, 4]),
     ("resnet14t", [2]), ("resnet51q", None), ("resnet33ts", None)])
 def test_every_kind_of_resnet_is_cut(backbone, dilations):
-    """Ceil-mode pooling and the released code's dilations where the network has their place, none where not."""
+    """Ceil-mode pooling and the released code's dilations where the network has their place, none
+    where not."""
     with torch.device("meta"):
         features = gta_seg.Features(gta_seg.preset("voc", backbone=backbone, weights="none"))
         assert features(torch.zeros(2, 3, 97, 97))[0].shape == (2, 512, 25, 25)
@@ -1274,7 +1293,8 @@ def test_every_kind_of_resnet_is_cut(backbone, dilations):
 
 @pytest.mark.parametrize("flags", [{}, dict(recipe="released")], ids=str)
 def test_scoring_leaves_the_compiled_networks_alone(monkeypatch, flags):
-    """Three networks share one code object, and images of many sizes would use up the recompilations it is granted."""
+    """Three networks share one code object, and images of many sizes would use up the
+    recompilations it is granted."""
     graphs, args, compiled = [], settings(compile=True, **flags), nn.Module.compile
 
     def backend(graph, inputs):

@@ -1,7 +1,9 @@
-"""guided_distillation.py against its paper and Mask2Former's: each equation by loops, the order of steps by hooks.
+"""guided_distillation.py against its paper and Mask2Former's: each equation by loops, the order of
+steps by hooks.
 
-Expected values come from the paper (Secs. 3, 4; Eqs. 1 to 5; Tables 1, 2) and from what Mask2Former, Deformable DETR
-and Swin publish, not from guided_distillation.py. Its parity with transformers' network is in test_guided_parity.py."""
+Expected values come from the paper (Secs. 3, 4; Eqs. 1 to 5; Tables 1, 2) and from what
+Mask2Former, Deformable DETR and Swin publish, not from guided_distillation.py. Its parity with
+transformers' network is in test_guided_parity.py."""
 
 import copy
 import gc
@@ -26,17 +28,18 @@ from data.instances import Batch, Target
 from guided_distillation import Args, Heads
 
 WORLD, CPU = World(), torch.device("cpu")
-LEVELS = ((2, 3), (3, 5), (4, 6))                   # cells of three levels, as strides 32, 16, 8 give them
+LEVELS = ((2, 3), (3, 5), (4, 6))  # cells of three levels, as strides 32, 16, 8 give them
 
 
 pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
 
 
-# -------------------------------------------------------------------------------------------------------------- helpers
+# ------------------------------------------------------------------------------------------ helpers
 
 
 def at(maps, x: float, y: float):
-    """maps (..., h, w) at one point, x and y in 0..1 -> (...): bilinear between the cells' centres, zero outside."""
+    """maps (..., h, w) at one point, x and y in 0..1 -> (...): bilinear between the cells' centres,
+    zero outside."""
     h, w = maps.shape[-2:]
     column, row = x * w - 0.5, y * h - 0.5
     left, top, total = int(column // 1), int(row // 1), 0 * maps[..., 0, 0]
@@ -86,7 +89,8 @@ def shaken(module: nn.Module, by: float = 0.3) -> nn.Module:
 
 
 def small(**flags) -> Args:
-    """A network of some ten thousand weights; its teacher finds something in noise, and moves fast."""
+    """A network of some ten thousand weights; its teacher finds something in noise, and moves
+    fast."""
     return gd.preset("shapes", **dict(
         weights="none", width=32, queries=6, encoder_layers=1, decoder_layers=2, points=16, batch_size=2, steps=10,
         burn_in_steps=2, crop_size=(64, 64), class_threshold=0.0, size_threshold=0.0, ema=0.75) | flags)
@@ -102,11 +106,12 @@ def close(a: dict[str, Tensor], b: dict[str, Tensor], atol: float = 1e-6) -> boo
                                         for k in a if a[k].is_floating_point())
 
 
-# -------------------------------------------------------------------------------------- positions, deformable attention
+# ------------------------------------------------------------------ positions, deformable attention
 
 
 def sines(h: int, w: int, c: int) -> np.ndarray:
-    """(h w, c): rows in the first half of the channels, columns in the second; sine on even, cosine on odd ones."""
+    """(h w, c): rows in the first half of the channels, columns in the second; sine on even, cosine
+    on odd ones."""
     out, half = np.zeros((h, w, c)), c // 2
     for i, j, k in np.ndindex(h, w, c):
         place = (i + 1) / (h + 1e-6) if k < half else (j + 1) / (w + 1e-6)
@@ -132,7 +137,8 @@ def test_deformable_attention_begins_with_eight_rays():
 
 
 def test_deformable_attention_by_loops():
-    """Each token looks from its own cell, by offsets in cells of the other level; values and all gradients."""
+    """Each token looks from its own cell, by offsets in cells of the other level; values and all
+    gradients."""
     levels, (b, c) = ((1, 2), (3, 2), (3, 4)), (2, 16)
     layer, s = shaken(gd.DeformableAttention(c)).double(), sum(h * w for h, w in levels)
     query, value = (torch.randn(b, s, c, dtype=torch.float64).requires_grad_() for _ in range(2))
@@ -173,12 +179,13 @@ def test_checkpointing_makes_activations_again_and_gradients_are_equal(backbone)
     assert close(*found, 1e-4)
 
 
-# ---------------------------------------------------------------------------------------------------------- the decoder
+# -------------------------------------------------------------------------------------- the decoder
 
 
 def test_blocked_by_loops():
     logits = torch.randn(2, 5, 6).round(decimals=1)
-    logits[0, 1], logits[1, 3], logits[1, 4, 2] = -1.0, 1.0, 0.0     # an empty mask, a full one, a half
+    # an empty mask, a full one, a half
+    logits[0, 1], logits[1, 3], logits[1, 4, 2] = -1.0, 1.0, 0.0
     got = gd.blocked(logits)
     for b, q in np.ndindex(2, 5):
         want = [1 / (1 + math.exp(-z)) < 0.5 for z in logits[b, q].tolist()]
@@ -198,7 +205,8 @@ def test_attention_is_torchs():
 
 
 def attend(layer: gd.Attention, q: np.ndarray, k: np.ndarray, v: np.ndarray, closed=None) -> np.ndarray:
-    """Eight heads of one image: q (Q, C), k and v (S, C); `closed` (Q, S) where they do not look."""
+    """Eight heads of one image: q (Q, C), k and v (S, C); `closed` (Q, S) where they do not
+    look."""
     weights, biases, d = *(np.split(array(p), 3) for p in (layer.in_proj_weight, layer.in_proj_bias)), q.shape[1] // 8
     q, k, v = (x @ w.T + b for x, w, b in zip((q, k, v), weights, biases, strict=True))
     out = np.zeros_like(q)
@@ -210,7 +218,8 @@ def attend(layer: gd.Attention, q: np.ndarray, k: np.ndarray, v: np.ndarray, clo
 
 
 def decoder_by_loops(d: gd.Decoder, levels: list[np.ndarray], features: np.ndarray) -> tuple[list, int]:
-    """One image: (class logits, mask embedding) of every head, and how many queries had an empty mask."""
+    """One image: (class logits, mask embedding) of every head, and how many queries had an empty
+    mask."""
     c, empty, heads = len(features), 0, []
     values_ = [m.reshape(c, -1).T + e for m, e in zip(levels, array(d.level_embed.weight), strict=True)]
     keys = [v + sines(*m.shape[1:], c) for v, m in zip(values_, levels, strict=True)]
@@ -231,7 +240,8 @@ def decoder_by_loops(d: gd.Decoder, levels: list[np.ndarray], features: np.ndarr
 
 
 def test_decoder_by_loops():
-    """Levels in turn; cross-attention, self-attention, FFN; positions on queries and keys; masks of the head before."""
+    """Levels in turn; cross-attention, self-attention, FFN; positions on queries and keys; masks of
+    the head before."""
     decoder = shaken(gd.Decoder(3, small(queries=7, decoder_layers=4)), 0.1)
     levels, features = [torch.randn(2, 32, *size) for size in LEVELS], torch.randn(2, 32, 8, 12)
     features[:, :8] -= 2
@@ -252,7 +262,8 @@ def test_decoder_by_loops():
 
 
 def test_initial_weights():
-    """Recipe 1.2, 1.3: the largest of many uniform numbers lies just under the bound of its distribution."""
+    """Recipe 1.2, 1.3: the largest of many uniform numbers lies just under the bound of its
+    distribution."""
     net = gd.Mask2Former(small(width=64), 3)
     seen = set()
     for name, p in net.named_parameters():
@@ -275,7 +286,7 @@ def test_initial_weights():
             assert (p == 0).all() == bool(re.search(zero, name)), name
 
 
-# ------------------------------------------------------------------------------------------------------------ backbones
+# ---------------------------------------------------------------------------------------- backbones
 
 
 def swin_block(shift: int, resolution: tuple[int, int] = (8, 12)) -> nn.Module:
@@ -299,13 +310,15 @@ def test_shift_mask_is_timms(size):
 
 @pytest.mark.parametrize("how", ["bilinear", "nearest"])
 def test_vit_adaptor(how):
-    """One map of patch tokens, resized to four strides; the picture is enlarged to whole patches before."""
+    """One map of patch tokens, resized to four strides; the picture is enlarged to whole patches
+    before."""
     net, images = gd.ViT(small(backbone="test_vit", vit_resize=how), False).eval(), torch.randn(2, 3, 40, 72)
     shaken(net.adaptor)
     with torch.no_grad():
         maps = net(images)
         tokens = net.body.forward_features(torch.from_numpy(resized(array(images), (48, 80), how)).float())
-    grid = array(tokens[:, 1:]).reshape(2, 3, 5, -1).transpose(0, 3, 1, 2)       # without the class token
+    # without the class token
+    grid = array(tokens[:, 1:]).reshape(2, 3, 5, -1).transpose(0, 3, 1, 2)
     for got, conv, stride, c in zip(maps, net.adaptor, (4, 8, 16, 32), (128, 256, 512, 1024), strict=True):
         small_map = resized(grid, (40 // stride, 72 // stride), how)
         want = np.einsum("oi,bihw->bohw", array(conv.weight[:, :, 0, 0]), small_map) + array(conv.bias)[:, None, None]
@@ -326,7 +339,7 @@ def test_freezing_a_vit(freeze):
     assert all((id(p) in learned) != freeze for p in body) and all(id(p) in learned for p in rest)
 
 
-# ------------------------------------------------------------------------------------------------------------ Eqs. 1, 2
+# ---------------------------------------------------------------------------------------- Eqs. 1, 2
 
 
 def made_heads(layers: int = 2, images: int = 2, queries: int = 4, classes: int = 3) -> Heads:
@@ -373,7 +386,8 @@ def test_match_costs_by_loops():
 
 
 def cheapest(cost: np.ndarray) -> list[int]:
-    """(Q, N) -> the query of each target, -1 for none: the best of all ways to give min(Q, N) pairs."""
+    """(Q, N) -> the query of each target, -1 for none: the best of all ways to give min(Q, N)
+    pairs."""
     q, n = cost.shape
     ways = [w for w in itertools.product(range(-1, q), repeat=n)
             if len(used := [x for x in w if x >= 0]) == min(q, n) == len(set(used))]
@@ -387,7 +401,7 @@ def test_assignment_is_the_best_of_all():
     for cost, found in zip(costs, queries, strict=True):
         for i in range(2 if cost.shape[2] else 0):
             assert found[i].tolist() == cheapest(cost[i].double().numpy())
-    assert (queries[2] == -1).sum() == 2 * 3                         # five targets, two queries
+    assert (queries[2] == -1).sum() == 2 * 3  # five targets, two queries
 
 
 def test_costs_that_are_not_finite_are_counted_and_avoided():
@@ -419,7 +433,8 @@ def test_mask_losses_by_loops():
 
 
 def criterion_by_loops(heads: Heads, targets: list[Target], args: Args, draw) -> dict[str, Tensor]:
-    """The sum over heads of 2 CE + 5 mask + 5 Dice; draw(b, *shape) gives points (*shape, 2) of image b."""
+    """The sum over heads of 2 CE + 5 mask + 5 Dice; draw(b, *shape) gives points (*shape, 2) of
+    image b."""
     layers, images, queries, none = *heads.class_logits.shape[:3], heads.class_logits.shape[3] - 1
     weights, p, matched = (2.0, 5.0, 5.0), args.points, torch.zeros(layers, images, queries, dtype=torch.bool)
     wanted, mask, dice, ce = torch.full((layers, images, queries), none), 0.0, 0.0, 0.0
@@ -446,7 +461,8 @@ def criterion_by_loops(heads: Heads, targets: list[Target], args: Args, draw) ->
 
 @pytest.mark.parametrize("queries, counts", [(4, (2, 0, 3)), (4, (6, 1)), (4, (0, 0)), (40, (35,))], ids=str)
 def test_criterion_by_loops(queries, counts):
-    """Some images without objects, more objects than queries, none at all, more than are compared at a time."""
+    """Some images without objects, more objects than queries, none at all, more than are compared
+    at a time."""
     args, layers = small(points=8, queries=queries), 1 if queries == 40 else 2
     heads, targets = made_heads(layers, len(counts), queries), made_targets(*counts)
     generators, again = ([torch.Generator().manual_seed(7 + i) for i in range(len(counts))] for _ in range(2))
@@ -482,7 +498,7 @@ def test_normalisers():
     assert gd.normalisers(made_targets(0), 4, 0.1, World()).masks.item() == 1
 
 
-# ---------------------------------------------------------------------------------------------- Sec. 3.1, Eq. 3: labels
+# -------------------------------------------------------------------------- Sec. 3.1, Eq. 3: labels
 
 
 def given(class_logits: list, maps: Tensor) -> Heads:
@@ -493,10 +509,10 @@ def given(class_logits: list, maps: Tensor) -> Heads:
 
 def test_pseudo_labels_of_hand_made_logits():
     sure, maps = [9.0, 0.0, 0.0], torch.full((6, 4, 6), -50.0)
-    maps[:, :2, :4] = 50.0                                           # size 8
-    maps[1], maps[1, 0, :5] = -50.0, 50.0                            # size 5, not above
-    maps[2], maps[2, :, :3] = -50.0, 0.1                             # size 6.3 of twelve cells, half sure of each
-    half = [0.0, 0.0, -math.inf]                                     # 0.5, not above
+    maps[:, :2, :4] = 50.0  # size 8
+    maps[1], maps[1, 0, :5] = -50.0, 50.0  # size 5, not above
+    maps[2], maps[2, :, :3] = -50.0, 0.1  # size 6.3 of twelve cells, half sure of each
+    half = [0.0, 0.0, -math.inf]  # 0.5, not above
     logits = [sure, sure, [0.0, 9.0, 0.0], [0.0, 0.0, 9.0], half, [0.5, 0.0, -math.inf]]
     (target,), (conf,) = gd.pseudo_labels(given(logits, maps), 0.5, 5.0)
     assert target.labels.tolist() == [0, 1, 0] and target.labels.dtype == torch.int64
@@ -506,7 +522,8 @@ def test_pseudo_labels_of_hand_made_logits():
                                                 maps - 100), 0.5, 5.0)
     assert target.labels.shape == conf.shape == (0,) and target.masks.shape == (0, 4, 6)
     (target,), _ = gd.pseudo_labels(given([[0.9, 0.0, 1.0], [1.0, 0.0, 0.9]], maps[:2] + 100), 0.3, 5.0)
-    assert target.labels.tolist() == [0] and len(target.masks) == 1  # a class sure enough, less so than "no object"
+    # a class sure enough, less so than "no object"
+    assert target.labels.tolist() == [0] and len(target.masks) == 1
 
 
 def test_pseudo_labels_by_loops():
@@ -524,7 +541,7 @@ def test_pseudo_labels_by_loops():
         assert list(zip(targets[b].labels.tolist(), targets[b].masks.tolist(), conf[b].tolist(), strict=True)) == kept
 
 
-# ------------------------------------------------------------------------------------------------------ Eqs. 4, 5: step
+# ---------------------------------------------------------------------------------- Eqs. 4, 5: step
 
 
 def test_ema_is_equation_5():
@@ -551,8 +568,8 @@ def test_teaching_plan_is_table_1():
     plans = {b: gd.teaching_plan("student", small(burn_in=b, burn_in_steps=3))
              for b in ("guided", "fixed", "none", "standard")}
     assert plans["guided"] == (3, 0) and plans["standard"] == (3, 3) and plans["none"] == (0, 0)
-    assert plans["fixed"][0] > 10 and plans["fixed"][1] == 0         # ten steps: never
-    assert min(gd.teaching_plan("teacher", small())) > 10            # step 1 of Sec. 3.1: labels alone
+    assert plans["fixed"][0] > 10 and plans["fixed"][1] == 0  # ten steps: never
+    assert min(gd.teaching_plan("teacher", small())) > 10  # step 1 of Sec. 3.1: labels alone
 
 
 def pictures(low: int, high: int, count: int = 2) -> Tensor:
@@ -560,7 +577,8 @@ def pictures(low: int, high: int, count: int = 2) -> Tensor:
 
 
 def batches(seed: int, count: int = 2) -> tuple[Batch, Batch]:
-    """Dark labeled pictures, and unlabeled ones: middling for the teacher, bright for the student."""
+    """Dark labeled pictures, and unlabeled ones: middling for the teacher, bright for the
+    student."""
     torch.manual_seed(seed)
     targets = [Target(torch.randint(0, 3, (n,)), (torch.rand(n, 64, 64) < 0.3).to(torch.uint8))
                for n in (2, 0, 1, 3)[:count]]
@@ -571,7 +589,7 @@ def batches(seed: int, count: int = 2) -> tuple[Batch, Batch]:
 def begun(args: Args, tmp_path: Path) -> tuple[gd.State, dict[str, Tensor]]:
     """The student's stage at step 10 of a run, and the weights of the trained teacher."""
     trained = shaken(gd.Mask2Former(args, 3), 0.05)
-    trained.decoder.class_embed.bias.data[-1] -= 5                   # it finds an object with every query
+    trained.decoder.class_embed.bias.data[-1] -= 5  # it finds an object with every query
     torch.save(trained.state_dict(), tmp_path / "teacher.pt")
     if args.burn_in in ("guided", "fixed"):
         args.teacher = str(tmp_path / "teacher.pt")
@@ -588,7 +606,7 @@ def test_five_steps_with_a_burn_in_of_two(burn_in, tmp_path):
     seen = []
 
     def note(who: str, net: nn.Module, inputs: tuple) -> None:
-        mean = inputs[0].mean().item()                               # of normalised pictures
+        mean = inputs[0].mean().item()  # of normalised pictures
         kind = "labeled" if mean < -1 else "strong" if mean > 1 else "weak"
         seen.append((who, kind, values(net), net.training, torch.is_grad_enabled()))
     s.student.register_forward_pre_hook(partial(note, "student"))
@@ -653,7 +671,7 @@ def test_two_backward_passes_are_equation_4(factor, tmp_path, monkeypatch):
         total = total + weight * parts[-1]
     total.backward()
     for p in s.student.parameters():
-        p.grad = torch.ones_like(p)                                  # of a step before
+        p.grad = torch.ones_like(p)  # of a step before
     log = gd.train_step(s, labeled, unlabeled, args, WORLD)
     assert close(gradients(s.student), gradients(twin), 1e-5)
     assert [log["loss_l"].item(), log["loss_u"].item()] == pytest.approx([p.item() for p in parts], rel=1e-4)
@@ -662,7 +680,7 @@ def test_two_backward_passes_are_equation_4(factor, tmp_path, monkeypatch):
     labels_alone = gd.criterion(twin(images), labeled.targets, gd.normalisers(labeled.targets, 6, 0.1, WORLD), args,
                                 [None, None])["loss"]
     labels_alone.backward()
-    s.stage, s.teacher = "teacher", None                             # step 1 of Sec. 3.1: L_s
+    s.stage, s.teacher = "teacher", None  # step 1 of Sec. 3.1: L_s
     gd.train_step(s, labeled, None, args, WORLD)
     assert close(gradients(s.student), gradients(twin), 1e-5)
 
@@ -694,7 +712,8 @@ def test_update_cuts_one_norm_and_is_adamw(tmp_path):
     gd.update(s, args)
     for (p, before, group), g in zip(parameters, grads, strict=True):
         assert torch.allclose(p.grad, scale * g, rtol=1e-3, atol=0)
-        step = scale * g / ((scale * g).abs() + 1e-8)                # the first one of Adam: the gradient over its size
+        # the first one of Adam: the gradient over its size
+        step = scale * g / ((scale * g).abs() + 1e-8)
         want = before * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * step
         assert torch.allclose(p, want, atol=1e-3 * group["lr"], rtol=1e-6)
 
@@ -715,7 +734,7 @@ def test_memory_stays_flat(tmp_path):
     assert all(p.grad_fn is None and p.is_leaf for p in s.teacher.parameters())
 
 
-# ---------------------------------------------------------------------------------------- Sec. 4.1: settings, schedules
+# -------------------------------------------------------------------- Sec. 4.1: settings, schedules
 
 
 def test_the_papers_numbers():
@@ -728,7 +747,7 @@ def test_the_papers_numbers():
     assert (coco.steps, coco.schedule, street.steps, street.schedule) == (368_750, "step", 90_000, "poly")
     table = {("cityscapes", "5%"): 15, ("cityscapes", "10%"): 25, ("cityscapes", "20%"): 30, ("cityscapes", "30%"): 35,
              ("cityscapes", "all"): 50, ("coco", "1%"): 20, ("coco", "2%"): 25, ("coco", "5%"): 30, ("coco", "10%"): 60}
-    for (name, split), thousands in table.items():                   # Table 2
+    for (name, split), thousands in table.items():  # Table 2
         assert gd.resolve(gd.preset(name, split=split)).burn_in_steps == 1000 * thousands
     assert gd.resolve(coco).queries == 100
     assert gd.resolve(gd.preset("coco", backbone="swin_large_patch4_window12_384.ms_in22k")).queries == 200
@@ -748,7 +767,8 @@ def test_poly_schedule():
 
 
 SWIN = "swin_{}_patch4_window12_384.ms_in22k"
-GROUPS = {  # recipe 3.6: (tensors, elements) of backbone without and with decay, of the rest without and with
+# recipe 3.6: (tensors, elements) of backbone without and with decay, of the rest without and with
+GROUPS = {
     "coco": ("resnet50.tv_in1k", 80, None, (53, 23_454_912), (93, 75_008), (199, 20_440_337)),
     "cityscapes": ("resnet50.tv_in1k", 8, (106, 53_120), (53, 23_454_912), (93, 75_008), (199, 20_421_833)),
     "swin_b": (SWIN.format("base"), 80, (136, 258_296), (197, 86_622_080), (93, 75_008), None),
@@ -769,7 +789,7 @@ def test_optimizer_groups_and_parameter_counts(name):
         assert got == want or (want is None and place == (1e-4, 0.05)), place
     body, rest = sum(p.numel() for p in net.backbone.parameters()), sum(p.numel() for p in net.parameters())
     assert (round(body / 1e6, 2), round((rest - body) / 1e6, 2)) == pytest.approx(SIZES[name], abs=0.006)
-    if name.startswith("swin"):                                      # drop path grows over all 24 blocks, to 0.3
+    if name.startswith("swin"):  # drop path grows over all 24 blocks, to 0.3
         blocks = [block for stage in net.backbone.layers for block in stage.blocks]
         for path in ("drop_path1", "drop_path2"):
             rates = [getattr(getattr(block, path), "drop_prob", 0.0) for block in blocks]
@@ -785,11 +805,12 @@ def test_vit_sizes(backbone, millions):
     assert net.patch == 14 and not [m for m in net.modules() if getattr(m, "drop_prob", 0)]
 
 
-# ------------------------------------------------------------------------------------------------ Secs. 4.2, 4.3: views
+# ---------------------------------------------------------------------------- Secs. 4.2, 4.3: views
 
 
 def test_jitter_crop():
-    """Recipe 4.1: the picture fits into u times the crop, u in 0.1 .. 2; one factor places the window on both axes."""
+    """Recipe 4.1: the picture fits into u times the crop, u in 0.1 .. 2; one factor places the
+    window on both axes."""
     args, g = gd.preset("coco", crop_size=(640, 1024)), np.random.default_rng(0)
     us, places, flips = [], [], 0
     for h, n in [(480, 640), (1200, 300), (333, 777)] * 200:
@@ -797,7 +818,8 @@ def test_jitter_crop():
         us.append(max(w.size[0] / 640, w.size[1] / 1024))
         assert abs(w.size[0] / h - w.size[1] / n) <= 0.5 / h + 0.5 / n + 1e-6
         room = [max(size - out, 0) for size, out in zip(w.size, (640, 1024), strict=True)]
-        assert w.out == (640, 1024) and 0 <= w.top <= room[0] and 0 <= w.left <= room[1]    # padded right and below
+        # padded right and below
+        assert w.out == (640, 1024) and 0 <= w.top <= room[0] and 0 <= w.left <= room[1]
         if min(room) > 50:
             assert abs(w.top / room[0] - w.left / room[1]) <= 1 / min(room)
             places.append(w.left / room[1])
@@ -821,7 +843,7 @@ def test_street_crop():
     assert sorted(found) == [512, 614, 716, 819, 921, 1024, 1126, 1228, 1331, 1433, 1536, 1638, 1740, 1843, 1945, 2048]
     assert all(60 < n < 145 for n in found.values()) and flips / 1600 == pytest.approx(0.5, abs=0.05)
     places = np.array(places)
-    assert abs(np.corrcoef(places.T)[0, 1]) < 0.1                    # two draws, not one for both axes
+    assert abs(np.corrcoef(places.T)[0, 1]) < 0.1  # two draws, not one for both axes
     assert (places.min(0) < 0.02).all() and (places.max(0) > 0.98).all() and np.allclose(places.mean(0), 0.5, atol=0.04)
     sizes = {gd.street_crop((500, 4000), args, g).size for _ in range(200)}
     assert {s for s in sizes if s[1] == 4096} == {(512, 4096)} == sizes
@@ -829,7 +851,7 @@ def test_street_crop():
 
 def test_weak_view_is_the_window_and_128_outside():
     args, image = gd.preset("coco", crop_size=(64, 64)), torch.randint(0, 128, (3, 96, 128), dtype=torch.uint8)
-    args.scale = (2.0, 2.0)                                          # as large as it is
+    args.scale = (2.0, 2.0)  # as large as it is
     for seed in range(6):
         view, w = gd.weak_view(args, image, np.random.default_rng(seed))
         whole = image.flip(-1) if w.flip else image
@@ -846,7 +868,8 @@ def test_weak_view_is_the_window_and_128_outside():
 
 
 def test_weak_view_of_streets_has_ssds_colours():
-    """On grey, brightness and contrast alone show: each half of the time; never another geometry."""
+    """On grey, brightness and contrast alone show: each half of the time; never another
+    geometry."""
     args, g = gd.preset("cityscapes", crop_size=(32, 64), test_size=(64, 128)), np.random.default_rng(0)
     grey, seen, hues = torch.full((3, 64, 128), 128, dtype=torch.uint8), [], []
     red = torch.tensor([200, 50, 50], dtype=torch.uint8).view(3, 1, 1).expand(3, 64, 128)
@@ -857,9 +880,9 @@ def test_weak_view_of_streets_has_ssds_colours():
         seen.append(flat[0, 0, 0].item())
         hues.append(colour[0, 0, 0] < max(colour[1, 0, 0], colour[2, 0, 0]) + 20 or
                     abs(int(colour[1, 0, 0]) - int(colour[2, 0, 0])) > 6)
-    assert 47 <= min(seen) < 75 and 200 < max(seen) <= 240           # (128 - 32) / 2 .. (128 + 32) * 1.5
+    assert 47 <= min(seen) < 75 and 200 < max(seen) <= 240  # (128 - 32) / 2 .. (128 + 32) * 1.5
     assert sum(s == 128 for s in seen) / 300 == pytest.approx(0.26, abs=0.08)
-    assert np.mean(hues) == pytest.approx(0.5 * 34 / 37, abs=0.12)   # |shift| > 1 of 18
+    assert np.mean(hues) == pytest.approx(0.5 * 34 / 37, abs=0.12)  # |shift| > 1 of 18
 
 
 def test_strong_view_draws(monkeypatch):
@@ -888,21 +911,22 @@ def test_strong_view_draws(monkeypatch):
     late = ["rgb_to_grayscale", "blur"]
     assert all([x for x in o if x in late] == [x for x in late if x in o] == o[len(o) - len({*o} & {*late}):]
                for o in orders)
-    assert len({tuple(o[:4]) for o in orders if "adjust_hue" in o}) == 24          # any order of the four
-    assert len({"adjust_hue" in o for o in orders if "adjust_contrast" in o}) == 1       # all four or none
+    assert len({tuple(o[:4]) for o in orders if "adjust_hue" in o}) == 24  # any order of the four
+    # all four or none
+    assert len({"adjust_hue" in o for o in orders if "adjust_contrast" in o}) == 1
 
 
 @pytest.mark.parametrize("cutout", [False, True])
 def test_strong_view_keeps_geometry_and_its_input(cutout):
     image = torch.randint(20, 60, (3, 32, 48), dtype=torch.uint8)
-    image[:, :12, 28:] += 160                                        # one bright corner
+    image[:, :12, 28:] += 160  # one bright corner
     given_, areas, noise = image.clone(), [], []
     for seed in range(200):
         plain_ = gd.strong_view(image, np.random.default_rng(seed))
         assert plain_.shape == image.shape and plain_.dtype == torch.uint8 and torch.equal(image, given_)
         light = plain_.float().mean(0)
         assert light[:8, 32:].min() > max(light[:8, :24].max(), light[16:].max())
-        if cutout:                                                   # the same draws, then rectangles of noise
+        if cutout:  # the same draws, then rectangles of noise
             view = gd.strong_view(image, np.random.default_rng(seed), cutout=True)
             changed = (view != plain_).any(0)
             areas.append(changed.float().mean().item())
@@ -910,7 +934,7 @@ def test_strong_view_keeps_geometry_and_its_input(cutout):
                 noise.append(view[:, changed].float())
                 rows, columns = changed.any(1).nonzero(), changed.any(0).nonzero()
                 box = changed[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1].float().mean()
-                assert box > 0.97 or areas[-1] > 0.04                # one rectangle, or several
+                assert box > 0.97 or areas[-1] > 0.04  # one rectangle, or several
     if cutout:
         assert np.mean(np.array(areas) == 0) == pytest.approx(0.3 * 0.5 * 0.7, abs=0.06)
         assert 0.1 < np.mean(areas) < 0.18 and max(areas) < 0.6 and min(a for a in areas if a) > 0.008
@@ -942,7 +966,8 @@ def test_labeled_view_moves_masks_and_drops_empty_ones():
         assert nothing is None and torch.equal(view, same) and every.labels.tolist() == [1, 0]
         seen = every.masks.flatten(1).any(1).bool()
         assert torch.equal(target.masks, every.masks[seen]) and torch.equal(target.labels, every.labels[seen])
-        for label, mask in zip(every.labels.tolist(), every.masks, strict=True):     # the painted class, but for edges
+        # the painted class, but for edges
+        for label, mask in zip(every.labels.tolist(), every.masks, strict=True):
             painted = (view[label] > 127) & (view[1 - label] < 127)
             assert mask.shape == (64, 64) and (painted != (mask > 0)).float().mean() < 0.06
         numbers.append(len(target.labels))
@@ -971,17 +996,18 @@ def test_unlabeled_views_and_collate():
                                       zip(batch.targets, labeled, strict=True))
 
 
-# ------------------------------------------------------------------------------------------------------------ detection
+# ---------------------------------------------------------------------------------------- detection
 
 
 @pytest.mark.parametrize("size, test_size", [((20, 30), (20, 30)), ((10, 15), (20, 40)), ((24, 45), (20, 30))], ids=str)
 def test_detect_by_loops(size, test_size):
-    """Recipe 4.7: the best pairs of query and class; class probability times mean mask probability inside."""
+    """Recipe 4.7: the best pairs of query and class; class probability times mean mask probability
+    inside."""
     factor = min(test_size[0] / min(size), test_size[1] / max(size))
     new = tuple(round(n * factor) for n in size)
     padded, seen = tuple(-(-n // 32) * 32 for n in new), []
     heads = made_heads(1, 1, 4, 3)._replace(mask_features=torch.randn(1, 5, padded[0] // 4, padded[1] // 4))
-    heads.mask_embed.data[0, 0, 2] = 0                               # logits 0: nothing above
+    heads.mask_embed.data[0, 0, 2] = 0  # logits 0: nothing above
     net = SimpleNamespace(forward=lambda x, last_only=False: seen.append(x) or heads)
     image = torch.full((3, *size), 255, dtype=torch.uint8)
     labels, scores, masks = gd.detect(net, image, gd.preset("coco", test_size=test_size), top=7)
@@ -1013,7 +1039,7 @@ def test_detect_gives_a_hundred():
         assert len(labels) == len(scores) == len(masks) == want and {*labels.tolist()} == {0, 1, 2}
 
 
-# ------------------------------------------------------------------------------------------------------ foreign weights
+# ---------------------------------------------------------------------------------- foreign weights
 
 
 def official(swin: bool, queries: int = 100, classes: int = 80) -> dict[str, tuple[int, ...]]:
@@ -1094,10 +1120,10 @@ def test_released_names_cover_the_network(kind, spelling):
     with torch.device("meta"):
         own = gd.Mask2Former(gd.preset("coco", backbone=BACKBONES[kind], queries=100), 80).state_dict()
     shapes = official(kind == "swin")
-    assert kind == "swin" or len(shapes) == 558                      # as many as the released file holds
+    assert kind == "swin" or len(shapes) == 558  # as many as the released file holds
     file = {}
     for key, shape in shapes.items():
-        for i, name in enumerate(SPELLINGS[spelling](key)[::-1]):    # the student first, marked
+        for i, name in enumerate(SPELLINGS[spelling](key)[::-1]):  # the student first, marked
             file[name] = torch.empty(shape, device="meta", dtype=torch.float64 if i else torch.float32)
     named = gd.our_names(file)
     assert {k: tuple(v.shape) for k, v in named.items()} == {k: tuple(v.shape) for k, v in own.items()}
@@ -1149,4 +1175,4 @@ def test_our_own_names_pass_unchanged(backbone):
         named = gd.our_names({prefix + k: v for k, v in own.items()})
         assert named.keys() == kept.keys() and all(named[k] is v for k, v in kept.items())
     body = {k.removeprefix("backbone."): v for k, v in kept.items() if k.startswith("backbone.")}
-    assert gd.our_names(body) == body                                # a backbone alone stays as it is
+    assert gd.our_names(body) == body  # a backbone alone stays as it is

@@ -1,4 +1,5 @@
-"""guided_distillation.py's network, matching and losses against transformers' Mask2Former with the same weights."""
+"""guided_distillation.py's network, matching and losses against transformers' Mask2Former with the
+same weights."""
 
 import importlib.util
 from functools import partial
@@ -40,19 +41,20 @@ def pair(request):
         for name, p in theirs.named_parameters():
             if name.endswith("bias") or "sampling_offsets" in name or "attention_weights" in name:
                 p.add_(0.05 * torch.randn_like(p))
-        for module in theirs.modules():                              # statistics that are not 0 and 1
+        for module in theirs.modules():  # statistics that are not 0 and 1
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.running_mean.normal_(0, 0.1)
                 module.running_var.uniform_(0.5, 1.5)
     ours = gd.Mask2Former(gd.preset("coco", backbone=request.param, queries=30, drop_path=0.0), CLASSES).eval()
     named = gd.our_names(theirs.state_dict())
     own = {k for k in ours.state_dict() if "num_batches" not in k}
-    assert named.keys() == own                                       # every key, both ways
+    assert named.keys() == own  # every key, both ways
     ours.load_state_dict(named, strict=False)
     return theirs, ours
 
 
-@pytest.mark.parametrize("size", [(192, 256), (224, 224), (160, 352)], ids=str)     # 40 x 88 does not divide by 7
+# 40 x 88 does not divide by 7
+@pytest.mark.parametrize("size", [(192, 256), (224, 224), (160, 352)], ids=str)
 def test_logits_of_all_heads(pair, size):
     theirs, ours = pair
     images = torch.randn(2, 3, *size)

@@ -1,4 +1,5 @@
-"""guided_distillation.py from the command line: stages, kills, processes, evaluation, prediction, presets, errors."""
+"""guided_distillation.py from the command line: stages, kills, processes, evaluation, prediction,
+presets, errors."""
 
 import json
 import os
@@ -32,18 +33,20 @@ from data import instances, shapes
 
 NAME = "guided_distillation"
 helpers.CHOOSERS[NAME] = ("dataset", "eval", "predict")
-HERE = ["--workers", "0", "--device", "cpu"]                         # beside a checkpoint, which does not settle these
+HERE = ["--workers", "0", "--device", "cpu"]  # beside a checkpoint, which does not settle these
 
-# four steps of the teacher, four of the student; a threshold that the class probabilities of a fresh network pass
+# four steps of the teacher, four of the student; a threshold that the class probabilities of a
+# fresh network pass
 TINY = dict(split="random:4", backbone="test_resnet", weights="none", width=64, encoder_layers=1,
             decoder_layers=2, queries=8, points=64, crop_size=(64, 64), test_size=(96, 96), scale=(0.7, 1.4), lr=1e-3,
             batch_size=2, steps=4, eval_every=2, log_every=1, workers=0, device="cpu", burn_in_steps=2, ema=0.9,
             class_threshold=0.2)
 
 
-# ---------------------------------------------------------------------------------------------------- tools
+# -------------------------------------------------------------------------------------------- tools
 def quick(*more: Callable, put: Callable = setattr) -> None:
-    """No pictures, no TensorBoard, no git and no flushing, which take most of a tiny run's time; then `more`."""
+    """No pictures, no TensorBoard, no git and no flushing, which take most of a tiny run's time;
+    then `more`."""
     def touch(*args, **keywords) -> None:
         path = next(a for a in args if isinstance(a, Path))
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,7 +61,7 @@ def quick(*more: Callable, put: Callable = setattr) -> None:
 
 
 def no_tensorboard() -> None:
-    sys.modules["torch.utils.tensorboard"] = None                    # a second for each process that imports it
+    sys.modules["torch.utils.tensorboard"] = None  # a second for each process that imports it
 
 
 @pytest.fixture(autouse=True)
@@ -121,7 +124,8 @@ def on_ranks(n: int, flags: list[str], folder: Path, *setup: Callable) -> list[R
 
 @pytest.fixture
 def typed(monkeypatch, capsys):
-    """typed(LINE) -> exit code and output of `python guided_distillation.py LINE`, run in this process."""
+    """typed(LINE) -> exit code and output of `python guided_distillation.py LINE`, run in this
+    process."""
     def enter(flags: list[str]) -> Ran:
         capsys.readouterr()
         with monkeypatch.context() as patch:
@@ -151,7 +155,8 @@ def finished(things, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(finished) -> Path:
-    """The folder of a run whose three networks find things on the pictures that they learned from."""
+    """The folder of a run whose three networks find things on the pictures that they learned
+    from."""
     return finished(steps=40, burn_in_steps=20, eval_every=40, val="train", scale=(1, 1), crop_size=(96, 96), lr=3e-3,
                     ema=0.8)
 
@@ -189,7 +194,8 @@ def weights(path: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def assert_equal_runs(out: Path, reference: Path) -> None:
-    """Networks, optimizer, scores, detections and log, bit by bit; nothing more lies in the folder."""
+    """Networks, optimizer, scores, detections and log, bit by bit; nothing more lies in the
+    folder."""
     assert files(out) == files(reference) and results(out) == results(reference)
     for name in sorted(p.name for p in reference.glob("*.pt")):
         wrong = differences(state(out / name), state(reference / name))
@@ -215,7 +221,7 @@ def words(x) -> str:
     return " ".join(f"{k}={v}" for k, v in x.items()) if isinstance(x, dict) else ""
 
 
-# ---------------------------------------------------------------------------------------------------- a run
+# -------------------------------------------------------------------------------------------- a run
 @pytest.fixture(scope="module")
 def whole(things, tmp_path_factory) -> tuple[Path, Ran]:
     """A run in a process of its own, with its pictures; and what it said."""
@@ -253,7 +259,7 @@ def test_folder_and_pictures_of_a_run(whole):
     assert last["step"] == 8 and last.keys() - best.keys() == {"optimizer"} and "optimizer" not in teacher
     assert last["networks"].keys() == best["networks"].keys() == {"student", "teacher"}
     assert teacher["networks"].keys() == {"supervised"} and best["step"] == results(out)["student"]["best"]["step"]
-    for name in ("supervised", "student", "teacher"):                # all 48 pairs of query and class
+    for name in ("supervised", "student", "teacher"):  # all 48 pairs of query and class
         assert {r["image_id"] for r in segm(out, name)} == {1, 2, 3, 4, 5} and len(segm(out, name)) == 5 * 48
     sizes = {}
     for path in [*(out / "previews").iterdir(), out / "curves.png"]:
@@ -261,8 +267,9 @@ def test_folder_and_pictures_of_a_run(whole):
             sizes[path.name] = picture.size
             assert np.array(picture.convert("L")).std() > 10, path
     assert sorted(sizes) == [*(f"000000{step}.png" for step in (2, 4, 6, 8)), "curves.png"]
-    assert sizes["0000002.png"][1] == sizes["0000008.png"][1] == 16 + 5 * 196            # a row for each picture
-    assert sizes["0000006.png"][0] > sizes["0000002.png"][0] + 50                        # a column more
+    # a row for each picture
+    assert sizes["0000002.png"][1] == sizes["0000008.png"][1] == 16 + 5 * 196
+    assert sizes["0000006.png"][0] > sizes["0000002.png"][0] + 50  # a column more
 
 
 LOSSES = {f"{what}_{of}" for what in ("loss", "targets", "class", "mask", "dice", "bad_costs") for of in "lu"}
@@ -278,14 +285,15 @@ def test_log_of_a_run(whole):
     assert max(r["pseudo_per_image"] for r in steps[4:]) > 0 < max(r["mask_u"] for r in steps[4:])
     for r in steps:
         assert r["loss_l"] == pytest.approx(2 * r["class_l"] + 5 * r["mask_l"] + 5 * r["dice_l"], rel=1e-5)
-        t = (r["step"] - 1) % 4                                      # each stage has a schedule of its own
+        t = (r["step"] - 1) % 4  # each stage has a schedule of its own
         assert r["bad_costs_l"] == 0 and r["lr"] == pytest.approx(1e-3 * gd.schedule(t, gd.Args(steps=4)))
 
 
-# ---------------------------------------------------------------------------------------------------- stages
+# ------------------------------------------------------------------------------------------- stages
 @pytest.mark.parametrize("burn_in", ["guided", "standard", "fixed", "none"])
 def test_burn_in(finished, burn_in):
-    """Table 1: who is trained, what is learned from, what the teacher becomes, when it is scored."""
+    """Table 1: who is trained, what is learned from, what the teacher becomes, when it is
+    scored."""
     out, two = finished(**{} if burn_in == "guided" else dict(burn_in=burn_in)), burn_in in ("guided", "fixed")
     assert networks(out) == {"student", "teacher", *["supervised"] * two}
     assert (out / "teacher.pt").exists() == two == (out / "supervised.segm.json").exists()
@@ -301,7 +309,8 @@ def test_burn_in(finished, burn_in):
 
 
 def test_stage_without_the_other(finished, things, tmp_path):
-    """The teacher's is that of a run of both; with --burn-in standard the student's alone is the whole run."""
+    """The teacher's is that of a run of both; with --burn-in standard the student's alone is the
+    whole run."""
     out = finished(stage="teacher")
     assert networks(out) == {"supervised"} and results(out)["supervised"] == results(finished())["supervised"]
     assert state(out / "last.pt")["step"] == 4 and not (out / "student.segm.json").exists()
@@ -331,19 +340,19 @@ def test_select(things, tmp_path, monkeypatch, select, step):
     assert results(tmp_path / "out")["supervised"] == {"last": {"step": 3, "ap": 7.0}, "best": {"step": 1, "ap": 9.0}}
 
 
-# ---------------------------------------------------------------------------------------------------- kill -9
+# ------------------------------------------------------------------------------------------ kill -9
 def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def die(at: int | str) -> None:
-    """In a process of its own: SIGKILL at the end of the step `at`, when half of the file `at` is written, or when the
-    networks of the student's stage are to be made."""
+    """In a process of its own: SIGKILL at the end of the step `at`, when half of the file `at` is
+    written, or when the networks of the student's stage are to be made."""
     tally, made = runs.Run.tally, gd.begin
 
     def opened(path, mode="r", **more):
         file = open(path, mode, **more)
-        if mode == "wb" and isinstance(at, str) and at in path.name:     # also a temporary name
+        if mode == "wb" and isinstance(at, str) and at in path.name:  # also a temporary name
             file.write = lambda data, half=file.write: (half(bytes(data)[:len(data) // 2]), file.flush(), kill())
         return file
     runs.Run.tally = lambda self, step, *args: kill() if step == at else tally(self, step, *args)
@@ -352,12 +361,14 @@ def die(at: int | str) -> None:
 
 
 def graded() -> None:
-    """AP is a hash of the detections, another one in each evaluation: a fresh network's own is 0."""
+    """AP is a hash of the detections, another one in each evaluation: a fresh network's own is
+    0."""
     real = gd.ap.coco_ap
     gd.ap.coco_ap = lambda truth, found: real(truth, found) | {"ap": zlib.crc32(repr(found).encode()) % 9999 / 99}
 
 
-MOMENTS = [  # where it is killed, each time in the run that the one before left; the step that is then saved
+# where it is killed, each time in the run that the one before left; the step that is then saved
+MOMENTS = [
     (0, 0), (1, 1), ("teacher.pt", 1), ("last.pt", 1), (3, 3), ("last.pt", 3), ("border", 4), ("border", 4), (4, 4),
     ("best.pt", 5), (6, 6), ("student.segm.json", 7), ("results.json", 8)]
 
@@ -371,7 +382,8 @@ def test_killed_at_chosen_moments_and_resumed_is_bit_equal(line, tmp_path):
     for each in (flags, line(tmp_path / "reference")):
         forked(each, tmp_path, graded).ok()
     assert_equal_runs(out, tmp_path / "reference")
-    assert len({r[k] for r in log_of(out) for k in r if k.startswith("ap_")}) == 5       # the teacher's first is known
+    # the teacher's first is known
+    assert len({r[k] for r in log_of(out) for k in r if k.startswith("ap_")}) == 5
 
 
 def test_killed_at_random_moments_and_resumed_is_bit_equal(line, tmp_path):
@@ -393,7 +405,7 @@ def test_killed_at_random_moments_and_resumed_is_bit_equal(line, tmp_path):
     assert_equal_runs(out, tmp_path / "reference")
 
 
-# ---------------------------------------------------------------------------------------------------- signals, resume
+# ---------------------------------------------------------------------------------- signals, resume
 def interrupt(patch: pytest.MonkeyPatch, at: int, number: int = signal.SIGTERM) -> None:
     """This process gets the signal in the step `at`."""
     def at_step(self, step, *args, tally=runs.Run.tally):
@@ -470,11 +482,12 @@ def test_run_whose_teacher_file_is_gone_goes_on(line, typed, finished, tmp_path,
     assert state(tmp_path / "out" / "last.pt")["step"] == 4
 
 
-# ---------------------------------------------------------------------------------------------------- processes
+# ---------------------------------------------------------------------------------------- processes
 def test_as_a_user_types_it(line, tmp_path):
     """Under torchrun with two processes; the tests start the script as its last line does."""
     done = torchrun(2, line(steps=2, burn_in_steps=1), name=NAME).ok()
-    assert done.out.count("4 labeled images") == done.out.count("ap: student") == 1              # one process speaks
+    # one process speaks
+    assert done.out.count("4 labeled images") == done.out.count("ap: student") == 1
     assert results(tmp_path / "out")["teacher"]["last"]["step"] == 4
     assert json.loads((tmp_path / "out" / "config.json").read_text())["processes"] == 2
     choosers = ", ".join(f'"{name}"' for name in helpers.CHOOSERS[NAME])
@@ -483,9 +496,10 @@ def test_as_a_user_types_it(line, tmp_path):
 
 @pytest.fixture(scope="module")
 def four(trained) -> dict:
-    """Batches of four, with frozen BatchNorm. Rounding must not decide, so the weights are trained ones, since a fresh
-    network samples at the very centres of cells, where the gradient jumps; and the threshold is high, since two equal
-    pseudo masks would be matched either way, with other points."""
+    """Batches of four, with frozen BatchNorm. Rounding must not decide, so the weights are trained
+    ones, since a fresh network samples at the very centres of cells, where the gradient jumps; and
+    the threshold is high, since two equal pseudo masks would be matched either way, with other
+    points."""
     return dict(batch_size=4, steps=5, burn_in_steps=2, eval_every=5, lr=3e-4, class_threshold=0.7,
                 weights=trained / "teacher.pt")
 
@@ -496,8 +510,8 @@ def signal_to_one() -> None:
 
 
 def test_steps_are_equal_on_one_and_two_processes(line, typed, finished, four, tmp_path):
-    """In both stages: global batch, normalisers, points, pseudo labels. Then a signal to one of two processes, which
-    all hear at the next fifth step, here the border; and one process goes on."""
+    """In both stages: global batch, normalisers, points, pseudo labels. Then a signal to one of two
+    processes, which all hear at the next fifth step, here the border; and one process goes on."""
     one, two, out = finished(**four), tmp_path / "two", tmp_path / "out"
     for done in on_ranks(2, line(two, **four), tmp_path):
         done.ok()
@@ -506,7 +520,7 @@ def test_steps_are_equal_on_one_and_two_processes(line, typed, finished, four, t
         assert apart(weights(one / name), weights(finished(**four | dict(batch_size=2)) / name)) > 1e-4
     for a, b in zip(steps_of(one), steps_of(two), strict=True):
         for name in (n for n in a if n.split("_")[0] in ("loss", "class", "mask", "dice", "targets", "pseudo")):
-            share = 2 if name.startswith("targets") else 1           # of a process
+            share = 2 if name.startswith("targets") else 1  # of a process
             assert a[name] == pytest.approx(share * b[name], rel=1e-4), name
     assert min(r["pseudo_per_image"] for r in steps_of(one)[5:]) > 0
     every = on_ranks(2, line(resume=True, **four), tmp_path, signal_to_one)
@@ -527,13 +541,13 @@ def test_evaluation_and_prediction_are_equal_on_any_number_of_processes(copy, th
         found[n] = [(copy / name).read_text() for name in (*made, "last.pt.predictions/predictions.json")]
     assert found[1] == found[2] == found[3]
     assert all(json.loads(found[1][2])[name]["last"]["ap"] > 5 for name in ("student", "teacher"))
-    predicted = json.loads(found[1][3])                              # and the student's are what was evaluated
+    predicted = json.loads(found[1][3])  # and the student's are what was evaluated
     assert [{**r, "image_id": int(Path(r["image_id"]).stem)} for r in predicted] == json.loads(found[1][0])
 
 
 @pytest.mark.parametrize("batch_size", [0, 3, 5])
 def test_batch_that_does_not_divide_is_said_before_processes_meet(line, tmp_path, batch_size):
-    for rank in "01":                                                # nobody listens at the address: none may wait
+    for rank in "01":  # nobody listens at the address: none may wait
         env = {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
         error = forked(line(batch_size=batch_size), tmp_path, env=env).error()
         assert f"--batch-size {batch_size} " in error and "2 processes" in error
@@ -541,7 +555,7 @@ def test_batch_that_does_not_divide_is_said_before_processes_meet(line, tmp_path
 
 
 def test_an_image_that_one_process_cannot_score_stops_all_with_one_sentence(line, data, tmp_path):
-    truncate(data / "images" / "val" / "000000000002.jpg")           # the second of five: process 1 meets it
+    truncate(data / "images" / "val" / "000000000002.jpg")  # the second of five: process 1 meets it
     every = on_ranks(2, line(data=data), tmp_path)
     assert [done.code for done in every] == [2, 2] and not any("Traceback" in done.err for done in every)
     assert any("000000000002.jpg" in re.findall("error: .*", done.err)[0] for done in every if "error: " in done.err)
@@ -566,7 +580,7 @@ def test_bf16(finished, things, tmp_path):
     assert {v.dtype for v in last} <= {torch.float32, torch.int64} and all(v.isfinite().all() for v in last)
 
 
-# ---------------------------------------------------------------------------------------------------- eval, predict
+# ------------------------------------------------------------------------------------ eval, predict
 @pytest.mark.parametrize("name, which", [("last", "last"), ("best", "best"), ("teacher", "best")])
 def test_eval_gives_the_runs_own_results(trained, copy, typed, things, name, which):
     """And what it writes is what pycocotools scores."""
@@ -608,12 +622,13 @@ def test_predict_writes_overlays_and_predictions(copy, typed, things, tmp_path):
         assert all(r.keys() == {"image_id", "category_id", "segmentation", "score"} for r in mine)
         with Image.open(overlays[name]) as overlay:
             assert overlay.width == picture.width and overlay.height >= picture.height
-    assert max(r["score"] for r in found if r["image_id"].endswith("a.jpg")) > 0.5               # something is drawn
+    # something is drawn
+    assert max(r["score"] for r in found if r["image_id"].endswith("a.jpg")) > 0.5
     drawn = np.array(Image.open(overlays["a.jpg"]))[:96].astype(int)
     assert (abs(drawn - np.array(source)).max(2) > 60).sum() > 20
 
 
-# ---------------------------------------------------------------------------------------------------- data
+# --------------------------------------------------------------------------------------------- data
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
 
@@ -623,7 +638,7 @@ def test_broken_image_is_skipped_with_a_warning_and_counted_in_training(data, tm
     with pytest.warns(UserWarning, match="000000000003.jpg .*training goes on without it"):
         train(data, tmp_path / "out", split="all", batch_size=4)
     log = [r.get("skipped_images", 0) for r in steps_of(tmp_path / "out")]
-    assert log[1] == 1 and log[3] == 2 and log[7] >= 4               # once a pass; twice as an unlabeled one
+    assert log[1] == 1 and log[3] == 2 and log[7] >= 4  # once a pass; twice as an unlabeled one
 
 
 def test_images_that_cannot_be_used_are_named(data, line, typed, tmp_path, recwarn):
@@ -641,7 +656,8 @@ def test_images_that_cannot_be_used_are_named(data, line, typed, tmp_path, recwa
 
 
 def test_images_without_an_object(things, line, typed, tmp_path):
-    """In the training file they are unlabeled, wherever they are listed; in the scored one they stay."""
+    """In the training file they are unlabeled, wherever they are listed; in the scored one they
+    stay."""
     def bare(content: dict) -> None:
         content["annotations"] = [a for a in content["annotations"] if a["image_id"] > 2]
 
@@ -697,11 +713,11 @@ def test_one_class_alone(things, tmp_path):
     assert max(r["pseudo_per_image"] for r in steps_of(tmp_path / "out")[4:]) > 0
 
 
-# ---------------------------------------------------------------------------------------------------- presets
+# ------------------------------------------------------------------------------------------ presets
 @pytest.fixture
 def two_steps(typed, tmp_path):
-    """two_steps(picture, ...) -> results.json of a run of two small steps a stage, which is then evaluated and predicts
-    the picture. The flags that a data set has of its own are its own."""
+    """two_steps(picture, ...) -> results.json of a run of two small steps a stage, which is then
+    evaluated and predicts the picture. The flags that a data set has of its own are its own."""
     def do(picture: Callable[[], Path], **flags) -> dict:
         small = {k: v for k, v in TINY.items() if k not in ("lr", "scale", "ema")}
         out = tmp_path / "out"
@@ -745,7 +761,7 @@ def test_preset_coco_with_crowds(two_steps, few_val, tmp_path):
                      split=tmp_path / "list.txt")
     found = read["student"]["last"]["per_class"]
     assert len(found) == 80 and None in found.values() and len(segm(tmp_path / "out")) == 3 * 100
-    assert max(r["category_id"] for r in segm(tmp_path / "out")) > 80                # COCO's ids, to 90
+    assert max(r["category_id"] for r in segm(tmp_path / "out")) > 80  # COCO's ids, to 90
 
 
 @needs["car_parts"]
@@ -788,7 +804,7 @@ def test_preset_shapes_starts_from_its_own_weights(two_steps, tmp_path, monkeypa
                      {k: v for k, v in mine.items() if k in dict(body.named_parameters())}) == 0
 
 
-# ---------------------------------------------------------------------------------------------------- networks
+# ----------------------------------------------------------------------------------------- networks
 BACKBONES = {"resnet18": {}, "resnet18 live": dict(norm="live"), "mobilenet_v2": {}, "swin_tiny_patch4_window7_224": {},
              "vit_tiny_patch16_224": dict(freeze_backbone=True), "deit_tiny_patch16_224": dict(vit_resize="nearest")}
 
@@ -838,8 +854,8 @@ def official(net: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
 
 
 def test_official_weights(trained, things, tmp_path):
-    """A whole model from a .pkl: both networks start from it with --weights, and it teaches with --teacher; and the
-    teacher of the released code's .pth."""
+    """A whole model from a .pkl: both networks start from it with --weights, and it teaches with
+    --teacher; and the teacher of the released code's .pth."""
     net, file = weights(trained / "teacher.pt")["supervised"], tmp_path / "model_final.pkl"
     named = official(net)
     assert not named.keys() & net.keys() and len(named) == len(net)
@@ -865,7 +881,7 @@ def test_tensors_that_do_not_load_are_listed(trained, line, typed, tmp_path):
     assert "of another shape, left fresh (1): decoder.class_embed.weight" in notes
 
 
-# ---------------------------------------------------------------------------------------------------- errors
+# ------------------------------------------------------------------------------------------- errors
 def test_help_shows_every_flag_with_the_presets_numbers(typed):
     for dataset, number in (("coco", "368750"), ("cityscapes", "90000"), ("shapes", "test_resnet")):
         said = typed(["--dataset", dataset, "--help"]).ok().out
@@ -937,7 +953,7 @@ def test_missing_data_set_says_what_where_and_how_to_go_on(typed, tmp_path, data
 
 
 def test_published_split_of_coco_without_its_list(line, typed, tmp_path, monkeypatch):
-    monkeypatch.setattr(instances, "COCO_IMAGES", 8)                 # as many as there are here
+    monkeypatch.setattr(instances, "COCO_IMAGES", 8)  # as many as there are here
     error = typed(line(split="5%")).error()
     assert "data.download splits --dataset coco" in error and "--split random:5%" in error
 
@@ -996,7 +1012,7 @@ def test_weights_that_cannot_be_had(line, typed, tmp_path, monkeypatch):
         assert backbone in error and "--weights FILE" in error and "none" in error
 
 
-# ---------------------------------------------------------------------------------------------------- a GPU
+# -------------------------------------------------------------------------------------------- a GPU
 def narrow() -> None:
     """Transformers of a thousandth of their weights, or a run writes a gigabyte."""
     real = timm.create_model
@@ -1013,13 +1029,15 @@ def narrow() -> None:
     dict(backbone="swin_tiny_patch4_window7_224", test_size=(64, 80), steps=2, burn_in_steps=1),
     dict(backbone="vit_small_patch14_dinov2", freeze_backbone=True, steps=2, burn_in_steps=1)], ids=str)
 def test_nothing_mixes_devices(line, tmp_path, flags):
-    """On an accelerator that is pretended, with the CPU's values: the same run, but for the order of sums."""
+    """On an accelerator that is pretended, with the CPU's values: the same run, but for the order
+    of sums."""
     for name, setup in (("near", ()), ("far", (partial(pretend.count, NAME, "train_step"),))):
         said = forked(line(out=tmp_path / name, **flags), tmp_path / "io", narrow, *setup).ok().out
     waited, steps = pretend.waits(said), flags.get("steps", 4)
     parts, images = flags.get("accumulate", 1), flags.get("batch_size", 2)
     assert waited[1:] == [parts] * (steps - 1) + [2 * parts + 2 * images] * steps, "a criterion; pseudo labels"
-    assert apart(*(weights(tmp_path / name / "last.pt") for name in ("far", "near"))) < 2e-3              # of Adam
+    # of Adam
+    assert apart(*(weights(tmp_path / name / "last.pt") for name in ("far", "near"))) < 2e-3
     near, far = ([r["class_l"] for r in log_of(tmp_path / name) if "class_l" in r] for name in ("near", "far"))
     assert len(near) >= 4 and far == pytest.approx(near, rel=1e-3)
 

@@ -1,4 +1,5 @@
-"""data/instances.py: readers of COCO, LVIS and Cityscapes, masks under a joint geometry, splits, and sample orders."""
+"""data/instances.py: readers of COCO, LVIS and Cityscapes, masks under a joint geometry, splits,
+and sample orders."""
 
 import hashlib
 import json
@@ -45,7 +46,8 @@ def mini() -> Instances:
 
 
 def content(images: int = 4, first: int = 0) -> dict:
-    """A COCO file of pictures of 20x16 pixels, each with one object of the class cat (7) or dog (3)."""
+    """A COCO file of pictures of 20x16 pixels, each with one object of the class cat (7) or dog
+    (3)."""
     return {"images": [{"id": first + i, "file_name": f"{first + i}.png", "height": 16, "width": 20}
                        for i in range(images)],
             "annotations": [{"id": i, "image_id": first + i, "category_id": (7, 3)[i % 2], "segmentation": SQUARE,
@@ -80,10 +82,11 @@ def as_list(labels, masks, crowd) -> list[tuple[int, bytes, bool]]:
     return sorted((int(c), m.numpy().tobytes(), bool(g)) for c, m, g in zip(labels, masks, crowd, strict=True))
 
 
-# ---------------------------------------------------------------------------------------------------- readers
+# ------------------------------------------------------------------------------------------ readers
 @real
 def test_coco_with_80_classes_and_crowds(mini):
-    assert (len(mini.train), len(mini.val), len(mini.extra)) == (214, 206, 1)      # one training picture is empty
+    # one training picture is empty
+    assert (len(mini.train), len(mini.val), len(mini.extra)) == (214, 206, 1)
     assert len(mini.classes) == 80 and mini.ids == sorted(mini.ids) and mini.ids[-1] == 90
     assert (mini.classes[0], mini.classes[-1], mini.classes[11]) == ("person", "toothbrush", "stop sign")
     assert [p.id for p in mini.train] == sorted(p.id for p in mini.train) and not mini.lvis
@@ -132,7 +135,7 @@ def test_what_lvis_says_of_absent_classes_comes_with_each_picture():
         assert [data.ids[c] for c in photo.negative] == record["neg_category_ids"]
         assert [data.ids[c] for c in photo.partial] == record["not_exhaustive_category_ids"]
         assert not set(photo.negative) & instances.singles(photo)
-    for part in (data.train, data.val):                              # both have it
+    for part in (data.train, data.val):  # both have it
         assert sum(map(len, (p.negative for p in part))) > 100 and any(p.partial for p in part)
     assert data.negative == {p.id: list(p.negative) for p in data.val}
     assert data.partial == {p.id: list(p.partial) for p in data.val}
@@ -205,7 +208,7 @@ def test_no_object_and_pictures_without_labels(own, tmp_path):
     labels, masks, crowd = masks_of(data.val[1], data, Window(False, (32, 40), 3, 3, (5, 7)))
     assert labels.shape == (0,) and masks.shape == (0, 5, 7) and crowd.shape == (0,)
     assert (labels.dtype, masks.dtype, crowd.dtype) == (torch.int64, torch.uint8, torch.bool)
-    assert [p.id for p in data.train] == [0, 1, 3]                   # the third holds a crowd alone
+    assert [p.id for p in data.train] == [0, 1, 3]  # the third holds a crowd alone
     assert [(p.name, p.id, p.things) for p in data.extra] == [("2.png", 2, None), ("more.png", -1, None)]
 
 
@@ -222,7 +225,8 @@ def test_an_uncompressed_crowd_and_a_compressed_one_are_the_same(own):
 
 
 def test_where_files_lie(tmp_path):
-    """The names of COCO and LVIS, pictures by coco_url, a tuning list of training pictures, and files of one's own."""
+    """The names of COCO and LVIS, pictures by coco_url, a tuning list of training pictures, and
+    files of one's own."""
     root, train, val = tmp_path / "coco", content(3), content(2, first=100)
     for folder in ("annotations", "train2017", "val2017", "elsewhere"):
         (root / folder).mkdir(parents=True)
@@ -240,7 +244,8 @@ def test_where_files_lie(tmp_path):
     assert data.val[0].image == root / "train2017" / "0.png" and data.val_json.name == "instances_tune2017.json"
     data = instances.find("coco", root, val_json="elsewhere.json")
     assert [p.id for p in data.val] == [100, 101]
-    for record in train["images"] + val["images"]:                   # LVIS has no file_name; some pictures are of train
+    # LVIS has no file_name; some pictures are of train
+    for record in train["images"] + val["images"]:
         del record["file_name"]
     val["images"][0] |= train["images"][0] | {"id": 100}
     for category in train["categories"] + val["categories"]:
@@ -257,7 +262,7 @@ def test_where_files_lie(tmp_path):
     assert data.val[0].image == root / "elsewhere" / "0.png"
 
 
-# ---------------------------------------------------------------------------------------------------- bad inputs
+# --------------------------------------------------------------------------------------- bad inputs
 def broken(change) -> dict:
     data = content(4)
     change(data)
@@ -326,7 +331,7 @@ def test_a_cityscapes_label_is_missing_broken_or_of_another_kind(street, tmp_pat
     root = tmp_path / "street"
     shutil.copytree(street.root, root)
     data = instances.find("cityscapes", root)
-    data.train[0].label.unlink()                                     # it may be without one, as long as nobody asks
+    data.train[0].label.unlink()  # it may be without one, as long as nobody asks
     assert len(choose(instances.find("cityscapes", root), "random:3", 0, "", "all", True).labeled) == 3
     with pytest.raises(UserError, match="instanceIds.png is missing"):
         choose(data, "all", 0, "", "all", True)
@@ -366,7 +371,7 @@ def test_a_mask_that_cannot_be_drawn_names_the_image(segmentation, said, own):
     assert str(own / "images" / "1.png") in str(error.value) and "cat" in str(error.value)
 
 
-# ---------------------------------------------------------------------------------------------------- geometry
+# ----------------------------------------------------------------------------------------- geometry
 WINDOWS = [Window(False, (16, 20), 0, 0, (16, 20)), Window(True, (16, 20), 0, 0, (16, 20)),
            Window(False, (48, 60), 10, 13, (20, 30)), Window(True, (48, 60), 10, 13, (20, 30)),
            Window(False, (8, 10), -3, -4, (24, 24)), Window(True, (37, 23), 5, -6, (40, 40)),
@@ -393,7 +398,7 @@ def test_masks_move_as_a_picture_does(window, own, tmp_path):
     assert torch.equal(masks_of(photo, data, window)[1][0], truth)
     photo = Photo("ids", tmp_path / "ids.png", label=tmp_path / "ids.png")
     labels, masks, _ = masks_of(photo, data, window)
-    if window.out != (1, 1):                                         # `data` has two classes, the label has cars
+    if window.out != (1, 1):  # `data` has two classes, the label has cars
         assert labels.tolist() == [2] and torch.equal(masks[0], truth)
 
 
@@ -438,7 +443,7 @@ def test_masks_that_leave_the_window_are_kept_empty(own):
     assert labels.tolist() == [1] and masks.shape == (1, 4, 8) and not masks.any()
 
 
-# ---------------------------------------------------------------------------------------------------- splits
+# ------------------------------------------------------------------------------------------- splits
 def synthetic(n: int, root: Path, name: str = "coco") -> Instances:
     things, image = [(Thing(c, [], False, 1.0),) for c in range(3)], Path("x.jpg")
     photos = [Photo(f"{i:012d}.jpg", image, i, 4, 4, things[i % 3]) for i in range(5, n + 5)]
@@ -459,7 +464,8 @@ def test_unbiased_teachers_lists_are_places_among_the_images_with_objects(tmp_pa
         chosen = choose(data, split, 1, "", "all", True)
         assert len(chosen.labeled) == number and f"unbiased_teacher/{split}, draw 1" in chosen.text
         places = table[str(float(split[:-1]))]["1"]
-        assert [p.id for p in chosen.labeled] == [place + 5 for place in places]         # ids are no places
+        # ids are no places
+        assert [p.id for p in chosen.labeled] == [place + 5 for place in places]
     assert choose(data, "1%", 0, "", "all", True).labeled[0].id == table["1.0"]["0"][0] + 5
     assert choose(data, "1%", 0, "", "all", True).fingerprint != choose(data, "1%", 1, "", "all", True).fingerprint
     assert len(choose(data, "random:1%", 0, "", "all", True).labeled) == 1172
@@ -488,7 +494,8 @@ def test_published_lists_that_were_not_fetched(tmp_path):
 @published
 @pytest.mark.parametrize("split, number", [("5%", 144), ("10%", 296), ("20%", 592), ("30%", 888)])
 def test_guided_distillations_lists(split, number, tmp_path):
-    """Labeled are the images of the list as data/download.py puts it, unlabeled all of the training set."""
+    """Labeled are the images of the list as data/download.py puts it, unlabeled all of the training
+    set."""
     source = LISTS / "guided_distillation" / "data_splits" / "cityscapes"
     item = splits.PUBLISHED["cityscapes", "guided_distillation", split]
     folder = tmp_path / "splits" / "guided_distillation" / splits.folder_name(split)
@@ -546,7 +553,7 @@ def test_pictures_held_out_are_a_draw_of_names(drawn):
         assert {p.name for p in taken} == {p.name for p in held} and len(mixed) == 340
         assert [p.name for p in taken] == [p.name for p in shuffled if p in taken] != [p.name for p in held]
         assert {p.name for p in hold_out(drawn.train, 0.15, 1, stratify, 24)[1]} != {p.name for p in held}
-    counts = np.zeros(40, int)                                       # every picture is as likely as the others
+    counts = np.zeros(40, int)  # every picture is as likely as the others
     for seed in range(200):
         for photo in hold_out(holding(*[[0]] * 40), 0.25, seed)[1]:
             counts[photo.id] += 1
@@ -571,12 +578,13 @@ def parts(photos: list[Photo], share: float, seed: int) -> tuple[np.ndarray, np.
 
 @pytest.mark.parametrize("seed", range(20))
 def test_a_stratified_draw_has_each_class_in_both_parts(seed, drawn):
-    """Class 0 in half of 40 pictures, class 1 in two, class 2 in one; class 3 in three, but twice as a crowd alone."""
+    """Class 0 in half of 40 pictures, class 1 in two, class 2 in one; class 3 in three, but twice
+    as a crowd alone."""
     photos = holding(*[[0, 0] if i % 2 else [] for i in range(36)], [0, 1], [1, 2], [0, 3, -3], [-3])
     for share in (0.05, 0.1, 0.5):
         learn, held = parts(photos, share, seed)
         assert learn.tolist() == [19 + 1 - held[0], 1, 1 - held[2], 1] and held[:2].min() > 0 == held[3]
-        if share > 0.05:                                             # the other picture of class 1 is the better one
+        if share > 0.05:  # the other picture of class 1 is the better one
             assert learn[2] == 1
     learn, held = (np.bincount([c for p in part for c in instances.singles(p)], minlength=24)
                    for part in hold_out(drawn.train, 0.15, seed, True, 24))
@@ -584,9 +592,10 @@ def test_a_stratified_draw_has_each_class_in_both_parts(seed, drawn):
 
 
 def test_what_a_stratified_draw_cannot_have():
-    """Of two pictures with the same two classes one goes; a class whose pictures all hold an only one goes to both
-    parts nevertheless; three pictures that share a class two by two leave one class in a single part; and the number is
-    kept where there are more classes than places (the rarest go first), or more places than can be spared."""
+    """Of two pictures with the same two classes one goes; a class whose pictures all hold an only
+    one goes to both parts nevertheless; three pictures that share a class two by two leave one
+    class in a single part; and the number is kept where there are more classes than places (the
+    rarest go first), or more places than can be spared."""
     for seed in range(9):
         learn, held = parts(holding([0, 1], [0, 2], *[[3]] * 6), 0.25, seed)
         assert (learn[0], held[0], held[3]) == (1, 1, 1)
@@ -624,9 +633,10 @@ def test_unlabeled_pools_carry_no_labels(drawn, street):
 
 @pytest.mark.parametrize("text", ["1.png\n3.png\n", "1\n3\n", "somewhere/1.jpg\nsomewhere/3.jpg\n", "json", "ids"])
 def test_lists_of_labeled_images(text, own, tmp_path):
-    """File names, stems, paths, a COCO file of the labeled images, and image ids, where no name fits."""
+    """File names, stems, paths, a COCO file of the labeled images, and image ids, where no name
+    fits."""
     data, path = instances.find("coco", own), tmp_path / ("list.json" if text == "json" else "list.txt")
-    if text == "json":                                               # Guided Distillation's instances_train2017_5.json
+    if text == "json":  # Guided Distillation's instances_train2017_5.json
         part = content(4)
         part["images"] = part["images"][1::2]
         text = json.dumps(part)
@@ -671,9 +681,10 @@ def test_unlabeled_from_a_folder_or_a_list(own, tmp_path):
     assert all(p.things is None for p in chosen.unlabeled)
 
 
-# ---------------------------------------------------------------------------------------------------- orders
+# ------------------------------------------------------------------------------------------- orders
 def test_repeat_factors_of_the_recipe():
-    """Recipe 4.4, threshold 10: classes in 95, 30 and 5 % of the images; crowds do not count, and no object is 1."""
+    """Recipe 4.4, threshold 10: classes in 95, 30 and 5 % of the images; crowds do not count, and
+    no object is 1."""
     photos = [Photo("", Path(), things=tuple(
         [Thing(0, 0, False, 1.0)] * (i < 95) * 2 + [Thing(1, 0, False, 1.0)] * (i < 30)
         + [Thing(2, 0, False, 1.0)] * (i < 5) + [Thing(3, 0, True, 1.0)])) for i in range(100)]
@@ -705,7 +716,8 @@ def test_the_order_depends_neither_on_restarts_nor_on_processes(factors):
 
 
 def test_a_pass_repeats_each_picture_by_its_factor():
-    """Every pass holds picture i floor(r) or floor(r) + 1 times, in an order of its own, and r times on average."""
+    """Every pass holds picture i floor(r) or floor(r) + 1 times, in an order of its own, and r
+    times on average."""
     passes, found = instances.Stream(5, 1, 0, "x", 0, 1, World(), FACTORS).passes(0), []
     begin, orders = 0, []
     for _ in range(600):
@@ -773,7 +785,8 @@ def test_batches_and_scored_pictures(own):
 
 
 def test_large_files_are_held_small(tmp_path):
-    """Polygons become arrays, what a run does not need is gone, and folders are listed, not asked file by file."""
+    """Polygons become arrays, what a run does not need is gone, and folders are listed, not asked
+    file by file."""
     data = content(300)
     for a in data["annotations"]:
         a |= {"segmentation": [np.linspace(0, 15, 200).tolist()], "bbox": [0, 0, 1, 1], "note": "x" * 1000}

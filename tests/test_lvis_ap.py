@@ -1,4 +1,5 @@
-"""data/lvis_ap.py against the lvis package, on drawn, real and random results, and against values by hand."""
+"""data/lvis_ap.py against the lvis package, on drawn, real and random results, and against values
+by hand."""
 
 import copy
 import json
@@ -21,7 +22,7 @@ from data.lvis_ap import Samples, group_by_count, lvis_ap, samples
 REAL = {"coco_mini": "coco_mini/annotations/lvis_val.json", "lvis_val_100": "lvis_val_100/lvis_val_100.json",
         "car_parts": "car_parts/annotations/lvis_val.json"}
 NAMES = ("ap", "ap50", "ap75", "ap_s", "ap_m", "ap_l", "apr", "apc", "apf", "ar300", "ar_s", "ar_m", "ar_l")
-PARTS = 100 * 51 / 101                                               # precision 1 up to recall 0.5, then 0
+PARTS = 100 * 51 / 101  # precision 1 up to recall 0.5, then 0
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +60,8 @@ def perfect(truth: dict, kind: str) -> list[dict]:
 
 
 def rough(truth: dict, kind: str, seed: int = 0) -> list[dict]:
-    """Up to three moved copies of each object, some of another class, and rectangles of classes that are there, absent
-    or unknown; in the first image more than 300. Scores have two digits."""
+    """Up to three moved copies of each object, some of another class, and rectangles of classes
+    that are there, absent or unknown; in the first image more than 300. Scores have two digits."""
     g, results = np.random.default_rng(seed), []
     images = {image["id"]: image for image in truth["images"]}
     ids = [c["id"] for c in truth["categories"]]
@@ -85,7 +86,7 @@ def rough(truth: dict, kind: str, seed: int = 0) -> list[dict]:
     return [results[i] for i in g.permutation(len(results))]
 
 
-# ---------------------------------------------------------------------------------------------------- parity
+# ------------------------------------------------------------------------------------------- parity
 @pytest.mark.parametrize("kind", ["segm", "bbox"])
 @pytest.mark.parametrize("name", REAL)
 def test_real_annotations(name, kind):
@@ -94,7 +95,8 @@ def test_real_annotations(name, kind):
         pytest.skip(f"no {path}")
     truth = json.loads(path.read_text())
     held = {a["category_id"] for a in truth["annotations"]}
-    few = {**truth, "categories": [c for c in truth["categories"] if c["id"] in held]}   # the package takes its time
+    # the package takes its time
+    few = {**truth, "categories": [c for c in truth["categories"] if c["id"] in held]}
     best = same(few, perfect(truth, kind), kind)
     assert best["ap"] == pytest.approx(100) and best["ar300"] == pytest.approx(100)
     score = same(truth if kind == "segm" else few, rough(truth, kind), kind)
@@ -112,7 +114,7 @@ def test_drawn_annotations(drawn_set, kind):
     results = rough(truth, kind)
     score = same(truth, results, kind)
     assert 5 < score["ap"] < 80 and score["apf"] is None and score["apr"] != score["apc"]
-    if kind == "segm":                                               # from the data set as the scripts have it
+    if kind == "segm":  # from the data set as the scripts have it
         assert lvis_ap(drawn_set, results) == score
         part = replace(drawn_set, val=drawn_set.val[:9])
         ids = {photo.id for photo in part.val}
@@ -125,8 +127,9 @@ def test_drawn_annotations(drawn_set, kind):
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("kind", ["segm", "bbox"])
 def test_random_rectangles(kind, seed):
-    """On a coarse grid, so that scores, overlaps and the limits of sizes are often equal: objects to ignore and without
-    area, empty detections, classes that the file does not list, ids in no order, more detections than count."""
+    """On a coarse grid, so that scores, overlaps and the limits of sizes are often equal: objects
+    to ignore and without area, empty detections, classes that the file does not list, ids in no
+    order, more detections than count."""
     g = np.random.default_rng(seed)
     ids, images = g.permutation([2, 3, 5, 8, 13]).tolist(), []
     for number in g.permutation(20)[:7].tolist():
@@ -159,14 +162,15 @@ def test_random_rectangles(kind, seed):
         score = same(truth, results, kind, max_dets)
         assert score[f"ar{max_dets}"] == score["stats"][9] and (max_dets == 1 or score["ap"] > 0)
     assert lvis_ap(truth, results, kind, 40) != lvis_ap(truth, results, kind)
-    if kind == "segm":                                               # boxes and areas of masks
+    if kind == "segm":  # boxes and areas of masks
         same(truth, results, "bbox")
 
 
-# ---------------------------------------------------------------------------------------------------- by hand
+# ------------------------------------------------------------------------------------------ by hand
 def toy(*images: tuple[list[int], list[int], list[int]]) -> dict:
-    """An LVIS file with images 10, 11, ..: classes of the objects, absent, and partly annotated. The n-th object of an
-    image is a square of 20 pixels at (30 n, 0). Annotation ids start at 0, and classes are 1 (r), 2 (c), 3 (f)."""
+    """An LVIS file with images 10, 11, ..: classes of the objects, absent, and partly annotated.
+    The n-th object of an image is a square of 20 pixels at (30 n, 0). Annotation ids start at 0,
+    and classes are 1 (r), 2 (c), 3 (f)."""
     truth = {"images": [], "annotations": [],
              "categories": [{"id": c, "name": f"k{c}", "frequency": "rcf"[c - 1]} for c in (1, 2, 3)]}
     for number, (present, absent, partial) in enumerate(images, start=10):
@@ -187,15 +191,16 @@ def found(*entries: tuple[int, int, float, float]) -> list[dict]:
 @pytest.mark.parametrize("second, expected", [
     (([], [], []), 100), (([], [1], []), 50), (([], [1], [1]), 100), (([], [], [1]), 100), (([2], [], []), 100)])
 def test_only_known_classes_count(second, expected):
-    """A better scored detection of class 1 in a second image is wrong only where that class is known to be absent, and
-    not if its annotation is partial."""
+    """A better scored detection of class 1 in a second image is wrong only where that class is
+    known to be absent, and not if its annotation is partial."""
     truth = toy(([1], [], []), second)
     score = lvis_ap(truth, found((10, 1, 0.5, 0), (11, 1, 0.9, 0)))
     assert score["per_class"]["k1"] == pytest.approx(expected) and score["apr"] == score["per_class"]["k1"]
 
 
 def test_partly_annotated_classes():
-    """A second detection is wrong, unless only some objects of the class are annotated; but these must be found."""
+    """A second detection is wrong, unless only some objects of the class are annotated; but these
+    must be found."""
     results = found((10, 1, 0.9, 90), (10, 1, 0.5, 0))
     assert lvis_ap(toy(([1], [], [])), results)["ap"] == pytest.approx(50)
     assert lvis_ap(toy(([1], [], [1])), results)["ap"] == pytest.approx(100)
@@ -206,13 +211,14 @@ def test_the_cut_is_per_image_and_before_the_filter():
     truth = toy(([1], [], []), ([1], [], []))
     results = found((10, 3, 0.9, 0), (10, 77, 0.8, 0), (10, 1, 0.5, 0), (11, 1, 0.4, 0))
     assert lvis_ap(truth, results, max_dets=3)["ap"] == pytest.approx(100)
-    for number in (1, 2):                                            # classes 3 and 77 do not count, but take places
+    for number in (1, 2):  # classes 3 and 77 do not count, but take places
         score = lvis_ap(truth, results, max_dets=number)
         assert score["ap"] == pytest.approx(PARTS) and score[f"ar{number}"] == score["ar_s"] == 50
     many = found(*((10, 3, 0.9, 0) for _ in range(300)), (10, 1, 0.5, 0), (11, 1, 0.4, 0))
     assert lvis_ap(truth, many)["ap"] == pytest.approx(PARTS) and lvis_ap(truth, many, max_dets=301)["ap"] > 99
     assert lvis_ap(truth, many[:299] + many[300:])["ap"] == pytest.approx(100)
-    tied = found((10, 1, 0.5, 90), (10, 1, 0.5, 0), (11, 1, 0.4, 0))             # of equal ones the first stays
+    # of equal ones the first stays
+    tied = found((10, 1, 0.5, 90), (10, 1, 0.5, 0), (11, 1, 0.4, 0))
     assert lvis_ap(truth, tied, max_dets=1)["ar1"] == lvis_ap(truth, tied[::-1], max_dets=1)["ar1"] - 50 == 50
 
 
@@ -239,7 +245,7 @@ def test_no_results_no_objects_only_absent_classes():
         lvis_ap(truth, found((12, 1, 0.9, 0)))
 
 
-# ---------------------------------------------------------------------------------------------------- samples
+# ------------------------------------------------------------------------------------------ samples
 def dumb(truth: dict, results: list[dict], kind: str, overlap: float, max_dets: int, federated: bool) -> list:
     """The samples (class, confidence, right), sorted, one detection after the other."""
     def area(record: dict) -> float:
@@ -328,7 +334,7 @@ def test_samples_of_random_rectangles(kind, seed):
         seen.add(json.dumps(found))
     assert len(seen) == 5, "overlap, number and federation make a difference"
     assert as_list(samples(truth, results, kind)) == as_list(samples(truth, results, kind, federated=True))
-    place = sorted(ids).index(13)                                    # no object in the whole set
+    place = sorted(ids).index(13)  # no object in the whole set
     assert any(c == place for c, *_ in found) and not any(right for c, _, right in found if c == place)
     for image in images:
         del image["neg_category_ids"]
@@ -344,7 +350,7 @@ def test_samples_on_real_annotations(kind):
     truth["images"] = truth["images"][::4]
     kept = {image["id"] for image in truth["images"]}
     truth["annotations"] = [a for a in truth["annotations"] if a["image_id"] in kept]
-    for image in truth["images"]:                                    # it says of every class whether it is there
+    for image in truth["images"]:  # it says of every class whether it is there
         image["neg_category_ids"] = image["neg_category_ids"][::4]
     results = rough(truth, kind)
     found = samples(truth, results, kind)
@@ -367,7 +373,8 @@ def test_samples_of_a_data_set(drawn_set):
 
 
 def test_samples_by_hand():
-    """An object of class 1 is found twice: right, then wrong. Class 2 is absent, nothing is known of 3."""
+    """An object of class 1 is found twice: right, then wrong. Class 2 is absent, nothing is known
+    of 3."""
     results = found((10, 1, 0.9, 0), (10, 1, 0.8, 1), (10, 2, 0.7, 0), (10, 3, 0.6, 0), (10, 77, 0.5, 0))
     truth = toy(([1], [2], []))
     assert as_list(samples(truth, results)) == [(0, 0.8, False), (0, 0.9, True), (1, 0.7, False)]
@@ -398,7 +405,8 @@ def test_areas_of_masks_and_uncompressed_runs():
     truth = toy(([1], [], []))
     results = found((10, 1, 0.9, 90), (10, 1, 0.5, 0))
     assert lvis_ap(truth, results)["ap_s"] == pytest.approx(50)
-    large = [r | {"bbox": [0, 0, 60, 60]} for r in results]          # out of range for the package, so not wrong
+    # out of range for the package, so not wrong
+    large = [r | {"bbox": [0, 0, 60, 60]} for r in results]
     assert lvis_ap(truth, large)["ap_s"] == pytest.approx(50)
     truth["annotations"][0]["id"] = 1
     assert package(loaded(truth), large, "segm")[0][3] == pytest.approx(100)
@@ -449,7 +457,7 @@ def test_gathered_results_score_as_one(drawn_set):
     assert lvis_ap(drawn_set, parts[1] + parts[0]) == score, "the order of images does not matter"
 
 
-# ---------------------------------------------------------------------------------------------------- cost
+# --------------------------------------------------------------------------------------------- cost
 def test_time_and_memory():
     """Loosely, on a small set; for a large one see bench_lvis.py."""
     def both(*sizes: int) -> tuple:

@@ -1,4 +1,5 @@
-"""One process, two, three, and two nodes do the same; what one process alone meets is still one sentence."""
+"""One process, two, three, and two nodes do the same; what one process alone meets is still one
+sentence."""
 
 import json
 import os
@@ -29,19 +30,20 @@ def trained(tiny, tmp_path_factory) -> Path:
     return out
 
 
-# ---------------------------------------------------------------------------------------------------- they run
+# ----------------------------------------------------------------------------------------- they run
 def test_torchrun_with_two_processes(tiny, tmp_path):
     out = tmp_path / "out"
     done = torchrun(2, tiny(out=out, steps=4)).ok()
-    assert done.out.count("8 labeled images") == 1 and done.out.count("miou:") == 1             # one process speaks
+    # one process speaks
+    assert done.out.count("8 labeled images") == 1 and done.out.count("miou:") == 1
     assert json.loads((out / "results.json").read_text())["teacher"]["last"]["step"] == 4
     assert json.loads((out / "config.json").read_text())["processes"] == 2
     assert [r["step"] for r in log_of(out) if "loss_l" in r] == [1, 2, 3, 4]
-    assert "FutureWarning" not in done.err, done.err                 # DDP's argument has another name since 2.13
+    assert "FutureWarning" not in done.err, done.err  # DDP's argument has another name since 2.13
 
 
 def test_two_nodes_on_one_machine(tiny, tmp_path):
-    for attempt in range(2):                        # another program may have taken the port meanwhile
+    for attempt in range(2):  # another program may have taken the port meanwhile
         out, flags = tmp_path / f"out{attempt}", dict(nnodes=2, master_addr="127.0.0.1", master_port=free_port())
         nodes = [torchrun(1, tiny(out=out, steps=3), start=True, node_rank=rank, **flags) for rank in (0, 1)]
         try:
@@ -58,7 +60,7 @@ def test_two_nodes_on_one_machine(tiny, tmp_path):
     assert "miou:" in said[0][0] and "miou:" not in said[1][0]
 
 
-# ---------------------------------------------------------------------------------------------------- the same result
+# ---------------------------------------------------------------------------------- the same result
 def test_evaluation_is_equal_on_any_number_of_processes(trained, tmp_path, io):
     """7 images, shared out unevenly."""
     counts = {}
@@ -81,8 +83,8 @@ def test_predictions_are_shared_out(trained, shapes_root, tmp_path, io):
 
 
 def no_batch_effects() -> None:
-    """BatchNorm with its running statistics and no dropout: only rounding depends on how a batch is shared out.
-    --ohem keeps so few pixels that it leaves some out of tiny crops."""
+    """BatchNorm with its running statistics and no dropout: only rounding depends on how a batch is
+    shared out. --ohem keeps so few pixels that it leaves some out of tiny crops."""
     import gta_seg
     gta_seg.OHEM_KEPT = 100
     build = gta_seg.build
@@ -105,7 +107,8 @@ STEPS = {"gta": {}, "mt": dict(method="mt"), "suponly": dict(method="suponly", c
 @pytest.mark.parametrize("method", STEPS)
 def test_ten_steps_are_equal_on_one_and_two_processes(tiny, tmp_path, io, method):
     """Global batch, coins, boxes, threshold and normalisers: float32, two steps of warm-up."""
-    line = dict(steps=10, lr=0.02, precision="fp32", batch_size=8, warmup_epochs=2) | STEPS[method]    # 1 step an epoch
+    # 1 step an epoch
+    line = dict(steps=10, lr=0.02, precision="fp32", batch_size=8, warmup_epochs=2) | STEPS[method]
     for n in (1, 2):
         for done in ranks(n, tiny(out=tmp_path / str(n), **line), io, no_batch_effects):
             done.ok()
@@ -157,7 +160,7 @@ def test_resume_on_two_processes_is_bit_equal(tiny, tmp_path, io, flags):
     for done in ranks(2, tiny(out=tmp_path / "whole", **line), io):
         done.ok()
     out = tmp_path / "out"
-    for number in (signal.SIGTERM, signal.SIGKILL):                  # both get it: at step 3, heard at 5; then at 8
+    for number in (signal.SIGTERM, signal.SIGKILL):  # both get it: at step 3, heard at 5; then at 8
         setup = partial(stop_at, 3 if number == signal.SIGTERM else 8, number)
         for done in ranks(2, tiny(out=out, resume=True, **line), io, setup):
             assert done.code == (0 if number == signal.SIGTERM else -number), done.err
@@ -196,7 +199,7 @@ def test_sigterm_to_torchrun_saves(tiny, tmp_path):
     assert "Stopped by SIGTERM" in said and state(out / "last.pt")["step"] >= 3
 
 
-# ---------------------------------------------------------------------------------------------------- errors
+# ------------------------------------------------------------------------------------------- errors
 def sentences(every) -> set[str]:
     assert all(done.code == 2 for done in every), [(done.code, done.err[-1500:]) for done in every]
     assert not any("Traceback" in done.err for done in every), [done.err[-1500:] for done in every]
@@ -209,14 +212,16 @@ def test_an_error_of_all_processes_is_said_once(tiny, tmp_path, io):
 
 
 def test_an_image_that_one_process_cannot_score_stops_all_with_one_sentence(folder_root, folder_line, tmp_path, io):
-    path = folder_root / "images" / "val" / "val_000001.jpg"         # the second of three: process 1 meets it
+    # the second of three: process 1 meets it
+    path = folder_root / "images" / "val" / "val_000001.jpg"
     path.write_bytes(path.read_bytes()[:300])
     said = sentences(ranks(2, folder_line(), io))
     assert any("val_000001.jpg" in sentence for sentence in said)
 
 
 def test_skipped_images_of_all_processes_are_counted(folder_root, folder_line, tmp_path, io):
-    """Batches of 4 out of 4 images meet the broken one in every step, on one process or on the other."""
+    """Batches of 4 out of 4 images meet the broken one in every step, on one process or on the
+    other."""
     path = folder_root / "images" / "train" / "train_000001.jpg"
     path.write_bytes(path.read_bytes()[:300])
     (tmp_path / "list.txt").write_text("".join(f"train_{i:06d}\n" for i in range(4)))
@@ -232,7 +237,8 @@ def test_a_loss_that_is_not_finite_stops_all_processes(tiny, tmp_path, io):
 
 
 def test_no_process_stays_behind_when_another_is_killed(tiny, tmp_path, io):
-    """torchrun ends the others; without it they must at least not compute on for ever on their own."""
+    """torchrun ends the others; without it they must at least not compute on for ever on their
+    own."""
     out = tmp_path / "out"
     job = torchrun(2, tiny(out=out, steps=5000, eval_every=5000), start=True)
     try:

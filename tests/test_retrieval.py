@@ -1,4 +1,5 @@
-"""data/retrieval.py: stores of embeddings, search against brute force, duplicates, and both on real pictures."""
+"""data/retrieval.py: stores of embeddings, search against brute force, duplicates, and both on real
+pictures."""
 
 import hashlib
 import json
@@ -29,7 +30,7 @@ WEIGHTS = TEST_DATA / "weights" / "mobilenet_v2_tf2ptq.pth"
 POOL = {"camvid": "images/*/*.jpg", "car_parts": "images/**/*.jpg", "coco_mini": "images/*.jpg"}
 real = pytest.mark.skipif(not WEIGHTS.is_file() or not all((TEST_DATA / name).is_dir() for name in POOL),
                           reason=f"no pictures and weights in {TEST_DATA}")
-INDEXES = ["Flat", "IVF16,Flat", "IVF16,PQ8np", "HNSW32"]             # np: without a training step of 10 s
+INDEXES = ["Flat", "IVF16,Flat", "IVF16,PQ8np", "HNSW32"]  # np: without a training step of 10 s
 FILL = {"key": "pixels", "size": 16, "world": World(), "workers": 0, "batch_size": 4}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -75,7 +76,8 @@ def brute(queries: np.ndarray, store: Store, k: int) -> tuple[np.ndarray, np.nda
 
 
 def right(found: tuple[np.ndarray, np.ndarray], queries: np.ndarray, store: Store, k: int) -> bool:
-    """Whether a search is brute force's, but for the order of rows whose products differ by less than 1e-5."""
+    """Whether a search is brute force's, but for the order of rows whose products differ by less
+    than 1e-5."""
     (scores, rows), (truth, order) = found, brute(queries, store, k)
     differ = rows != order
     products = np.einsum("qd,qkd->qk", queries, vectors(store, rows.clip(0).ravel()).reshape(*rows.shape, -1))
@@ -85,7 +87,8 @@ def right(found: tuple[np.ndarray, np.ndarray], queries: np.ndarray, store: Stor
 
 
 def clustered(n: int, d: int, seed: int = 0, queries: int = 40) -> tuple[np.ndarray, np.ndarray]:
-    """Vectors (n, d) around 50 centres, as embeddings of pictures lie, and queries near others of the same."""
+    """Vectors (n, d) around 50 centres, as embeddings of pictures lie, and queries near others of
+    the same."""
     g = np.random.default_rng(seed)
     centres = g.normal(size=(50, d))
     x = centres[g.integers(0, 50, n + queries)] + 0.6 * g.normal(size=(n + queries, d))
@@ -110,11 +113,11 @@ def files(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.suffix in (".npy", ".json")}
 
 
-# ---------------------------------------------------------------------------------------------------- search
+# ------------------------------------------------------------------------------------------- search
 @pytest.mark.parametrize("shard_size", [1, 7, 100, 257, 300, 1000])
 @pytest.mark.parametrize("k", [1, 5, 300, 320])
 def test_exact_search_is_brute_force(shard_size, k, tmp_path, monkeypatch):
-    monkeypatch.setattr(retrieval, "BLOCK", 16)                      # 40 queries in three blocks
+    monkeypatch.setattr(retrieval, "BLOCK", 16)  # 40 queries in three blocks
     x, queries = clustered(300, 24)
     store = stored(tmp_path / "s", x, shard_size)
     scores, rows = search(queries, store, k)
@@ -127,7 +130,7 @@ def test_exact_search_is_brute_force(shard_size, k, tmp_path, monkeypatch):
 @pytest.mark.parametrize("opposite", [False, True])
 def test_broken_pictures_are_never_found(index, opposite, tmp_path):
     """Not even where each other row has a negative product, below the 0 of a broken one."""
-    broken = (0, 5, 13, 14, 15, 59)                                  # 13 to 15 fill a shard of three
+    broken = (0, 5, 13, 14, 15, 59)  # 13 to 15 fill a shard of three
     x, queries = clustered(60, 24)
     if opposite:
         x, queries = unit(np.abs(x)), unit(-np.abs(queries))
@@ -136,7 +139,7 @@ def test_broken_pictures_are_never_found(index, opposite, tmp_path):
     assert not np.isin(rows, broken).any()
     assert all(len(set(row[row >= 0])) == (row >= 0).sum() for row in rows)
     assert (rows[:, 54:] == -1).all() and (scores[rows == -1] == -np.inf).all()
-    if index != "HNSW16":                                            # a graph does not reach all
+    if index != "HNSW16":  # a graph does not reach all
         assert right((scores, rows), queries, store, 60)
 
 
@@ -158,7 +161,8 @@ def test_recall_of_indexes_after_ranking_again(index, nprobe, least, tmp_path):
     scores, rows = search(queries, store, 10, index, nprobe, rerank=16)
     assert recall(rows, order) >= least, recall(rows, order)
     same = rows == order
-    assert np.allclose(scores[same], truth[same], atol=1e-5)         # exact, though PQ knows vectors in 8 bytes only
+    # exact, though PQ knows vectors in 8 bytes only
+    assert np.allclose(scores[same], truth[same], atol=1e-5)
     assert (np.diff(scores, axis=1) <= 0).all()
 
 
@@ -183,7 +187,7 @@ def test_queries_need_not_be_of_length_one(tmp_path):
 
 @pytest.mark.parametrize("index", ["nonsense", "", "IVF64,Flat", "PQ8", "PQ7", "IVF0,Flat", "IVF99999999999,Flat"])
 def test_an_index_that_cannot_be_is_one_sentence(index, tmp_path):
-    x, queries = clustered(50, 16)                                   # too few for 64 lists or 256 codes
+    x, queries = clustered(50, 16)  # too few for 64 lists or 256 codes
     with pytest.raises(UserError, match="--index") as error:
         search(queries, stored(tmp_path / "s", x, 30), 5, index)
     assert "\n" not in str(error.value) and ".cpp" not in str(error.value)
@@ -204,12 +208,12 @@ def test_vectors_come_in_the_order_asked_for(tmp_path):
     rows = np.array([99, 0, 50, 50, 6, 7])
     assert np.array_equal(vectors(store, rows), x[rows].astype(np.float16).astype(np.float32))
     assert vectors(store, rows[:0]).shape == (0, 16)
-    for wrong in (-1, 100):                                          # -1 is what search gives for none
+    for wrong in (-1, 100):  # -1 is what search gives for none
         with pytest.raises(AssertionError):
             vectors(store, np.array([3, wrong]))
 
 
-# ---------------------------------------------------------------------------------------------------- embedding
+# ---------------------------------------------------------------------------------------- embedding
 def test_the_whole_picture_as_pillow_resizes_it():
     g = np.random.default_rng(0)
     for height, width in ((30, 97), (9, 12), (1, 1), (200, 40)):
@@ -249,7 +253,8 @@ def test_broken_pictures_are_listed(tmp_path):
     x = vectors(store, np.arange(12))
     assert np.array_equal(np.flatnonzero(~x.any(1)), [4, 9, 11])
     assert not np.isin(search(x[:4], store, 12)[1], store.broken).any()
-    assert embed(paths, pixels, tmp_path / "s", **FILL, shard_size=5).broken == [4, 9, 11]      # read from the disk
+    # read from the disk
+    assert embed(paths, pixels, tmp_path / "s", **FILL, shard_size=5).broken == [4, 9, 11]
     whole = np.setdiff1d(np.arange(12), store.broken)
     assert not known(store, whole, replace(store, paths=paths[:5], shards=store.shards[:1]), 2.0)[4:].any()
 
@@ -272,12 +277,13 @@ def test_what_is_there_is_not_made_again(tmp_path):
     assert counted.seen == 20
     again = embed(paths, counted, folder, **FILL, shard_size=8)
     assert counted.seen == 20 and again == first
-    first.shards[1].with_suffix(".json").unlink()                    # half of a shard is none
+    first.shards[1].with_suffix(".json").unlink()  # half of a shard is none
     before = files(folder)
     embed(paths, counted, folder, **FILL, shard_size=8)
     assert counted.seen == 28 and files(folder).items() >= before.items()
     longer = embed(paths + draw(tmp_path / "more", 3), counted, folder, **FILL, shard_size=8)
-    assert counted.seen == 28 + 7 and longer.shards[:2] == first.shards[:2]          # the last, shorter shard is new
+    # the last, shorter shard is new
+    assert counted.seen == 28 + 7 and longer.shards[:2] == first.shards[:2]
 
 
 def test_another_key_size_or_list_never_reads_old_shards(tmp_path, monkeypatch):
@@ -293,12 +299,12 @@ def test_another_key_size_or_list_never_reads_old_shards(tmp_path, monkeypatch):
     other = embed([paths[1], paths[0], *paths[2:]], network, folder, **FILL, shard_size=6)
     assert network.seen == 6 and np.array_equal(vectors(other, np.arange(12)), x[[1, 0, *range(2, 12)]])
     (tmp_path / "elsewhere").mkdir()
-    for name, start in (("p", 0), ("elsewhere/p", 1)):               # the same relative names, other pictures
+    for name, start in (("p", 0), ("elsewhere/p", 1)):  # the same relative names, other pictures
         draw(tmp_path / name, 12, seed=start)
         monkeypatch.chdir((tmp_path / name).parent)
         store = embed([Path("p") / path.name for path in paths], pixels, folder, **FILL, shard_size=6)
         assert np.array_equal(vectors(store, np.arange(12)), x) == (start == 0)
-    assert files(folder).items() >= old.items()                      # the first store is as it was
+    assert files(folder).items() >= old.items()  # the first store is as it was
     network = Counted()
     assert embed(paths, network, folder, **FILL, shard_size=6) == first and not network.seen
 
@@ -322,7 +328,7 @@ def test_errors_of_embedding(tmp_path):
         path.write_bytes(b"")
     with pytest.warns(UserWarning, match="cannot be read"), pytest.raises(UserError, match="3 pictures"):
         embed(paths, pixels, tmp_path / "t", **FILL)
-    draw(tmp_path / "p", 3)                                          # mended: they are read again
+    draw(tmp_path / "p", 3)  # mended: they are read again
     assert embed(paths, pixels, tmp_path / "t", **FILL).broken == []
 
 
@@ -372,7 +378,7 @@ def test_killed_while_embedding(workers, tmp_path):
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_share_the_shards(processes, tmp_path):
-    paths = draw(tmp_path / "p", 37)                                 # five shards
+    paths = draw(tmp_path / "p", 37)  # five shards
     paths[20].write_bytes(b"no picture")
     with pytest.warns(UserWarning):
         alone = embed(paths, pixels, tmp_path / "one", **FILL, shard_size=8)
@@ -388,7 +394,8 @@ def test_processes_share_the_shards(processes, tmp_path):
 
 
 def faiss_then_workers(folder: Path) -> None:
-    """Threads of Faiss and of PyTorch before decoding processes are forked, and again while they run."""
+    """Threads of Faiss and of PyTorch before decoding processes are forked, and again while they
+    run."""
     torch.set_num_threads(2)
     x, queries = clustered(500, 32)
     store = stored(folder / "s", x, 200)
@@ -411,7 +418,7 @@ def test_faiss_beside_decoding_processes_does_not_hang(tmp_path):
     assert "done" in Started(faiss_then_workers, (tmp_path,), tmp_path / "io", env).wait(60).ok().out
 
 
-# ---------------------------------------------------------------------------------------------------- duplicates
+# --------------------------------------------------------------------------------------- duplicates
 def groups(x: np.ndarray, threshold: float) -> list[int]:
     """For each row the first one that it hangs together with, by following links."""
     links, kept = (x @ x.T > threshold), [-1] * len(x)
@@ -436,11 +443,12 @@ def test_duplicates_are_what_hangs_together(block, threshold, tmp_path, monkeypa
     kept = duplicates(store, rows, threshold)
     assert kept.tolist() == rows[groups(vectors(store, rows), threshold)].tolist()
     assert (kept == rows).all() == (threshold == 2.0)
-    assert np.array_equal(kept[np.isin(rows, kept)], rows[np.isin(rows, kept)])      # who stands for others stays
+    # who stands for others stays
+    assert np.array_equal(kept[np.isin(rows, kept)], rows[np.isin(rows, kept)])
 
 
 def test_chains_are_one_component(tmp_path):
-    angle = np.arange(40) * 0.1                                      # neighbours at cosine .995, the ends at -.72
+    angle = np.arange(40) * 0.1  # neighbours at cosine .995, the ends at -.72
     store = stored(tmp_path / "s", np.stack([np.cos(angle), np.sin(angle)], 1), 7)
     rows = np.arange(40)[::-1]
     assert (duplicates(store, rows, 0.99) == 39).all()
@@ -464,7 +472,7 @@ def test_known_pictures(block, tmp_path, monkeypatch):
     monkeypatch.setattr(retrieval, "BLOCK", block)
     x, near = clustered(80, 8)
     store, others = stored(tmp_path / "s", x, 30), stored(tmp_path / "o", near, 9, (0, 3))
-    for path in others.shards:                                       # other files, all of them
+    for path in others.shards:  # other files, all of them
         path.with_suffix(".json").write_text(path.with_suffix(".json").read_text().replace("000000", "ffffff"))
     rows = np.arange(80)[::-2]
     expected = (vectors(store, rows) @ vectors(others, np.arange(40)).T > 0.8).any(1)
@@ -500,11 +508,11 @@ def test_a_sheet_shows_crops_and_neighbours(tmp_path):
     seen = np.array(Image.open(tmp_path / "new" / "sheet.png").convert("RGB")).astype(int)
     assert seen.shape[0] == 16 + 2 * (76 + 4)
     red, blue = (np.abs(seen - colour).sum(-1) < 9 for colour in ((255, 0, 0), (0, 0, 255)))
-    assert red.sum() == 60 * 24 and red[:96].sum() == red.sum()      # in its shape, in the first row
-    assert blue.sum() == 120 * 3 and blue[96:].sum() == blue.sum()   # no wider than twice the height
+    assert red.sum() == 60 * 24 and red[:96].sum() == red.sum()  # in its shape, in the first row
+    assert blue.sum() == 120 * 3 and blue[96:].sum() == blue.sum()  # no wider than twice the height
 
 
-# ---------------------------------------------------------------------------------------------------- real pictures
+# ------------------------------------------------------------------------------------ real pictures
 class Features(nn.Module):
     """MobileNetV2's last features (B, 1280), pooled, of uint8 pictures."""
 
@@ -529,7 +537,8 @@ def features() -> Features:
 
 @pytest.fixture(scope="module")
 def pooled(features, tmp_path_factory, one_thread) -> tuple[Store, np.ndarray]:
-    """The pictures of coco_mini, every third of the other two sets, and which set each is of (N,)."""
+    """The pictures of coco_mini, every third of the other two sets, and which set each is of
+    (N,)."""
     found = [(path, name) for name, form in POOL.items()
              for path in sorted((TEST_DATA / name).glob(form))[::1 if name == "coco_mini" else 3]]
     fill = {**FILL, "key": "mobilenet", "size": 128, "batch_size": 64}
@@ -539,7 +548,8 @@ def pooled(features, tmp_path_factory, one_thread) -> tuple[Store, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def holds(pooled) -> tuple[np.ndarray, instances.Instances, dict[int, instances.Photo]]:
-    """Which picture of the pool holds which class of coco_mini (N, K), that set, and its pictures by row."""
+    """Which picture of the pool holds which class of coco_mini (N, K), that set, and its pictures
+    by row."""
     store, _ = pooled
     data = instances.find("coco", TEST_DATA / "coco_mini")
     row = {path: i for i, path in enumerate(store.paths)}
@@ -552,8 +562,9 @@ def holds(pooled) -> tuple[np.ndarray, instances.Instances, dict[int, instances.
 
 @real
 def test_pictures_of_a_set_find_their_set(pooled, holds):
-    """Of the 5 nearest other pictures .997 are of the own set for camvid (.28 by chance), .96 for car_parts (.20) and
-    .85 for coco_mini (.51): .91 where its picture shows no vehicle, .57 where it does, as the others do."""
+    """Of the 5 nearest other pictures .997 are of the own set for camvid (.28 by chance), .96 for
+    car_parts (.20) and .85 for coco_mini (.51): .91 where its picture shows no vehicle, .57 where
+    it does, as the others do."""
     store, sets = pooled
     found = search(vectors(store, np.arange(len(sets))), store, 6)[1]
     nearest = np.stack([row[row != own][:5] for own, row in enumerate(found)])
@@ -582,8 +593,9 @@ def test_recall_of_indexes_on_real_pictures(index, least, pooled):
 
 @real
 def test_crops_of_a_class_find_pictures_that_hold_it(features, pooled, holds):
-    """Crops of coco_mini, at most 8 of each of the classes with 8 crops and pictures: the 5 nearest other pictures of
-    coco_mini hold the class four times as often as all of them do, averaged over classes."""
+    """Crops of coco_mini, at most 8 of each of the classes with 8 crops and pictures: the 5 nearest
+    other pictures of coco_mini hold the class four times as often as all of them do, averaged over
+    classes."""
     store, sets = pooled
     table, data, photos = holds
     crops: dict[int, list[tuple[int, Tensor]]] = {}
@@ -612,7 +624,8 @@ def test_crops_of_a_class_find_pictures_that_hold_it(features, pooled, holds):
 
 @real
 def test_planted_duplicates_are_found_and_distinct_pictures_stay(features, tmp_path):
-    """Copies, pictures compressed again (quality 50) and pictures of half the size, beside 60 others."""
+    """Copies, pictures compressed again (quality 50) and pictures of half the size, beside 60
+    others."""
     paths = sorted((TEST_DATA / "coco_mini" / "images").glob("*.jpg"))[:60]
     planted = [tmp_path / f"{i}.jpg" for i in range(30)]
     for i, (path, copy) in enumerate(zip(paths, planted, strict=False)):

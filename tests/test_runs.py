@@ -1,4 +1,5 @@
-"""A run that is killed, stopped or resumed ends as the uninterrupted one; its folder; --eval and --predict."""
+"""A run that is killed, stopped or resumed ends as the uninterrupted one; its folder; --eval and
+--predict."""
 
 import json
 import math
@@ -17,7 +18,7 @@ import torch
 from helpers import REPO, begin, children, command, differences, in_process, log_of, run, state, until
 from PIL import Image
 
-LIVELY = {"lr": 0.1, "eval_every": 4}                                # a few steps change what networks predict
+LIVELY = {"lr": 0.1, "eval_every": 4}  # a few steps change what networks predict
 RECIPES = {
     "gta": dict(LIVELY), "mt": dict(LIVELY, method="mt"), "released": dict(LIVELY, recipe="released"),
     "shared predictor": dict(LIVELY, share_predictor=True), "unbiased-st": dict(LIVELY, method="unbiased-st"),
@@ -36,7 +37,8 @@ def logged(out: Path) -> list[dict]:
 
 
 def files(out: Path) -> set[str]:
-    return {p.name for p in out.iterdir() if not p.name.startswith(("events.", ".lock"))}  # TensorBoard's: one a start
+    # TensorBoard's: one a start
+    return {p.name for p in out.iterdir() if not p.name.startswith(("events.", ".lock"))}
 
 
 def results(out: Path) -> dict:
@@ -45,7 +47,8 @@ def results(out: Path) -> dict:
 
 
 def assert_equal_runs(out: Path, reference: Path) -> None:
-    """Every network, optimizer state, score and log line, bit by bit; nothing is left lying in the folder."""
+    """Every network, optimizer state, score and log line, bit by bit; nothing is left lying in the
+    folder."""
     for name in ("last.pt", "best.pt"):
         a, b = state(out / name), state(reference / name)
         assert {"student"} <= a["networks"].keys() and not differences(a, b), differences(a, b)[:5]
@@ -70,9 +73,10 @@ def finished(tiny, tmp_path_factory):
     return make
 
 
-# ---------------------------------------------------------------------------------------------------- stops on purpose
+# --------------------------------------------------------------------------------- stops on purpose
 def stop_at(step: int, number: int, after_save: bool = False) -> None:
-    """In a process of its own: it gets signal `number` while it takes this step, or after the save that follows."""
+    """In a process of its own: it gets signal `number` while it takes this step, or after the save
+    that follows."""
     from common import runs
     tally, save = runs.Run.tally, runs.save_checkpoint
 
@@ -105,8 +109,8 @@ def die_while_writing(name: str, nth: int) -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_stopped_and_resumed_is_bit_equal(tiny, finished, tmp_path, io, recipe):
-    """Stopped in warm-up, in the assistant's first step, and in the second epoch after warm-up (8 steps, two to an
-    epoch): the released recipe is resumed with and without tied networks."""
+    """Stopped in warm-up, in the assistant's first step, and in the second epoch after warm-up (8
+    steps, two to an epoch): the released recipe is resumed with and without tied networks."""
     line = tiny(out=tmp_path / "out", resume=True, **RECIPES[recipe])
     for step in (0, 2, 5) if recipe in ("gta", "released") else (3,):
         stopped = run(line, io, partial(stop_at, step, signal.SIGTERM)).ok()
@@ -141,7 +145,8 @@ def interrupt_in(name: str) -> None:
     before = getattr(find, name)
 
     def after_ctrl_c(*args):
-        signal.signal(signal.SIGINT, signal.default_int_handler)     # whoever runs the tests may ignore it
+        # whoever runs the tests may ignore it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.01)
         return before(*args)
@@ -155,7 +160,7 @@ def test_workers_end_with_the_run(tiny, tmp_path, io, number):
     started = begin(tiny(out=out, workers=2, steps=4000, save_every=1), io)
     assert until(lambda: (out / "log.jsonl").exists() and len(log_of(out, torn=True)) > 3, started)
     workers = children(started.pid)
-    assert len(workers) == 4                                         # labeled and unlabeled images
+    assert len(workers) == 4  # labeled and unlabeled images
     started.kill(number)
     assert started.wait().code == (0 if number == signal.SIGTERM else -number)
     assert until(lambda: not any(lives(pid) for pid in workers), seconds=20)
@@ -168,10 +173,11 @@ def lives(pid: int) -> bool:
         return False
 
 
-# ---------------------------------------------------------------------------------------------------- kill -9
+# ------------------------------------------------------------------------------------------ kill -9
 def kill_and_resume(line: list[str], out: Path, io: Path, kills: int, rng: random.Random) -> list[int]:
-    """Start and SIGKILL, again and again, then run to the end -> the steps saved at each kill. A kill comes when a few
-    more lines are in the log and a random time later, or, one of five, while the run starts."""
+    """Start and SIGKILL, again and again, then run to the end -> the steps saved at each kill. A
+    kill comes when a few more lines are in the log and a random time later, or, one of five, while
+    the run starts."""
     at = []
     while len(at) < kills:
         started = begin(line, io)
@@ -190,8 +196,9 @@ def kill_and_resume(line: list[str], out: Path, io: Path, kills: int, rng: rando
 def test_killed_at_random_moments_and_resumed_is_bit_equal(tiny, finished, tmp_path, io):
     out, settings = tmp_path / "out", {**LIVELY, "steps": 100, "eval_every": 50}
     at = kill_and_resume(tiny(out=out, resume=True, save_every=3, **settings), out, io, 6, random.Random(0))
-    assert at == sorted(at) and at[-1] > 0                           # a kill never loses what was saved
-    [leftover.unlink() for leftover in out.glob(".*.tmp")]           # test_a_kill_leaves_no_litter_for_ever is on these
+    assert at == sorted(at) and at[-1] > 0  # a kill never loses what was saved
+    # test_a_kill_leaves_no_litter_for_ever is on these
+    [leftover.unlink() for leftover in out.glob(".*.tmp")]
     assert_equal_runs(out, finished("gta", steps=100, eval_every=50))
 
 
@@ -237,7 +244,7 @@ def test_a_kill_leaves_no_litter_for_ever(tiny, tmp_path, io):
     assert not list((tmp_path / "out").glob(".*.tmp"))
 
 
-# ---------------------------------------------------------------------------------------------------- log
+# ---------------------------------------------------------------------------------------------- log
 def test_log_is_cut_back_to_the_checkpoint_and_torn_lines_go(tiny, finished, tmp_path, io):
     out = tmp_path / "out"
     line = tiny(out=out, resume=True, save_every=3, **{**LIVELY, "eval_every": 8})
@@ -262,7 +269,7 @@ def test_save_every(tiny, tmp_path, io):
         assert state(out / "last.pt")["step"] == saved
 
 
-# ---------------------------------------------------------------------------------------------------- the run folder
+# ----------------------------------------------------------------------------------- the run folder
 def test_number_of_workers_does_not_matter(tiny, finished, tmp_path, io):
     out = tmp_path / "out"
     run(tiny(out=out, workers=2, **LIVELY), io).ok()
@@ -399,11 +406,11 @@ def test_default_folder_is_named_after_the_run(tiny, tmp_path, io):
     assert not list((tmp_path / "out").glob(".*.tmp"))
 
 
-# ---------------------------------------------------------------------------------------------------- devices
+# ------------------------------------------------------------------------------------------ devices
 @pytest.mark.parametrize("recipe", ["gta", "mt", "cityscapes' losses"])
 def test_nothing_mixes_devices(tiny, shapes_root, tmp_path, io, recipe):
-    """On an accelerator that is pretended, with the CPU's values: the same run, scores and predictions, to the bit.
-    Its tensors cannot share storage, so recipes that do are left out."""
+    """On an accelerator that is pretended, with the CPU's values: the same run, scores and
+    predictions, to the bit. Its tensors cannot share storage, so recipes that do are left out."""
     far = partial(pretend.count, "gta_seg", "warmup_step", "mean_teacher_step" if recipe == "mt" else "train_step")
     found, photo = [], str(shapes_root / "voc" / "JPEGImages" / "val_000000.jpg")
     for name, setup in (("near", None), ("far", far)):
@@ -418,7 +425,7 @@ def test_nothing_mixes_devices(tiny, shapes_root, tmp_path, io, recipe):
     assert_equal_runs(tmp_path / "far", tmp_path / "near")
 
 
-# ---------------------------------------------------------------------------------------------------- eval, predict
+# ------------------------------------------------------------------------------------ eval, predict
 @pytest.mark.parametrize("recipe", ["gta", "mt", "released"])
 def test_eval_gives_the_runs_own_results(finished, tmp_path, io, recipe):
     out = finished(recipe)
@@ -427,7 +434,7 @@ def test_eval_gives_the_runs_own_results(finished, tmp_path, io, recipe):
     for name, which in (("best", "best"), ("last", "last")):
         run(["--eval", str(out / f"{name}.pt")], io, cwd=tmp_path).ok()
         scored = json.loads((out / f"{name}.pt.results.json").read_text())
-        result = "teacher"                                           # best.pt is the best step of the result
+        result = "teacher"  # best.pt is the best step of the result
         assert scored[result]["last"] == read[result][which]
         predictions |= set(np.array(scored["confusion"][result]).sum(0).nonzero()[0].tolist())
         if which == "last":
@@ -440,7 +447,8 @@ def test_eval_gives_the_runs_own_results(finished, tmp_path, io, recipe):
 
 def test_eval_changes_nothing_in_the_folder(finished, tmp_path, io):
     out = tmp_path / "copy"
-    shutil.copytree(finished("gta"), out, ignore=shutil.ignore_patterns("*.pt.*"))       # what other tests made
+    # what other tests made
+    shutil.copytree(finished("gta"), out, ignore=shutil.ignore_patterns("*.pt.*"))
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     run(["--eval", str(out / "best.pt")], io).ok()
     assert all(p.read_bytes() == content for p, content in before.items())

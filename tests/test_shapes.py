@@ -1,4 +1,5 @@
-"""data/shapes.py: the embedded set is the same everywhere, and its files are what the real formats say."""
+"""data/shapes.py: the embedded set is the same everywhere, and its files are what the real formats
+say."""
 
 import hashlib
 import json
@@ -32,7 +33,8 @@ PARTS = ("train", "val")
 SMALL = {"voc": (shapes.make_voc, (5, 2, 3)), "cityscapes": (shapes.make_cityscapes, (3, 2, 64, 128)),
          "coco": (shapes.make_coco, (16, 5))}
 small = pytest.mark.parametrize("name", SMALL)
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")    # of pycocotools
+# of pycocotools
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -56,7 +58,7 @@ def drawn(tmp_path_factory) -> tuple[Path, float]:
     return root, time.process_time() - start
 
 
-# ------------------------------------------------------------------------------------------------ the same everywhere
+# ------------------------------------------------------------------------------ the same everywhere
 
 
 @small
@@ -139,7 +141,7 @@ def test_labeled_leaves_the_other_pictures_without_annotations(tmp_path):
         assert (few / "images" / "unlabeled" / name).read_bytes() == (whole / "images" / "train" / name).read_bytes()
 
 
-# ------------------------------------------------------------------------------------------------ on disk
+# ------------------------------------------------------------------------------------------ on disk
 
 
 def test_size_and_seconds(drawn):
@@ -184,7 +186,7 @@ def test_an_older_drawing_is_replaced_and_a_failed_one_is_not(tmp_path):
         (folder / "half").write_text("x")
         raise OSError("no space")
 
-    (tmp_path / "set").mkdir()                                       # an empty folder is nothing to lose
+    (tmp_path / "set").mkdir()  # an empty folder is nothing to lose
     shapes.once(tmp_path / "set", "voc 1", lambda folder: (folder / "old").write_text("x"))
     with pytest.raises(OSError, match="no space"):
         shapes.once(tmp_path / "set", "voc 2", fail)
@@ -193,7 +195,7 @@ def test_an_older_drawing_is_replaced_and_a_failed_one_is_not(tmp_path):
     assert set(files_of(tmp_path / "set")) == {"new", "version.txt"}
 
 
-# ------------------------------------------------------------------------------------------------ VOC
+# ---------------------------------------------------------------------------------------------- VOC
 
 
 def test_voc_is_found_and_its_labels_are_palette_files_of_balanced_classes(drawn):
@@ -208,7 +210,7 @@ def test_voc_is_found_and_its_labels_are_palette_files_of_balanced_classes(drawn
         for number, picture in enumerate(pictures):
             with Image.open(picture.label) as file:
                 assert file.mode == "P" and file.getpalette()[3:6] == [128, 0, 0]
-            label = read_label(picture.label, data).numpy()          # refuses values >= number of classes
+            label = read_label(picture.label, data).numpy()  # refuses values >= number of classes
             count = np.bincount(label.ravel(), minlength=len(data.classes))
             images, pixels = images + (count > 0), pixels + count
             if number < 20:
@@ -218,7 +220,7 @@ def test_voc_is_found_and_its_labels_are_palette_files_of_balanced_classes(drawn
         assert pixels[1:].max() < 5 * pixels[1:].min() and 0.2 < pixels[0] / pixels.sum() < 0.95, (part, pixels)
 
 
-# ------------------------------------------------------------------------------------------------ Cityscapes
+# --------------------------------------------------------------------------------------- Cityscapes
 
 
 def test_cityscapes_is_found_with_all_classes_in_both_parts(drawn):
@@ -256,7 +258,7 @@ def test_cityscapes_instances_agree_with_labels(drawn):
     assert 29 in things, "a caravan: a thing that is no class"
 
 
-# ------------------------------------------------------------------------------------------------ COCO and LVIS
+# ------------------------------------------------------------------------------------ COCO and LVIS
 
 
 def check_masks(images: dict[int, dict], annotations: list[dict], mask_of) -> None:
@@ -389,7 +391,7 @@ def test_the_tail_has_lookalikes():
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.8, 1.0])
 def test_polygons_cover_exactly_the_mask(share):
     rng = np.random.default_rng(int(10 * share))
-    for _ in range(20):                                              # noise: holes, islands, touching corners
+    for _ in range(20):  # noise: holes, islands, touching corners
         mask = rng.random((11, 14)) < share
         found = shapes.polygons(mask)
         rle = [coco_mask.decode(coco_mask.frPyObjects([p], *mask.shape))[..., 0] for p in found]

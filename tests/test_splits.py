@@ -1,4 +1,5 @@
-"""data/splits.py: the published lists against their hashes, formats, counts, draws, and files that must be refused."""
+"""data/splits.py: the published lists against their hashes, formats, counts, draws, and files that
+must be refused."""
 
 import hashlib
 import json
@@ -30,7 +31,7 @@ def ids_of(path: Path, dataset: str) -> list[str]:
     return [splits.short_id(image, dataset) for image, _ in splits.read_list(path)]
 
 
-# ---------------------------------------------------------------------------------------------------- published lists
+# ---------------------------------------------------------------------------------- published lists
 
 
 @published
@@ -109,7 +110,7 @@ def test_folder_name(name, folder):
     assert splits.folder_name(name) == folder
 
 
-# -------------------------------------------------------------------------------------------------------------- S4GAN
+# -------------------------------------------------------------------------------------------- S4GAN
 
 
 @published
@@ -161,7 +162,7 @@ def test_s4gan_refuses_other_pickles(tmp_path, monkeypatch, content, message):
     assert not Path("it_ran").exists()
 
 
-# ------------------------------------------------------------------------------------------------------------ formats
+# ------------------------------------------------------------------------------------------ formats
 
 
 @pytest.mark.parametrize("line, dataset, entry, name", [
@@ -212,7 +213,7 @@ def test_missing_list_is_named(tmp_path):
         splits.read_list(tmp_path / "absent.txt")
 
 
-# ------------------------------------------------------------------------------------------------------------- counts
+# ------------------------------------------------------------------------------------------- counts
 
 
 @pytest.mark.parametrize("text, total, expected", [
@@ -235,7 +236,7 @@ def test_count_refuses_more_than_there_are(text):
         splits.count(text, 100)
 
 
-# -------------------------------------------------------------------------------------------------------------- draws
+# -------------------------------------------------------------------------------------------- draws
 
 
 def long_tailed(n: int, k: int) -> dict[str, set[int]]:

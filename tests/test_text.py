@@ -1,4 +1,5 @@
-"""What can be checked by reading: the docstring's map, departures, copied blocks, budgets, commands in documents."""
+"""What can be checked by reading: the docstring's map, departures, copied blocks, budgets, commands
+in documents."""
 
 import ast
 import re
