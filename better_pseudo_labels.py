@@ -58,7 +58,11 @@ from data import ap, calibration, features, instances, lvis_ap, read, regions, r
 from data.instances import Batch, Instances, Photo, Target
 
 SCRIPT = "better_pseudo_labels.py"
-CASCADE = ((0.5, (10.0, 10.0, 5.0, 5.0)), (0.6, (20.0, 20.0, 10.0, 10.0)), (0.7, (30.0, 30.0, 15.0, 15.0)))
+CASCADE = (
+    (0.5, (10.0, 10.0, 5.0, 5.0)),
+    (0.6, (20.0, 20.0, 10.0, 10.0)),
+    (0.7, (30.0, 30.0, 15.0, 15.0)),
+)
 FRINGE = 0.02  # smaller scores are no detections, and no support in Eq. 5
 # nearly 0 when normalised
 FILL = torch.tensor(transforms.IMAGENET_MEAN).round().to(torch.uint8).view(3, 1, 1)
@@ -232,11 +236,38 @@ class Args:
 PRESETS: dict[str, dict[str, Any]] = {
     "lvis": {},
     "coco": dict(root="datasets/coco", frequency="subset", federated=0),
-    "shapes": dict(root="datasets/shapes", split="60", frequency="subset", backbone="test_resnet", weights="shapes",
-                   norm="live", image_size=96, width=32, fc=64, head_convs=1, anchor_scale=6.0, proposals=100,
-                   rpn_batch=64, roi_batch=20, embed_size=64, batch_size=8, teacher_batch_size=8, teacher_steps=1200,
-                   steps=600, lr=2e-3, layer_decay=0.3, weight_decay=0.05, scale=(0.7, 1.4), ema=0.99, eval_every=600,
-                   drop_path=0.0, retrieval_model="test_resnet", retrieval_weights="shapes", warmup=0.05, repeat=0.3),
+    "shapes": dict(
+        root="datasets/shapes",
+        split="60",
+        frequency="subset",
+        backbone="test_resnet",
+        weights="shapes",
+        norm="live",
+        image_size=96,
+        width=32,
+        fc=64,
+        head_convs=1,
+        anchor_scale=6.0,
+        proposals=100,
+        rpn_batch=64,
+        roi_batch=20,
+        embed_size=64,
+        batch_size=8,
+        teacher_batch_size=8,
+        teacher_steps=1200,
+        steps=600,
+        lr=2e-3,
+        layer_decay=0.3,
+        weight_decay=0.05,
+        scale=(0.7, 1.4),
+        ema=0.99,
+        eval_every=600,
+        drop_path=0.0,
+        retrieval_model="test_resnet",
+        retrieval_weights="shapes",
+        warmup=0.05,
+        repeat=0.3,
+    ),
 }
 
 
@@ -252,10 +283,18 @@ class EVA02(nn.Module):
 
     def __init__(self, args: Args, weights: str):
         super().__init__()
-        body = features.create(args.backbone, weights, drop_path_rate=args.drop_path, dynamic_img_size=True)
-        patch, grid, self.channels = body.patch_embed.proj, body.patch_embed.grid_size, body.embed_dim
+        body = features.create(
+            args.backbone, weights, drop_path_rate=args.drop_path, dynamic_img_size=True
+        )
+        patch, grid, self.channels = (
+            body.patch_embed.proj,
+            body.patch_embed.grid_size,
+            body.embed_dim,
+        )
         self.proj = nn.Conv2d(3, self.channels, 16, stride=16)
-        self.proj.weight = nn.Parameter(features.resize_patch(patch.weight.data, 16, args.patch_resize))
+        self.proj.weight = nn.Parameter(
+            features.resize_patch(patch.weight.data, 16, args.patch_resize)
+        )
         self.proj.bias = patch.bias
         places = body.pos_embed.data[:, 1:].transpose(1, 2)  # without the class token's
         self.pos_embed = nn.Parameter(places.reshape(1, self.channels, *grid).contiguous())
@@ -264,7 +303,9 @@ class EVA02(nn.Module):
             block.attn.num_prefix_tokens = 0  # there is no class token
         depth = len(self.blocks)
         if depth % args.global_blocks:
-            raise UserError(f"--global-blocks {args.global_blocks} does not divide {depth} blocks; give another.")
+            raise UserError(
+                f"--global-blocks {args.global_blocks} does not divide {depth} blocks; give another."
+            )
         self.whole = [(i + 1) % (depth // args.global_blocks) == 0 for i in range(depth)]
         self.window, self.checkpointing = args.window, args.checkpointing
 
@@ -278,11 +319,19 @@ class EVA02(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = self.proj(images)
         size, w = list(x.shape[-2:]), self.window
-        x = (x + F.interpolate(self.pos_embed, size, mode="bicubic", align_corners=False)).permute(0, 2, 3, 1)
+        x = (x + F.interpolate(self.pos_embed, size, mode="bicubic", align_corners=False)).permute(
+            0, 2, 3, 1
+        )
         inside, across = self.rope.get_embed(shape=[w, w]), self.rope.get_embed(shape=size)
         for block, whole in zip(self.blocks, self.whole, strict=True):
-            x = maybe_checkpoint(self.checkpointing and self.training, self.block, block, x, whole,
-                                 across if whole else inside)
+            x = maybe_checkpoint(
+                self.checkpointing and self.training,
+                self.block,
+                block,
+                x,
+                whole,
+                across if whole else inside,
+            )
         return x.permute(0, 3, 1, 2).contiguous()
 
     def block(self, block: nn.Module, x: Tensor, whole: bool, rope: Tensor) -> Tensor:
@@ -290,7 +339,9 @@ class EVA02(nn.Module):
         residual."""
         y, size = block.norm1(x), x.shape[1:3]
         y = block.attn(y.flatten(1, 2) if whole else features.windows(y, self.window), rope=rope)
-        x = x + block.drop_path1(y.unflatten(1, size) if whole else features.unwindows(y, self.window, size))
+        x = x + block.drop_path1(
+            y.unflatten(1, size) if whole else features.unwindows(y, self.window, size)
+        )
         return x + block.drop_path2(block.mlp(block.norm2(x)))
 
 
@@ -310,13 +361,29 @@ class SimplePyramid(nn.Module):
         from timm.layers import LayerNorm2d
 
         def out(c: int) -> list[nn.Module]:
-            return [nn.Conv2d(c, width, 1, bias=False), LayerNorm2d(width),
-                    nn.Conv2d(width, width, 3, padding=1, bias=False), LayerNorm2d(width)]
+            return [
+                nn.Conv2d(c, width, 1, bias=False),
+                LayerNorm2d(width),
+                nn.Conv2d(width, width, 3, padding=1, bias=False),
+                LayerNorm2d(width),
+            ]
 
         half, up = channels // 2, partial(nn.ConvTranspose2d, kernel_size=2, stride=2)
-        self.levels = nn.ModuleList(nn.Sequential(*layers) for layers in (
-            [up(channels, half), LayerNorm2d(half), nn.GELU(), up(half, half // 2), *out(half // 2)],
-            [up(channels, half), *out(half)], out(channels), [nn.MaxPool2d(2), *out(channels)]))
+        self.levels = nn.ModuleList(
+            nn.Sequential(*layers)
+            for layers in (
+                [
+                    up(channels, half),
+                    LayerNorm2d(half),
+                    nn.GELU(),
+                    up(half, half // 2),
+                    *out(half // 2),
+                ],
+                [up(channels, half), *out(half)],
+                out(channels),
+                [nn.MaxPool2d(2), *out(channels)],
+            )
+        )
 
     def forward(self, x: Tensor) -> list[Tensor]:
         return [level(x) for level in self.levels]
@@ -338,6 +405,7 @@ class ConvPyramid(nn.Module):
 # ============================================================================================ boxes
 class Objects(NamedTuple):
     """Objects of one image, true or pseudo, on its padded square."""
+
     labels: Tensor  # (N,) int64: the channel of the mask head that learns
     boxes: Tensor  # (N, 4)
     masks: Tensor  # (N, S, S) uint8 or bool
@@ -358,8 +426,12 @@ class RPN(nn.Module):
     def __init__(self, args: Args):
         super().__init__()
         self.args, w = args, args.width
-        self.convs = nn.Sequential(features.drawn(nn.Conv2d(w, w, 3, padding=1), 0.01), nn.ReLU(),
-                                   features.drawn(nn.Conv2d(w, w, 3, padding=1), 0.01), nn.ReLU())
+        self.convs = nn.Sequential(
+            features.drawn(nn.Conv2d(w, w, 3, padding=1), 0.01),
+            nn.ReLU(),
+            features.drawn(nn.Conv2d(w, w, 3, padding=1), 0.01),
+            nn.ReLU(),
+        )
         self.objectness = features.drawn(nn.Conv2d(w, 3, 1), 0.01)  # three anchors at each place
         self.deltas = features.drawn(nn.Conv2d(w, 12, 1), 0.01)
 
@@ -375,13 +447,22 @@ class RPN(nn.Module):
     def propose(self, objectness: Tensor, deltas: Tensor) -> list[Tensor]:
         """The proposals (n, 4) of each image, --proposals many: the best of each level (in training
         twice as many), less those that overlap a better one by 0.7; of all these the best."""
-        anchors, numbers = regions.anchors_of(self.args.image_size, self.args.anchor_scale, objectness.device)
+        anchors, numbers = regions.anchors_of(
+            self.args.image_size, self.args.anchor_scale, objectness.device
+        )
         found = []
         for scores, steps in zip(objectness.float(), deltas.float(), strict=True):
             kept = []
-            for here, start in zip(scores.split(numbers), itertools.accumulate([0, *numbers[:-1]]), strict=True):
-                best = here.topk(min((1 + self.training) * self.args.proposals, len(here))).indices + start
-                boxes = regions.decode(steps[best], anchors[best], (1.0, 1.0, 1.0, 1.0), self.args.image_size)
+            for here, start in zip(
+                scores.split(numbers), itertools.accumulate([0, *numbers[:-1]]), strict=True
+            ):
+                best = (
+                    here.topk(min((1 + self.training) * self.args.proposals, len(here))).indices
+                    + start
+                )
+                boxes = regions.decode(
+                    steps[best], anchors[best], (1.0, 1.0, 1.0, 1.0), self.args.image_size
+                )
                 ok = regions.sided(boxes) & torch.isfinite(scores[best])
                 # last, over nothing
                 boxes, points = boxes.where(ok[:, None], 0.0), scores[best].where(ok, -torch.inf)
@@ -392,10 +473,14 @@ class RPN(nn.Module):
             found.append(boxes[best[points > -torch.inf]])
         return found
 
-    def losses(self, objectness: Tensor, deltas: Tensor, objects: list[Objects], draws: list) -> dict[str, Tensor]:
+    def losses(
+        self, objectness: Tensor, deltas: Tensor, objects: list[Objects], draws: list
+    ) -> dict[str, Tensor]:
         """Means over the images: binary cross-entropy of sampled anchors, L1 of those of objects,
         over --rpn-batch."""
-        anchors, _ = regions.anchors_of(self.args.image_size, self.args.anchor_scale, objectness.device)
+        anchors, _ = regions.anchors_of(
+            self.args.image_size, self.args.anchor_scale, objectness.device
+        )
         loss = {"rpn": objectness.new_zeros(()), "rpn_box": objectness.new_zeros(())}
         for scores, steps, o, g in zip(objectness, deltas, objects, draws, strict=True):
             matches = regions.match(anchors, o.boxes, 0.3, 0.7, rescue=True)
@@ -403,7 +488,9 @@ class RPN(nn.Module):
             real = taken[matches[taken] >= 0]
             answer = (matches[taken] >= 0).float()
             goal = regions.encode(o.boxes[matches[real]], anchors[real], (1.0, 1.0, 1.0, 1.0))
-            loss["rpn"] = loss["rpn"] + F.binary_cross_entropy_with_logits(scores[taken], answer, reduction="sum")
+            loss["rpn"] = loss["rpn"] + F.binary_cross_entropy_with_logits(
+                scores[taken], answer, reduction="sum"
+            )
             loss["rpn_box"] = loss["rpn_box"] + (steps[real] - goal).abs().sum()
         return {name: value / (self.args.rpn_batch * len(objects)) for name, value in loss.items()}
 
@@ -412,22 +499,27 @@ class RPN(nn.Module):
 def roi_pool(pyramid: list[Tensor], boxes: list[Tensor], size: int) -> Tensor:
     """Boxes (n, 4) of each image -> (R, W, size, size): averages of bilinear samples on the level
     of the box's size, of stride 16 for 224 x 224 pixels, of twice the stride for twice the side."""
-    rois = torch.cat([torch.cat([b.new_full((len(b), 1), i), b], dim=1) for i, b in enumerate(boxes)])
+    rois = torch.cat(
+        [torch.cat([b.new_full((len(b), 1), i), b], dim=1) for i, b in enumerate(boxes)]
+    )
     side = (rois[:, 3:] - rois[:, 1:3]).prod(1).sqrt()
     level = (4 + torch.log2(side / 224 + 1e-8)).floor().clamp(2, 5) - 2
     out = pyramid[0].new_zeros(len(rois), pyramid[0].shape[1], size, size)
     # one wait for all levels
     numbers = (level == torch.arange(4, device=level.device)[:, None]).sum(1).tolist()
     # less boxes that are not numbers
-    order = level.argsort(stable=True)[:sum(numbers)].split(numbers)
+    order = level.argsort(stable=True)[: sum(numbers)].split(numbers)
     for i, (maps, here) in enumerate(zip(pyramid[:4], order, strict=True)):
-        out[here] = roi_align(maps, rois[here], size, 1 / 2 ** (i + 2), sampling_ratio=0, aligned=True)
+        out[here] = roi_align(
+            maps, rois[here], size, 1 / 2 ** (i + 2), sampling_ratio=0, aligned=True
+        )
     return out
 
 
 def convs(args: Args) -> list[nn.Module]:
     """--head-convs convolutions 3x3, each normalised over its channels, with ReLU."""
     from timm.layers import LayerNorm2d
+
     layers = []
     for _ in range(args.head_convs):
         conv = nn.Conv2d(args.width, args.width, 3, padding=1, bias=False)
@@ -472,7 +564,10 @@ class MaskHead(nn.Module):
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         x = F.relu(self.up(self.convs(x)))
-        return torch.einsum("nchw,nc->nhw", x, self.masks.weight[labels, :, 0, 0]) + self.masks.bias[labels, None, None]
+        return (
+            torch.einsum("nchw,nc->nhw", x, self.masks.weight[labels, :, 0, 0])
+            + self.masks.bias[labels, None, None]
+        )
 
 
 class CascadeHeads(nn.Module):
@@ -487,15 +582,23 @@ class CascadeHeads(nn.Module):
         # classes that had an object
         self.register_buffer("learned", torch.ones(num_classes, dtype=torch.bool))
 
-    def losses(self, pyramid: list[Tensor], proposals: list[Tensor], objects: list[Objects], known: Tensor,
-               draws: list) -> dict[str, Tensor]:
+    def losses(
+        self,
+        pyramid: list[Tensor],
+        proposals: list[Tensor],
+        objects: list[Objects],
+        known: Tensor,
+        draws: list,
+    ) -> dict[str, Tensor]:
         """Means over the images of each loss's mean over an image's regions: neither the number of
         processes nor --accumulate changes them. `known` (B, C): the classes learned on an image.
         DEPARTS[per-image]"""
         args, boxes, loss = self.args, [], {}
         for b, o, g in zip(proposals, objects, draws, strict=True):
             b = torch.cat([b, o.boxes])  # true boxes are proposals, too
-            boxes.append(b[regions.sample(regions.match(b, o.boxes, 0.5, 0.5), args.roi_batch, 0.25, g)])
+            boxes.append(
+                b[regions.sample(regions.match(b, o.boxes, 0.5, 0.5), args.roi_batch, 0.25, g)]
+            )
         matches = [regions.match(b, o.boxes, 0.5, 0.5) for b, o in zip(boxes, objects, strict=True)]
         loss["mask"] = self.mask_loss(pyramid, boxes, matches, objects)
         more = args.cls_loss == "softmax" or args.fed_soft == "fg-all"
@@ -503,34 +606,57 @@ class CascadeHeads(nn.Module):
         for stage, (head, (overlap, weights)) in enumerate(zip(self.boxes, CASCADE, strict=True)):
             if stage:
                 boxes = [b[regions.sided(b)] for b in boxes]
-                matches = [regions.match(b, o.boxes, overlap, overlap) for b, o in zip(boxes, objects, strict=True)]
+                matches = [
+                    regions.match(b, o.boxes, overlap, overlap)
+                    for b, o in zip(boxes, objects, strict=True)
+                ]
             image = torch.cat([torch.full_like(m, i) for i, m in enumerate(matches)])
             per = regions.shares(matches)
             x = roi_pool(pyramid, boxes, 7)
             x = x / 3 + x.detach() * (2 / 3)  # a third of the gradient: three heads share x
             logits, deltas = head(x, slice(None) if args.cls_loss == "softmax" else columns)
-            probs, goal = zip(*(wanted(m, o, args.smooth_heads == "all" or not stage)
-                                for m, o in zip(matches, objects, strict=True)), strict=True)
+            probs, goal = zip(
+                *(
+                    wanted(m, o, args.smooth_heads == "all" or not stage)
+                    for m, o in zip(matches, objects, strict=True)
+                ),
+                strict=True,
+            )
             probs, goal, real = torch.cat(probs), torch.cat(goal), torch.cat(matches) >= 0
             mask = (known[image] | (real[:, None] & (args.fed_soft == "fg-all")))[:, columns]
-            value = softmax_loss(logits, probs) if args.cls_loss == "softmax" else \
-                sigmoid_loss(logits, probs[:, columns], mask)
+            value = (
+                softmax_loss(logits, probs)
+                if args.cls_loss == "softmax"
+                else sigmoid_loss(logits, probs[:, columns], mask)
+            )
             loss[f"class{stage + 1}"] = (value * per).sum()
             rois, real = torch.cat(boxes), real.nonzero().flatten()
             off = (deltas[real] - regions.encode(goal[real], rois[real], weights)).abs().sum(1)
             loss[f"box{stage + 1}"] = (off * per[real]).sum()
-            boxes = regions.decode(deltas.detach(), rois, weights, args.image_size).split([len(b) for b in boxes])
+            boxes = regions.decode(deltas.detach(), rois, weights, args.image_size).split(
+                [len(b) for b in boxes]
+            )
         return loss
 
-    def mask_loss(self, pyramid: list[Tensor], boxes: list[Tensor], matches: list[Tensor],
-                  objects: list[Objects]) -> Tensor:
+    def mask_loss(
+        self,
+        pyramid: list[Tensor],
+        boxes: list[Tensor],
+        matches: list[Tensor],
+        objects: list[Objects],
+    ) -> Tensor:
         """Binary cross-entropy of the masks of the first head's objects, on 28 x 28 cells.
         DEPARTS[mask-targets]"""
         real = [(m >= 0).nonzero().flatten() for m in matches]
         boxes, mine = ([x[r] for x, r in zip(xs, real, strict=True)] for xs in (boxes, matches))
         labels = torch.cat([o.labels[m] for o, m in zip(objects, mine, strict=True)])
         logits = self.mask(roi_pool(pyramid, boxes, 14), labels)
-        goal = torch.cat([regions.mask_targets(o.masks, m, b) for o, m, b in zip(objects, mine, boxes, strict=True)])
+        goal = torch.cat(
+            [
+                regions.mask_targets(o.masks, m, b)
+                for o, m, b in zip(objects, mine, boxes, strict=True)
+            ]
+        )
         loss = F.binary_cross_entropy_with_logits(logits, goal, reduction="none").mean((1, 2))
         return (loss * regions.shares(mine)).sum()
 
@@ -540,9 +666,13 @@ class CascadeHeads(nn.Module):
         total = 0
         for head, (_, weights) in zip(self.boxes, CASCADE, strict=True):
             logits, deltas = head(roi_pool(pyramid, boxes, 7))
-            total = total + (logits.sigmoid() if self.args.cls_loss == "sigmoid" else logits.softmax(1)[:, :-1])
+            total = total + (
+                logits.sigmoid() if self.args.cls_loss == "sigmoid" else logits.softmax(1)[:, :-1]
+            )
             numbers = [len(b) for b in boxes]
-            boxes = regions.decode(deltas, torch.cat(boxes), weights, self.args.image_size).split(numbers)
+            boxes = regions.decode(deltas, torch.cat(boxes), weights, self.args.image_size).split(
+                numbers
+            )
         probs = total / len(CASCADE) * self.learned
         return list(zip(boxes, probs.split(numbers), strict=True))
 
@@ -553,7 +683,10 @@ def wanted(matches: Tensor, objects: Objects, soft: bool) -> tuple[Tensor, Tenso
     probs, boxes = (x.new_zeros(len(matches), x.shape[1]) for x in (objects.probs, objects.boxes))
     real = (matches >= 0).nonzero().flatten()
     labels = F.one_hot(objects.labels[matches[real]], objects.probs.shape[1]).to(probs)
-    probs[real], boxes[real] = objects.probs[matches[real]] if soft else labels, objects.boxes[matches[real]]
+    probs[real], boxes[real] = (
+        objects.probs[matches[real]] if soft else labels,
+        objects.boxes[matches[real]],
+    )
     return probs, boxes
 
 
@@ -591,14 +724,17 @@ class Detector(nn.Module):
         maps = [x.float() for x in maps]
         return [*maps, F.max_pool2d(maps[-1], 1, stride=2)]
 
-    def forward(self, images: Tensor, objects: list[Objects], known: Tensor, draws: list) -> dict[str, Tensor]:
+    def forward(
+        self, images: Tensor, objects: list[Objects], known: Tensor, draws: list
+    ) -> dict[str, Tensor]:
         """`objects` and a generator `draws` of each image; `known` (B, C) the classes whose scores
         it teaches."""
         pyramid = self.pyramid(images)
         with torch.autocast(images.device.type, enabled=False):
             scored = self.rpn(pyramid)
             return self.rpn.losses(*scored, objects, draws) | self.heads.losses(
-                pyramid, self.rpn.propose(*scored), objects, known, draws)
+                pyramid, self.rpn.propose(*scored), objects, known, draws
+            )
 
     def infer(self, images: Tensor) -> tuple[list[Tensor], list]:
         """The pyramid, and of each image boxes (R, 4) and class scores (R, C)."""
@@ -609,16 +745,19 @@ class Detector(nn.Module):
     @torch.backends.cudnn.flags(enabled=True, benchmark=False)  # another number of boxes each time
     def masks(self, pyramid: list[Tensor], image: int, boxes: Tensor, labels: Tensor) -> Tensor:
         """Mask probabilities (n, 28, 28) of boxes of one image, each of its class."""
-        mine = [x[image:image + 1] for x in pyramid]
+        mine = [x[image : image + 1] for x in pyramid]
         with torch.autocast(boxes.device.type, enabled=False):
-            parts = [self.heads.mask(roi_pool(mine, [b], 14), part).sigmoid()
-                     for b, part in zip(boxes.split(128), labels.split(128), strict=True)]
+            parts = [
+                self.heads.mask(roi_pool(mine, [b], 14), part).sigmoid()
+                for b, part in zip(boxes.split(128), labels.split(128), strict=True)
+            ]
         return torch.cat([boxes.new_zeros(0, 28, 28), *parts])
 
 
 # ====================================================================================== Eqs. 1 to 3
 class Classes(NamedTuple):
     """What the labels say of the C classes, on the device."""
+
     images: Tensor  # (C,) how many labeled images hold it
     instances: Tensor  # (C,) how many labeled objects it has, N of Eqs. 1 and 2
     targets: Tensor  # (C, C) row c: the label of an object of class c, Eq. 3
@@ -643,8 +782,14 @@ def cosines(prototypes: Tensor, center: bool = False) -> Tensor:
     return unit @ unit.T
 
 
-def similar_classes(similarity: Tensor, counts: Tensor, gamma: float, tau: float = 1.0, exclude_self: bool = False,
-                    topk: int = 0) -> Tensor:
+def similar_classes(
+    similarity: Tensor,
+    counts: Tensor,
+    gamma: float,
+    tau: float = 1.0,
+    exclude_self: bool = False,
+    topk: int = 0,
+) -> Tensor:
     """Eq. 2: S' (C, C), each row a distribution, from S (C, C) and N (C,): the fewer objects N_j a
     class has, the larger the exponent S_ij / N_j^gamma. A class with N = 0 gets nothing, and its
     row is zero. DEPARTS[temperature]"""
@@ -671,10 +816,15 @@ def smoothed_targets(distribution: Tensor, eps: float, convention: str = "row") 
 def similarities(args: Args, data: Instances, labeled: list[Photo], world: World) -> Tensor:
     """S (C, C) of Eq. 2. The prototypes of Eq. 1 are made once and kept in the run folder:
     prototypes.pt."""
-    path, key = Path(args.out) / "prototypes.pt", features.made_of(args, PROTOTYPES_OF, data.classes)
+    path, key = (
+        Path(args.out) / "prototypes.pt",
+        features.made_of(args, PROTOTYPES_OF, data.classes),
+    )
     if not needs_prototypes(args):
         return torch.eye(len(data.classes))
-    made = runs.load_checkpoint(path, PROTOTYPES) if main_says(world, path.exists()) else {"key": ""}
+    made = (
+        runs.load_checkpoint(path, PROTOTYPES) if main_says(world, path.exists()) else {"key": ""}
+    )
     if made["key"] != key:  # of a command that stopped before it trained, or none
         made = {**embed_objects(args, data, labeled, world), "classes": data.classes, "key": key}
         if world.main:
@@ -682,50 +832,82 @@ def similarities(args: Args, data: Instances, labeled: list[Photo], world: World
     return cosines(made["prototypes"], args.sim_center)
 
 
-def label_statistics(args: Args, data: Instances, labeled: list[Photo], similarity: Tensor, world: World) -> Classes:
+def label_statistics(
+    args: Args, data: Instances, labeled: list[Photo], similarity: Tensor, world: World
+) -> Classes:
     """Counts, groups and the targets of Eq. 3 (Fig. 2's four smoothings), from the labeled images
     and S (C, C)."""
     held, c = [[t.category for t in p.things if not t.crowd] for p in labeled], len(data.classes)
-    number, images = (torch.bincount(torch.tensor([k for ks in held for k in of(ks)]), minlength=c)
-                      for of in (list, set))
+    number, images = (
+        torch.bincount(torch.tensor([k for ks in held for k in of(ks)]), minlength=c)
+        for of in (list, set)
+    )
     counts = number if args.counts == "instances" else images
     there, same = counts > 0, torch.eye(c)
-    groups = data.frequency if args.frequency == "file" and data.frequency else lvis_ap.group_by_count(images.numpy())
-    mixed = similar_classes(similarity, counts, args.gamma if args.smoothing == "similarity+freq" else 0.0,
-                            args.sim_tau, args.sim_exclude_self, args.sim_topk)
+    groups = (
+        data.frequency
+        if args.frequency == "file" and data.frequency
+        else lvis_ap.group_by_count(images.numpy())
+    )
+    mixed = similar_classes(
+        similarity,
+        counts,
+        args.gamma if args.smoothing == "similarity+freq" else 0.0,
+        args.sim_tau,
+        args.sim_exclude_self,
+        args.sim_topk,
+    )
     if args.smoothing == "uniform":
         mixed = (there.float() / there.sum()).expand(c, c) * there[:, None]
-    targets = same if args.smoothing == "none" else smoothed_targets(mixed, args.eps, args.convention)
+    targets = (
+        same if args.smoothing == "none" else smoothed_targets(mixed, args.eps, args.convention)
+    )
     near = similarity >= similarity.topk(min(21, c), dim=1).values[:, -1:]
     return Classes(*(x.to(world.device) for x in (images, number, targets, near & there)), groups)
 
 
-def embed_objects(args: Args, data: Instances, photos: list[Photo], world: World) -> dict[str, Tensor]:
+def embed_objects(
+    args: Args, data: Instances, photos: list[Photo], world: World
+) -> dict[str, Tensor]:
     """The prototypes (C, D) of Eq. 1, of up to --proto-per-class objects of each class, and how
     many they were (C,). `roi` pools the detector's own features of stride 16 from the whole image
     instead of crops. DEPARTS[proto]"""
-    chosen = regions.choose_objects(photos, {*range(len(data.classes))}, args.proto_per_class, args.split_seed)
+    chosen = regions.choose_objects(
+        photos, {*range(len(data.classes))}, args.proto_per_class, args.split_seed
+    )
     if args.proto == "crop":
         distributed.seed_torch(args.seed, "prototypes")
-        net = features.Embedder(args.backbone, args.weights, args.root, args.embed_size).to(world.device)
-        embeddings, labels, _ = features.embed_objects(net, chosen, data, args.embed_size, world, args.workers)
+        net = features.Embedder(args.backbone, args.weights, args.root, args.embed_size).to(
+            world.device
+        )
+        embeddings, labels, _ = features.embed_objects(
+            net, chosen, data, args.embed_size, world, args.workers
+        )
     else:
         net, found = network(args, len(data.classes), world, "prototypes")[0].eval(), []
-        for photo, places in chosen[world.rank::world.size]:
+        for photo, places in chosen[world.rank :: world.size]:
             x, factors = test_view(instances.load(photo), args)
             labels, _, boxes = regions.true_objects(photo, data, places)
             with torch.no_grad():
                 maps = getattr(net.backbone, "cnn", net.backbone)(x.to(world.device))
             maps = maps if isinstance(maps, Tensor) else maps[2]
-            pooled = roi_align(maps.float(), [boxes.to(maps) * factors.to(maps)], 1, 1 / 16, 0, aligned=True)
+            pooled = roi_align(
+                maps.float(), [boxes.to(maps) * factors.to(maps)], 1, 1 / 16, 0, aligned=True
+            )
             found.append((0, pooled.flatten(1).cpu(), labels))
-        embeddings, labels = (torch.cat(x) for x in list(zip(*ap.gather(world, found), strict=True))[1:])
-    return {"prototypes": prototypes(embeddings, labels, len(data.classes)),
-            "embedded": torch.bincount(labels, minlength=len(data.classes))}
+        embeddings, labels = (
+            torch.cat(x) for x in list(zip(*ap.gather(world, found), strict=True))[1:]
+        )
+    return {
+        "prototypes": prototypes(embeddings, labels, len(data.classes)),
+        "embedded": torch.bincount(labels, minlength=len(data.classes)),
+    }
 
 
 # ===================================================================================== Eqs. 4 and 5
-def ccece(conf: Tensor, right: Tensor, labels: Tensor, num_classes: int, bins: int = 10) -> tuple[Tensor, Tensor]:
+def ccece(
+    conf: Tensor, right: Tensor, labels: Tensor, num_classes: int, bins: int = 10
+) -> tuple[Tensor, Tensor]:
     """Eq. 4: Delta (C,) and the number of samples (C,), from confidences (n,), whether right (n,)
     and classes (n,).
 
@@ -761,9 +943,14 @@ def corrected(probs: Tensor, delta: Tensor, strength: float, support: str = "sup
     """Eq. 5: y + lambda Delta, (n, C) and (C,) -> (n, C) within [0, 1]. Corrected are the entries
     over 0.02; or the largest; or `all`, as printed: then an object is a little of every
     underconfident class. DEPARTS[support]"""
-    mask = {"all": torch.ones_like(probs, dtype=torch.bool), "support": probs > FRINGE,
-            "top1": F.one_hot(probs.argmax(1), probs.shape[1]).bool()}[support]
-    return torch.where(mask, (probs + strength * delta).clamp(0, 1), torch.where(probs > FRINGE, probs, 0.0))
+    mask = {
+        "all": torch.ones_like(probs, dtype=torch.bool),
+        "support": probs > FRINGE,
+        "top1": F.one_hot(probs.argmax(1), probs.shape[1]).bool(),
+    }[support]
+    return torch.where(
+        mask, (probs + strength * delta).clamp(0, 1), torch.where(probs > FRINGE, probs, 0.0)
+    )
 
 
 def pseudo_targets(probs: Tensor, delta: Tensor | None, args: Args) -> Tensor:
@@ -772,20 +959,28 @@ def pseudo_targets(probs: Tensor, delta: Tensor | None, args: Args) -> Tensor:
     if args.pseudo == "onehot":
         return F.one_hot(probs.argmax(1), probs.shape[1]).to(probs)
     soft = torch.where(probs > FRINGE, probs, 0.0)
-    return soft if args.pseudo == "soft" else corrected(probs, delta, args.lambda_calib, args.support)
+    return (
+        soft if args.pseudo == "soft" else corrected(probs, delta, args.lambda_calib, args.support)
+    )
 
 
-def objects_found(boxes: Tensor, probs: Tensor, args: Args, least: float = 0.05, most: int = 100) -> Tensor:
+def objects_found(
+    boxes: Tensor, probs: Tensor, args: Args, least: float = 0.05, most: int = 100
+) -> Tensor:
     """Indices (n,) of the regions (R, 4), (R, C) that stand for an object each: confident, and none
     that overlaps a more confident one by half, of whatever class. DEPARTS[pseudo-nms]"""
     conf, labels = probs.max(1)
     chosen = (conf > least).nonzero().flatten()
-    one = (0 * labels if args.pseudo_nms == "agnostic" else labels)[chosen].unique(return_inverse=True)[1]
+    one = (0 * labels if args.pseudo_nms == "agnostic" else labels)[chosen].unique(
+        return_inverse=True
+    )[1]
     return chosen[batched_nms(boxes[chosen].double(), conf[chosen].double(), one, 0.5)[:most]]
 
 
 @torch.no_grad()
-def pseudo_labels(teacher: Detector, weak: Tensor, delta: Tensor | None, args: Args) -> tuple[list[Objects], Tensor]:
+def pseudo_labels(
+    teacher: Detector, weak: Tensor, delta: Tensor | None, args: Args
+) -> tuple[list[Objects], Tensor]:
     """What the teacher finds on weak views (B, 3, S, S) uint8, from --threshold on, and its
     confidences."""
     pyramid, seen = teacher.infer(transforms.normalize(weak))
@@ -800,7 +995,10 @@ def pseudo_labels(teacher: Detector, weak: Tensor, delta: Tensor | None, args: A
         able = targets.masked_fill(probs <= FRINGE, -1.0)  # also where Eq. 5 corrects all
         # ties: the raw best
         best = torch.where(able == able.amax(1, keepdim=True), probs, -1.0).argmax(1)
-        masks = regions.paste(teacher.masks(pyramid, i, boxes, best), boxes, tuple(weak.shape[-2:])) > 0.5
+        masks = (
+            regions.paste(teacher.masks(pyramid, i, boxes, best), boxes, tuple(weak.shape[-2:]))
+            > 0.5
+        )
         large = (masks.sum((1, 2)) > args.size_threshold).nonzero().flatten()
         named = targets > 0 if args.pseudo == "onehot" else (targets > 0) | (probs > FRINGE)
         found.append(Objects(*(x[large] for x in (best, boxes, masks, targets, named))))
@@ -813,8 +1011,12 @@ def pseudo_log(found: list[Objects], conf: Tensor, world: World) -> dict[str, Te
     objects."""
     counts = torch.tensor([float(len(o.labels)) for o in found]).to(conf.device, non_blocking=True)
     number = world.mean(counts.sum()).clamp(min=1 / world.size)
-    return {"pseudo_per_image": counts.mean(), "pseudo_none": (counts == 0).float().mean(),
-            "conf": conf.sum() / number, "mass": sum(o.probs.sum() for o in found) / number}
+    return {
+        "pseudo_per_image": counts.mean(),
+        "pseudo_none": (counts == 0).float().mean(),
+        "conf": conf.sum() / number,
+        "mass": sum(o.probs.sum() for o in found) / number,
+    }
 
 
 def calibrate(net: Detector, data: Instances, groups: list[str], args: Args, world: World) -> dict:
@@ -824,18 +1026,27 @@ def calibrate(net: Detector, data: Instances, groups: list[str], args: Args, wor
     for index, image in instances.score_loader(data.val, world, args.workers):
         entries += counted(net, image, look(net, image, args), data.val[index], data, args)
     samples = samples_of(ap.gather(world, entries), ap.truth_of(data), data, args)
-    conf, right, labels = (torch.from_numpy(x) for x in (samples.conf, samples.right, samples.labels))
+    conf, right, labels = (
+        torch.from_numpy(x) for x in (samples.conf, samples.right, samples.labels)
+    )
     delta, number = ccece(conf, right, labels, len(data.classes), args.bins)
     there = torch.zeros(len(data.classes), dtype=torch.bool)
     # else its group's mean
     there[[t.category for photo in data.val for t in photo.things if not t.crowd]] = True
-    return {"classes": data.classes, "delta": shrunk(delta, number * there, groups, args.shrink).tolist(),
-            "raw_delta": delta.tolist(), "samples": number.tolist(), "images": len(data.val),
-            "reliability": calibration.reliability(samples, args.bins, groups)}
+    return {
+        "classes": data.classes,
+        "delta": shrunk(delta, number * there, groups, args.shrink).tolist(),
+        "raw_delta": delta.tolist(),
+        "samples": number.tolist(),
+        "images": len(data.val),
+        "reliability": calibration.reliability(samples, args.bins, groups),
+    }
 
 
 @torch.no_grad()
-def counted(net: Detector, image: Tensor, seen: "Seen", photo: Photo, data: Instances, args: Args) -> list:
+def counted(
+    net: Detector, image: Tensor, seen: "Seen", photo: Photo, data: Instances, args: Args
+) -> list:
     """What Eq. 4 counts on an image (3, H, W) uint8: `detections`, found as pseudo labels are, as
     entries of a results file; or of each true object, `gt`, class, best score at its box, and
     whether it is its class's. DEPARTS[samples]"""
@@ -843,7 +1054,15 @@ def counted(net: Detector, image: Tensor, seen: "Seen", photo: Photo, data: Inst
         labels, _, boxes = regions.true_objects(photo, data)
         [(_, probs)] = net.heads.scores(seen.pyramid, [boxes.to(seen.boxes) * seen.factors])
         conf, best = (t.cpu() for t in probs.max(1))
-        return [*zip([photo.id] * len(labels), labels.tolist(), conf.tolist(), (best == labels).tolist(), strict=True)]
+        return [
+            *zip(
+                [photo.id] * len(labels),
+                labels.tolist(),
+                conf.tolist(),
+                (best == labels).tolist(),
+                strict=True,
+            )
+        ]
     keep = objects_found(seen.boxes, seen.probs, args, args.calib_min_score)
     boxes, (conf, best) = seen.boxes[keep], seen.probs[keep].max(1)
     masks = None
@@ -870,7 +1089,10 @@ def jitter_crop(size: tuple[int, int], args: Args, g: np.random.Generator) -> in
     flip, u, (down, across) = bool(g.random() < 0.5), g.uniform(*args.scale), g.random(2)
     factor = u * args.image_size / max(size)
     new = tuple(max(round(n * factor), 1) for n in size)
-    top, left = (int(max(n - args.image_size, 0) * shift) for n, shift in zip(new, (down, across), strict=True))
+    top, left = (
+        int(max(n - args.image_size, 0) * shift)
+        for n, shift in zip(new, (down, across), strict=True)
+    )
     return instances.Window(flip, new, top, left, (args.image_size, args.image_size))
 
 
@@ -878,29 +1100,39 @@ def strong_view(image: Tensor, g: np.random.Generator) -> Tensor:
     """The student's view of a weak one (3, H, W) uint8, in the same geometry, as in Guided
     Distillation: jitter of brightness, contrast, saturation and hue in any order, grey, blur."""
     from torchvision.transforms.v2 import functional as tv
+
     if g.random() < 0.8:
-        jitter = ((tv.adjust_brightness, 0.6, 1.4), (tv.adjust_contrast, 0.6, 1.4), (tv.adjust_saturation, 0.6, 1.4),
-                  (tv.adjust_hue, -0.1, 0.1))
+        jitter = (
+            (tv.adjust_brightness, 0.6, 1.4),
+            (tv.adjust_contrast, 0.6, 1.4),
+            (tv.adjust_saturation, 0.6, 1.4),
+            (tv.adjust_hue, -0.1, 0.1),
+        )
         for i in g.permutation(4):
             change, low, high = jitter[i]
             image = change(image, g.uniform(low, high))
     if g.random() < 0.2:
         image = tv.rgb_to_grayscale(image, num_output_channels=3)
     if g.random() < 0.5:
-        blurred = Image.fromarray(image.permute(1, 2, 0).numpy()).filter(ImageFilter.GaussianBlur(g.uniform(0.1, 2.0)))
+        blurred = Image.fromarray(image.permute(1, 2, 0).numpy()).filter(
+            ImageFilter.GaussianBlur(g.uniform(0.1, 2.0))
+        )
         image = torch.from_numpy(np.array(blurred)).permute(2, 0, 1).contiguous()
     return image
 
 
-def labeled_view(args: Args, data: Instances, image: Tensor, photo: Photo, g: np.random.Generator) \
-        -> tuple[Tensor, None, Target]:
+def labeled_view(
+    args: Args, data: Instances, image: Tensor, photo: Photo, g: np.random.Generator
+) -> tuple[Tensor, None, Target]:
     window = jitter_crop(tuple(image.shape[-2:]), args, g)
     labels, masks, _ = instances.masks_of(photo, data, window)
     seen = masks.flatten(1).any(1).bool()
     return instances.cut_out(image, window, FILL), None, Target(labels[seen], masks[seen])
 
 
-def unlabeled_view(args: Args, image: Tensor, photo: Photo, g: np.random.Generator) -> tuple[Tensor, Tensor, None]:
+def unlabeled_view(
+    args: Args, image: Tensor, photo: Photo, g: np.random.Generator
+) -> tuple[Tensor, Tensor, None]:
     weak = instances.cut_out(image, jitter_crop(tuple(image.shape[-2:]), args, g), FILL)
     return strong_view(weak, g), weak, None
 
@@ -910,7 +1142,11 @@ def test_view(image: Tensor, args: Args) -> tuple[Tensor, Tensor]:
     the bottom; and the factors (4,) of a box from its pixels to those."""
     factor = args.image_size / max(image.shape[-2:])
     new, x = tuple(max(round(n * factor), 1) for n in image.shape[-2:]), image[None].float()
-    x = F.interpolate(x, size=new, mode="bilinear", antialias=True) if new != tuple(image.shape[-2:]) else x
+    x = (
+        F.interpolate(x, size=new, mode="bilinear", antialias=True)
+        if new != tuple(image.shape[-2:])
+        else x
+    )
     x = transforms.normalize(x)
     factors = x.new_tensor([new[1] / image.shape[2], new[0] / image.shape[1]] * 2)
     return F.pad(x, (0, args.image_size - new[1], 0, args.image_size - new[0])), factors
@@ -934,11 +1170,16 @@ class State:
     best: dict = field(default_factory=dict)  # network -> its best one
 
     def networks(self) -> dict[str, Detector]:
-        return {"student": self.student, "teacher": self.teacher} if self.phase == "student" else {
-            "supervised": self.student}
+        return (
+            {"student": self.student, "teacher": self.teacher}
+            if self.phase == "student"
+            else {"supervised": self.student}
+        )
 
 
-def train_step(s: State, labeled: Batch, unlabeled: Batch | None, args: Args, world: World) -> dict[str, Tensor]:
+def train_step(
+    s: State, labeled: Batch, unlabeled: Batch | None, args: Args, world: World
+) -> dict[str, Tensor]:
     """Sec. 3: one step of a network that learns from smoothed labels alone (the teacher-to-be); or
     of the student, which learns from corrected pseudo labels too, and whom its teacher follows."""
     student = s.phase == "student"
@@ -947,8 +1188,10 @@ def train_step(s: State, labeled: Batch, unlabeled: Batch | None, args: Args, wo
     objects = [labeled_objects(t, s.classes, smooth) for t in labeled.targets]  # Eq. 3
     log = learn(s, labeled.images, objects, 1.0, "l", args, world, last=not student)
     if student:
-        parts = [pseudo_labels(s.teacher, x, s.delta, args)
-                 for x in unlabeled.weak.split(-(-len(unlabeled.weak) // args.accumulate))]
+        parts = [
+            pseudo_labels(s.teacher, x, s.delta, args)
+            for x in unlabeled.weak.split(-(-len(unlabeled.weak) // args.accumulate))
+        ]
         objects = [o for found, _ in parts for o in found]  # Eq. 5
         log |= pseudo_log(objects, torch.cat([conf for _, conf in parts]), world)
         log |= learn(s, unlabeled.images, objects, args.unsup_weight, "u", args, world, last=True)
@@ -964,21 +1207,39 @@ def train_step(s: State, labeled: Batch, unlabeled: Batch | None, args: Args, wo
 
 def labeled_objects(target: Target, classes: Classes, smooth: bool) -> Objects:
     """The objects of a labeled image, whose classes become their rows of Eq. 3."""
-    table = classes.targets if smooth else torch.eye(len(classes.targets), device=target.labels.device)
+    table = (
+        classes.targets if smooth else torch.eye(len(classes.targets), device=target.labels.device)
+    )
     named = F.one_hot(target.labels, len(table)).bool()
-    return Objects(target.labels, regions.boxes_of(target.masks), target.masks, table[target.labels], named)
+    return Objects(
+        target.labels, regions.boxes_of(target.masks), target.masks, table[target.labels], named
+    )
 
 
-def learn(s: State, images: Tensor, objects: list[Objects], factor: float, name: str, args: Args, world: World,
-          last: bool) -> dict[str, Tensor]:
+def learn(
+    s: State,
+    images: Tensor,
+    objects: list[Objects],
+    factor: float,
+    name: str,
+    args: Args,
+    world: World,
+    last: bool,
+) -> dict[str, Tensor]:
     """Add the gradient of factor * loss on (B, 3, S, S) uint8 images, in --accumulate parts.
     Labeled and unlabeled ones have a backward pass each: the same gradient in half the memory.
     Processes exchange it in the `last` of a step."""
     size, total = -(-len(images) // args.accumulate), {}
     for start in range(0, len(images), size):
         here = slice(start, start + size)
-        places = range(world.rank * len(images) + start, world.rank * len(images) + min(start + size, len(images)))
-        draws = [generator(world.device, args.seed, "regions", s.phase, name, s.step, place) for place in places]
+        places = range(
+            world.rank * len(images) + start,
+            world.rank * len(images) + min(start + size, len(images)),
+        )
+        draws = [
+            generator(world.device, args.seed, "regions", s.phase, name, s.step, place)
+            for place in places
+        ]
         known = known_classes(objects[here], s.classes, name == "u", args, draws)
         wait = last and start + size >= len(images) or world.size == 1
         with contextlib.nullcontext() if wait else s.forward.no_sync():
@@ -990,7 +1251,9 @@ def learn(s: State, images: Tensor, objects: list[Objects], factor: float, name:
     return {f"loss_{name}": sum(total.values()), **{f"{k}_{name}": v for k, v in total.items()}}
 
 
-def known_classes(objects: list[Objects], classes: Classes, pseudo: bool, args: Args, draws: list) -> Tensor:
+def known_classes(
+    objects: list[Objects], classes: Classes, pseudo: bool, args: Args, draws: list
+) -> Tensor:
     """Federated loss (Zhou et al., 2021): the classes (B, C) whose scores an image teaches, its own
     and others, drawn by the root of their number of images, up to --federated in all.
     DEPARTS[federated]"""
@@ -1016,9 +1279,15 @@ def known_classes(objects: list[Objects], classes: Classes, pseudo: bool, args: 
 def ema_update(teacher: nn.Module, student: nn.Module, decay: float) -> None:
     """teacher <- decay * teacher + (1 - decay) * student, parameters and float buffers, in place. 0
     copies."""
-    pairs = [(t, s) for t, s in zip(itertools.chain(teacher.parameters(), teacher.buffers()),
-                                    itertools.chain(student.parameters(), student.buffers()), strict=True)
-             if t.is_floating_point()]
+    pairs = [
+        (t, s)
+        for t, s in zip(
+            itertools.chain(teacher.parameters(), teacher.buffers()),
+            itertools.chain(student.parameters(), student.buffers()),
+            strict=True,
+        )
+        if t.is_floating_point()
+    ]
     torch._foreach_lerp_([t for t, _ in pairs], [s for _, s in pairs], 1 - decay)
 
 
@@ -1037,35 +1306,64 @@ def adamw(net: Detector, args: Args, world: World) -> torch.optim.AdamW:
     for name, parameter in net.named_parameters():
         if parameter.requires_grad:
             block = re.match(r"backbone\.blocks\.(\d+)\.", name)
-            power = depth - int(block[1]) if block else depth + 1 if depth and name.startswith("backbone.") else \
-                int(name.startswith("backbone.cnn."))
+            power = (
+                depth - int(block[1])
+                if block
+                else depth + 1
+                if depth and name.startswith("backbone.")
+                else int(name.startswith("backbone.cnn."))
+            )
             groups.setdefault(power, []).append(parameter)
-    return torch.optim.AdamW([{"params": params, "lr": (lr := args.lr * args.layer_decay**power), "initial_lr": lr}
-                              for power, params in sorted(groups.items())],
-                             betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=world.device.type == "cuda")
+    return torch.optim.AdamW(
+        [
+            {"params": params, "lr": (lr := args.lr * args.layer_decay**power), "initial_lr": lr}
+            for power, params in sorted(groups.items())
+        ],
+        betas=(0.9, 0.999),
+        weight_decay=args.weight_decay,
+        fused=world.device.type == "cuda",
+    )
 
 
 # ========================================================================================== weights
-EVA_NAMES = [(re.compile(pattern), new) for pattern, new in [  # EVA-02's and Detectron2's names
-    (r"^backbone\.net\.patch_embed\.proj\.", "backbone.proj."), (r"^backbone\.net\.", "backbone."),
-    (r"\.attn\.q_bias$", ".attn.q_proj.bias"), (r"\.attn\.v_bias$", ".attn.v_proj.bias"),
-    (r"\.mlp\.w1\.", ".mlp.fc1_g."), (r"\.mlp\.w2\.", ".mlp.fc1_x."), (r"\.mlp\.w3\.", ".mlp.fc2."),
-    (r"\.mlp\.ffn_ln\.", ".mlp.norm."),
-    (r"^backbone\.simfp_(\d)\.(\d)\.(norm\.)?", lambda m: f"neck.levels.{int(m[1]) - 2}."
-     # a 3x3 comes behind the norm of a 1x1
-     f"{int(m[2]) + (m[1] + m[2] in ('25', '32', '41', '52')) + bool(m[3])}."),
-    (r"^proposal_generator\.rpn_head\.", "rpn."), (r"^rpn\.conv\.conv(\d)\.", lambda m: f"rpn.convs.{2 * int(m[1])}."),
-    (r"^rpn\.objectness_logits\.", "rpn.objectness."), (r"^rpn\.anchor_deltas\.", "rpn.deltas."),
-    (r"^roi_heads\.box_head\.(\d)\.conv(\d)\.(norm\.)?",
-     lambda m: f"heads.boxes.{m[1]}.convs.{3 * int(m[2]) - 3 + bool(m[3])}."),
-    (r"^roi_heads\.box_head\.(\d)\.fc1\.", r"heads.boxes.\1.fc."),
-    (r"^roi_heads\.box_predictor\.(\d)\.cls_score\.", r"heads.boxes.\1.classes."),
-    (r"^roi_heads\.box_predictor\.(\d)\.bbox_pred\.", r"heads.boxes.\1.deltas."),
-    (r"^roi_heads\.mask_head\.mask_fcn(\d)\.(norm\.)?",
-     lambda m: f"heads.mask.convs.{3 * int(m[1]) - 3 + bool(m[2])}."),
-    (r"^roi_heads\.mask_head\.deconv\.", "heads.mask.up."),
-    (r"^roi_heads\.mask_head\.predictor\.", "heads.mask.masks."),
-]]
+EVA_NAMES = [
+    (re.compile(pattern), new)
+    for pattern, new in [  # EVA-02's and Detectron2's names
+        (r"^backbone\.net\.patch_embed\.proj\.", "backbone.proj."),
+        (r"^backbone\.net\.", "backbone."),
+        (r"\.attn\.q_bias$", ".attn.q_proj.bias"),
+        (r"\.attn\.v_bias$", ".attn.v_proj.bias"),
+        (r"\.mlp\.w1\.", ".mlp.fc1_g."),
+        (r"\.mlp\.w2\.", ".mlp.fc1_x."),
+        (r"\.mlp\.w3\.", ".mlp.fc2."),
+        (r"\.mlp\.ffn_ln\.", ".mlp.norm."),
+        (
+            r"^backbone\.simfp_(\d)\.(\d)\.(norm\.)?",
+            lambda m: (
+                f"neck.levels.{int(m[1]) - 2}."
+                # a 3x3 comes behind the norm of a 1x1
+                f"{int(m[2]) + (m[1] + m[2] in ('25', '32', '41', '52')) + bool(m[3])}."
+            ),
+        ),
+        (r"^proposal_generator\.rpn_head\.", "rpn."),
+        (r"^rpn\.conv\.conv(\d)\.", lambda m: f"rpn.convs.{2 * int(m[1])}."),
+        (r"^rpn\.objectness_logits\.", "rpn.objectness."),
+        (r"^rpn\.anchor_deltas\.", "rpn.deltas."),
+        (
+            r"^roi_heads\.box_head\.(\d)\.conv(\d)\.(norm\.)?",
+            lambda m: f"heads.boxes.{m[1]}.convs.{3 * int(m[2]) - 3 + bool(m[3])}.",
+        ),
+        (r"^roi_heads\.box_head\.(\d)\.fc1\.", r"heads.boxes.\1.fc."),
+        (r"^roi_heads\.box_predictor\.(\d)\.cls_score\.", r"heads.boxes.\1.classes."),
+        (r"^roi_heads\.box_predictor\.(\d)\.bbox_pred\.", r"heads.boxes.\1.deltas."),
+        (
+            r"^roi_heads\.mask_head\.mask_fcn(\d)\.(norm\.)?",
+            lambda m: f"heads.mask.convs.{3 * int(m[1]) - 3 + bool(m[2])}.",
+        ),
+        (r"^roi_heads\.mask_head\.deconv\.", "heads.mask.up."),
+        (r"^roi_heads\.mask_head\.predictor\.", "heads.mask.masks."),
+    ]
+]
 
 
 def load_detector(net: Detector, path: Path, flag: str = "--init-detector") -> list[str]:
@@ -1075,16 +1373,20 @@ def load_detector(net: Detector, path: Path, flag: str = "--init-detector") -> l
     for key, value in runs.read_weights(path, flag).items():
         for prefix in ("teacher.", "supervised.", "student.", "model_ema.", "model."):
             key = key.removeprefix(prefix)
-        theirs = key.startswith(("backbone.net.", "backbone.simfp_", "proposal_generator.", "roi_heads."))
+        theirs = key.startswith(
+            ("backbone.net.", "backbone.simfp_", "proposal_generator.", "roi_heads.")
+        )
         for pattern, new in EVA_NAMES if theirs else ():
             key = pattern.sub(new, key)
         weights.setdefault(key, value)
-    weights = {k: v for k, v in weights.items() if "rope" not in k and "fed_loss_cls_weights" not in k}
+    weights = {
+        k: v for k, v in weights.items() if "rope" not in k and "fed_loss_cls_weights" not in k
+    }
     places = weights.get("backbone.pos_embed")
     # (1, 1 + g * g, D)
     if places is not None and places.dim() == 3 and hasattr(net.backbone, "pos_embed"):
         side = math.isqrt(places.shape[1])
-        places = places[:, -side * side:].transpose(1, 2).reshape(1, -1, side, side)
+        places = places[:, -side * side :].transpose(1, 2).reshape(1, -1, side, side)
         net.backbone.pos_embed = nn.Parameter(places.to(net.backbone.pos_embed))
         weights["backbone.pos_embed"] = places
     for k, own in net.state_dict().items():
@@ -1099,6 +1401,7 @@ def load_detector(net: Detector, path: Path, flag: str = "--init-detector") -> l
 class Seen(NamedTuple):
     """What a network sees on one image: R regions in pixels of the padded square, `factors` (4,)
     times its own."""
+
     factors: Tensor
     pyramid: list[Tensor]
     boxes: Tensor  # (R, 4), within the image
@@ -1117,13 +1420,17 @@ def look(net: Detector, image: Tensor, args: Args) -> Seen:
 
 
 @torch.no_grad()
-def detect(net: Detector, image: Tensor, seen: Seen, args: Args, known: Tensor | None = None) -> tuple[Tensor, ...]:
+def detect(
+    net: Detector, image: Tensor, seen: Seen, args: Args, known: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """The best --detections of an image (3, H, W) uint8: labels (n,), scores (n,), masks (n, H, W)
     bool, boxes (n, 4); after that cut without classes that are not `known` (C,), which in LVIS are
     neither right nor wrong."""
     rows, labels = (seen.probs > FRINGE).nonzero().unbind(1)
-    keep, scores = regions.suppress(seen.boxes[rows], seen.probs[rows, labels], labels, args.nms, args.soft_nms)
-    best = scores.argsort(descending=True, stable=True)[:args.detections]
+    keep, scores = regions.suppress(
+        seen.boxes[rows], seen.probs[rows, labels], labels, args.nms, args.soft_nms
+    )
+    best = scores.argsort(descending=True, stable=True)[: args.detections]
     keep, scores = keep[best], scores[best]
     if known is not None:
         use = known.to(labels.device)[labels[keep]]
@@ -1134,12 +1441,21 @@ def detect(net: Detector, image: Tensor, seen: Seen, args: Args, known: Tensor |
         inside = probs > 0.5
         scores = scores * (probs * inside).sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)
     boxes = boxes / seen.factors
-    masks = [regions.paste(p, b, size) > 0.5 for p, b in zip(probs.split(16), boxes.split(16), strict=True)]
-    return labels, scores, torch.cat([torch.zeros(0, *size, dtype=torch.bool, device=boxes.device), *masks]), boxes
+    masks = [
+        regions.paste(p, b, size) > 0.5
+        for p, b in zip(probs.split(16), boxes.split(16), strict=True)
+    ]
+    return (
+        labels,
+        scores,
+        torch.cat([torch.zeros(0, *size, dtype=torch.bool, device=boxes.device), *masks]),
+        boxes,
+    )
 
 
-def evaluate(networks: dict[str, Detector], data: Instances, groups: list[str], args: Args, world: World) \
-        -> tuple[dict[str, dict], dict[str, list], list, dict]:
+def evaluate(
+    networks: dict[str, Detector], data: Instances, groups: list[str], args: Args, world: World
+) -> tuple[dict[str, dict], dict[str, list], list, dict]:
     """Mask and box AP of each network in percent, also of rare, common and frequent classes, and
     its calibration error; its results in COCO's format, rows of preview pictures, and reliability
     diagrams."""
@@ -1152,8 +1468,12 @@ def evaluate(networks: dict[str, Detector], data: Instances, groups: list[str], 
             known[[t.category for t in photo.things] + list(photo.negative)] = True
         if shown := len(rows) < 6:
             labels, masks, _ = instances.masks_of(photo, data)
-            rows.append([image.permute(1, 2, 0).numpy(),
-                         regions.picture(image, labels, torch.ones(len(labels)), masks.bool())])
+            rows.append(
+                [
+                    image.permute(1, 2, 0).numpy(),
+                    regions.picture(image, labels, torch.ones(len(labels)), masks.bool()),
+                ]
+            )
         for name, net in networks.items():
             seen = look(net.eval(), image, args)
             out = detect(net, image, seen, args, known)
@@ -1161,16 +1481,23 @@ def evaluate(networks: dict[str, Detector], data: Instances, groups: list[str], 
             entries[name] += counted(net, image, seen, photo, data, args)
             if shown:
                 rows[-1].append(regions.picture(image, *(t.cpu() for t in out[:3])))
-    found, entries = ({name: ap.gather(world, part) for name, part in parts.items()} for parts in (found, entries))
+    found, entries = (
+        {name: ap.gather(world, part) for name, part in parts.items()} for parts in (found, entries)
+    )
     scores, records = {}, {}
     if world.main:
         answers, judge = ap.truth_of(data), lvis_ap.lvis_ap if data.lvis else ap.coco_ap
         for name, results in found.items():
             samples = samples_of(entries[name], answers, data, args)
             records[name] = calibration.reliability(samples, args.bins, groups)
-            masks, boxes = (judge(answers, results, kind, args.detections, groups) for kind in ("segm", "bbox"))
-            scores[name] = {k: v for k, v in masks.items() if k != "stats"} | {"ece": records[name]["ece"]} | {
-                f"box_{k}": boxes[k] for k in ("ap", "apr", "apc", "apf")}
+            masks, boxes = (
+                judge(answers, results, kind, args.detections, groups) for kind in ("segm", "bbox")
+            )
+            scores[name] = (
+                {k: v for k, v in masks.items() if k != "stats"}
+                | {"ece": records[name]["ece"]}
+                | {f"box_{k}": boxes[k] for k in ("ap", "apr", "apc", "apf")}
+            )
     scores = ap.gather(world, [(0, scores)] if world.main else [])[0][1]
     if any(s["ap"] is None for s in scores.values()):
         raise UserError(f"--val {args.val} of {data.root} has no object to score on.")
@@ -1178,21 +1505,29 @@ def evaluate(networks: dict[str, Detector], data: Instances, groups: list[str], 
 
 
 # ======================================================================================== retrieval
-def retrieve(args: Args, data: Instances, labeled: list[Photo], groups: list[str], world: World) -> None:
+def retrieve(
+    args: Args, data: Instances, labeled: list[Photo], groups: list[str], world: World
+) -> None:
     """Sec. 4.1: the --neighbours images of the pool nearest to each labeled object of a rare class,
     without duplicates and what is labeled or scored: retrieved.txt, a list for --unlabeled, beside
     a report of what each class found."""
     out, size = Path(args.out), args.embed_size
     distributed.seed_torch(args.seed, "retrieval")
-    net = features.Embedder(args.retrieval_model, args.retrieval_weights, args.root, size).to(world.device)
+    net = features.Embedder(args.retrieval_model, args.retrieval_weights, args.root, size).to(
+        world.device
+    )
     rare = {c for c, g in enumerate(groups) if g == "r"}
     chosen = regions.choose_objects(labeled, rare, 10**9, args.split_seed)
     if not chosen:
-        raise UserError("--pool: no labeled object is of a rare class, to search with; give another --frequency.")
+        raise UserError(
+            "--pool: no labeled object is of a rare class, to search with; give another --frequency."
+        )
     queries, labels, examples = features.embed_objects(net, chosen, data, size, world, args.workers)
     pool = [p.image for p in instances.unlabeled_photos(args.pool, data, "--pool")]
     key = f"{args.retrieval_model} {fingerprint(net.state_dict())}"
-    embed = partial(retrieval.embed, network=net, key=key, size=size, world=world, workers=args.workers)
+    embed = partial(
+        retrieval.embed, network=net, key=key, size=size, world=world, workers=args.workers
+    )
     store = embed(pool, folder=out / "embedded" / "pool")
     others = embed([p.image for p in data.train + data.val], folder=out / "embedded" / "known")
     if world.main:
@@ -1203,29 +1538,61 @@ def retrieve(args: Args, data: Instances, labeled: list[Photo], groups: list[str
         kept = kept[~retrieval.known(store, kept, others, args.duplicate, **at)]
         print(retrieval.histogram(store, found, args.duplicate, **at))
         if len(kept):
-            retrieval.report(out, store, found, kept, rows, cosine, labels.numpy(), examples, data.classes,
-                             features.made_of(args, RETRIEVED_OF, data.classes))
+            retrieval.report(
+                out,
+                store,
+                found,
+                kept,
+                rows,
+                cosine,
+                labels.numpy(),
+                examples,
+                data.classes,
+                features.made_of(args, RETRIEVED_OF, data.classes),
+            )
     if not main_says(world, world.main and len(kept) > 0):
-        raise UserError(f"--pool {args.pool}: all neighbours are duplicates, or labeled or scored themselves; take "
-                        f"another pool, or a higher --duplicate.")
+        raise UserError(
+            f"--pool {args.pool}: all neighbours are duplicates, or labeled or scored themselves; take "
+            f"another pool, or a higher --duplicate."
+        )
 
 
 # ============================================================================================= main
-STUDENT_ONLY = ("pseudo lambda_calib support refresh threshold filter_on size_threshold unsup_weight ema unlabeled "
-                "steps teacher_update student_init burn_in student_labels batch_size calibration")
+STUDENT_ONLY = (
+    "pseudo lambda_calib support refresh threshold filter_on size_threshold unsup_weight ema unlabeled "
+    "steps teacher_update student_init burn_in student_labels batch_size calibration"
+)
 PROTOTYPES = f"prototypes of {SCRIPT}"
-PROTOTYPES_OF = ("dataset root train_json images split split_seed tune refresh holdout stratify backbone weights "
-                 "init_detector proto proto_per_class embed_size image_size seed")
+PROTOTYPES_OF = (
+    "dataset root train_json images split split_seed tune refresh holdout stratify backbone weights "
+    "init_detector proto proto_per_class embed_size image_size seed"
+)
 RETRIEVED_OF = f"{PROTOTYPES_OF} pool neighbours retrieval_model retrieval_weights index duplicate frequency val"
-RANGES = dict.fromkeys("eps ema threshold drop_path calib_min_score layer_decay repeat warmup".split(), (0, 1))
-RANGES |= dict.fromkeys("accumulate steps teacher_steps eval_every bins neighbours global_blocks window head_convs "
-                        "proposals rpn_batch roi_batch detections proto_per_class".split(), (1, 1e9)) | {
-    "image_size": (32, 8192), "width": (8, 4096), "fc": (8, 65536), "scale": (0.01, 100), "holdout": (0.01, 0.99),
-    "prior": (1e-9, 0.5), "duplicate": (0, 1), "embed_size": (14, 4096), "nms": (0.01, 1), "anchor_scale": (0.1, 99),
-    "sim_tau": (1e-6, 1e6)}
-GRIDS = {"teacher": {"eps": (0.05, 0.1, 0.2), "gamma": (0.0, 0.5, 1.0, 1.5, 2.0)},
-         # DEPARTS[grid]
-         "student": {"lambda_calib": (0.5, 1.0, 2.0, 3.0), "unsup_weight": (0.5, 1.0, 2.0)}}
+RANGES = dict.fromkeys(
+    "eps ema threshold drop_path calib_min_score layer_decay repeat warmup".split(), (0, 1)
+)
+RANGES |= dict.fromkeys(
+    "accumulate steps teacher_steps eval_every bins neighbours global_blocks window head_convs "
+    "proposals rpn_batch roi_batch detections proto_per_class".split(),
+    (1, 1e9),
+) | {
+    "image_size": (32, 8192),
+    "width": (8, 4096),
+    "fc": (8, 65536),
+    "scale": (0.01, 100),
+    "holdout": (0.01, 0.99),
+    "prior": (1e-9, 0.5),
+    "duplicate": (0, 1),
+    "embed_size": (14, 4096),
+    "nms": (0.01, 1),
+    "anchor_scale": (0.1, 99),
+    "sim_tau": (1e-6, 1e6),
+}
+GRIDS = {
+    "teacher": {"eps": (0.05, 0.1, 0.2), "gamma": (0.0, 0.5, 1.0, 1.5, 2.0)},
+    # DEPARTS[grid]
+    "student": {"lambda_calib": (0.5, 1.0, 2.0, 3.0), "unsup_weight": (0.5, 1.0, 2.0)},
+}
 
 
 def check(args: Args, world: World) -> None:
@@ -1237,57 +1604,115 @@ def check(args: Args, world: World) -> None:
         if name in phases or (name == "teacher" and "heldout" in phases):
             share = world.share(size) if args.norm == "live" and not eva else size // world.size
             if size % world.size or args.accumulate > share:
-                raise UserError(f"The batch of the {name}, {size}, does not divide into {world.size} processes of "
-                                f"--accumulate {args.accumulate} parts; give a multiple.")
+                raise UserError(
+                    f"The batch of the {name}, {size}, does not divide into {world.size} processes of "
+                    f"--accumulate {args.accumulate} parts; give a multiple."
+                )
     student, given = args.stage == "student", args.calibration or measures_teacher(args)
     for wrong, sentence in (
-            (eva and args.image_size % (16 * args.window), f"--image-size {args.image_size} does not divide into "
-             f"windows of {args.window} x {args.window} tokens of 16 pixels; give a multiple, or another --window."),
-            (args.image_size % 32, f"--image-size {args.image_size}: give a multiple of 32."),
-            (args.accumulate > 1 and args.norm == "live" and not eva,
-             "--accumulate would change the batch statistics of --norm live; give --norm frozen with it."),
-            (student and not args.teacher, "--stage student needs a trained teacher: name one with --teacher."),
-            (student and args.pseudo == "calibrated" and not given, "--stage student --pseudo calibrated needs "
-             "--calibration FILE, which a calibrate stage writes; or --delta-from teacher, or --stage all."),
-            (args.stage == "retrieve" and not args.pool, "--stage retrieve searches a --pool: name a folder or list."),
-            (args.student_init == "fresh" and args.teacher_update == "ema" and not args.burn_in,
-             "--student-init fresh needs a --burn-in, or the teacher would follow an untrained student."),
-            (args.refresh and args.tune, "--refresh measures on the labels that --tune scores on; leave one out.")):
+        (
+            eva and args.image_size % (16 * args.window),
+            f"--image-size {args.image_size} does not divide into "
+            f"windows of {args.window} x {args.window} tokens of 16 pixels; give a multiple, or another --window.",
+        ),
+        (args.image_size % 32, f"--image-size {args.image_size}: give a multiple of 32."),
+        (
+            args.accumulate > 1 and args.norm == "live" and not eva,
+            "--accumulate would change the batch statistics of --norm live; give --norm frozen with it.",
+        ),
+        (
+            student and not args.teacher,
+            "--stage student needs a trained teacher: name one with --teacher.",
+        ),
+        (
+            student and args.pseudo == "calibrated" and not given,
+            "--stage student --pseudo calibrated needs "
+            "--calibration FILE, which a calibrate stage writes; or --delta-from teacher, or --stage all.",
+        ),
+        (
+            args.stage == "retrieve" and not args.pool,
+            "--stage retrieve searches a --pool: name a folder or list.",
+        ),
+        (
+            args.student_init == "fresh" and args.teacher_update == "ema" and not args.burn_in,
+            "--student-init fresh needs a --burn-in, or the teacher would follow an untrained student.",
+        ),
+        (
+            args.refresh and args.tune,
+            "--refresh measures on the labels that --tune scores on; leave one out.",
+        ),
+    ):
         if wrong:
             raise UserError(sentence)
     delta = args.pseudo == "calibrated" or args.stage == "calibrate"
     base = preset(args.dataset)
-    runs.check_meaning(args, base, args.stage, {
-        "student all": STUDENT_ONLY, "teacher calibrate all": "teacher_steps teacher_batch_size",
-        "calibrate student all": "shrink delta_from", "calibrate all student": "teacher",
-        "student all retrieve": "pool neighbours retrieval_model retrieval_weights index duplicate"}, {
-        "eps": args.smoothing == "none", "gamma": args.smoothing != "similarity+freq",
-        "norm": eva and args.norm != base.norm, "filter_on": args.pseudo != "calibrated", "pool": args.unlabeled > "",
-        "fed_soft": not args.federated or args.cls_loss == "softmax", "calib_iou": args.calib_samples == "gt",
-        **{name: off for names, off in (
-            ("sim_tau sim_center sim_exclude_self sim_topk counts", not args.smoothing.startswith("similarity")),
-            ("proto proto_per_class", not needs_prototypes(args)), ("val", args.tune),
-            ("holdout stratify", not holds_out(args)),
-            ("embed_size", not needs_prototypes(args) and not args.pool),
-            ("convention student_labels", args.smoothing == "none"),
-            ("lambda_calib support refresh calibration", not delta),
-            ("shrink delta_from", not delta or (args.calibration > "" and not args.refresh)),
-            ("neighbours retrieval_model retrieval_weights index duplicate", not args.pool),
-            ("window global_blocks patch_resize drop_path checkpointing", not eva),
-            ("federated prior", args.cls_loss == "softmax"), ("ema burn_in", args.teacher_update == "frozen"),
-            ("teacher_steps teacher_batch_size", not {"teacher", "heldout"} & {*phases})) for name in names.split()}})
+    runs.check_meaning(
+        args,
+        base,
+        args.stage,
+        {
+            "student all": STUDENT_ONLY,
+            "teacher calibrate all": "teacher_steps teacher_batch_size",
+            "calibrate student all": "shrink delta_from",
+            "calibrate all student": "teacher",
+            "student all retrieve": "pool neighbours retrieval_model retrieval_weights index duplicate",
+        },
+        {
+            "eps": args.smoothing == "none",
+            "gamma": args.smoothing != "similarity+freq",
+            "norm": eva and args.norm != base.norm,
+            "filter_on": args.pseudo != "calibrated",
+            "pool": args.unlabeled > "",
+            "fed_soft": not args.federated or args.cls_loss == "softmax",
+            "calib_iou": args.calib_samples == "gt",
+            **{
+                name: off
+                for names, off in (
+                    (
+                        "sim_tau sim_center sim_exclude_self sim_topk counts",
+                        not args.smoothing.startswith("similarity"),
+                    ),
+                    ("proto proto_per_class", not needs_prototypes(args)),
+                    ("val", args.tune),
+                    ("holdout stratify", not holds_out(args)),
+                    ("embed_size", not needs_prototypes(args) and not args.pool),
+                    ("convention student_labels", args.smoothing == "none"),
+                    ("lambda_calib support refresh calibration", not delta),
+                    (
+                        "shrink delta_from",
+                        not delta or (args.calibration > "" and not args.refresh),
+                    ),
+                    ("neighbours retrieval_model retrieval_weights index duplicate", not args.pool),
+                    ("window global_blocks patch_resize drop_path checkpointing", not eva),
+                    ("federated prior", args.cls_loss == "softmax"),
+                    ("ema burn_in", args.teacher_update == "frozen"),
+                    ("teacher_steps teacher_batch_size", not {"teacher", "heldout"} & {*phases}),
+                )
+                for name in names.split()
+            },
+        },
+    )
 
 
 def plan(args: Args) -> list[tuple[str, int]]:
     """Sec. 4.1: the networks that a run trains, in order, with their steps. `heldout` learns from
     85 % of the labels, so that Eq. 4 can be measured on the others; `teacher` from all.
     DEPARTS[delta]"""
-    student, teacher = [("student", args.steps)], [] if args.teacher else [("teacher", args.teacher_steps)]
+    student, teacher = (
+        [("student", args.steps)],
+        [] if args.teacher else [("teacher", args.teacher_steps)],
+    )
     heldout = [("heldout", args.teacher_steps)]
     if args.stage == "calibrate":
         return [] if args.teacher else teacher if measures_teacher(args) else heldout
-    first = heldout if args.pseudo == "calibrated" and not args.calibration and not measures_teacher(args) else []
-    return {"teacher": teacher, "student": student, "all": first + teacher + student}.get(args.stage, [])
+    first = (
+        heldout
+        if args.pseudo == "calibrated" and not args.calibration and not measures_teacher(args)
+        else []
+    )
+    return {"teacher": teacher, "student": student, "all": first + teacher + student}.get(
+        args.stage, []
+    )
 
 
 def measures_teacher(args: Args) -> bool:
@@ -1298,7 +1723,11 @@ def measures_teacher(args: Args) -> bool:
 
 def holds_out(args: Args) -> bool:
     """Whether some of the labels are held out."""
-    measures = args.stage == "calibrate" or args.stage in ("student", "all") and args.pseudo == "calibrated"
+    measures = (
+        args.stage == "calibrate"
+        or args.stage in ("student", "all")
+        and args.pseudo == "calibrated"
+    )
     return args.tune or args.refresh > 0 or (measures and not args.calibration)
 
 
@@ -1315,16 +1744,26 @@ def find(args: Args, classes: list[str] | None = None) -> Instances:
             raise UserError(f"--root {root} is a file; name a folder.")
         root = shapes.make_tail(root / "tail")
     kind = "coco" if args.dataset == "coco" else "lvis"
-    return instances.find(kind, root, args.train_json, args.val_json, args.images, args.val, classes)
+    return instances.find(
+        kind, root, args.train_json, args.val_json, args.images, args.val, classes
+    )
 
 
-def network(args: Args, num_classes: int, world: World, name: str, pretrained: bool = True) -> tuple[Detector, list]:
+def network(
+    args: Args, num_classes: int, world: World, name: str, pretrained: bool = True
+) -> tuple[Detector, list]:
     """A detector with its starting weights, on the device; and lines on weights that did not
     load."""
     distributed.seed_torch(args.seed, name)
-    net = Detector(args, num_classes, world.bf16(args.precision), args.weights if pretrained else "none")
+    net = Detector(
+        args, num_classes, world.bf16(args.precision), args.weights if pretrained else "none"
+    )
     notes, cnn = [], not args.backbone.startswith("eva02")
-    if pretrained and cnn and (weights := backbones.read(args.weights, args.backbone, args.root)) is not None:
+    if (
+        pretrained
+        and cnn
+        and (weights := backbones.read(args.weights, args.backbone, args.root)) is not None
+    ):
         notes = runs.load_matching(net.backbone.cnn.body, weights, args.weights)
     if pretrained and args.init_detector:
         notes = load_detector(net, Path(args.init_detector))
@@ -1332,15 +1771,28 @@ def network(args: Args, num_classes: int, world: World, name: str, pretrained: b
     return net.to(world.device), notes
 
 
-def begin(phase: str, args: Args, data: Instances, classes: Classes, delta: Tensor | None, world: World, begun: int,
-          state: dict | None) -> tuple[State, list[str]]:
+def begin(
+    phase: str,
+    args: Args,
+    data: Instances,
+    classes: Classes,
+    delta: Tensor | None,
+    world: World,
+    begun: int,
+    state: dict | None,
+) -> tuple[State, list[str]]:
     """The networks of a phase at its beginning, student and its teacher with the trained teacher's
     weights; or as its checkpoint `state` has them, which needs no other file."""
     copied, teacher = phase == "student" and args.student_init == "teacher", None
-    net, notes = network(args, len(data.classes), world, phase, pretrained=not copied and state is None)
+    net, notes = network(
+        args, len(data.classes), world, phase, pretrained=not copied and state is None
+    )
     if phase == "student":
-        teacher = network(args, len(data.classes), world, "teacher", False)[0].eval() if state is not None else \
-            trained(args, data, args.teacher or "teacher.pt", world)
+        teacher = (
+            network(args, len(data.classes), world, "teacher", False)[0].eval()
+            if state is not None
+            else trained(args, data, args.teacher or "teacher.pt", world)
+        )
         teacher.requires_grad_(False)
     if copied:
         net.load_state_dict(teacher.state_dict())
@@ -1352,7 +1804,10 @@ def begin(phase: str, args: Args, data: Instances, classes: Classes, delta: Tens
         runs.load_exact(s.networks()[name], weights, state["path"])
     s.optimizer, s.forward = adamw(net, args, world), distributed.parallel(net.train(), world)
     if state is not None:
-        s.step, s.delta = state["step"], None if state["delta"] is None else state["delta"].to(world.device)
+        s.step, s.delta = (
+            state["step"],
+            None if state["delta"] is None else state["delta"].to(world.device),
+        )
         s.optimizer.load_state_dict(state["optimizer"])
     return s, notes
 
@@ -1360,10 +1815,15 @@ def begin(phase: str, args: Args, data: Instances, classes: Classes, delta: Tens
 def trained(args: Args, data: Instances, name: str, world: World) -> Detector:
     """The network of a checkpoint, in eval mode: of the run folder, or wherever --teacher lies."""
     path = Path(name) if name == args.teacher else Path(args.out) / name
-    state, net = runs.load_checkpoint(path, SCRIPT), network(args, len(data.classes), world, "teacher", False)[0]
+    state, net = (
+        runs.load_checkpoint(path, SCRIPT),
+        network(args, len(data.classes), world, "teacher", False)[0],
+    )
     if state["classes"] != data.classes:
         raise UserError(f"{path} knows other classes than {data.root} has; they must be the same.")
-    runs.load_exact(net, state["networks"].get("teacher", state["networks"].get("supervised")), str(path))
+    runs.load_exact(
+        net, state["networks"].get("teacher", state["networks"].get("supervised")), str(path)
+    )
     return net.eval()
 
 
@@ -1372,30 +1832,43 @@ def main_says(world: World, fact: bool) -> bool:
     return ap.gather(world, [(world.rank, fact)])[0][1]
 
 
-def delta_of(args: Args, data: Instances, held: list[Photo], groups: list[str], world: World) -> Tensor | None:
+def delta_of(
+    args: Args, data: Instances, held: list[Photo], groups: list[str], world: World
+) -> Tensor | None:
     """Delta of Eq. 5 (C,): from --calibration, or measured on the held-out labels and written to
     the run folder."""
     if args.pseudo != "calibrated" and args.stage != "calibrate":
         return None
     path, record = Path(args.calibration or Path(args.out) / "calibration.json"), None
     if not args.calibration and not main_says(world, path.exists()):
-        name = args.teacher if args.teacher and (measures_teacher(args) or args.stage == "calibrate") else \
-            "teacher.pt" if measures_teacher(args) else "heldout.pt"
+        name = (
+            args.teacher
+            if args.teacher and (measures_teacher(args) or args.stage == "calibrate")
+            else "teacher.pt"
+            if measures_teacher(args)
+            else "heldout.pt"
+        )
         net = trained(args, data, name, world)
         record = calibrate(net, instances.scored_on(data, held), groups, args, world)
         if world.main:
             calibration.diagram({Path(name).stem: record["reliability"]}, path.with_suffix(".png"))
             runs.write_text(path, json.dumps(record, indent=1))
             ece = record["reliability"]["ece"]
-            print(f"calibration: {sum(record['samples'])} samples on {len(held)} held-out images, ECE "
-                  f"{'none' if ece is None else f'{ece:.3f}'}; {path}")
+            print(
+                f"calibration: {sum(record['samples'])} samples on {len(held)} held-out images, ECE "
+                f"{'none' if ece is None else f'{ece:.3f}'}; {path}"
+            )
     try:
         record = record or json.loads(path.read_text())
-        delta = dict(zip(record["classes"], np.asarray_chkfinite(record["delta"]).tolist(), strict=True))
+        delta = dict(
+            zip(record["classes"], np.asarray_chkfinite(record["delta"]).tolist(), strict=True)
+        )
         return torch.tensor([delta[name] for name in data.classes], device=world.device)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--calibration {path} cannot be read, or is of other classes ({error}); a calibrate stage "
-                        f"writes one.") from None
+        raise UserError(
+            f"--calibration {path} cannot be read, or is of other classes ({error}); a calibrate stage "
+            f"writes one."
+        ) from None
 
 
 def train(args: Args) -> dict:
@@ -1405,11 +1878,15 @@ def train(args: Args) -> dict:
     check(args, distributed.launched())
     phases, out, data = plan(args), Path(args.out), find(args)
     student = "student" in dict(phases)
-    choose = partial(instances.choose, data, args.split, args.split_seed, pool="remaining", balanced=False)
+    choose = partial(
+        instances.choose, data, args.split, args.split_seed, pool="remaining", balanced=False
+    )
     chosen = choose(args.unlabeled, needed=student and not args.pool)
     learned, held = chosen.labeled, []
     if holds_out(args):
-        learned, held = instances.hold_out(learned, args.holdout, args.split_seed, args.stratify, len(data.classes))
+        learned, held = instances.hold_out(
+            learned, args.holdout, args.split_seed, args.stratify, len(data.classes)
+        )
     labeled = learned if args.tune or args.refresh else chosen.labeled
     scored = instances.scored_on(data, held) if args.tune else data
     resuming = runs.open_run(out, SCRIPT, args, args.resume, distributed.launched().main)
@@ -1422,27 +1899,51 @@ def train(args: Args) -> dict:
     similarity = similarities(args, data, labeled, world)
     classes = label_statistics(args, data, labeled, similarity, world)
     if args.stage == "retrieve" or (student and args.pool):
-        if not main_says(world, retrieval.done(out, features.made_of(args, RETRIEVED_OF, data.classes))):
+        if not main_says(
+            world, retrieval.done(out, features.made_of(args, RETRIEVED_OF, data.classes))
+        ):
             retrieve(args, data, labeled, classes.groups, world)
         chosen = choose(str(out / "retrieved.txt"), needed=student)
 
     def start(phase: str, begun: int) -> tuple[State, list[str], list[Photo]]:
         """A phase from its beginning or its checkpoint, lines on its weights, and its labeled
         images."""
-        photos, again = labeled if phase != "heldout" else learned, state is not None and state["phase"] == phase
+        photos, again = (
+            labeled if phase != "heldout" else learned,
+            state is not None and state["phase"] == phase,
+        )
         own = label_statistics(args, data, photos, similarity, world)
-        delta = delta_of(args, data, held, classes.groups, world) if phase == "student" and not again else None
+        delta = (
+            delta_of(args, data, held, classes.groups, world)
+            if phase == "student" and not again
+            else None
+        )
         return *begin(phase, args, data, own, delta, world, begun, state if again else None), photos
 
-    spans = [(phase, begun := sum(steps for _, steps in phases[:i]), begun + phases[i][1])
-             for i, (phase, _) in enumerate(phases)]
+    spans = [
+        (phase, begun := sum(steps for _, steps in phases[:i]), begun + phases[i][1])
+        for i, (phase, _) in enumerate(phases)
+    ]
     ahead = [span for span in spans if step < span[2]]
     first = start(*ahead[0][:2]) if ahead else None
-    run = runs.Run(out, SCRIPT, args, world, step, state, {
-        "classes": data.classes, "images": chosen.text, "fingerprint": chosen.fingerprint,
-        "held_out": [p.name for p in held]})
-    run.say(f"{chosen.text}; scored on {len(scored.val)}; networks: "
-            f"{', '.join(f'{name} ({steps} steps)' for name, steps in phases) or 'none'}; in {out}")
+    run = runs.Run(
+        out,
+        SCRIPT,
+        args,
+        world,
+        step,
+        state,
+        {
+            "classes": data.classes,
+            "images": chosen.text,
+            "fingerprint": chosen.fingerprint,
+            "held_out": [p.name for p in held],
+        },
+    )
+    run.say(
+        f"{chosen.text}; scored on {len(scored.val)}; networks: "
+        f"{', '.join(f'{name} ({steps} steps)' for name, steps in phases) or 'none'}; in {out}"
+    )
     last, best = (state["last"], state["best"]) if state else ({}, {})
     for phase, begun, border in ahead:
         s, notes, photos = first or start(phase, begun)
@@ -1450,12 +1951,26 @@ def train(args: Args) -> dict:
         run.say(*(f"weights {note}" for note in notes))
         s.last, s.best = last, best
         batch_size = args.batch_size if phase == "student" else args.teacher_batch_size
-        views = instances.Views(photos, partial(labeled_view, args, data), args.seed, f"{phase} labeled")
-        more = instances.Views(chosen.unlabeled, partial(unlabeled_view, args), args.seed, "unlabeled")
+        views = instances.Views(
+            photos, partial(labeled_view, args, data), args.seed, f"{phase} labeled"
+        )
+        more = instances.Views(
+            chosen.unlabeled, partial(unlabeled_view, args), args.seed, "unlabeled"
+        )
         factors = instances.repeat_factors(photos, len(data.classes), args.repeat)
-        stream = partial(instances.stream, batch_size=batch_size, start=s.step, stop=border, world=world,
-                         workers=args.workers, collate=instances.collate)
-        feeds = [stream(views, factors=factors), stream(more) if phase == "student" else itertools.repeat(None)]
+        stream = partial(
+            instances.stream,
+            batch_size=batch_size,
+            start=s.step,
+            stop=border,
+            world=world,
+            workers=args.workers,
+            collate=instances.collate,
+        )
+        feeds = [
+            stream(views, factors=factors),
+            stream(more) if phase == "student" else itertools.repeat(None),
+        ]
         for now in run.steps(s.step, border):
             done = now - begun
             if phase == "student" and args.refresh and done and done % args.refresh == 0:
@@ -1487,16 +2002,33 @@ def train(args: Args) -> dict:
         world.barrier()  # its checkpoint is written
     if args.stage == "calibrate":
         delta_of(args, data, held, classes.groups, world)
-    facts = {"stage": args.stage, "val": "held out" if args.tune else args.val, "split_fingerprint": chosen.fingerprint}
+    facts = {
+        "stage": args.stage,
+        "val": "held out" if args.tune else args.val,
+        "split_fingerprint": chosen.fingerprint,
+    }
     if world.main and {"supervised", "student"} <= last.keys():  # Fig. 4
         new = "student" if args.teacher_update == "frozen" else "teacher"
-        groups, counts = (dict(zip(data.classes, x, strict=True)) for x in (classes.groups, classes.instances.tolist()))
-        calibration.scatter(last["supervised"]["per_class"], last[new]["per_class"], groups, counts,
-                            out / "per_class.png", ("supervised", new))
+        groups, counts = (
+            dict(zip(data.classes, x, strict=True))
+            for x in (classes.groups, classes.instances.tolist())
+        )
+        calibration.scatter(
+            last["supervised"]["per_class"],
+            last[new]["per_class"],
+            groups,
+            counts,
+            out / "per_class.png",
+            ("supervised", new),
+        )
     if not last:
         return run.say(f"done; in {out}") or facts
-    return run.finish({name: {"last": last[name], "best": best[name]} for name in last}, facts,
-                      "teacher" if "teacher" in last else "supervised", "ap")
+    return run.finish(
+        {name: {"last": last[name], "best": best[name]} for name in last},
+        facts,
+        "teacher" if "teacher" in last else "supervised",
+        "ap",
+    )
 
 
 def score_networks(s: State, data: Instances, args: Args, world: World, run: runs.Run) -> None:
@@ -1505,20 +2037,31 @@ def score_networks(s: State, data: Instances, args: Args, world: World, run: run
     networks = s.networks()
     if s.phase == "student" and args.teacher_update == "frozen" and "teacher" in s.last:
         networks.pop("teacher")  # it is what it was
-    headline = "supervised" if s.phase == "teacher" else "teacher" if "teacher" in networks else "student"
+    headline = (
+        "supervised" if s.phase == "teacher" else "teacher" if "teacher" in networks else "student"
+    )
     scores, found, rows, records = evaluate(networks, data, s.classes.groups, args, world)
     s.student.train()
     for name, record in scores.items():
         s.last[name] = {"step": s.step, **record}
         if name not in s.best or s.last[name]["ap"] > s.best[name]["ap"]:
             s.best[name] = s.last[name]
-    run.write(s.step, **{f"{k}_{name}": s.last[name][k] for name in scores for k in ("ap", "apr", "ece")})
+    run.write(
+        s.step, **{f"{k}_{name}": s.last[name][k] for name in scores for k in ("ap", "apr", "ece")}
+    )
     if world.main:
-        plots.strip(rows, ["image", "label", *networks], run.out / "previews" / f"{s.step:07d}.png", height=192)
+        plots.strip(
+            rows,
+            ["image", "label", *networks],
+            run.out / "previews" / f"{s.step:07d}.png",
+            height=192,
+        )
         calibration.diagram(records, run.out / f"reliability_{s.phase}.png")
         for name in scores:
             runs.write_text(run.out / f"{name}.segm.json", json.dumps(found[name]))
-            runs.write_text(run.out / f"{name}.reliability.json", json.dumps(records[name], indent=1))
+            runs.write_text(
+                run.out / f"{name}.reliability.json", json.dumps(records[name], indent=1)
+            )
     if s.best[headline] is s.last[headline]:
         run.save("best.pt", snapshot(s, args, data, optimizer=False))
 
@@ -1526,9 +2069,18 @@ def score_networks(s: State, data: Instances, args: Args, world: World, run: run
 def snapshot(s: State, args: Args, data: Instances, optimizer: bool = True) -> dict:
     """What a checkpoint holds. best.pt, heldout.pt and teacher.pt have no `optimizer`: to score,
     predict, teach."""
-    state = {"settings": json.loads(json.dumps(vars(args))), "classes": data.classes, "ids": data.ids, "phase": s.phase,
-             "step": s.step, "last": s.last, "best": s.best, "delta": s.delta, "groups": s.classes.groups,
-             "networks": {name: net.state_dict() for name, net in s.networks().items()}}
+    state = {
+        "settings": json.loads(json.dumps(vars(args))),
+        "classes": data.classes,
+        "ids": data.ids,
+        "phase": s.phase,
+        "step": s.step,
+        "last": s.last,
+        "best": s.best,
+        "delta": s.delta,
+        "groups": s.classes.groups,
+        "networks": {name: net.state_dict() for name, net in s.networks().items()},
+    }
     return state | ({"optimizer": s.optimizer.state_dict()} if optimizer else {})
 
 
@@ -1539,12 +2091,18 @@ def grid(args: Args) -> dict:
         raise UserError("--grid chooses the stage itself; leave --stage out.")
 
     def run(folder: Path, **values: float) -> dict:
-        results = train(replace(args, grid="no", tune=True, stage=args.grid, out=str(folder), resume=True, **values))
+        results = train(
+            replace(
+                args, grid="no", tune=True, stage=args.grid, out=str(folder), resume=True, **values
+            )
+        )
         distributed.stop()
         return results["supervised" if args.grid == "teacher" else best]
 
     best = "teacher" if args.teacher_update == "ema" else "student"
-    return calibration.search(run, GRIDS[args.grid], runs.default_out(SCRIPT, args), distributed.launched().main)
+    return calibration.search(
+        run, GRIDS[args.grid], runs.default_out(SCRIPT, args), distributed.launched().main
+    )
 
 
 def load(path: str, args: Args) -> tuple[dict[str, Detector], dict, World]:
@@ -1566,11 +2124,19 @@ def score_checkpoint(args: Args) -> dict:
     scores = {name: {"last": {"step": state["step"], **record}} for name, record in scores.items()}
     facts = {"dataset": args.dataset, "split": args.split, "val": args.val, "seed": args.seed}
     if world.main:
-        plots.strip(rows, ["image", "label", *networks], Path(f"{args.eval}.previews.png"), height=192)
+        plots.strip(
+            rows, ["image", "label", *networks], Path(f"{args.eval}.previews.png"), height=192
+        )
         calibration.diagram(records, Path(f"{args.eval}.reliability.png"))
         for name, results in found.items():
             runs.write_text(Path(f"{args.eval}.{name}.segm.json"), json.dumps(results))
-        runs.write_scores(Path(f"{args.eval}.results.json"), scores, facts, "ap", f"{len(data.val)} of {data.root}")
+        runs.write_scores(
+            Path(f"{args.eval}.results.json"),
+            scores,
+            facts,
+            "ap",
+            f"{len(data.val)} of {data.root}",
+        )
     return scores | facts
 
 
@@ -1579,21 +2145,38 @@ def predict(args: Args) -> None:
     predictions.json."""
     nets, state, world = load(args.predict[0], args)
     net, files = nets.get("teacher", next(iter(nets.values()))), read.pictures(args.predict[1:])
-    regions.predictions(files, Path(f"{args.predict[0]}.predictions"), lambda image: detect(net, image, look(
-        net, image, args), args), state["ids"], state["classes"], world)
+    regions.predictions(
+        files,
+        Path(f"{args.predict[0]}.predictions"),
+        lambda image: detect(net, image, look(net, image, args), args),
+        state["ids"],
+        state["classes"],
+        world,
+    )
 
 
 def settings(dataset: str = "lvis", eval: str = "", predict: str = "") -> Args:
     """What the command line starts from: a preset, or the settings inside a checkpoint to score or
     predict with."""
-    return runs.saved_settings(Args, Path(eval or predict), SCRIPT) if eval or predict else preset(dataset)
+    return (
+        runs.saved_settings(Args, Path(eval or predict), SCRIPT)
+        if eval or predict
+        else preset(dataset)
+    )
 
 
 def main(args: Args) -> Any:
     try:
         runs.check_ranges(args, RANGES)
-        return score_checkpoint(args) if args.eval else predict(args) if args.predict else \
-            train(args) if args.grid == "no" else grid(args)
+        return (
+            score_checkpoint(args)
+            if args.eval
+            else predict(args)
+            if args.predict
+            else train(args)
+            if args.grid == "no"
+            else grid(args)
+        )
     finally:
         distributed.stop()
 

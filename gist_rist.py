@@ -172,15 +172,43 @@ class Args:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "voc": {},
-    "cityscapes": dict(root="datasets/cityscapes", batch_size=6, resize=0.5, crop_size=(256, 512), steps=4000,
-                       gan_lr=1e-5, gan_gamma=0.7, mix_colour=True),
-    "shapes": dict(root="datasets/shapes", split="random:10", backbone="test_resnet", weights="shapes", bn="live",
-                   aspp_rates=(1, 2, 3, 4), resize=2, crop_size=(128, 128), scale=(0.75, 1.33), lr=0.001, phi=0.3,
-                   stage0_steps=200, eval_every=200, steps=300, stages=3, cl_on="active", val_every_stage=True),
-    "folder": dict(root="datasets/folder", split="random:1/8", backbone="resnet50.tv_in1k", weights="imagenet"),
+    "cityscapes": dict(
+        root="datasets/cityscapes",
+        batch_size=6,
+        resize=0.5,
+        crop_size=(256, 512),
+        steps=4000,
+        gan_lr=1e-5,
+        gan_gamma=0.7,
+        mix_colour=True,
+    ),
+    "shapes": dict(
+        root="datasets/shapes",
+        split="random:10",
+        backbone="test_resnet",
+        weights="shapes",
+        bn="live",
+        aspp_rates=(1, 2, 3, 4),
+        resize=2,
+        crop_size=(128, 128),
+        scale=(0.75, 1.33),
+        lr=0.001,
+        phi=0.3,
+        stage0_steps=200,
+        eval_every=200,
+        steps=300,
+        stages=3,
+        cl_on="active",
+        val_every_stage=True,
+    ),
+    "folder": dict(
+        root="datasets/folder", split="random:1/8", backbone="resnet50.tv_in1k", weights="imagenet"
+    ),
 }
 # Table I
-CITYSCAPES = {f"1/{n}": f"random:{m}" for n, m in ((50, 59), (30, 100), (20, 148), (8, 371), (4, 743))}
+CITYSCAPES = {
+    f"1/{n}": f"random:{m}" for n, m in ((50, 59), (30, 100), (20, 148), (8, 371), (4, 743))
+}
 
 
 def preset(dataset: str = "voc", **overrides: Any) -> Args:
@@ -194,7 +222,12 @@ def caffe_style(body: nn.Module) -> None:
     on the first 1x1 convolution, stride 8 in all, and stages three and four dilated in all their
     blocks, the first included."""
     body.maxpool.ceil_mode = True
-    for name, stride, dilation in (("layer1", 1, 1), ("layer2", 2, 1), ("layer3", 1, 2), ("layer4", 1, 4)):
+    for name, stride, dilation in (
+        ("layer1", 1, 1),
+        ("layer2", 2, 1),
+        ("layer3", 1, 2),
+        ("layer4", 1, 4),
+    ):
         for i, block in enumerate(layer := getattr(body, name)):
             block.conv1.stride, block.conv2.stride = (stride if i == 0 else 1,) * 2, (1, 1)
             block.conv2.dilation = block.conv2.padding = (dilation, dilation)
@@ -203,7 +236,10 @@ def caffe_style(body: nn.Module) -> None:
 
 CAFFE = ("caffe_resnet50", "caffe_resnet101", "caffe_resnet152")
 # RGB
-MEAN = {"voc": (122.67891434, 116.66876762, 104.00698793), "cityscapes": (73.15835921, 82.90891754, 72.39239876)}
+MEAN = {
+    "voc": (122.67891434, 116.66876762, 104.00698793),
+    "cityscapes": (73.15835921, 82.90891754, 72.39239876),
+}
 
 
 class SegNet(nn.Module):
@@ -215,16 +251,26 @@ class SegNet(nn.Module):
         super().__init__()
         self.pixels, self.bf16, self.frozen = args.pixels, args.precision == "bf16", False
         caffe = args.backbone in CAFFE
-        make = partial(backbones.build, args.backbone.removeprefix("caffe_"), 32 if caffe else args.output_stride)
+        make = partial(
+            backbones.build,
+            args.backbone.removeprefix("caffe_"),
+            32 if caffe else args.output_stride,
+        )
         self.backbone, _, channels = make(pretrained)
         if args.cut > 0:
-            self.backbone, _, channels = make(pretrained, out_indices=tuple(range(len(channels) - args.cut)))
+            self.backbone, _, channels = make(
+                pretrained, out_indices=tuple(range(len(channels) - args.cut))
+            )
         if caffe:
             caffe_style(self.backbone)
         conv = partial(nn.Conv2d, channels[-1], num_classes, 3)
         # DEPARTS[aspp]
         self.head = nn.ModuleList(conv(padding=rate, dilation=rate) for rate in args.aspp_rates)
-        self.register_buffer("mean", torch.tensor(MEAN.get(args.dataset, MEAN["voc"]))[:, None, None], persistent=False)
+        self.register_buffer(
+            "mean",
+            torch.tensor(MEAN.get(args.dataset, MEAN["voc"]))[:, None, None],
+            persistent=False,
+        )
         for branch in self.head:
             nn.init.normal_(branch.weight, std=0.01)
             nn.init.zeros_(branch.bias)
@@ -240,12 +286,20 @@ class SegNet(nn.Module):
         """Pixels as the weights want them, padding 0, which is the mean colour. DEPARTS[pixels]"""
         if self.pixels == "imagenet":
             return transforms.normalize(images, valid)
-        images = (images.float() - self.mean).flip(1) if self.pixels == "bgr" else images.float() - self.mean
+        images = (
+            (images.float() - self.mean).flip(1)
+            if self.pixels == "bgr"
+            else images.float() - self.mean
+        )
         return images if valid is None else images * valid[:, None]
 
     def forward(self, images: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        with torch.autocast("cuda" if images.is_cuda else "cpu", dtype=torch.bfloat16, enabled=self.bf16):
-            f = self.backbone(self.scaled(images, valid).contiguous(memory_format=torch.channels_last))[-1]
+        with torch.autocast(
+            "cuda" if images.is_cuda else "cpu", dtype=torch.bfloat16, enabled=self.bf16
+        ):
+            f = self.backbone(
+                self.scaled(images, valid).contiguous(memory_format=torch.channels_last)
+            )[-1]
             return sum(branch(f) for branch in self.head).float(), f.float()
 
 
@@ -274,17 +328,27 @@ def initial(args: Args, num_classes: int) -> tuple[Args, dict[str, Tensor] | Non
     """--weights: the settings they imply (pixels, cut), the tensors of a SegNet or None, and lines
     for the user."""
     if args.dataset in ("voc", "cityscapes") and not args.weights:
-        raise UserError("The paper starts from MS-COCO weights: give the file resnet101COCO-41f33a49.pth (or another "
-                        "layout of docs/gist_rist.md) with --weights FILE, or start with --weights imagenet.")
+        raise UserError(
+            "The paper starts from MS-COCO weights: give the file resnet101COCO-41f33a49.pth (or another "
+            "layout of docs/gist_rist.md) with --weights FILE, or start with --weights imagenet."
+        )
     file, caffe, notes = args.weights not in ("", "none", "imagenet"), args.backbone in CAFFE, []
     weights = backbones.read(args.weights, args.backbone, args.root) if file else None
     if caffe and args.weights == "imagenet":
-        weights = backbones.build(args.backbone.removeprefix("caffe_") + ".tv_in1k", 32, True)[0].state_dict()
+        weights = backbones.build(args.backbone.removeprefix("caffe_") + ".tv_in1k", 32, True)[
+            0
+        ].state_dict()
     # not torchvision's
     coco = caffe and file and not ("fc.weight" in weights and "layer1.0.conv1.weight" in weights)
     if args.cut < 0:
-        last = [*SegNet(args, num_classes, args.weights == "imagenet" and not caffe).backbone.named_children()][-1][0]
-        args = replace(args, cut=int(file and not caffe and not any(k.startswith(f"{last}.") for k in weights)))
+        last = [
+            *SegNet(
+                args, num_classes, args.weights == "imagenet" and not caffe
+            ).backbone.named_children()
+        ][-1][0]
+        args = replace(
+            args, cut=int(file and not caffe and not any(k.startswith(f"{last}.") for k in weights))
+        )
     if args.pixels == "auto":
         args = replace(args, pixels="bgr" if coco else "imagenet")
     if weights is None:
@@ -293,12 +357,26 @@ def initial(args: Args, num_classes: int) -> tuple[Args, dict[str, Tensor] | Non
     net = SegNet(args, num_classes)
     if caffe:
         weights = {read.deeplab_name(name): value for name, value in weights.items()}
-        own = {k: v.shape for k, v in net.backbone.state_dict().items() if not k.endswith("num_batches_tracked")}
+        own = {
+            k: v.shape
+            for k, v in net.backbone.state_dict().items()
+            if not k.endswith("num_batches_tracked")
+        }
         if lost := [k for k, shape in own.items() if k not in weights or weights[k].shape != shape]:
-            raise UserError(f"{args.weights} lacks {len(lost)} tensors, such as {lost[0]}; layouts: docs/gist_rist.md")
-        head = {k.removeprefix("head."): weights.pop(k) for k in list(weights) if k.startswith("head.")}
-        said = f"; its classifier {head['0.weight'].std():.4f} in deviation (0.01: untrained)" if head else ""
-        notes.append(f"of {args.weights}: {'COCO, BGR 0 to 255' if coco else 'ImageNet, normalised RGB'}{said}")
+            raise UserError(
+                f"{args.weights} lacks {len(lost)} tensors, such as {lost[0]}; layouts: docs/gist_rist.md"
+            )
+        head = {
+            k.removeprefix("head."): weights.pop(k) for k in list(weights) if k.startswith("head.")
+        }
+        said = (
+            f"; its classifier {head['0.weight'].std():.4f} in deviation (0.01: untrained)"
+            if head
+            else ""
+        )
+        notes.append(
+            f"of {args.weights}: {'COCO, BGR 0 to 255' if coco else 'ImageNet, normalised RGB'}{said}"
+        )
         if args.init_head and len(head.get("0.bias", ())) == num_classes:
             notes += runs.load_matching(net.head, head, args.weights)
     notes += runs.load_matching(net.backbone, weights, args.weights)
@@ -335,8 +413,10 @@ def pseudo_label(logits: Tensor, phi: float, temp: float) -> tuple[Tensor, Tenso
 def ema_update(target: nn.Module, source: nn.Module, decay: float) -> None:
     """Eq. 3: target <- decay * target + (1 - decay) * source, in place; BatchNorm statistics, too,
     where they move."""
-    t, s = ([x for x in itertools.chain(net.parameters(), net.buffers()) if x.is_floating_point()]
-            for net in (target, source))
+    t, s = (
+        [x for x in itertools.chain(net.parameters(), net.buffers()) if x.is_floating_point()]
+        for net in (target, source)
+    )
     torch._foreach_lerp_(t, s, 1 - decay)
 
 
@@ -344,7 +424,12 @@ def classmix_mask(label: Tensor, scores: Tensor) -> Tensor:
     """ClassMix: half of each image's classes, rounded down. label (B, H, W) with 255 for none,
     `scores` (B, K) random -> (B, H, W) bool, True on the classes with the smallest scores."""
     b, k = scores.shape
-    present = torch.zeros(b, k + 1, device=label.device).scatter_(1, label.clamp(max=k).flatten(1), 1)[:, :k] > 0
+    present = (
+        torch.zeros(b, k + 1, device=label.device).scatter_(1, label.clamp(max=k).flatten(1), 1)[
+            :, :k
+        ]
+        > 0
+    )
     rank = torch.where(present, scores, torch.inf).argsort(1).argsort(1)
     # 255 is never chosen
     chosen = F.pad((rank < present.sum(1, keepdim=True) // 2) & present, (0, 1))
@@ -379,8 +464,15 @@ class State:
         return {name: value for name, value in vars(self).items() if isinstance(value, kind)}
 
 
-def refine_step(s: State, args: Args, path: str, alpha: float | None, step: int, labeled: Batch | None = None,
-                pseudo: Batch | None = None) -> dict[str, Tensor]:
+def refine_step(
+    s: State,
+    args: Args,
+    path: str,
+    alpha: float | None,
+    step: int,
+    labeled: Batch | None = None,
+    pseudo: Batch | None = None,
+) -> dict[str, Tensor]:
     """Algorithm 1, lines 10 and 11, with the consistency loss: one iteration on labels (alpha = 1),
     pseudo labels (alpha = 0) or both. Without a weight of its own, a batch serves the consistency
     loss alone."""
@@ -414,7 +506,9 @@ def supervised_step(s: State, args: Args, step: int, labeled: Batch) -> dict[str
     return {"loss": loss.detach()}
 
 
-def s4gan_step(s: State, args: Args, step: int, labeled: Batch, unlabeled: Batch, again: Batch) -> dict[str, Tensor]:
+def s4gan_step(
+    s: State, args: Args, step: int, labeled: Batch, unlabeled: Batch, again: Batch
+) -> dict[str, Tensor]:
     """Stage 0 with S4GAN (Mittal et al. 2019): cross entropy, feature matching, and self-training
     on images whose prediction the discriminator trusts; then its own step. `again` is a second
     labeled batch. DEPARTS[s4gan]"""
@@ -422,9 +516,13 @@ def s4gan_step(s: State, args: Args, step: int, labeled: Batch, unlabeled: Batch
     # (B, K, H, W)
     z = upsample(s.student(unlabeled.images, unlabeled.valid)[0], labeled.label.shape[-2:])
     # ignored: 0
-    maps = F.one_hot(again.label.clamp(max=z.shape[1]), z.shape[1] + 1)[..., :-1].permute(0, 3, 1, 2)
+    maps = F.one_hot(again.label.clamp(max=z.shape[1]), z.shape[1] + 1)[..., :-1].permute(
+        0, 3, 1, 2
+    )
     real = torch.cat([maps.float(), minmax01(again.images)], dim=1)
-    fake = torch.cat([z.softmax(dim=1) * unlabeled.valid[:, None], minmax01(unlabeled.images)], dim=1)
+    fake = torch.cat(
+        [z.softmax(dim=1) * unlabeled.valid[:, None], minmax01(unlabeled.images)], dim=1
+    )
     s.critic.requires_grad_(False)
     trust, v_fake = s.critic(fake)
     loss_fm = (s.critic(real)[1].mean(0) - v_fake.mean(0)).abs().mean()
@@ -432,26 +530,42 @@ def s4gan_step(s: State, args: Args, step: int, labeled: Batch, unlabeled: Batch
     loss_st = cross_entropy(z, z.detach().argmax(1).masked_fill(~chosen, IGNORE))
     update(s.opt, loss_l + args.gan_fm * loss_fm + args.gan_st * loss_st)
     s.critic.requires_grad_(True)
-    loss_d = sum(F.binary_cross_entropy(s.critic(x)[0], torch.full_like(trust, is_real))
-                 for x, is_real in ((fake.detach(), 0), (real, 1))) / 2
+    loss_d = (
+        sum(
+            F.binary_cross_entropy(s.critic(x)[0], torch.full_like(trust, is_real))
+            for x, is_real in ((fake.detach(), 0), (real, 1))
+        )
+        / 2
+    )
     update(s.opt_critic, loss_d)
-    return {"loss": loss_l.detach(), "loss_fm": loss_fm.detach(), "loss_st": loss_st.detach(),
-            "loss_d": loss_d.detach(), "trusted": (trust > args.gan_gamma).float().mean()}
+    return {
+        "loss": loss_l.detach(),
+        "loss_fm": loss_fm.detach(),
+        "loss_st": loss_st.detach(),
+        "loss_d": loss_d.detach(),
+        "trusted": (trust > args.gan_gamma).float().mean(),
+    }
 
 
-def classmix_step(s: State, args: Args, step: int, labeled: Batch, unlabeled: Batch) -> dict[str, Tensor]:
+def classmix_step(
+    s: State, args: Args, step: int, labeled: Batch, unlabeled: Batch
+) -> dict[str, Tensor]:
     """Stage 0 with ClassMix (Olsson et al. 2021): half of the classes of image i, cut out by the
     teacher's prediction, are pasted into image i + 1; the student learns the mixed prediction,
     weighted by how sure it is."""
     loss_l = cross_entropy(s.student(labeled.images, labeled.valid)[0], labeled.label)
     with torch.no_grad():
-        probs = upsample(s.teacher(unlabeled.images, unlabeled.valid)[0], labeled.label.shape[-2:]).softmax(dim=1)
+        probs = upsample(
+            s.teacher(unlabeled.images, unlabeled.valid)[0], labeled.label.shape[-2:]
+        ).softmax(dim=1)
         scores = rng(args.seed, "classmix", step).random(probs.shape[:2], dtype=np.float32)
         seen = probs.argmax(1).masked_fill(~unlabeled.valid, IGNORE)
         # (B, H, W)
         mask = classmix_mask(seen, torch.from_numpy(scores).to(seen.device, non_blocking=True))
-        images, valid, probs = (torch.where(mask[:, None] if x.dim() == 4 else mask, x, x.roll(-1, 0))
-                                for x in (unlabeled.images, unlabeled.valid, probs))
+        images, valid, probs = (
+            torch.where(mask[:, None] if x.dim() == 4 else mask, x, x.roll(-1, 0))
+            for x in (unlabeled.images, unlabeled.valid, probs)
+        )
         conf, label = probs.max(dim=1)
         # one number a batch
         weight = ((conf >= args.mix_threshold) & valid).sum() / valid.sum().clamp(min=1)
@@ -473,8 +587,10 @@ def update(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
 
 def sgd(net: SegNet, args: Args) -> torch.optim.SGD:
     """Sec. IV; every parameter once, the classifier learns `head_lr` times faster. DEPARTS[lr]"""
-    groups = [{"params": [p for p in part.parameters() if p.requires_grad], "lr": args.lr * times}
-              for part, times in ((net.backbone, args.backbone_lr), (net.head, args.head_lr))]
+    groups = [
+        {"params": [p for p in part.parameters() if p.requires_grad], "lr": args.lr * times}
+        for part, times in ((net.backbone, args.backbone_lr), (net.head, args.head_lr))
+    ]
     return torch.optim.SGD(groups, momentum=0.9, weight_decay=args.weight_decay)
 
 
@@ -484,10 +600,14 @@ def resized(args: Args, image: Tensor, label: Tensor | None) -> tuple[Tensor, Te
         return image, label
     size = tuple(round(side * args.resize) for side in image.shape[-2:])
     picture = F.interpolate(image[None].float(), size=size, mode="bilinear", antialias=True)[0]
-    return picture.round().clamp(0, 255).byte(), None if label is None else transforms.resize(image, label, size)[1]
+    return picture.round().clamp(0, 255).byte(), None if label is None else transforms.resize(
+        image, label, size
+    )[1]
 
 
-def augment(args: Args, image: Tensor, label: Tensor | None, generator: np.random.Generator) -> tuple:
+def augment(
+    args: Args, image: Tensor, label: Tensor | None, generator: np.random.Generator
+) -> tuple:
     """Sec. IV: random resizing, flip, crop. What is padded carries no label. DEPARTS[padding]"""
     image, label = transforms.random_scale(*resized(args, image, label), *args.scale, generator)
     image, label = transforms.random_flip(image, label, generator)
@@ -513,7 +633,9 @@ def prefixes(path: str) -> list[str]:
 def alpha_of(token: str) -> float | None:
     """Share of labels in the loss of a stage, Eq. 2; None for batch-wise, where each iteration
     draws it."""
-    return None if token == "B" else float(token[1:]) if token[0] == "F" else float(token[-1] == "L")
+    return (
+        None if token == "B" else float(token[1:]) if token[0] == "F" else float(token[-1] == "L")
+    )
 
 
 # A search yields the nodes that it needs next, trained in any order by any process, and goes on
@@ -525,7 +647,7 @@ def gist(tree: "Tree", args: Args) -> Iterator[list[str]]:
     for _ in range(args.stages):  # line 2
         kids = [theta + letter for theta in beam for letter in "LP"]  # lines 4, 5: alpha = 1 and 0
         yield kids  # lines 6 to 14
-        beam = sorted(kids, key=tree.order)[:args.beam]  # lines 17, 18
+        beam = sorted(kids, key=tree.order)[: args.beam]  # lines 17, 18
 
 
 def rist_path(args: Args, trial: int) -> str:
@@ -542,8 +664,11 @@ def search_all(tree: "Tree", args: Args) -> dict[str, list[str]]:
     """Run all searches side by side -> the nodes that each visited, stage 0 first. Every process
     runs this function and trains any node whose parent is there and which nobody else trains; who
     trains what makes no difference."""
-    known = {"rist": [rist_path(args, trial) for trial in range(args.trials)], "path": args.path,
-             "batchwise": ["B" * args.stages]}  # Fig. 6
+    known = {
+        "rist": [rist_path(args, trial) for trial in range(args.trials)],
+        "path": args.path,
+        "batchwise": ["B" * args.stages],
+    }  # Fig. 6
     for alpha in args.alpha:  # Sec. III-B
         token = {0: "P", 1: "L"}.get(alpha, f"F{alpha:.9f}".rstrip("0"))
         known["fist" if len(args.alpha) == 1 else f"fist {alpha:g}"] = [token * args.stages]
@@ -558,12 +683,19 @@ def search_all(tree: "Tree", args: Args) -> dict[str, list[str]]:
                 visited[name] += wanted[name]
                 if not wanted[name]:
                     del active[name]
-        pending = list(dict.fromkeys(p for name in active for p in wanted[name] if not tree.store.done(p)))
+        pending = list(
+            dict.fromkeys(p for name in active for p in wanted[name] if not tree.store.done(p))
+        )
         # each has its own
         start = distributed.launched().rank * len(pending) // distributed.launched().size
-        ready = dict.fromkeys(tree.store.first_to_make(parent_of(p)) or p for p in pending[start:] + pending[:start])
-        tree.prune({tree.best(nodes) for nodes in visited.values()} | {*ready, *map(parent_of, [*ready, *pending])}
-                   | {p for p in wanted.get("gist", []) if tree.store.done(p)})
+        ready = dict.fromkeys(
+            tree.store.first_to_make(parent_of(p)) or p for p in pending[start:] + pending[:start]
+        )
+        tree.prune(
+            {tree.best(nodes) for nodes in visited.values()}
+            | {*ready, *map(parent_of, [*ready, *pending])}
+            | {p for p in wanted.get("gist", []) if tree.store.done(p)}
+        )
         if not active:
             return visited
         any(tree.store.make_if_free(p, tree.train) for p in ready) or tree.wait()
@@ -601,11 +733,15 @@ class Tree:
 
     def weights(self, path: str) -> dict[str, Tensor]:
         """The weights of a node; UserError when they are not those that were scored."""
-        state = runs.load_checkpoint(self.store.folder(path) / "weights.pt", SCRIPT)["networks"]["student"]
+        state = runs.load_checkpoint(self.store.folder(path) / "weights.pt", SCRIPT)["networks"][
+            "student"
+        ]
         self.store.records.pop(path, None)  # another process may have trained it again
         if fingerprint(state) != self.store.record(path)["weights"]:
-            raise runs.RankError(f"The weights in {self.store.folder(path)} are not those that were scored; remove "
-                                 f"this folder, and the same command trains them again.")
+            raise runs.RankError(
+                f"The weights in {self.store.folder(path)} are not those that were scored; remove "
+                f"this folder, and the same command trains them again."
+            )
         return state
 
     def train(self, path: str) -> None:
@@ -614,7 +750,9 @@ class Tree:
     def wait(self) -> None:
         """Other processes train all that this one could: look again soon."""
         if self.run is not None and self.run.signal:
-            raise runs.Stopped(f"Stopped by {self.run.signal} between two nodes; continue with --resume.")
+            raise runs.Stopped(
+                f"Stopped by {self.run.signal} between two nodes; continue with --resume."
+            )
         time.sleep(0.2)
 
     def prune(self, needed: set[str]) -> None:
@@ -634,7 +772,9 @@ class Tree:
         """A student with these weights, or with those that --weights implies and a fresh
         classifier."""
         distributed.seed_torch(self.args.seed, "student")
-        net = SegNet(self.args, len(self.data.classes), self.args.weights == "imagenet" and weights is None)
+        net = SegNet(
+            self.args, len(self.data.classes), self.args.weights == "imagenet" and weights is None
+        )
         if weights is not None:
             net.load_state_dict(weights)
         net = net.to(self.world.device, memory_format=torch.channels_last)
@@ -643,13 +783,19 @@ class Tree:
         net.frozen = frozen
         return net.train()
 
-    def stream(self, path: str, name: str, pictures: list[Picture], start: int, total: int) -> Iterator[Batch]:
+    def stream(
+        self, path: str, name: str, pictures: list[Picture], start: int, total: int
+    ) -> Iterator[Batch]:
         """Batches of a node: their order and augmentation follow from (seed, path, step,
         sample)."""
         # ours are class indices
         data = replace(self.data, to_class=None) if name == "pseudo" else self.data
-        views = datasets.Pictures(pictures, data, True, partial(augment, self.args), self.args.seed, f"{path} {name}")
-        for batch in datasets.stream(views, self.args.batch_size, start, total, self.world, self.args.workers):
+        views = datasets.Pictures(
+            pictures, data, True, partial(augment, self.args), self.args.seed, f"{path} {name}"
+        )
+        for batch in datasets.stream(
+            views, self.args.batch_size, start, total, self.world, self.args.workers
+        ):
             batch = batch.to(self.world.device)
             yield batch._replace(images=batch.images.float(), label=batch.label.long())
 
@@ -666,7 +812,9 @@ def train_stage0(tree: Tree) -> None:
     frozen = args.bn == "frozen" or (args.bn == "auto" and args.weights not in ("", "none"))
     net = tree.network(tree.init, frozen)
     s = State(net, sgd(net, args))
-    feeds = {"labeled": tree.labeled} | ({} if args.stage0 == "supervised" else {"unlabeled": tree.pool})
+    feeds = {"labeled": tree.labeled} | (
+        {} if args.stage0 == "supervised" else {"unlabeled": tree.pool}
+    )
     if args.stage0 == "classmix":
         s.teacher = tree.network(net.state_dict(), frozen).requires_grad_(False).eval()
     if args.stage0 == "s4gan":
@@ -675,7 +823,9 @@ def train_stage0(tree: Tree) -> None:
         s.opt_critic = torch.optim.Adam(s.critic.parameters(), args.gan_lr, betas=(0.9, 0.99))
     streams = {name: partial(tree.stream, ROOT, name, pictures) for name, pictures in feeds.items()}
     fit(tree, ROOT, s, partial(STAGE0[args.stage0], s, args), streams, args.stage0_steps)
-    s.student.load_state_dict(runs.load_checkpoint(tree.store.root / "best.pt", SCRIPT)["networks"]["student"])
+    s.student.load_state_dict(
+        runs.load_checkpoint(tree.store.root / "best.pt", SCRIPT)["networks"]["student"]
+    )
     finish(tree, ROOT, s.student, {"step": s.best[1], "steps": args.stage0_steps})
 
 
@@ -702,11 +852,15 @@ def refine(tree: Tree, path: str) -> None:
     finish(tree, path, s.student, facts | {"parent": fingerprint(theta)})
 
 
-def fit(tree: Tree, path: str, s: State, step_of: Callable, streams: dict[str, Callable], total: int) -> None:
+def fit(
+    tree: Tree, path: str, s: State, step_of: Callable, streams: dict[str, Callable], total: int
+) -> None:
     """Algorithm 1, lines 9 to 12: the iterations of a node, from its own checkpoint when it was
     stopped before."""
     args, folder, heard = tree.args, tree.store.folder(path), tree.run.signal if tree.run else ""
-    state = runs.load_checkpoint(folder / "last.pt", SCRIPT) if (folder / "last.pt").is_file() else None
+    state = (
+        runs.load_checkpoint(folder / "last.pt", SCRIPT) if (folder / "last.pt").is_file() else None
+    )
     if state is not None:
         s.step, s.best = state["step"], tuple(state["best"])
         for name, part in (s.of(nn.Module) | s.of(torch.optim.Optimizer)).items():
@@ -716,7 +870,9 @@ def fit(tree: Tree, path: str, s: State, step_of: Callable, streams: dict[str, C
     feeds = {name: make(s.step, total) for name, make in streams.items()}
     s.student.train()
     for step in run.steps(s.step, total):
-        for group in itertools.chain(*(opt.param_groups for opt in s.of(torch.optim.Optimizer).values())):
+        for group in itertools.chain(
+            *(opt.param_groups for opt in s.of(torch.optim.Optimizer).values())
+        ):
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * poly(step, total)
         batches = {name: next(feed) for name, feed in feeds.items()}
         # dropout follows from (seed, path, step)
@@ -727,24 +883,36 @@ def fit(tree: Tree, path: str, s: State, step_of: Callable, streams: dict[str, C
         if s.step % args.log_every == 0 or s.step == total:
             run.log(s.step, lr=s.opt.param_groups[0]["lr"])
         if path == ROOT and (s.step % args.eval_every == 0 or s.step == total):
-            dev = dev_miou(score(tree, s.student, tree.dev[:args.dev_size])["counts"])
+            dev = dev_miou(score(tree, s.student, tree.dev[: args.dev_size])["counts"])
             run.write(s.step, dev_miou=dev)
             if dev > s.best[0]:
                 s.best = (dev, s.step)
                 run.save("best.pt", snapshot(tree, s.student, s.step))
             s.student.train()
         if asked or s.step % args.save_every == 0 or s.step == total:
-            run.save("last.pt", snapshot(tree, s.student, s.step) | {"best": s.best,
-                "networks": {name: net.state_dict() for name, net in s.of(nn.Module).items()},
-                "optimizers": {name: opt.state_dict() for name, opt in s.of(torch.optim.Optimizer).items()}})
+            run.save(
+                "last.pt",
+                snapshot(tree, s.student, s.step)
+                | {
+                    "best": s.best,
+                    "networks": {name: net.state_dict() for name, net in s.of(nn.Module).items()},
+                    "optimizers": {
+                        name: opt.state_dict() for name, opt in s.of(torch.optim.Optimizer).items()
+                    },
+                },
+            )
         if asked:
             run.leave(s.step)  # does not return
 
 
 def snapshot(tree: Tree, net: SegNet, step: int) -> dict:
     """What a checkpoint holds, so that every node can be scored, predicted with and refined."""
-    return {"settings": json.loads(json.dumps(vars(tree.args))), "classes": tree.data.classes, "step": step,
-            "networks": {"student": net.state_dict()}}
+    return {
+        "settings": json.loads(json.dumps(vars(tree.args))),
+        "classes": tree.data.classes,
+        "step": step,
+        "networks": {"student": net.state_dict()},
+    }
 
 
 def finish(tree: Tree, path: str, net: SegNet, facts: dict) -> None:
@@ -755,15 +923,24 @@ def finish(tree: Tree, path: str, net: SegNet, facts: dict) -> None:
     np.savez_compressed(folder / "scores.npz", **(found := score(tree, net, tree.dev)))
     if tree.args.val_every_stage:
         val_record(tree, path, net)
-    record = {"path": path, "stage": len(tokens(path)), **facts, "seconds": round(seconds, 2),
-              "weights": fingerprint(net.state_dict()), "device": tree.world.device.type,
-              # Table III
-              "dev": {str(n): dev_miou(found["counts"][:n]) for n in range(1, len(tree.dev) + 1)}}
+    record = {
+        "path": path,
+        "stage": len(tokens(path)),
+        **facts,
+        "seconds": round(seconds, 2),
+        "weights": fingerprint(net.state_dict()),
+        "device": tree.world.device.type,
+        # Table III
+        "dev": {str(n): dev_miou(found["counts"][:n]) for n in range(1, len(tree.dev) + 1)},
+    }
     for name in ("last.pt", "best.pt"):
         (folder / name).unlink(missing_ok=True)
     tree.store.finish(path, record)
-    print(f"{path or 'stage 0'}: dev {tree.dev_of(path):.2f}, {facts['steps']} steps in {seconds:.0f} s",
-          gist_report.erased(facts.get("labels"), tree.args.phi), flush=True)
+    print(
+        f"{path or 'stage 0'}: dev {tree.dev_of(path):.2f}, {facts['steps']} steps in {seconds:.0f} s",
+        gist_report.erased(facts.get("labels"), tree.args.phi),
+        flush=True,
+    )
 
 
 # ===================================================================================== whole images
@@ -773,7 +950,11 @@ def forward_all(tree: Tree, net: SegNet, pictures: list[Picture], labels: bool) 
     on disk of each, neighbours of one size in one pass. A picture without label that cannot be read
     is left out."""
     net.eval()
-    loader, group, room = datasets.score_loader(pictures, tree.data, tree.world, tree.args.workers, labels), [], 0
+    loader, group, room = (
+        datasets.score_loader(pictures, tree.data, tree.world, tree.args.workers, labels),
+        [],
+        0,
+    )
     for index, image, label in itertools.chain(loader, [(-1, None, None)]):
         if group and (image is None or image.shape[-2:] != group[0][3] or len(group) == room):
             images = torch.stack([x for _, x, _, _ in group]).to(tree.world.device)
@@ -798,20 +979,34 @@ def label_images(tree: Tree, path: str) -> tuple[list[Picture], dict]:
             temporary = target.with_name(f".{target.name}.tmp")
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
-            for i, _, logits, size in forward_all(tree, tree.network(tree.weights(path)), tree.pool, labels=False):
+            for i, _, logits, size in forward_all(
+                tree, tree.network(tree.weights(path)), tree.pool, labels=False
+            ):
                 label = pseudo_label(logits[None], args.phi, args.temp)[0].byte()
-                label = F.interpolate(label[None], size=size, mode="nearest-exact")[0, 0].cpu().numpy()
+                label = (
+                    F.interpolate(label[None], size=size, mode="nearest-exact")[0, 0].cpu().numpy()
+                )
                 counts += np.bincount(label.flatten(), minlength=256)
                 Image.fromarray(label).save(temporary / f"{i}.png", compress_level=1)
             if not counts.any():
-                raise runs.RankError(f"None of the {len(tree.pool)} images can be read, such as {tree.pool[0].image}.")
+                raise runs.RankError(
+                    f"None of the {len(tree.pool)} images can be read, such as {tree.pool[0].image}."
+                )
             kept, total = counts[:IGNORE], max(counts[:IGNORE].sum(), 1)
-            stats = {"kept": float(kept.sum() / counts.sum()), "dominant": float(kept.max() / total),
-                     "share": (kept[:len(tree.data.classes)] / total).tolist()}
+            stats = {
+                "kept": float(kept.sum() / counts.sum()),
+                "dominant": float(kept.max() / total),
+                "share": (kept[: len(tree.data.classes)] / total).tolist(),
+            }
             (temporary / "stats.json").write_text(json.dumps(stats))
             temporary.rename(target)
-    stats, found = json.loads((target / "stats.json").read_text()), {int(p.stem) for p in target.glob("*.png")}
-    return [Picture(p.name, p.image, target / f"{i}.png") for i, p in enumerate(tree.pool) if i in found], stats
+    stats, found = (
+        json.loads((target / "stats.json").read_text()),
+        {int(p.stem) for p in target.glob("*.png")},
+    )
+    return [
+        Picture(p.name, p.image, target / f"{i}.png") for i, p in enumerate(tree.pool) if i in found
+    ], stats
 
 
 @torch.backends.cudnn.flags(enabled=True, benchmark=False)
@@ -819,14 +1014,25 @@ def score(tree: Tree, net: SegNet, pictures: list[Picture]) -> dict[str, np.ndar
     """EVAL of Algorithm 1: `counts` (n, K, K) of each picture; of the first six also `maskN`, the
     predictions (Figs. 2, 8, 9), and `confidence` (2, 50), histograms at T = 1 and --temp (Fig.
     5)."""
-    counts, found = [], {"temps": np.array([1, tree.args.temp]), "confidence": np.zeros((2, 50), np.int64)}
+    counts, found = (
+        [],
+        {"temps": np.array([1, tree.args.temp]), "confidence": np.zeros((2, 50), np.int64)},
+    )
     for i, label, logits, _ in forward_all(tree, net, pictures, labels=True):
         prediction = logits.argmax(0)
-        counts.append(metrics.confusion(prediction, label.to(prediction.device), len(tree.data.classes)).numpy())
+        counts.append(
+            metrics.confusion(
+                prediction, label.to(prediction.device), len(tree.data.classes)
+            ).numpy()
+        )
         if i < 6:
             found[f"mask{i}"] = prediction.byte().cpu().numpy()
-            conf = torch.stack([pseudo_label(logits[None], 0, temp)[1] for temp in found["temps"].tolist()]).cpu()
-            found["confidence"] += torch.stack([torch.histc(c, 50, 0, 1) for c in conf]).long().numpy()
+            conf = torch.stack(
+                [pseudo_label(logits[None], 0, temp)[1] for temp in found["temps"].tolist()]
+            ).cpu()
+            found["confidence"] += (
+                torch.stack([torch.histc(c, 50, 0, 1) for c in conf]).long().numpy()
+            )
     return found | {"counts": np.stack(counts)}
 
 
@@ -842,7 +1048,10 @@ def val_record(tree: Tree, path: str, net: SegNet | None = None) -> dict:
     file = tree.store.folder(path) / f"val-{tree.args.val}.json"
     if not file.is_file():
         counts = score(tree, net or tree.network(tree.weights(path)), tree.data.val)["counts"]
-        runs.write_text(file, json.dumps(metrics.iou_record(torch.from_numpy(counts.sum(0)), tree.data.classes, 0)))
+        runs.write_text(
+            file,
+            json.dumps(metrics.iou_record(torch.from_numpy(counts.sum(0)), tree.data.classes, 0)),
+        )
     return json.loads(file.read_text())
 
 
@@ -850,27 +1059,64 @@ def val_record(tree: Tree, path: str, net: SegNet | None = None) -> dict:
 # What shapes no weights: flags that choose nodes, and bookkeeping. What shapes stage 0 alone, or
 # all but stage 0.
 SEARCHES = "search alpha beam trials path stages max_run independent dev_size dev_reserve".split()
-BOOKKEEPING = ("root split split_seed unlabeled val out store resume workers device compile save_every log_every "
-               "keep_nodes val_every_stage eval predict report weights").split()
-STAGE0_ONLY = [f for f in Args.__dataclass_fields__ if f.startswith(("stage0", "gan_", "mix_"))] + ["eval_every"]
+BOOKKEEPING = (
+    "root split split_seed unlabeled val out store resume workers device compile save_every log_every "
+    "keep_nodes val_every_stage eval predict report weights"
+).split()
+STAGE0_ONLY = [f for f in Args.__dataclass_fields__ if f.startswith(("stage0", "gan_", "mix_"))] + [
+    "eval_every"
+]
 REFINE_ONLY = "cl cl_beta cl_drop cl_on phi temp steps".split()
-FLAGS_OF = {"s4gan": "gan_lr gan_gamma gan_fm gan_st", "classmix": "mix_threshold mix_alpha mix_weight mix_colour"}
-RANGES = dict.fromkeys("gan_gamma mix_threshold mix_alpha alpha cl_beta".split(), (0, 1)) | dict.fromkeys(
-    "beam trials steps stage0_steps dev_size eval_every save_every threads".split(), (1, 1e9)) | {
-    "crop_size": (16, 1e5), "scale": (0.01, 100), "aspp_rates": (1, 512), "cl_drop": (0, 0.999), "phi": (-1, 2),
-    "cut": (-1, 3), "resize": (0.05, 20), "temp": (1e-6, 1e6), "batch_size": (2, 1e6)}
+FLAGS_OF = {
+    "s4gan": "gan_lr gan_gamma gan_fm gan_st",
+    "classmix": "mix_threshold mix_alpha mix_weight mix_colour",
+}
+RANGES = (
+    dict.fromkeys("gan_gamma mix_threshold mix_alpha alpha cl_beta".split(), (0, 1))
+    | dict.fromkeys(
+        "beam trials steps stage0_steps dev_size eval_every save_every threads".split(), (1, 1e9)
+    )
+    | {
+        "crop_size": (16, 1e5),
+        "scale": (0.01, 100),
+        "aspp_rates": (1, 512),
+        "cl_drop": (0, 0.999),
+        "phi": (-1, 2),
+        "cut": (-1, 3),
+        "resize": (0.05, 20),
+        "temp": (1e-6, 1e6),
+        "batch_size": (2, 1e6),
+    }
+)
 
 
 def check(args: Args) -> None:
     """Refuse, before any work, what cannot run and flags that would be ignored."""
     runs.check_ranges(args, RANGES)
-    ignored = {flag: search not in args.search for flag, search in dict(
-        alpha="fist", beam="gist", path="path", trials="rist", max_run="rist", independent="rist").items()} | {
-        "init_head": args.backbone not in CAFFE, "cut": args.backbone in CAFFE, "stages": {*args.search} == {"path"},
-        "stage0_steps": args.stage0 not in STAGE0, **dict.fromkeys(("cl_beta", "cl_drop", "cl_on"), args.cl == 0)}
+    ignored = {
+        flag: search not in args.search
+        for flag, search in dict(
+            alpha="fist",
+            beam="gist",
+            path="path",
+            trials="rist",
+            max_run="rist",
+            independent="rist",
+        ).items()
+    } | {
+        "init_head": args.backbone not in CAFFE,
+        "cut": args.backbone in CAFFE,
+        "stages": {*args.search} == {"path"},
+        "stage0_steps": args.stage0 not in STAGE0,
+        **dict.fromkeys(("cl_beta", "cl_drop", "cl_on"), args.cl == 0),
+    }
     runs.check_meaning(args, preset(args.dataset), args.stage0, FLAGS_OF, ignored)
-    if "path" in args.search and not (args.path and all(re.fullmatch(r"([LPB]|F0?\.\d+)+", p) for p in args.path)):
-        raise UserError("--search path needs --path with words of L and P (or B, F0.75), such as --path LPPLLLPPL.")
+    if "path" in args.search and not (
+        args.path and all(re.fullmatch(r"([LPB]|F0?\.\d+)+", p) for p in args.path)
+    ):
+        raise UserError(
+            "--search path needs --path with words of L and P (or B, F0.75), such as --path LPPLLLPPL."
+        )
     if args.stage0 not in STAGE0 and not Path(args.stage0).is_file():
         raise UserError(f"--stage0 {args.stage0} is neither {', '.join(STAGE0)} nor a file.")
 
@@ -880,25 +1126,40 @@ def plant(args: Args) -> tuple[Tree, list[str]]:
     lines to print."""
     data = find.find(args.dataset, Path(args.root), args.val)
     split = CITYSCAPES.get(args.split, args.split) if args.dataset == "cityscapes" else args.split
-    chosen = find.choose(data, split, args.split_seed, args.unlabeled, "s4gan",
-                         held_out=max(args.dev_reserve, args.dev_size))
+    chosen = find.choose(
+        data,
+        split,
+        args.split_seed,
+        args.unlabeled,
+        "s4gan",
+        held_out=max(args.dev_reserve, args.dev_size),
+    )
     # their labels are never opened
     pool = [Picture(p.name, p.image, None) for p in chosen.unlabeled]
     args, init, notes = initial(args, len(data.classes))
     world = distributed.start(args.device, join=False)
     if world.device.type == "cpu":
         torch.set_num_threads(args.threads)
-    tree = Tree(args, replace(world, rank=0, size=1), data, chosen.labeled, pool, chosen.held_out, init=init)
-    start = "" if args.stage0 in STAGE0 else hashlib.sha256(Path(args.stage0).read_bytes()).hexdigest()
+    tree = Tree(
+        args, replace(world, rank=0, size=1), data, chosen.labeled, pool, chosen.held_out, init=init
+    )
+    start = (
+        "" if args.stage0 in STAGE0 else hashlib.sha256(Path(args.stage0).read_bytes()).hexdigest()
+    )
     start += fingerprint(init) if init else args.weights
     tree.store.root = Path(args.store) / f"stage0-{key_of(tree, REFINE_ONLY, start, args.dev_size)}"
-    return tree, [f"{chosen.text}; {len(chosen.labeled) + args.dev_size} labels used in all; scored on {len(data.val)}",
-                  *(f"weights {note}" for note in notes)]
+    return tree, [
+        f"{chosen.text}; {len(chosen.labeled) + args.dev_size} labels used in all; scored on {len(data.val)}",
+        *(f"weights {note}" for note in notes),
+    ]
 
 
 def key_of(tree: Tree, without: list[str], *more: Any) -> str:
     """A name for what shapes weights: settings, lists of images and `more`."""
-    lists = [splits.fingerprint(p.name for p in pictures) for pictures in (tree.labeled, tree.pool, tree.dev)]
+    lists = [
+        splits.fingerprint(p.name for p in pictures)
+        for pictures in (tree.labeled, tree.pool, tree.dev)
+    ]
     shape = {k: v for k, v in vars(tree.args).items() if k not in SEARCHES + BOOKKEEPING + without}
     text = json.dumps([shape, tree.data.classes, lists, more], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -908,14 +1169,23 @@ def train(args: Args) -> dict:
     """One run: stage 0, all searches, the chosen networks on val, results.json, whose contents are
     returned."""
     check(args)
-    out, phi = runs.default_out(SCRIPT, args), args.phi if args.phi >= 0 else 0.5 if args.temp < 1 else 0.9
+    out, phi = (
+        runs.default_out(SCRIPT, args),
+        args.phi if args.phi >= 0 else 0.5 if args.temp < 1 else 0.9,
+    )
     args = replace(args, phi=phi, out=str(out))
     tree, lines = plant(args)
     store, main = tree.store, distributed.launched().main
     if main:
         runs.open_run(out, SCRIPT, args, args.resume, not (out / "config.json").exists())
-        runs.write_config(out, SCRIPT, args, tree.world, {"images": "; ".join(lines), "stage0": str(store.root)})
-        print(*lines, f"{args.stage0} stage 0; {', '.join(args.search)}; in {out}, nodes in {args.store}", sep="\n")
+        runs.write_config(
+            out, SCRIPT, args, tree.world, {"images": "; ".join(lines), "stage0": str(store.root)}
+        )
+        print(
+            *lines,
+            f"{args.stage0} stage 0; {', '.join(args.search)}; in {out}, nodes in {args.store}",
+            sep="\n",
+        )
     while not (store.done(ROOT) and store.first_to_make(ROOT) is None):
         store.make_if_free(ROOT, tree.train) or tree.wait()
     store.others = Path(args.store) / key_of(tree, STAGE0_ONLY, store.record(ROOT)["weights"])
@@ -925,14 +1195,32 @@ def train(args: Args) -> dict:
     best = {"stage0": ROOT} | {name: tree.best(nodes) for name, nodes in visited.items()}
     while lost := [n for path in best.values() if (n := store.first_to_make(path)) is not None]:
         store.make_if_free(lost[0], tree.train) or tree.wait()
-    results = {name: {"path": path, "stage": len(tokens(path)), "dev": tree.dev_of(path), **val_record(tree, path),
-                      "step": store.record(path)["step"]} for name, path in best.items()}
-    results |= {k: getattr(args, k) for k in ("dataset", "split", "split_seed", "seed", "val", "dev_size")}
-    results |= {"split_fingerprint": splits.fingerprint(p.name for p in tree.labeled), "stage0_folder": str(store.root),
-                "nodes": str(store.others), "visited": visited,
-                "trials": [rist_path(args, trial) for trial in range(args.trials)] if "rist" in visited else []}
+    results = {
+        name: {
+            "path": path,
+            "stage": len(tokens(path)),
+            "dev": tree.dev_of(path),
+            **val_record(tree, path),
+            "step": store.record(path)["step"],
+        }
+        for name, path in best.items()
+    }
+    results |= {
+        k: getattr(args, k) for k in ("dataset", "split", "split_seed", "seed", "val", "dev_size")
+    }
+    results |= {
+        "split_fingerprint": splits.fingerprint(p.name for p in tree.labeled),
+        "stage0_folder": str(store.root),
+        "nodes": str(store.others),
+        "visited": visited,
+        "trials": [rist_path(args, trial) for trial in range(args.trials)]
+        if "rist" in visited
+        else [],
+    }
     state = runs.load_checkpoint(store.folder(tree.best([*best.values()])) / "weights.pt", SCRIPT)
-    runs.save_checkpoint(out / "best.pt", SCRIPT, state | {"settings": json.loads(json.dumps(vars(tree.args)))})
+    runs.save_checkpoint(
+        out / "best.pt", SCRIPT, state | {"settings": json.loads(json.dumps(vars(tree.args)))}
+    )
     return gist_report.write(tree, results, out)
 
 
@@ -944,7 +1232,9 @@ def load(path: str, args: Args) -> tuple[SegNet, Tree]:
     net = SegNet(args, len(state["classes"]))
     runs.load_exact(net, state["networks"]["student"], path)
     data = read.Segmentation(args.dataset, Path(args.root), state["classes"], {}, [])
-    return net.to(world.device, memory_format=torch.channels_last).eval(), Tree(args, world, data, [], [], [])
+    return net.to(world.device, memory_format=torch.channels_last).eval(), Tree(
+        args, world, data, [], [], []
+    )
 
 
 def evaluate(args: Args) -> dict:
@@ -953,8 +1243,12 @@ def evaluate(args: Args) -> dict:
     tree.data = find.find(args.dataset, Path(args.root), args.val, tree.data.classes)
     counts = torch.from_numpy(score(tree, net, tree.data.val)["counts"].sum(0))
     scores = {"student": {"last": metrics.iou_record(counts, tree.data.classes, 0)}}
-    facts = {k: getattr(args, k) for k in ("dataset", "split", "val", "seed")} | {"confusion": counts.tolist()}
-    runs.write_scores(Path(f"{args.eval}.results.json"), scores, facts, "miou", f"{args.val} of {tree.data.root}")
+    facts = {k: getattr(args, k) for k in ("dataset", "split", "val", "seed")} | {
+        "confusion": counts.tolist()
+    }
+    runs.write_scores(
+        Path(f"{args.eval}.results.json"), scores, facts, "miou", f"{args.val} of {tree.data.root}"
+    )
     return scores | facts
 
 
@@ -962,8 +1256,13 @@ def predict(args: Args) -> None:
     """--predict CKPT IMAGES...: index PNGs and overlays of images or folders into
     <checkpoint>.predictions/."""
     net, tree = load(args.predict[0], args)
-    plots.predictions(args.predict[1:], Path(f"{args.predict[0]}.predictions"), tree.data.classes, lambda images:
-                      upsample(net(resized(args, images[0], None)[0][None])[0], images.shape[-2:]), tree.world)
+    plots.predictions(
+        args.predict[1:],
+        Path(f"{args.predict[0]}.predictions"),
+        tree.data.classes,
+        lambda images: upsample(net(resized(args, images[0], None)[0][None])[0], images.shape[-2:]),
+        tree.world,
+    )
 
 
 def settings(dataset: str = "voc", eval: str = "", predict: str = "", report: str = "") -> Args:
@@ -974,8 +1273,15 @@ def settings(dataset: str = "voc", eval: str = "", predict: str = "", report: st
 
 
 def main(args: Args) -> Any:
-    return gist_report.again(plant(args)[0], Path(args.report)) if args.report else \
-        evaluate(args) if args.eval else predict(args) if args.predict else train(args)
+    return (
+        gist_report.again(plant(args)[0], Path(args.report))
+        if args.report
+        else evaluate(args)
+        if args.eval
+        else predict(args)
+        if args.predict
+        else train(args)
+    )
 
 
 if __name__ == "__main__":

@@ -143,14 +143,42 @@ class Args:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "voc": {},
-    "cityscapes": dict(root="datasets/cityscapes", split="186", crop_size=769, lr=0.01, decoder_lr=1, weight_decay=5e-4,
-                       epochs=200, window=769, aux=0.4, ohem=0.7, eval_every=1740),
-    "shapes": dict(root="datasets/shapes", split="random:10", backbone="test_resnet", weights="shapes", width=64,
-                   aspp_rates=(1, 2, 3), batch_size=8, crop_size=64, steps=1200, lr=0.01, decoder_lr=3,
-                   eval_every=300, scale=(0.75, 1.33), warmup_epochs=3, cutmix=1.0, cutmix_labeled=0.5),
+    "cityscapes": dict(
+        root="datasets/cityscapes",
+        split="186",
+        crop_size=769,
+        lr=0.01,
+        decoder_lr=1,
+        weight_decay=5e-4,
+        epochs=200,
+        window=769,
+        aux=0.4,
+        ohem=0.7,
+        eval_every=1740,
+    ),
+    "shapes": dict(
+        root="datasets/shapes",
+        split="random:10",
+        backbone="test_resnet",
+        weights="shapes",
+        width=64,
+        aspp_rates=(1, 2, 3),
+        batch_size=8,
+        crop_size=64,
+        steps=1200,
+        lr=0.01,
+        decoder_lr=3,
+        eval_every=300,
+        scale=(0.75, 1.33),
+        warmup_epochs=3,
+        cutmix=1.0,
+        cutmix_labeled=0.5,
+    ),
     "folder": dict(root="datasets/folder", split="random:1/8", crop_size=321),
 }
-RELEASED: dict[str, Any] = dict(batch_size=12, alpha_gta=0.999, alpha_teacher=0.999, gta_lr="constant", aux=0, ohem=0)
+RELEASED: dict[str, Any] = dict(
+    batch_size=12, alpha_gta=0.999, alpha_teacher=0.999, gta_lr="constant", aux=0, ohem=0
+)
 
 
 def preset(dataset: str = "voc", recipe: str = "paper", **overrides: Any) -> Args:
@@ -179,8 +207,12 @@ def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(logits, size=size, mode="bilinear", align_corners=True)
 
 
-def conv_bn(inputs: int, outputs: int, kernel: int, dilation: int = 1, bias: bool = False) -> nn.Sequential:
-    conv = nn.Conv2d(inputs, outputs, kernel, padding=dilation * (kernel // 2), dilation=dilation, bias=bias)
+def conv_bn(
+    inputs: int, outputs: int, kernel: int, dilation: int = 1, bias: bool = False
+) -> nn.Sequential:
+    conv = nn.Conv2d(
+        inputs, outputs, kernel, padding=dilation * (kernel // 2), dilation=dilation, bias=bias
+    )
     return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
 
 
@@ -191,7 +223,9 @@ class ASPP(nn.Module):
     def __init__(self, inputs: int, width: int, rates: tuple[int, ...]):
         super().__init__()
         self.pool = conv_bn(inputs, width, 1)
-        self.branches = nn.ModuleList([conv_bn(inputs, width, 1), *(conv_bn(inputs, width, 3, rate) for rate in rates)])
+        self.branches = nn.ModuleList(
+            [conv_bn(inputs, width, 1), *(conv_bn(inputs, width, 3, rate) for rate in rates)]
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         pooled = self.pool(x.mean((2, 3), keepdim=True)).expand(-1, -1, *x.shape[-2:])
@@ -206,7 +240,9 @@ class Features(nn.Module):
     def __init__(self, args: Args):
         super().__init__()
         pretrained = args.weights == "imagenet"
-        self.backbone, reduction, channels = backbones.build(args.backbone, args.output_stride, pretrained)
+        self.backbone, reduction, channels = backbones.build(
+            args.backbone, args.output_stride, pretrained
+        )
         if args.backbone.startswith("resnet") and not args.backbone.startswith("resnetv2"):
             deeplab_resnet(self.backbone, args.output_stride)
         self.low_map = max((i for i, r in enumerate(reduction) if r <= 4), default=0)
@@ -229,13 +265,26 @@ class Predictor(nn.Module):
         super().__init__()
         w = args.width
         self.classifier = nn.Sequential(
-            *conv_bn(2 * w, w, 3, bias=True), nn.Dropout2d(0.1), *conv_bn(w, w, 3, bias=True), nn.Dropout2d(0.1),
-            nn.Conv2d(w, num_classes, 1))
-        self.aux = nn.Sequential(*conv_bn(third_channels, w, 3, bias=True), nn.Dropout2d(0.1),
-                                 nn.Conv2d(w, num_classes, 1)) if args.aux else None
+            *conv_bn(2 * w, w, 3, bias=True),
+            nn.Dropout2d(0.1),
+            *conv_bn(w, w, 3, bias=True),
+            nn.Dropout2d(0.1),
+            nn.Conv2d(w, num_classes, 1),
+        )
+        self.aux = (
+            nn.Sequential(
+                *conv_bn(third_channels, w, 3, bias=True),
+                nn.Dropout2d(0.1),
+                nn.Conv2d(w, num_classes, 1),
+            )
+            if args.aux
+            else None
+        )
 
     def forward(self, features: Tensor, third: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self.classifier(features), self.aux(third) if self.aux is not None and self.training else None
+        return self.classifier(features), self.aux(
+            third
+        ) if self.aux is not None and self.training else None
 
 
 class SegNet(nn.Module):
@@ -249,7 +298,9 @@ class SegNet(nn.Module):
         self.bf16 = bf16
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        with torch.autocast("cuda" if images.is_cuda else "cpu", dtype=torch.bfloat16, enabled=self.bf16):
+        with torch.autocast(
+            "cuda" if images.is_cuda else "cpu", dtype=torch.bfloat16, enabled=self.bf16
+        ):
             logits, aux = self.predictor(*self.features(images))
         return logits.float(), None if aux is None else aux.float()
 
@@ -269,7 +320,9 @@ def drop_threshold(conf: Tensor, valid: Tensor, drop: float) -> Tensor:
     ordered = torch.where(valid, conf, torch.inf).flatten().sort().values
     n = valid.sum()
     index = (drop * (n - 1).double()).floor().long().clamp(min=0)
-    return torch.where((n > 0) & (drop > 0), ordered.gather(0, index[None])[0], torch.full_like(ordered[0], -1))
+    return torch.where(
+        (n > 0) & (drop > 0), ordered.gather(0, index[None])[0], torch.full_like(ordered[0], -1)
+    )
 
 
 def pseudo_label(label: Tensor, conf: Tensor, valid: Tensor, gamma: Tensor | float) -> Tensor:
@@ -278,7 +331,9 @@ def pseudo_label(label: Tensor, conf: Tensor, valid: Tensor, gamma: Tensor | flo
     return label.masked_fill(~(valid & (conf > gamma)), IGNORE)
 
 
-def reweight(conf: Tensor, keep: Tensor, tau: float, total: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+def reweight(
+    conf: Tensor, keep: Tensor, tau: float, total: Callable[[Tensor], Tensor] = lambda x: x
+) -> Tensor:
     """Eq. 6: weights (B, H, W) in proportion to c + tau on kept pixels, 0 elsewhere; they sum to
     the kept count. `total` sums a tensor over all processes, so that the weights belong to the
     global batch."""
@@ -286,8 +341,9 @@ def reweight(conf: Tensor, keep: Tensor, tau: float, total: Callable[[Tensor], T
     return raw * (total(keep.sum()) / total(raw.sum()).clamp(min=1e-12))
 
 
-def unsupervised_loss(logits: Tensor, label: Tensor, weight: Tensor,
-                      share: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+def unsupervised_loss(
+    logits: Tensor, label: Tensor, weight: Tensor, share: Callable[[Tensor], Tensor] = lambda x: x
+) -> Tensor:
     """Eq. 7 divided by the number of kept pixels. DEPARTS[mean] logits (B, K, H, W); label, weight
     (B, H, W) -> (). `share` averages a count over processes, as DDP averages gradients: together
     they make the global mean."""
@@ -296,15 +352,22 @@ def unsupervised_loss(logits: Tensor, label: Tensor, weight: Tensor,
     return (weight * loss).sum() / share((label != IGNORE).sum()).clamp(min=1e-6)
 
 
-def supervised_loss(logits: Tensor, label: Tensor, share: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+def supervised_loss(
+    logits: Tensor, label: Tensor, share: Callable[[Tensor], Tensor] = lambda x: x
+) -> Tensor:
     """Eq. 10 divided by the number of labeled pixels. DEPARTS[mean] logits (B, K, H, W), label (B,
     H, W) -> ()."""
     loss = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="none")
     return loss.sum() / share((label != IGNORE).sum()).clamp(min=1e-6)
 
 
-def hard_pixels(logits: Tensor, label: Tensor, thresh: float, min_kept: int,
-                gather: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+def hard_pixels(
+    logits: Tensor,
+    label: Tensor,
+    thresh: float,
+    min_kept: int,
+    gather: Callable[[Tensor], Tensor] = lambda x: x,
+) -> Tensor:
     """OHEM: logits (B, K, H, W), label (B, H, W) -> label without its easy pixels. Hard is a
     true-class probability of at most `thresh`, or among the `min_kept` smallest of the batch; fewer
     valid pixels than that are all kept."""
@@ -354,7 +417,9 @@ def cutmix(boxes: Tensor, partner: Tensor, *maps: Tensor) -> tuple[Tensor, ...]:
     top, bottom, left, right = (b[:, None] for b in boxes.unbind(1))  # (B, 1) each
     rows, columns = (ys >= top) & (ys < bottom), (xs >= left) & (xs < right)  # (B, H), (B, W)
     inside = rows[:, :, None] & columns[:, None, :]  # (B, H, W)
-    return tuple(torch.where(inside[:, None] if m.dim() == 4 else inside, m[partner], m) for m in maps)
+    return tuple(
+        torch.where(inside[:, None] if m.dim() == 4 else inside, m[partner], m) for m in maps
+    )
 
 
 def poly(step: int, total: int) -> float:
@@ -383,7 +448,9 @@ class State:
     best: dict = field(default_factory=dict)  # network -> its best one
 
     def networks(self) -> dict[str, SegNet]:
-        return {n: net for n in ("student", "teacher", "gta") if (net := getattr(self, n)) is not None}
+        return {
+            n: net for n in ("student", "teacher", "gta") if (net := getattr(self, n)) is not None
+        }
 
 
 class Pseudo(NamedTuple):
@@ -396,7 +463,9 @@ class Pseudo(NamedTuple):
     log: dict[str, Tensor]
 
 
-def train_step(s: State, labeled: Batch, unlabeled: Batch, args: Args, world: World) -> dict[str, Tensor]:
+def train_step(
+    s: State, labeled: Batch, unlabeled: Batch, args: Args, world: World
+) -> dict[str, Tensor]:
     """Algorithm 1, lines 3 to 12."""
     n = s.step - s.warmup
     # Step 1: the teacher labels the unlabeled images and weighs its labels
@@ -418,21 +487,38 @@ def teach(teacher: SegNet, unlabeled: Batch, args: Args, step: int, world: World
     """Step 1: Eq. 1 on clean images, CutMix, Eq. 2, Eq. 6."""
     # Eq. 1
     conf, label = confidence(upsample(teacher(unlabeled.images)[0], unlabeled.images.shape[-2:]))
-    images, valid, label, conf, truth = mix(args.cutmix, "u", args, step, world, unlabeled.images, unlabeled.valid,
-                                            label, conf, unlabeled.label)
+    images, valid, label, conf, truth = mix(
+        args.cutmix,
+        "u",
+        args,
+        step,
+        world,
+        unlabeled.images,
+        unlabeled.valid,
+        label,
+        conf,
+        unlabeled.label,
+    )
     gamma = args.threshold or drop_threshold(world.gather(conf), world.gather(valid), args.drop)
     label = pseudo_label(label, conf, valid, gamma)  # Eq. 2
     keep = label != IGNORE
     # Eq. 6
-    weight = reweight(conf, keep, args.tau, world.sum) if args.reweight == "laplace" else keep.float()
-    log = {"conf": (conf * valid).sum() / valid.sum().clamp(min=1), "kept": keep.sum() / valid.sum().clamp(min=1)}
+    weight = (
+        reweight(conf, keep, args.tau, world.sum) if args.reweight == "laplace" else keep.float()
+    )
+    log = {
+        "conf": (conf * valid).sum() / valid.sum().clamp(min=1),
+        "kept": keep.sum() / valid.sum().clamp(min=1),
+    }
     if args.monitor_labels:  # watched, never learned from
         thing = keep & (truth != IGNORE) & ((truth > 0) | (label > 0))
         log["pseudo_acc"] = ((label == truth) & thing).sum() / thing.sum().clamp(min=1)
     return Pseudo(images, label, weight, log)
 
 
-def loss_on(data: str, forward: Callable, labeled: Batch, pseudo: Pseudo | None, args: Args, world: World) -> Tensor:
+def loss_on(
+    data: str, forward: Callable, labeled: Batch, pseudo: Pseudo | None, args: Args, world: World
+) -> Tensor:
     """L_l (Eq. 10) on "labeled", mu L_u (Eq. 7) on "pseudo", their sum (Eq. 3) on "both", from one
     forward pass."""
     use_l, use_u = data != "pseudo", data != "labeled"
@@ -446,10 +532,14 @@ def loss_on(data: str, forward: Callable, labeled: Batch, pseudo: Pseudo | None,
         for z, weight in [(logits, 1.0)] + ([] if aux is None else [(aux, args.aux)]):
             z, label = upsample(z[:b], size), labeled.label
             if args.ohem:  # DEPARTS[cityscapes]
-                label = hard_pixels(z.detach(), label, args.ohem, OHEM_KEPT * args.batch_size, world.gather)
+                label = hard_pixels(
+                    z.detach(), label, args.ohem, OHEM_KEPT * args.batch_size, world.gather
+                )
             loss = loss + weight * supervised_loss(z, label, world.mean)
     if use_u:
-        loss = loss + args.mu * unsupervised_loss(upsample(logits[-b:], size), pseudo.label, pseudo.weight, world.mean)
+        loss = loss + args.mu * unsupervised_loss(
+            upsample(logits[-b:], size), pseudo.label, pseudo.weight, world.mean
+        )
     return loss
 
 
@@ -468,7 +558,9 @@ def warmup_step(s: State, labeled: Batch, args: Args, world: World) -> dict[str,
     return {"loss_l": loss.detach()}
 
 
-def mean_teacher_step(s: State, labeled: Batch, unlabeled: Batch, args: Args, world: World) -> dict[str, Tensor]:
+def mean_teacher_step(
+    s: State, labeled: Batch, unlabeled: Batch, args: Args, world: World
+) -> dict[str, Tensor]:
     """Table 4, row 2 (Sec. 3.1, Fig. 1b): the student learns from labels and pseudo labels, Eqs. 2
     to 5."""
     pseudo = teach(s.teacher, unlabeled, args, s.step, world)
@@ -480,7 +572,9 @@ def mean_teacher_step(s: State, labeled: Batch, unlabeled: Batch, args: Args, wo
 
 
 # ------------------------------------------------------------ the released loop, beside the paper's
-def train_step_released(s: State, labeled: Batch, unlabeled: Batch, args: Args, world: World) -> dict[str, Tensor]:
+def train_step_released(
+    s: State, labeled: Batch, unlabeled: Batch, args: Args, world: World
+) -> dict[str, Tensor]:
     """train_step as the released code has it; read it as a diff. Recipe and consequences:
     docs/gta_seg.md."""
     n, b, size = s.step - s.warmup, len(labeled.images), labeled.images.shape[-2:]
@@ -506,7 +600,12 @@ def train_step_released(s: State, labeled: Batch, unlabeled: Batch, args: Args, 
     loss_l = supervised_loss(upsample(s.forward_student(both)[0][:b], size), labeled.label)
     update(s.opt_student, loss_l)
     ema_rebind(s.teacher, s.student, ema_decay(n, args.alpha_teacher))  # never the statistics
-    return {"loss_l": loss_l.detach(), "loss_u": loss_u.detach(), "conf": conf.mean(), "kept": keep.float().mean()}
+    return {
+        "loss_l": loss_l.detach(),
+        "loss_u": loss_u.detach(),
+        "conf": conf.mean(),
+        "kept": keep.float().mean(),
+    }
 
 
 def warmup_step_released(s: State, labeled: Batch, args: Args, world: World) -> dict[str, Tensor]:
@@ -532,7 +631,9 @@ def ema_rebind(target: nn.Module, source: nn.Module, decay: float) -> None:
         t.data = t.data.clone().mul_(decay).add_(s.data, alpha=1 - decay)
 
 
-def mix(probability: float, name: str, args: Args, step: int, world: World, *maps: Tensor) -> tuple[Tensor, ...]:
+def mix(
+    probability: float, name: str, args: Args, step: int, world: World, *maps: Tensor
+) -> tuple[Tensor, ...]:
     """CutMix a batch with `probability`, one coin per step for all processes. DEPARTS[cutmix]
     `name` is the stream, l or u. Coins and boxes depend on (seed, step, sample) alone. The partner
     of image i is its neighbour in the pair (i xor 1), on any number of processes; in the released
@@ -540,7 +641,10 @@ def mix(probability: float, name: str, args: Args, step: int, world: World, *map
     if rng(args.seed, "cutmix", name, step).random() >= probability:
         return maps
     b, device = len(maps[0]), maps[0].device
-    boxes = cutmix_boxes(maps[0].shape[-2:], [rng(args.seed, "box", name, step, world.rank * b + i) for i in range(b)])
+    boxes = cutmix_boxes(
+        maps[0].shape[-2:],
+        [rng(args.seed, "box", name, step, world.rank * b + i) for i in range(b)],
+    )
     partner = torch.arange(b).roll(-1) if args.recipe == "released" else torch.arange(b) ^ 1
     return cutmix(boxes.to(device, non_blocking=True), partner.to(device, non_blocking=True), *maps)
 
@@ -549,26 +653,41 @@ def prepare(batch: Batch, args: Args, world: World, step: int, mixed: float = 0)
     """To the device: normalised images, int64 labels; labeled batches are mixed here when asked
     for."""
     batch = batch.to(world.device)
-    images = transforms.normalize(batch.images, batch.valid).contiguous(memory_format=torch.channels_last)
-    images, valid, label = mix(mixed, "l", args, step, world, images, batch.valid, batch.label.long())
+    images = transforms.normalize(batch.images, batch.valid).contiguous(
+        memory_format=torch.channels_last
+    )
+    images, valid, label = mix(
+        mixed, "l", args, step, world, images, batch.valid, batch.label.long()
+    )
     return Batch(images, valid, label, batch.skipped)
 
 
-def augment(args: Args, image: Tensor, label: Tensor | None, generator: np.random.Generator) -> tuple:
+def augment(
+    args: Args, image: Tensor, label: Tensor | None, generator: np.random.Generator
+) -> tuple:
     """Scaling, flip and crop as in the released code; the paper names none. DEPARTS[open],
     DEPARTS[padding]"""
     image, label = transforms.random_scale(image, label, *args.scale, generator)
     image, label = transforms.random_flip(image, label, generator)
-    return transforms.random_crop(image, label, args.crop_size, generator, IGNORE if args.recipe == "paper" else 0)
+    return transforms.random_crop(
+        image, label, args.crop_size, generator, IGNORE if args.recipe == "paper" else 0
+    )
 
 
 def sgd(net: SegNet, args: Args, world: World) -> torch.optim.SGD:
     """SGD as in Sec. 4.2; everything behind the backbone learns `decoder_lr` times faster.
     DEPARTS[open]: momentum"""
     f = net.features
-    parts = [(f.backbone, 1.0)] + [(m, args.decoder_lr) for m in (f.aspp, f.head, f.low, net.predictor)]
-    groups = [{"params": list(m.parameters()), "lr": args.lr * x, "initial_lr": args.lr * x} for m, x in parts]
-    return torch.optim.SGD(groups, momentum=0.9, weight_decay=args.weight_decay, fused=world.device.type == "cuda")
+    parts = [(f.backbone, 1.0)] + [
+        (m, args.decoder_lr) for m in (f.aspp, f.head, f.low, net.predictor)
+    ]
+    groups = [
+        {"params": list(m.parameters()), "lr": args.lr * x, "initial_lr": args.lr * x}
+        for m, x in parts
+    ]
+    return torch.optim.SGD(
+        groups, momentum=0.9, weight_decay=args.weight_decay, fused=world.device.type == "cuda"
+    )
 
 
 def set_lr(optimizer: torch.optim.Optimizer | None, factor: float) -> None:
@@ -576,7 +695,9 @@ def set_lr(optimizer: torch.optim.Optimizer | None, factor: float) -> None:
         group["lr"] = group["initial_lr"] * factor
 
 
-def build(args: Args, num_classes: int, world: World, epoch: int = 1, train: bool = True) -> tuple[State, list[str]]:
+def build(
+    args: Args, num_classes: int, world: World, epoch: int = 1, train: bool = True
+) -> tuple[State, list[str]]:
     """Networks, optimizers and forward passes of a method; also lines on weights that did not
     load."""
     weights, notes = backbones.read(args.weights, args.backbone, args.root) if train else None, []
@@ -584,10 +705,16 @@ def build(args: Args, num_classes: int, world: World, epoch: int = 1, train: boo
     def network(name: str) -> SegNet:
         # three starts, tied later
         distributed.seed_torch(args.seed, name if args.recipe == "released" else "student")
-        net = SegNet(args if train else replace(args, weights="none"), num_classes, world.bf16(args.precision))
+        net = SegNet(
+            args if train else replace(args, weights="none"),
+            num_classes,
+            world.bf16(args.precision),
+        )
         if weights is not None:
             notes[:] = runs.load_matching(net.features.backbone, weights, args.weights)
-        net = distributed.sync_batchnorm(net, world).to(world.device, memory_format=torch.channels_last)
+        net = distributed.sync_batchnorm(net, world).to(
+            world.device, memory_format=torch.channels_last
+        )
         if args.compile:
             net.compile()
         return net
@@ -598,18 +725,29 @@ def build(args: Args, num_classes: int, world: World, epoch: int = 1, train: boo
     transfer = []
     if gta is not None:
         gta.predictor.aux = None  # it sees pseudo labels only. DEPARTS[cityscapes]
-        parts = {"features": ["features"], "all": ["features", "predictor.classifier"], "none": []}[args.transfer]
-        transfer = [(student.get_submodule(p), gta.get_submodule(p)) for p in parts if args.method == "gta"]
+        parts = {"features": ["features"], "all": ["features", "predictor.classifier"], "none": []}[
+            args.transfer
+        ]
+        transfer = [
+            (student.get_submodule(p), gta.get_submodule(p)) for p in parts if args.method == "gta"
+        ]
         if args.share_predictor:  # DEPARTS[share-predictor]
             alias(gta.predictor.classifier, student.predictor.classifier)
         if args.method == "unbiased-st":  # one f, two g: no EMA. DEPARTS[unbiased-st]
             alias(gta.features, student.features)
     parallel = partial(distributed.parallel, world=world) if train else lambda net: net
     return State(
-        student=student, teacher=teacher, gta=gta, transfer=transfer, epoch=epoch,
-        opt_student=sgd(student, args, world), opt_gta=None if gta is None else sgd(gta, args, world),
-        forward_student=parallel(student), forward_gta=None if gta is None else parallel(gta),
-        warmup=args.steps if args.method == "suponly" else round(args.warmup_epochs * epoch)), notes
+        student=student,
+        teacher=teacher,
+        gta=gta,
+        transfer=transfer,
+        epoch=epoch,
+        opt_student=sgd(student, args, world),
+        opt_gta=None if gta is None else sgd(gta, args, world),
+        forward_student=parallel(student),
+        forward_gta=None if gta is None else parallel(gta),
+        warmup=args.steps if args.method == "suponly" else round(args.warmup_epochs * epoch),
+    ), notes
 
 
 def end_of_warmup(s: State, args: Args) -> None:
@@ -617,22 +755,29 @@ def end_of_warmup(s: State, args: Args) -> None:
     The released loop ties parameters in its own step and never copies the statistics."""
     for net in (s.teacher, s.gta) if args.recipe == "paper" else ():
         if net is not None:
-            net.load_state_dict({k: v for k, v in s.student.state_dict().items() if k in net.state_dict()})
+            net.load_state_dict(
+                {k: v for k, v in s.student.state_dict().items() if k in net.state_dict()}
+            )
 
 
 # ======================================================================================= evaluation
-def evaluate(networks: dict[str, SegNet], data: read.Segmentation, args: Args, world: World) -> tuple[dict, list]:
+def evaluate(
+    networks: dict[str, SegNet], data: read.Segmentation, args: Args, world: World
+) -> tuple[dict, list]:
     """Confusion counts (K, K) of each network, and rows of preview pictures (image, label,
     predictions).
 
     Sec. 4.2. Single scale, no flip, every image once on any number of processes; absent classes
     stay out of the mean. VOC and others: whole images, no padding scored. DEPARTS[whole-image]
     Cityscapes: sliding window, mean of logits."""
+
     def view(image: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         (h, w), c = label.shape, args.crop_size
         # centre crop, padding scored as background
         if args.recipe == "released" and args.dataset == "voc":
-            return transforms.crop(image, label, -((c - h) // 2), -((c - w) // 2), c, c, pad_label=0)
+            return transforms.crop(
+                image, label, -((c - h) // 2), -((c - w) // 2), c, c, pad_label=0
+            )
         return image, label, None
 
     images = datasets.score_loader(data.val, data, world, args.workers)
@@ -647,23 +792,37 @@ def predict_logits(net: SegNet, images: Tensor, window: int = 0) -> Tensor:
     if not window or max(size) <= window:
         return upsample(net.forward(images)[0], size)  # not compiled: every size would be once more
     stride, total, count = -(-window * 2 // 3), 0, images.new_zeros(1, 1, *size)
-    tops, lefts = ([min(i, max(n - window, 0)) for i in range(0, max(n - window, 0) + stride, stride)] for n in size)
+    tops, lefts = (
+        [min(i, max(n - window, 0)) for i in range(0, max(n - window, 0) + stride, stride)]
+        for n in size
+    )
     for top, left in itertools.product(tops, lefts):
-        part = images[:, :, top:top + window, left:left + window]
+        part = images[:, :, top : top + window, left : left + window]
         border = (left, size[1] - left - part.shape[-1], top, size[0] - top - part.shape[-2])
         total = total + F.pad(upsample(net.forward(part)[0], part.shape[-2:]), border)
-        count[:, :, top:top + window, left:left + window] += 1
+        count[:, :, top : top + window, left : left + window] += 1
     return total / count
 
 
 # ============================================================================================= main
-FLAGS_OF = {"gta": "gta_data student_data transfer share_predictor joint_bn", "gta released": "alpha_gta",
-            "gta released unbiased-st": "gta_lr", "gta mt unbiased-st": "mu reweight threshold monitor_labels",
-            "gta released mt unbiased-st": "alpha_teacher tau drop cutmix warmup_epochs",
-            # methods -> flags that mean something to them
-            "suponly gta mt unbiased-st": "aux ohem"}
-RANGES = dict.fromkeys("alpha_gta alpha_teacher threshold cutmix cutmix_labeled ohem".split(), (0, 1)) | {
-    "crop_size": (16, 1e5), "width": (4, 4096), "scale": (0.01, 100), "drop": (0, 0.999), "aspp_rates": (1, 512)}
+FLAGS_OF = {
+    "gta": "gta_data student_data transfer share_predictor joint_bn",
+    "gta released": "alpha_gta",
+    "gta released unbiased-st": "gta_lr",
+    "gta mt unbiased-st": "mu reweight threshold monitor_labels",
+    "gta released mt unbiased-st": "alpha_teacher tau drop cutmix warmup_epochs",
+    # methods -> flags that mean something to them
+    "suponly gta mt unbiased-st": "aux ohem",
+}
+RANGES = dict.fromkeys(
+    "alpha_gta alpha_teacher threshold cutmix cutmix_labeled ohem".split(), (0, 1)
+) | {
+    "crop_size": (16, 1e5),
+    "width": (4, 4096),
+    "scale": (0.01, 100),
+    "drop": (0, 0.999),
+    "aspp_rates": (1, 512),
+}
 
 
 def check(args: Args, world: World) -> None:
@@ -672,12 +831,23 @@ def check(args: Args, world: World) -> None:
     # CutMix pairs neighbours
     world.share(args.batch_size, multiple=1 if args.recipe == "released" else 2)
     if args.recipe == "released" and args.method != "gta":
-        raise UserError(f"--recipe released is a loop of --method gta; --method {args.method} has the paper's only.")
-    if args.ohem and args.crop_size ** 2 <= OHEM_KEPT:
-        raise UserError(f"--ohem keeps {OHEM_KEPT:,} pixels an image at least, which is all of a crop of --crop-size "
-                        f"{args.crop_size}; take a larger one, or --ohem 0.")
-    base, loop = preset(args.dataset, args.recipe), "released" if args.recipe == "released" else args.method
-    idle = {"tau": args.reweight == "none", "drop": args.threshold > 0, "alpha_gta": args.transfer == "none"}
+        raise UserError(
+            f"--recipe released is a loop of --method gta; --method {args.method} has the paper's only."
+        )
+    if args.ohem and args.crop_size**2 <= OHEM_KEPT:
+        raise UserError(
+            f"--ohem keeps {OHEM_KEPT:,} pixels an image at least, which is all of a crop of --crop-size "
+            f"{args.crop_size}; take a larger one, or --ohem 0."
+        )
+    base, loop = (
+        preset(args.dataset, args.recipe),
+        "released" if args.recipe == "released" else args.method,
+    )
+    idle = {
+        "tau": args.reweight == "none",
+        "drop": args.threshold > 0,
+        "alpha_gta": args.transfer == "none",
+    }
     runs.check_meaning(args, base, loop, FLAGS_OF, idle)
 
 
@@ -686,13 +856,20 @@ def train(args: Args) -> dict:
     returned."""
     check(args, distributed.launched())
     data = find.find(args.dataset, Path(args.root), args.val)
-    chosen = find.choose(data, args.split, args.split_seed, args.unlabeled, "gta_seg", args.method != "suponly")
-    epoch, out = max(len(chosen.unlabeled or chosen.labeled) // args.batch_size, 1), runs.default_out(SCRIPT, args)
+    chosen = find.choose(
+        data, args.split, args.split_seed, args.unlabeled, "gta_seg", args.method != "suponly"
+    )
+    epoch, out = (
+        max(len(chosen.unlabeled or chosen.labeled) // args.batch_size, 1),
+        runs.default_out(SCRIPT, args),
+    )
     steps = args.steps or round(args.epochs * epoch)
     args = replace(args, steps=steps, eval_every=args.eval_every or epoch, out=str(out))
     warmup = 0 if args.method == "suponly" else round(args.warmup_epochs * epoch)
     if args.steps <= warmup:
-        raise UserError(f"--steps {args.steps} end in the warm-up ({warmup}); see also --epochs and --warmup-epochs.")
+        raise UserError(
+            f"--steps {args.steps} end in the warm-up ({warmup}); see also --epochs and --warmup-epochs."
+        )
     resuming = runs.open_run(out, SCRIPT, args, args.resume, distributed.launched().main)
     world = distributed.start(args.device)
     s, notes = build(args, len(data.classes), world, epoch)
@@ -701,17 +878,40 @@ def train(args: Args) -> dict:
         restore(s, state, args)
     # Algorithm 1, Output
     networks, result = s.networks(), "student" if args.method == "suponly" else "teacher"
-    run = runs.Run(out, SCRIPT, args, world, s.step, state, {
-        "classes": data.classes, "images": chosen.text, "fingerprint": chosen.fingerprint, "weights_notes": notes})
-    run.say(f"{chosen.text}; scored on {len(data.val)}", *(f"weights {note}" for note in notes), f"{args.method}, "
-            f"{args.recipe} recipe: steps {s.step} to {args.steps}, warm-up {s.warmup}, {epoch} an epoch; in {out}")
+    run = runs.Run(
+        out,
+        SCRIPT,
+        args,
+        world,
+        s.step,
+        state,
+        {
+            "classes": data.classes,
+            "images": chosen.text,
+            "fingerprint": chosen.fingerprint,
+            "weights_notes": notes,
+        },
+    )
+    run.say(
+        f"{chosen.text}; scored on {len(data.val)}",
+        *(f"weights {note}" for note in notes),
+        f"{args.method}, "
+        f"{args.recipe} recipe: steps {s.step} to {args.steps}, warm-up {s.warmup}, {epoch} an epoch; in {out}",
+    )
 
     streams = []
-    for name, pictures, labels, start in [("labeled", chosen.labeled, True, s.step),
-                                          ("unlabeled", chosen.unlabeled, args.monitor_labels, max(s.step, s.warmup))]:
+    for name, pictures, labels, start in [
+        ("labeled", chosen.labeled, True, s.step),
+        ("unlabeled", chosen.unlabeled, args.monitor_labels, max(s.step, s.warmup)),
+    ]:
         views = datasets.Pictures(pictures, data, labels, partial(augment, args), args.seed, name)
-        streams.append(datasets.stream(views, args.batch_size, start, args.steps, world, args.workers))
-    loops = {"mt": (warmup_step, mean_teacher_step), "released": (warmup_step_released, train_step_released)}
+        streams.append(
+            datasets.stream(views, args.batch_size, start, args.steps, world, args.workers)
+        )
+    loops = {
+        "mt": (warmup_step, mean_teacher_step),
+        "released": (warmup_step_released, train_step_released),
+    }
     warm, step_of = loops.get(args.recipe, loops.get(args.method, (warmup_step, train_step)))
     s.student.train()
     for step in run.steps(s.step, args.steps):
@@ -721,7 +921,11 @@ def train(args: Args) -> dict:
         unlabeled = prepare(next(streams[1]), args, world, step) if step >= s.warmup else None
         # dropout: from (seed, step, process)
         distributed.seed_torch(args.seed, "step", step, world.rank)
-        values = warm(s, labeled, args, world) if unlabeled is None else step_of(s, labeled, unlabeled, args, world)
+        values = (
+            warm(s, labeled, args, world)
+            if unlabeled is None
+            else step_of(s, labeled, unlabeled, args, world)
+        )
         run.tally(step, values, labeled, unlabeled)
         distributed.average_buffers(world, *networks.values())
         s.step = step + 1
@@ -730,15 +934,25 @@ def train(args: Args) -> dict:
 
         asked, scoring = run.asked(s.step), s.step % args.eval_every == 0 or s.step == args.steps
         if s.step % args.log_every == 0 or scoring:
-            far = {"f_distance": metrics.distance(s.student.features, s.gta.features)} if s.gta is not None else {}
+            far = (
+                {"f_distance": metrics.distance(s.student.features, s.gta.features)}
+                if s.gta is not None
+                else {}
+            )
             run.log(s.step, lr=s.opt_student.param_groups[0]["lr"], **far)
         if scoring:
             counts, rows = evaluate(networks, data, args, world)
-            s.last = {name: metrics.iou_record(c, data.classes, s.step) for name, c in counts.items()}
-            s.best |= {n: r for n, r in s.last.items() if n not in s.best or r["miou"] > s.best[n]["miou"]}
+            s.last = {
+                name: metrics.iou_record(c, data.classes, s.step) for name, c in counts.items()
+            }
+            s.best |= {
+                n: r for n, r in s.last.items() if n not in s.best or r["miou"] > s.best[n]["miou"]
+            }
             run.write(s.step, **{f"miou_{name}": r["miou"] for name, r in s.last.items()})
             if world.main:
-                plots.strip(rows, ["image", "label", *networks], out / "previews" / f"{s.step:07d}.png")
+                plots.strip(
+                    rows, ["image", "label", *networks], out / "previews" / f"{s.step:07d}.png"
+                )
             if s.best[result] is s.last[result]:
                 run.save("best.pt", snapshot(s, args, data, optimizers=False))
         if scoring or asked or (args.save_every and s.step % args.save_every == 0):
@@ -746,15 +960,31 @@ def train(args: Args) -> dict:
         if asked and s.step < args.steps:
             run.leave(s.step)  # does not return
 
-    facts = {"method": args.method, "recipe": args.recipe, "val": args.val, "split_fingerprint": chosen.fingerprint}
-    return run.finish({name: {"last": s.last[name], "best": s.best[name]} for name in networks}, facts, result, "miou")
+    facts = {
+        "method": args.method,
+        "recipe": args.recipe,
+        "val": args.val,
+        "split_fingerprint": chosen.fingerprint,
+    }
+    return run.finish(
+        {name: {"last": s.last[name], "best": s.best[name]} for name in networks},
+        facts,
+        result,
+        "miou",
+    )
 
 
 def snapshot(s: State, args: Args, data: read.Segmentation, optimizers: bool = True) -> dict:
     """What a checkpoint holds. best.pt has the networks without `optimizers`: to score and to
     predict."""
-    state = {"settings": json.loads(json.dumps(vars(args))), "classes": data.classes, "step": s.step, "last": s.last,
-             "best": s.best, "networks": {name: net.state_dict() for name, net in s.networks().items()}}
+    state = {
+        "settings": json.loads(json.dumps(vars(args))),
+        "classes": data.classes,
+        "step": s.step,
+        "last": s.last,
+        "best": s.best,
+        "networks": {name: net.state_dict() for name, net in s.networks().items()},
+    }
     both = {"opt_student": s.opt_student, "opt_gta": s.opt_gta} if optimizers else {}
     return state | {name: o.state_dict() for name, o in both.items() if o is not None}
 
@@ -785,12 +1015,26 @@ def score(args: Args) -> dict:
     networks, state, world = load(args.eval, args)
     data = find.find(args.dataset, Path(args.root), args.val, state["classes"])
     counts, rows = evaluate(networks, data, args, world)
-    scores = {name: {"last": metrics.iou_record(c, data.classes, state["step"])} for name, c in counts.items()}
-    facts = {"dataset": args.dataset, "split": args.split, "val": args.val, "seed": args.seed,
-             "confusion": {name: c.tolist() for name, c in counts.items()}}
+    scores = {
+        name: {"last": metrics.iou_record(c, data.classes, state["step"])}
+        for name, c in counts.items()
+    }
+    facts = {
+        "dataset": args.dataset,
+        "split": args.split,
+        "val": args.val,
+        "seed": args.seed,
+        "confusion": {name: c.tolist() for name, c in counts.items()},
+    }
     if world.main:
         plots.strip(rows, ["image", "label", *networks], Path(f"{args.eval}.previews.png"))
-        runs.write_scores(Path(f"{args.eval}.results.json"), scores, facts, "miou", f"{len(data.val)} of {data.root}")
+        runs.write_scores(
+            Path(f"{args.eval}.results.json"),
+            scores,
+            facts,
+            "miou",
+            f"{len(data.val)} of {data.root}",
+        )
     return scores | facts
 
 
@@ -799,14 +1043,25 @@ def predict(args: Args) -> None:
     <checkpoint>.predictions/."""
     networks, state, world = load(args.predict[0], args)
     best, out = networks.get("teacher", networks["student"]), Path(f"{args.predict[0]}.predictions")
-    plots.predictions(args.predict[1:], out, state["classes"],
-                      lambda image: predict_logits(best, transforms.normalize(image), args.window), world)
+    plots.predictions(
+        args.predict[1:],
+        out,
+        state["classes"],
+        lambda image: predict_logits(best, transforms.normalize(image), args.window),
+        world,
+    )
 
 
-def settings(dataset: str = "voc", recipe: str = "paper", eval: str = "", predict: str = "") -> Args:
+def settings(
+    dataset: str = "voc", recipe: str = "paper", eval: str = "", predict: str = ""
+) -> Args:
     """What the command line starts from: a preset, or the settings inside a checkpoint to score or
     predict with."""
-    return runs.saved_settings(Args, Path(eval or predict), SCRIPT) if eval or predict else preset(dataset, recipe)
+    return (
+        runs.saved_settings(Args, Path(eval or predict), SCRIPT)
+        if eval or predict
+        else preset(dataset, recipe)
+    )
 
 
 def main(args: Args) -> Any:

@@ -44,7 +44,9 @@ class Stages(nn.Module):
         return maps
 
 
-def build(name: str, stride: int = 32, pretrained: bool = False, **more) -> tuple[nn.Module, list[int], list[int]]:
+def build(
+    name: str, stride: int = 32, pretrained: bool = False, **more
+) -> tuple[nn.Module, list[int], list[int]]:
     """The network, which maps (B, 3, H, W) to a list of feature maps, and each map's reduction and
     channels.
 
@@ -57,35 +59,54 @@ def build(name: str, stride: int = 32, pretrained: bool = False, **more) -> tupl
     try:
         if timm.is_model(name):
             try:
-                body = timm.create_model(name, features_only=True, output_stride=stride, pretrained=pretrained, **more)
+                body = timm.create_model(
+                    name, features_only=True, output_stride=stride, pretrained=pretrained, **more
+                )
             # a transformer: one stride, any size
             except (NotImplementedError, TypeError, ValueError):
-                body = timm.create_model(name, features_only=True, pretrained=pretrained, dynamic_img_size=True,
-                                         dynamic_img_pad=True)
+                body = timm.create_model(
+                    name,
+                    features_only=True,
+                    pretrained=pretrained,
+                    dynamic_img_size=True,
+                    dynamic_img_pad=True,
+                )
             return body, body.feature_info.reduction(), body.feature_info.channels()
         if name in torchvision.models.list_models():
             network = torchvision.models.get_model(name, weights="DEFAULT" if pretrained else None)
             if not hasattr(network, "features"):
-                raise UserError(f"--backbone {name} of torchvision has no `features` to cut; take a timm name.")
+                raise UserError(
+                    f"--backbone {name} of torchvision has no `features` to cut; take a timm name."
+                )
             body = Stages(network.features, stride)
             if len(body.ends) < 3:
                 raise uncut(name, "too few stages")
-            return body, [end[1] for end in body.ends.values()], [end[2] for end in body.ends.values()]
+            return (
+                body,
+                [end[1] for end in body.ends.values()],
+                [end[2] for end in body.ends.values()],
+            )
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001 (hub, network and file errors have no common class)
         if not pretrained:
             raise uncut(name, type(error).__name__) from None
-        raise UserError(f"The ImageNet weights of {name} could not be fetched ({type(error).__name__}); give a file of "
-                        f"them with --weights FILE, or start from random weights with --weights none.") from None
+        raise UserError(
+            f"The ImageNet weights of {name} could not be fetched ({type(error).__name__}); give a file of "
+            f"them with --weights FILE, or start from random weights with --weights none."
+        ) from None
     close = ", ".join(timm.list_models(f"*{name[:6]}*")[:5])
-    raise UserError(f"--backbone {name} is neither a timm nor a torchvision network; "
-                    + (f"did you mean {close}?" if close else "timm.list_models() lists the names."))
+    raise UserError(
+        f"--backbone {name} is neither a timm nor a torchvision network; "
+        + (f"did you mean {close}?" if close else "timm.list_models() lists the names.")
+    )
 
 
 def uncut(name: str, why: str) -> UserError:
-    return UserError(f"--backbone {name} cannot be cut into feature maps of several strides ({why}); take another, "
-                     f"for example resnet18.")
+    return UserError(
+        f"--backbone {name} cannot be cut into feature maps of several strides ({why}); take another, "
+        f"for example resnet18."
+    )
 
 
 def read(weights: str, backbone: str, root: str) -> dict[str, Tensor] | None:
@@ -97,8 +118,11 @@ def read(weights: str, backbone: str, root: str) -> dict[str, Tensor] | None:
         import timm
 
         from data import shapes
+
         if not timm.is_model(backbone):
-            raise UserError(f"--weights shapes pre-trains timm networks; --backbone {backbone} is none, so take a timm "
-                            f"name, or --weights none.")
+            raise UserError(
+                f"--weights shapes pre-trains timm networks; --backbone {backbone} is none, so take a timm "
+                f"name, or --weights none."
+            )
         return read_weights(shapes.pretrain(Path(root), backbone))
     return read_weights(Path(weights))

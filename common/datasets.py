@@ -17,6 +17,7 @@ from data.read import BrokenImage, Picture, Segmentation, helpers, load
 class Batch(NamedTuple):
     """`images` (B, 3, H, W) uint8, `valid` (B, H, W) bool, `label` (B, H, W) uint8 (all 255 where
     none was opened)."""
+
     images: Tensor
     valid: Tensor
     label: Tensor
@@ -30,8 +31,15 @@ class Pictures(Dataset):
     """Training samples by key (index, step, sample); `augment(image, label or None, rng)` -> image,
     label, valid."""
 
-    def __init__(self, pictures: list[Picture], data: Segmentation, labels: bool, augment: Callable, seed: int,
-                 name: str):
+    def __init__(
+        self,
+        pictures: list[Picture],
+        data: Segmentation,
+        labels: bool,
+        augment: Callable,
+        seed: int,
+        name: str,
+    ):
         self.pictures, self.data, self.labels, self.augment = pictures, data, labels, augment
         self.seed, self.name = seed, name
 
@@ -49,7 +57,9 @@ class Pictures(Dataset):
                 continue
             out = self.augment(image, label, rng(self.seed, self.name, step, sample))
             return Batch(out[0], out[2], out[1], torch.tensor(skipped))
-        raise RankError(f"None of the {len(self.pictures)} {self.name} images can be read, such as {picture.image}.")
+        raise RankError(
+            f"None of the {len(self.pictures)} {self.name} images can be read, such as {picture.image}."
+        )
 
 
 class Stream(Sampler):
@@ -57,7 +67,9 @@ class Stream(Sampler):
     pictures, each in an order that depends on the seed, the stream's name and the number of the
     pass."""
 
-    def __init__(self, n: int, batch_size: int, seed: int, name: str, start: int, stop: int, world: World):
+    def __init__(
+        self, n: int, batch_size: int, seed: int, name: str, start: int, stop: int, world: World
+    ):
         self.n, self.batch_size, self.seed, self.name = n, batch_size, seed, name
         self.steps, self.world = range(start, stop), world
 
@@ -71,17 +83,24 @@ class Stream(Sampler):
             for sample in range(self.world.rank * local, (self.world.rank + 1) * local):
                 turn, place = divmod(step * self.batch_size + sample, self.n)
                 if turn != epoch:
-                    epoch, order = turn, rng(self.seed, "order", self.name, turn).permutation(self.n)
+                    epoch, order = (
+                        turn,
+                        rng(self.seed, "order", self.name, turn).permutation(self.n),
+                    )
                 keys.append((int(order[place]), step, sample))
             yield keys
 
 
-def stream(dataset: Pictures, batch_size: int, start: int, stop: int, world: World, workers: int) -> Iterator[Batch]:
+def stream(
+    dataset: Pictures, batch_size: int, start: int, stop: int, world: World, workers: int
+) -> Iterator[Batch]:
     """The batches of this process for steps start..stop; nothing is read before the first is asked
     for."""
     if start < stop:
         keys = Stream(len(dataset), batch_size, dataset.seed, dataset.name, start, stop, world)
-        yield from DataLoader(dataset, batch_sampler=keys, pin_memory=world.device.type == "cuda", **helpers(workers))
+        yield from DataLoader(
+            dataset, batch_sampler=keys, pin_memory=world.device.type == "cuda", **helpers(workers)
+        )
 
 
 class Whole(Dataset):
@@ -104,8 +123,11 @@ class Whole(Dataset):
             return index, None, None
 
 
-def score_loader(pictures: list[Picture], data: Segmentation, world: World, workers: int,
-                 labels: bool = True) -> DataLoader:
+def score_loader(
+    pictures: list[Picture], data: Segmentation, world: World, workers: int, labels: bool = True
+) -> DataLoader:
     """(index, image, label), one picture at a time, each on exactly one process."""
-    mine = torch.utils.data.Subset(Whole(pictures, data, labels), range(world.rank, len(pictures), world.size))
+    mine = torch.utils.data.Subset(
+        Whole(pictures, data, labels), range(world.rank, len(pictures), world.size)
+    )
     return DataLoader(mine, batch_size=None, **helpers(min(workers, 4)))

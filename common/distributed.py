@@ -32,7 +32,9 @@ class World:
 
     def bf16(self, precision: str) -> bool:
         """Whether networks run in bf16: as told, or with `auto` on GPUs that compute in it."""
-        able = self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        able = self.device.type == "cuda" and torch.cuda.is_bf16_supported(
+            including_emulation=False
+        )
         return precision == "bf16" or (precision == "auto" and able)
 
     def share(self, batch_size: int, multiple: int = 1) -> int:
@@ -40,10 +42,17 @@ class World:
         (BatchNorm, mixing)."""
         step = self.size * multiple
         if batch_size % step or batch_size < 2 * self.size:
-            below, above = batch_size // step * step, max((batch_size // step + 1) * step, 2 * self.size)
-            parts = f"{self.size} processes" + (f" of a multiple of {multiple} images" if multiple > 1 else "")
-            raise UserError(f"--batch-size {batch_size} is global and does not divide into {parts}, two images each at "
-                            f"least; take {f'{below} or ' if below >= 2 * self.size else ''}{above}.")
+            below, above = (
+                batch_size // step * step,
+                max((batch_size // step + 1) * step, 2 * self.size),
+            )
+            parts = f"{self.size} processes" + (
+                f" of a multiple of {multiple} images" if multiple > 1 else ""
+            )
+            raise UserError(
+                f"--batch-size {batch_size} is global and does not divide into {parts}, two images each at "
+                f"least; take {f'{below} or ' if below >= 2 * self.size else ''}{above}."
+            )
         return batch_size // self.size
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -66,7 +75,10 @@ class World:
         processes."""
         if self.size == 1:
             return tensor
-        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        parts = [
+            torch.empty_like(tensor, memory_format=torch.contiguous_format)
+            for _ in range(self.size)
+        ]
         dist.all_gather(parts, tensor.contiguous())
         return torch.cat(parts)
 
@@ -78,7 +90,9 @@ class World:
 def launched() -> World:
     """The world that torchrun describes in the environment, before joining it: to check settings
     against."""
-    rank, size, local_rank = (int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, size, local_rank = (
+        int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
     return World(rank, size, local_rank)
 
 
@@ -92,26 +106,36 @@ def start(device: str = "auto", join: bool = True) -> World:
     if device != "cpu" and not re.fullmatch(r"cuda(:\d+)?", device):
         raise UserError(f"--device {device}: give auto, cpu, cuda or cuda:N.")
     if device.startswith("cuda:") and size > 1:
-        raise UserError(f"--device {device} would put all {size} processes on one GPU; give --device cuda, and choose "
-                        f"GPUs with CUDA_VISIBLE_DEVICES.")
+        raise UserError(
+            f"--device {device} would put all {size} processes on one GPU; give --device cuda, and choose "
+            f"GPUs with CUDA_VISIBLE_DEVICES."
+        )
     if device.startswith("cuda"):
         if not torch.cuda.is_available():
-            raise UserError(f"--device {device}: this PyTorch sees no GPU; use --device cpu or install a CUDA build.")
+            raise UserError(
+                f"--device {device}: this PyTorch sees no GPU; use --device cpu or install a CUDA build."
+            )
         if local_rank >= torch.cuda.device_count():
-            raise UserError(f"Process {local_rank} of this machine has no GPU of its own: {torch.cuda.device_count()} "
-                            f"GPU(s) seen; lower --nproc_per_node or use --device cpu.")
+            raise UserError(
+                f"Process {local_rank} of this machine has no GPU of its own: {torch.cuda.device_count()} "
+                f"GPU(s) seen; lower --nproc_per_node or use --device cpu."
+            )
         device = f"cuda:{local_rank}" if device == "cuda" else device
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
     if size > 1 and join:
         try:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo",
-                                    timeout=timedelta(minutes=60))
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo",
+                timeout=timedelta(minutes=60),
+            )
         except RuntimeError as error:  # DistNetworkError is a RuntimeError
             if "address already in use" in str(error).lower():
-                raise UserError(f"Port {os.environ.get('MASTER_PORT')} is in use on this machine; give torchrun "
-                                f"another one, for example --master_port 29501.") from None
+                raise UserError(
+                    f"Port {os.environ.get('MASTER_PORT')} is in use on this machine; give torchrun "
+                    f"another one, for example --master_port 29501."
+                ) from None
             raise
     return World(rank, size, local_rank, torch.device(device))
 
@@ -146,6 +170,7 @@ def sync_batchnorm(network: nn.Module, world: World) -> nn.Module:
     it."""
     if world.size > 1 and world.device.type == "cuda":
         from timm.layers import convert_sync_batchnorm
+
         return convert_sync_batchnorm(network)
     return network
 
@@ -172,6 +197,11 @@ def parallel(network: nn.Module, world: World) -> nn.Module:
         return network
     # of 1x1 convolutions, channels last
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view")
-    ids, ddp = [world.device] if world.device.type == "cuda" else None, nn.parallel.DistributedDataParallel
+    ids, ddp = (
+        [world.device] if world.device.type == "cuda" else None,
+        nn.parallel.DistributedDataParallel,
+    )
     new = "forward_sync_buffers" in inspect.signature(ddp).parameters  # the name since PyTorch 2.13
-    return ddp(network, device_ids=ids, **{"forward_sync_buffers" if new else "broadcast_buffers": False})
+    return ddp(
+        network, device_ids=ids, **{"forward_sync_buffers" if new else "broadcast_buffers": False}
+    )

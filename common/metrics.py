@@ -17,7 +17,10 @@ def confusion(prediction: Tensor, label: Tensor, num_classes: int) -> Tensor:
     Pixels whose label is not a class (255) are not counted."""
     # labels out of range share one extra row, which is cut off: no masking of the pixels, one pass
     rows = label.to(torch.int64).clamp(max=num_classes)
-    index, bins = (rows * num_classes + prediction.to(torch.int64)).flatten(), (num_classes + 1) * num_classes
+    index, bins = (
+        (rows * num_classes + prediction.to(torch.int64)).flatten(),
+        (num_classes + 1) * num_classes,
+    )
     if index.device.type == "cpu":  # numpy counts ten times faster than torch here
         counts = torch.from_numpy(np.bincount(index.numpy(), minlength=bins))
     else:
@@ -28,8 +31,15 @@ def confusion(prediction: Tensor, label: Tensor, num_classes: int) -> Tensor:
 @torch.no_grad()
 # many sizes: no time to try algorithms for each
 @torch.backends.cudnn.flags(enabled=True, benchmark=False)
-def score(networks: dict[str, nn.Module], logits_of: Callable, images: Iterable, view: Callable, num_classes: int,
-          world, previews: int = 6) -> tuple[dict[str, Tensor], list]:
+def score(
+    networks: dict[str, nn.Module],
+    logits_of: Callable,
+    images: Iterable,
+    view: Callable,
+    num_classes: int,
+    world,
+    previews: int = 6,
+) -> tuple[dict[str, Tensor], list]:
     """Confusion counts (K, K) of each network over all processes' `images` (index, image, label),
     and preview rows.
 
@@ -40,7 +50,9 @@ def score(networks: dict[str, nn.Module], logits_of: Callable, images: Iterable,
     rows, modes = [], [(net, net.training) for net in networks.values()]
     for _, image, label in images:
         image, label, valid = view(image, label)
-        x = normalize(image[None].to(world.device), None if valid is None else valid[None].to(world.device))
+        x = normalize(
+            image[None].to(world.device), None if valid is None else valid[None].to(world.device)
+        )
         row = [image.permute(1, 2, 0).numpy(), plots.colour(label)] if len(rows) < previews else []
         for name, net in networks.items():
             prediction = logits_of(net.eval(), x).argmax(1)[0]
@@ -71,9 +83,14 @@ def iou_record(counts: Tensor, classes: list[str], step: int) -> dict:
     """What results.json holds of a confusion matrix: `step`, `miou`, `iou` (class -> percent, None
     when absent)."""
     values = iou(counts).tolist()
-    return {"step": step, "miou": round(miou(counts), 4),
-            "iou": {name: None if value != value else round(value, 4)
-                    for name, value in zip(classes, values, strict=True)}}
+    return {
+        "step": step,
+        "miou": round(miou(counts), 4),
+        "iou": {
+            name: None if value != value else round(value, 4)
+            for name, value in zip(classes, values, strict=True)
+        },
+    }
 
 
 @torch.no_grad()

@@ -47,7 +47,10 @@ class Nodes:
     def make_if_free(self, path: str, make: Callable[[str], None]) -> bool:
         """make(path), unless the node is there; False when another process makes it."""
         with claim(self.folder(path)) as ours:
-            if ours and (not (self.folder(path) / "node.json").is_file() or self.first_to_make(path) is not None):
+            if ours and (
+                not (self.folder(path) / "node.json").is_file()
+                or self.first_to_make(path) is not None
+            ):
                 make(path)
             return ours
 

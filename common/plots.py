@@ -28,7 +28,9 @@ def colour(label: Tensor) -> np.ndarray:
     return palette()[label.cpu().numpy().astype(np.uint8)]
 
 
-def overlay(image: Tensor, label: Tensor, classes: list[str] = (), alpha: float = 0.55) -> np.ndarray:
+def overlay(
+    image: Tensor, label: Tensor, classes: list[str] = (), alpha: float = 0.55
+) -> np.ndarray:
     """Picture (3, H, W) uint8 with its label map laid over it, a thin line where the class changes,
     and a legend when `classes` names them -> (H', W, 3) uint8. A first class "background" stays
     clear."""
@@ -40,8 +42,13 @@ def overlay(image: Tensor, label: Tensor, classes: list[str] = (), alpha: float 
     edge[:, 1:] |= label[:, 1:] != label[:, :-1]
     painted[edge.numpy()] = 255
     painted = painted.round().astype(np.uint8)
-    shown = [i for i in torch.bincount(label.flatten(), minlength=256)[:len(classes)].argsort(descending=True).tolist()
-             if (label == i).any() and not (i == 0 and classes[0] == "background")]
+    shown = [
+        i
+        for i in torch.bincount(label.flatten(), minlength=256)[: len(classes)]
+        .argsort(descending=True)
+        .tolist()
+        if (label == i).any() and not (i == 0 and classes[0] == "background")
+    ]
     return np.concatenate([painted, legend(shown, classes, painted.shape[1])]) if shown else painted
 
 
@@ -78,12 +85,22 @@ def save_index_png(label: Tensor, path: Path) -> None:
 
 def strip(rows: list[list[np.ndarray]], titles: list[str], path: Path, height: int = 144) -> None:
     """A sheet of pictures (H, W, 3) uint8: one row each, one titled column each."""
-    scaled = [[Image.fromarray(p).resize([max(1, round(n * s)) for n in p.shape[1::-1]],
-                                         Image.Resampling.NEAREST if s > 1 else Image.Resampling.BILINEAR)
-               for p in row if (s := min(height / p.shape[0], 4 * height / p.shape[1]))] for row in rows]
+    scaled = [
+        [
+            Image.fromarray(p).resize(
+                [max(1, round(n * s)) for n in p.shape[1::-1]],
+                Image.Resampling.NEAREST if s > 1 else Image.Resampling.BILINEAR,
+            )
+            for p in row
+            if (s := min(height / p.shape[0], 4 * height / p.shape[1]))
+        ]
+        for row in rows
+    ]
     widths = [max(row[i].width for row in scaled) for i in range(len(titles))]
     gap, head = 4, 16
-    sheet = Image.new("RGB", (sum(widths) + gap * (len(widths) - 1), head + len(rows) * (height + gap)), "white")
+    sheet = Image.new(
+        "RGB", (sum(widths) + gap * (len(widths) - 1), head + len(rows) * (height + gap)), "white"
+    )
     draw, x = ImageDraw.Draw(sheet), 0
     for column, (title, width) in enumerate(zip(titles, widths, strict=True)):
         draw.text((x + 2, 2), title, fill="black")
@@ -95,7 +112,9 @@ def strip(rows: list[list[np.ndarray]], titles: list[str], path: Path, height: i
 
 
 @torch.no_grad()
-def predictions(paths: list[str], out: Path, classes: list[str], logits_of: Callable[[Tensor], Tensor], world) -> None:
+def predictions(
+    paths: list[str], out: Path, classes: list[str], logits_of: Callable[[Tensor], Tensor], world
+) -> None:
     """Index PNGs and overlays of images, or of folders of them, into `out`; `logits_of` maps uint8
     (1, 3, H, W) to logits (1, K, H, W). UserError when there is no image, or the only one cannot be
     read."""
@@ -115,22 +134,30 @@ def curves(records: list[dict], path: Path, title: str = "") -> None:
     """A panel for each family of keys in the log's records (what stands before an underscore), a
     line for each key."""
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     panels: dict[str, list[str]] = {}
-    for key in dict.fromkeys(k for r in records for k in r if k not in ("step", "images_per_second")):
+    for key in dict.fromkeys(
+        k for r in records for k in r if k not in ("step", "images_per_second")
+    ):
         panels.setdefault(key.split("_")[0], []).append(key)
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.2 * rows), squeeze=False)
-    for axis in axes.flat[len(panels):]:
+    for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
     for axis, (name, keys) in zip(axes.flat, panels.items(), strict=False):
         for k in keys:
             points = [(r["step"], r[k]) for r in records if isinstance(r.get(k), (int, float))]
             if points:
-                axis.plot(*zip(*points, strict=True), label=k, marker="o" if len(points) < 20 else None, markersize=3)
+                axis.plot(
+                    *zip(*points, strict=True),
+                    label=k,
+                    marker="o" if len(points) < 20 else None,
+                    markersize=3,
+                )
         axis.set(title=name, xlabel="step")
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3)

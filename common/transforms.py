@@ -14,7 +14,9 @@ IMAGENET_STD = (58.395, 57.12, 57.375)
 MEAN, STD = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
 
 
-def resize(image: Tensor, label: Tensor | None, size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+def resize(
+    image: Tensor, label: Tensor | None, size: tuple[int, int]
+) -> tuple[Tensor, Tensor | None]:
     """Picture bilinear (half-pixel centres, no antialias), label nearest. `size` is (height,
     width)."""
     image = F.interpolate(image[None], size=size, mode="bilinear", align_corners=False)[0]
@@ -23,8 +25,9 @@ def resize(image: Tensor, label: Tensor | None, size: tuple[int, int]) -> tuple[
     return image, label
 
 
-def random_scale(image: Tensor, label: Tensor | None, low: float, high: float,
-                 rng: np.random.Generator) -> tuple[Tensor, Tensor | None]:
+def random_scale(
+    image: Tensor, label: Tensor | None, low: float, high: float, rng: np.random.Generator
+) -> tuple[Tensor, Tensor | None]:
     """Scale both sides by one factor. Factors under and over 1 are equally likely when the range
     holds 1: half of the time uniform in [low, 1], else uniform in [1, high]."""
     if low < 1 < high:
@@ -35,15 +38,24 @@ def random_scale(image: Tensor, label: Tensor | None, low: float, high: float,
     return resize(image, label, (max(int(height * factor), 2), max(int(width * factor), 2)))
 
 
-def random_flip(image: Tensor, label: Tensor | None, rng: np.random.Generator) -> tuple[Tensor, Tensor | None]:
+def random_flip(
+    image: Tensor, label: Tensor | None, rng: np.random.Generator
+) -> tuple[Tensor, Tensor | None]:
     """Left-right, half of the time."""
     if rng.random() < 0.5:
         image, label = image.flip(-1), None if label is None else label.flip(-1)
     return image, label
 
 
-def crop(image: Tensor, label: Tensor | None, top: int, left: int, height: int, width: int,
-         pad_label: int = 255) -> tuple[Tensor, Tensor, Tensor]:
+def crop(
+    image: Tensor,
+    label: Tensor | None,
+    top: int,
+    left: int,
+    height: int,
+    width: int,
+    pad_label: int = 255,
+) -> tuple[Tensor, Tensor, Tensor]:
     """The window at (top, left), which may reach over every border -> image, label, valid of
     (height, width).
 
@@ -61,13 +73,20 @@ def crop(image: Tensor, label: Tensor | None, top: int, left: int, height: int, 
     return out, out_label, valid
 
 
-def random_crop(image: Tensor, label: Tensor | None, size: int | tuple[int, int], rng: np.random.Generator,
-                pad_label: int = 255) -> tuple[Tensor, Tensor, Tensor]:
+def random_crop(
+    image: Tensor,
+    label: Tensor | None,
+    size: int | tuple[int, int],
+    rng: np.random.Generator,
+    pad_label: int = 255,
+) -> tuple[Tensor, Tensor, Tensor]:
     """A random window of `size` (one side, or height and width); what is shorter is padded equally
     on both ends."""
     sides = (size, size) if isinstance(size, int) else size
-    top, left = (int(rng.integers(0, n - side + 1)) if n > side else -((side - n) // 2)
-                 for n, side in zip(image.shape[-2:], sides, strict=True))
+    top, left = (
+        int(rng.integers(0, n - side + 1)) if n > side else -((side - n) // 2)
+        for n, side in zip(image.shape[-2:], sides, strict=True)
+    )
     return crop(image, label, top, left, *sides, pad_label)
 
 
@@ -85,6 +104,7 @@ def jitter_and_blur(images: Tensor, rng: np.random.Generator) -> Tensor:
     strength 0.25 with probability 0.8, blur of deviation 0.15 to 1.15 with a kernel of a tenth of
     the side with 0.5."""
     from torchvision.transforms.v2 import functional as tv
+
     bright, contrast, colourful = rng.uniform(0.75, 1.25, 3)
     hue, jittered, blurred, sigma = rng.uniform((-0.25, 0, 0, 0.15), (0.25, 1, 1, 1.15))
     images = images / 255
@@ -92,5 +112,7 @@ def jitter_and_blur(images: Tensor, rng: np.random.Generator) -> Tensor:
         images = tv.adjust_contrast(tv.adjust_brightness(images, bright), contrast)
         images = tv.adjust_hue(tv.adjust_saturation(images, colourful), hue)
     if blurred > 0.5:
-        images = tv.gaussian_blur(images, [int(0.1 * n) // 2 * 2 + 1 for n in images.shape[:-3:-1]], [sigma, sigma])
+        images = tv.gaussian_blur(
+            images, [int(0.1 * n) // 2 * 2 + 1 for n in images.shape[:-3:-1]], [sigma, sigma]
+        )
     return images * 255

@@ -33,18 +33,28 @@ def encode(masks: Tensor) -> list[dict]:
         return []
     # turned where the masks are
     columns = (masks != 0).to(torch.uint8).transpose(1, 2).contiguous().cpu().numpy()
-    return [{"size": list(runs["size"]), "counts": runs["counts"].decode()}
-            for runs in coco_mask.encode(columns.transpose(2, 1, 0))]
+    return [
+        {"size": list(runs["size"]), "counts": runs["counts"].decode()}
+        for runs in coco_mask.encode(columns.transpose(2, 1, 0))
+    ]
 
 
-def results_of(image_id: int, ids: list[int], labels: Tensor, scores: Tensor, masks: Tensor | None,
-               boxes: Tensor | None = None) -> list[dict]:
+def results_of(
+    image_id: int,
+    ids: list[int],
+    labels: Tensor,
+    scores: Tensor,
+    masks: Tensor | None,
+    boxes: Tensor | None = None,
+) -> list[dict]:
     """One image's entries of a COCO results file: class indices (N,), scores (N,) and masks (N, H,
     W) in the image's own size, or none. `ids` are the data set's category ids. Boxes (N, 4), x0,
     y0, x1, y1, become x, y, width, height; without them there is no bbox, or pycocotools would take
     areas from it."""
-    entries = [{"image_id": image_id, "category_id": ids[label], "score": score}
-               for label, score in zip(labels.tolist(), scores.tolist(), strict=True)]
+    entries = [
+        {"image_id": image_id, "category_id": ids[label], "score": score}
+        for label, score in zip(labels.tolist(), scores.tolist(), strict=True)
+    ]
     if masks is not None:
         for entry, runs in zip(entries, encode(masks), strict=True):
             entry["segmentation"] = runs
@@ -62,13 +72,20 @@ def gather(world: World, items: list) -> list:
     if world.size > 1:
         parts = [None] * world.size
         dist.all_gather_object(parts, items)
-    return sorted((item for part in parts for item in part),
-                  key=lambda item: item["image_id"] if isinstance(item, dict) else item[0])
+    return sorted(
+        (item for part in parts for item in part),
+        key=lambda item: item["image_id"] if isinstance(item, dict) else item[0],
+    )
 
 
 # --------------------------------------------------------------------------------------------- COCO
-def coco_ap(data: Instances | dict, results: list[dict], kind: str = "segm", max_dets: int = 100,
-            frequency: list[str] | None = None) -> dict:
+def coco_ap(
+    data: Instances | dict,
+    results: list[dict],
+    kind: str = "segm",
+    max_dets: int = 100,
+    frequency: list[str] | None = None,
+) -> dict:
     """COCO's AP of `results` on the scored pictures of a data set, or on the content of a COCO file
     (see `truth_of`).
 
@@ -78,7 +95,10 @@ def coco_ap(data: Instances | dict, results: list[dict], kind: str = "segm", max
     class by ascending id, their means apr, apc, apf."""
     truth = data if isinstance(data, dict) else truth_of(data)
     # pycocotools takes an object of id 0 for no match, and writes into what it is given
-    truth = {**truth, "annotations": [{**a, "id": i} for i, a in enumerate(truth["annotations"], start=1)]}
+    truth = {
+        **truth,
+        "annotations": [{**a, "id": i} for i, a in enumerate(truth["annotations"], start=1)],
+    }
     results = [{k: v for k, v in r.items() if k != "bbox" or kind == "bbox"} for r in results]
     with contextlib.redirect_stdout(io.StringIO()):
         scored, found = COCO(), COCO()
@@ -96,14 +116,30 @@ def coco_ap(data: Instances | dict, results: list[dict], kind: str = "segm", max
     # (10, 101, K, 4, 3), (10, K, 4, 3)
     precision, recall = judge.eval["precision"], judge.eval["recall"]
     sizes = range(4)  # all, small, medium, large
-    stats = [percent(precision[..., 0, 2]), percent(precision[0, ..., 0, 2]), percent(precision[5, ..., 0, 2]),
-             *(percent(precision[..., a, 2]) for a in sizes[1:]), *(percent(recall[..., 0, m]) for m in range(3)),
-             *(percent(recall[..., a, 2]) for a in sizes[1:])]
+    stats = [
+        percent(precision[..., 0, 2]),
+        percent(precision[0, ..., 0, 2]),
+        percent(precision[5, ..., 0, 2]),
+        *(percent(precision[..., a, 2]) for a in sizes[1:]),
+        *(percent(recall[..., 0, m]) for m in range(3)),
+        *(percent(recall[..., a, 2]) for a in sizes[1:]),
+    ]
     names = {record["id"]: record["name"] for record in truth["categories"]}
-    per_class = {names[c]: percent(precision[:, :, k, 0, 2]) for k, c in enumerate(judge.params.catIds)}
-    groups = {f"ap{g}": percent(precision[:, :, [f == g for f in frequency], 0, 2]) for g in "rcf"} if frequency else {}
-    return {**dict(zip(("ap", "ap50", "ap75", "ap_s", "ap_m", "ap_l"), stats, strict=False)), **groups,
-            f"ar{max_dets}": stats[8], "stats": stats, "per_class": per_class}
+    per_class = {
+        names[c]: percent(precision[:, :, k, 0, 2]) for k, c in enumerate(judge.params.catIds)
+    }
+    groups = (
+        {f"ap{g}": percent(precision[:, :, [f == g for f in frequency], 0, 2]) for g in "rcf"}
+        if frequency
+        else {}
+    )
+    return {
+        **dict(zip(("ap", "ap50", "ap75", "ap_s", "ap_m", "ap_l"), stats, strict=False)),
+        **groups,
+        f"ar{max_dets}": stats[8],
+        "stats": stats,
+        "per_class": per_class,
+    }
 
 
 def percent(values: np.ndarray) -> float | None:
@@ -117,23 +153,43 @@ def truth_of(data: Instances) -> dict:
     that have no mask, or made of Cityscapes' label PNGs, where groups are crowds, or of the objects
     of the pictures that `instances.scored_on` names. Read it once when it is needed often."""
     if data.val_json is None:
-        return truth_of_labels(data) if any(photo.label for photo in data.val) else truth_of_things(data)
+        return (
+            truth_of_labels(data)
+            if any(photo.label for photo in data.val)
+            else truth_of_things(data)
+        )
     content = json.loads(data.val_json.read_text(encoding="utf-8"))
     ids, annotations = {photo.id for photo in data.val}, []
-    images = {record["id"]: {**record, "height": int(record["height"]), "width": int(record["width"])}
-              for record in content["images"] if record["id"] in ids}
+    images = {
+        record["id"]: {**record, "height": int(record["height"]), "width": int(record["width"])}
+        for record in content["images"]
+        if record["id"] in ids
+    }
     for a in content["annotations"]:
         segmentation = outline(a["segmentation"])
         if a["image_id"] not in ids or not segmentation:
             continue
         area, box = float(a.get("area") or 0), a.get("bbox") or ()
         if not area or len(box) != 4:  # some exporters write neither
-            runs = runs_of(segmentation, images[a["image_id"]]["height"], images[a["image_id"]]["width"])
+            runs = runs_of(
+                segmentation, images[a["image_id"]]["height"], images[a["image_id"]]["width"]
+            )
             area = area or float(coco_mask.area(runs))
             box = box if len(box) == 4 else coco_mask.toBbox(runs).tolist()
-        annotations.append({**a, "segmentation": segmentation, "area": area, "bbox": list(map(float, box)),
-                            "iscrowd": int(a.get("iscrowd") or 0)})
-    return {"images": list(images.values()), "categories": content["categories"], "annotations": annotations}
+        annotations.append(
+            {
+                **a,
+                "segmentation": segmentation,
+                "area": area,
+                "bbox": list(map(float, box)),
+                "iscrowd": int(a.get("iscrowd") or 0),
+            }
+        )
+    return {
+        "images": list(images.values()),
+        "categories": content["categories"],
+        "annotations": annotations,
+    }
 
 
 def truth_of_labels(data: Instances) -> dict:
@@ -142,7 +198,9 @@ def truth_of_labels(data: Instances) -> dict:
     for photo in data.val:
         photo, ids = opened(photo)
         size = [photo.height, photo.width]
-        images.append({"id": photo.id, "file_name": photo.image.name, "height": size[0], "width": size[1]})
+        images.append(
+            {"id": photo.id, "file_name": photo.image.name, "height": size[0], "width": size[1]}
+        )
         flat = ids.ravel(order="F")  # runs of equal values, down the columns
         starts = np.flatnonzero(np.diff(flat, prepend=flat[0] - 1))
         ends = np.append(starts[1:], flat.size)
@@ -151,9 +209,16 @@ def truth_of_labels(data: Instances) -> dict:
             edges = np.stack([starts[mine], ends[mine]], axis=1).ravel()
             counts = np.diff(edges, prepend=0, append=flat.size).tolist()
             runs = coco_mask.frPyObjects({"size": size, "counts": counts}, *size)
-            annotations.append({"image_id": photo.id, "category_id": data.ids[thing.category], "segmentation": runs,
-                                "area": thing.area, "bbox": coco_mask.toBbox(runs).tolist(),
-                                "iscrowd": int(thing.crowd)})
+            annotations.append(
+                {
+                    "image_id": photo.id,
+                    "category_id": data.ids[thing.category],
+                    "segmentation": runs,
+                    "area": thing.area,
+                    "bbox": coco_mask.toBbox(runs).tolist(),
+                    "iscrowd": int(thing.crowd),
+                }
+            )
     return {"images": images, "categories": categories_of(data), "annotations": annotations}
 
 
@@ -164,10 +229,14 @@ def truth_of_things(data: Instances) -> dict:
     images, annotations = [], []
     for photo in data.val:
         assert photo.things is not None, f"{photo.name} has no labels"
-        images.append({"id": photo.id, "file_name": photo.name, "height": photo.height, "width": photo.width})
+        images.append(
+            {"id": photo.id, "file_name": photo.name, "height": photo.height, "width": photo.width}
+        )
         if data.lvis:
-            images[-1] |= {"neg_category_ids": [data.ids[c] for c in photo.negative],
-                           "not_exhaustive_category_ids": [data.ids[c] for c in photo.partial]}
+            images[-1] |= {
+                "neg_category_ids": [data.ids[c] for c in photo.negative],
+                "not_exhaustive_category_ids": [data.ids[c] for c in photo.partial],
+            }
         for category, segmentation, crowd, area in photo.things:
             if isinstance(segmentation, list):
                 points = np.concatenate(segmentation).reshape(-1, 2)
@@ -175,9 +244,17 @@ def truth_of_things(data: Instances) -> dict:
             else:
                 box = coco_mask.toBbox(segmentation)
             area = area or float(coco_mask.area(runs_of(segmentation, photo.height, photo.width)))
-            annotations.append({"id": len(annotations) + 1, "image_id": photo.id, "category_id": data.ids[category],
-                                "segmentation": segmentation, "area": area, "bbox": box.tolist(),
-                                "iscrowd": int(crowd)})
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": photo.id,
+                    "category_id": data.ids[category],
+                    "segmentation": segmentation,
+                    "area": area,
+                    "bbox": box.tolist(),
+                    "iscrowd": int(crowd),
+                }
+            )
     return {"images": images, "categories": categories_of(data), "annotations": annotations}
 
 
@@ -190,7 +267,11 @@ def runs_of(segmentation: list | dict, height: int, width: int) -> dict:
 
 def categories_of(data: Instances) -> list[dict]:
     found = [{"id": i, "name": name} for i, name in zip(data.ids, data.classes, strict=True)]
-    return [c | {"frequency": f} for c, f in zip(found, data.frequency, strict=True)] if data.frequency else found
+    return (
+        [c | {"frequency": f} for c, f in zip(found, data.frequency, strict=True)]
+        if data.frequency
+        else found
+    )
 
 
 # --------------------------------------------------------------------------------------- Cityscapes
@@ -214,13 +295,19 @@ class CityscapesAP:
         place = np.zeros(len(counts), np.int64)
         place[values] = np.arange(len(values))
         regions, sizes = place[truth], counts[values]
-        kinds, groups, small = np.where(values < 1000, values, values // 1000), values < 1000, sizes < MIN_PIXELS
+        kinds, groups, small = (
+            np.where(values < 1000, values, values // 1000),
+            values < 1000,
+            sizes < MIN_PIXELS,
+        )
         objects = ~groups & ~small
         labels, scores, overlaps = [], [], []
         for label, score, mask in predictions:
             if mask.shape != truth.shape:
-                raise RankError(f"A mask of {mask.shape[1]}x{mask.shape[0]} pixels is scored on a label of "
-                                f"{truth.shape[1]}x{truth.shape[0]}; images and labels must be of one size.")
+                raise RankError(
+                    f"A mask of {mask.shape[1]}x{mask.shape[0]} pixels is scored on a label of "
+                    f"{truth.shape[1]}x{truth.shape[0]}; images and labels must be of one size."
+                )
             rows = np.flatnonzero(mask.any(axis=1))
             if len(rows):
                 rows = slice(rows[0], rows[-1] + 1)
@@ -236,30 +323,47 @@ class CityscapesAP:
         ious = overlap / (sizes + area[:, None] - overlap)
         # (10, P, V); a detection passes on one at most
         passes = (ious > THRESHOLDS[:, None, None]) & own & objects
-        ignored = (overlap * np.isin(values, VOID)).sum(axis=1) + (overlap * own * (1 * groups + small)).sum(axis=1)
+        ignored = (overlap * np.isin(values, VOID)).sum(axis=1) + (
+            overlap * own * (1 * groups + small)
+        ).sum(axis=1)
         outcome = np.where(ignored / area > THRESHOLDS[:, None], -1, 0)  # (10, P)
         outcome[passes.any(axis=2)] = 0  # also all but the best on one object
         if len(labels):
             best = np.where(passes, scores[:, None], -np.inf).argmax(axis=1)  # (10, V)
             threshold, region = np.nonzero(passes.any(axis=1))
             outcome[threshold, best[threshold, region]] = 1
-        number = np.bincount(np.searchsorted(things, kinds[objects & np.isin(kinds, things)]), minlength=len(things))
+        number = np.bincount(
+            np.searchsorted(things, kinds[objects & np.isin(kinds, things)]), minlength=len(things)
+        )
         self.records.append((labels, scores, outcome.T.astype(np.int8), number))
 
     def result(self, world: World | None = None) -> dict:
         """ap, ap50 and `per_class`, name -> ap, over the images of all processes of `world`: means
         over thresholds and over the classes that have an object."""
         items = gather(world or World(), [(0, record) for record in self.records])
-        empty = (np.zeros(0, np.int64), np.zeros(0), np.zeros((0, len(THRESHOLDS)), np.int8), np.zeros(8, np.int64))
-        labels, scores, outcome, number = (np.concatenate(x) for x in zip(empty, *(r for _, r in items), strict=True))
+        empty = (
+            np.zeros(0, np.int64),
+            np.zeros(0),
+            np.zeros((0, len(THRESHOLDS)), np.int8),
+            np.zeros(8, np.int64),
+        )
+        labels, scores, outcome, number = (
+            np.concatenate(x) for x in zip(empty, *(r for _, r in items), strict=True)
+        )
         number = number.reshape(-1, len(CITYSCAPES_THINGS)).sum(axis=0)
         table = np.full((len(CITYSCAPES_THINGS), len(THRESHOLDS)), -1.0)
         for c, t in np.ndindex(*table.shape):
             if number[c]:
                 mine = (labels == c) & (outcome[:, t] >= 0)
                 table[c, t] = area_under(scores[mine], outcome[mine, t], number[c])
-        return {"ap": percent(table), "ap50": percent(table[:, 0]),
-                "per_class": {name: percent(row) for name, row in zip(CITYSCAPES_THINGS.values(), table, strict=True)}}
+        return {
+            "ap": percent(table),
+            "ap50": percent(table[:, 0]),
+            "per_class": {
+                name: percent(row)
+                for name, row in zip(CITYSCAPES_THINGS.values(), table, strict=True)
+            },
+        }
 
 
 def area_under(scores: np.ndarray, right: np.ndarray, number: int) -> float:

@@ -8,7 +8,7 @@ coco        COCO 2017: annotations, train2017, val2017 (20 GB), the lists; --unl
 lvis        LVIS v1: annotations, and COCO's pictures as above; --root datasets/coco shares those that are there.
 
 Every step skips what is already there and right, so a command that was stopped is simply given
-again. """
+again."""
 
 from __future__ import annotations
 
@@ -36,31 +36,71 @@ from PIL import Image
 from scipy.io import loadmat
 from tqdm import tqdm
 
-from data.splits import PUBLISHED, TRAIN, SplitError, fingerprint, folder_name, read_list, read_s4gan, short_id
+from data.splits import (
+    PUBLISHED,
+    TRAIN,
+    SplitError,
+    fingerprint,
+    folder_name,
+    read_list,
+    read_s4gan,
+    short_id,
+)
 
-VOC_URLS = ("http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
-            "https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar")
+VOC_URLS = (
+    "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
+    "https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
+)
 VOC_MD5 = "6cd6e144f989b92b3379bac3b3de84fd"  # as torchvision publishes it
-VOC_FILES = {"JPEGImages/*.jpg": 17125, "SegmentationClass/*.png": 2913, "ImageSets/Segmentation/*.txt": 3}
+VOC_FILES = {
+    "JPEGImages/*.jpg": 17125,
+    "SegmentationClass/*.png": 2913,
+    "ImageSets/Segmentation/*.txt": 3,
+}
 SBD_URL = "https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours/benchmark.tgz"
 SBD_MD5 = "82b4d87ceb2ed10f6038a1cba92111cb"  # as torchvision publishes it
 SBD_FILES = {"cls/*.mat": 11355, "*.txt": 2}
-CITYSCAPES_FILES = {"leftImg8bit": ("leftImg8bit_trainvaltest.zip", "11 GB", "leftImg8bit/train/*/*_leftImg8bit.png"),
-                    "gtFine": ("gtFine_trainvaltest.zip", "241 MB", "gtFine/train/*/*_gtFine_labelIds.png")}
+CITYSCAPES_FILES = {
+    "leftImg8bit": (
+        "leftImg8bit_trainvaltest.zip",
+        "11 GB",
+        "leftImg8bit/train/*/*_leftImg8bit.png",
+    ),
+    "gtFine": ("gtFine_trainvaltest.zip", "241 MB", "gtFine/train/*/*_gtFine_labelIds.png"),
+}
 # cocodataset.org names no https; hence the hashes below
 COCO_ZIPS = "http://images.cocodataset.org/zips/"
 COCO_PICTURES = {"train2017": 118287, "val2017": 5000, "unlabeled2017": 123403}
-COCO_ANNOTATIONS = {"http://images.cocodataset.org/annotations/annotations_trainval2017.zip":
-                    ("instances_train2017.json", "instances_val2017.json")}
-LVIS_ANNOTATIONS = {f"https://dl.fbaipublicfiles.com/LVIS/lvis_v1_{part}.json.zip": (f"lvis_v1_{part}.json",)
-                    for part in ("train", "val")}
+COCO_ANNOTATIONS = {
+    "http://images.cocodataset.org/annotations/annotations_trainval2017.zip": (
+        "instances_train2017.json",
+        "instances_val2017.json",
+    )
+}
+LVIS_ANNOTATIONS = {
+    f"https://dl.fbaipublicfiles.com/LVIS/lvis_v1_{part}.json.zip": (f"lvis_v1_{part}.json",)
+    for part in ("train", "val")
+}
 # bytes and SHA-256 as TensorFlow Datasets publishes them; of unlabeled2017 the pictures are counted
 ZIP_CHECKS = {
-    "train2017.zip": (19336861798, "69a8bb58ea5f8f99d24875f21416de2e9ded3178e903f1f7603e283b9e06d929"),
+    "train2017.zip": (
+        19336861798,
+        "69a8bb58ea5f8f99d24875f21416de2e9ded3178e903f1f7603e283b9e06d929",
+    ),
     "val2017.zip": (815585330, "4f7e2ccb2866ec5041993c9cf2a952bbed69647b115d0f74da7ce8f4bef82f05"),
-    "annotations_trainval2017.zip": (252907541, "113a836d90195ee1f884e704da6304dfaaecff1f023f49b6ca93c4aaae470268"),
-    "lvis_v1_train.json.zip": (350264821, "334a4caa374030a7817cf050364525e910f7960f9b6968cef47cffbf3893f8ba"),
-    "lvis_v1_val.json.zip": (64026968, "5cae9a3c79aadb667550c2b5dcf7f4d86e059a41ec91ef690225b667e28e9ba5")}
+    "annotations_trainval2017.zip": (
+        252907541,
+        "113a836d90195ee1f884e704da6304dfaaecff1f023f49b6ca93c4aaae470268",
+    ),
+    "lvis_v1_train.json.zip": (
+        350264821,
+        "334a4caa374030a7817cf050364525e910f7960f9b6968cef47cffbf3893f8ba",
+    ),
+    "lvis_v1_val.json.zip": (
+        64026968,
+        "5cae9a3c79aadb667550c2b5dcf7f4d86e059a41ec91ef690225b667e28e9ba5",
+    ),
+}
 
 ATTEMPTS = 4  # per address, when a connection breaks
 WAIT_S = 2.0
@@ -79,14 +119,19 @@ class _Interrupted(Exception):
 # ----------------------------------------------------------------------------------------- one file
 
 
-def fetch(url: str | Sequence[str], path: str | Path, sha256: str | None = None, size: int | None = None,
-          md5: str | None = None) -> Path:
+def fetch(
+    url: str | Sequence[str],
+    path: str | Path,
+    sha256: str | None = None,
+    size: int | None = None,
+    md5: str | None = None,
+) -> Path:
     """Download one file, resuming from PATH.part, and put it in place only when it is complete and
     right.
 
     url: one address, or several that hold the same file. sha256, md5: hex digests; size: bytes. A
     file that is there and right (or there, when nothing is known to check) is left alone. Raises
-    DownloadError. """
+    DownloadError."""
     path = Path(path)
     urls = [url] if isinstance(url, str) else list(url)
     if path.is_file() and not _wrong(path, sha256, size, md5):
@@ -105,7 +150,9 @@ def fetch(url: str | Sequence[str], path: str | Path, sha256: str | None = None,
             os.replace(part, path)
             return path
         part.unlink()
-        failures.append(f"{address} is not the file that was expected ({wrong}); what came was removed")
+        failures.append(
+            f"{address} is not the file that was expected ({wrong}); what came was removed"
+        )
     raise DownloadError("; ".join(failures))
 
 
@@ -134,15 +181,19 @@ def _transfer_with_retries(url: str, part: Path, size: int | None) -> None:
             if attempt + 1 < ATTEMPTS:
                 time.sleep(WAIT_S * (attempt + 1))
     kept = part.stat().st_size if part.exists() else 0
-    raise DownloadError(f"the connection to {url} broke ({failure}); {kept} bytes are kept, "
-                        f"give the same command again")
+    raise DownloadError(
+        f"the connection to {url} broke ({failure}); {kept} bytes are kept, "
+        f"give the same command again"
+    )
 
 
 def _transfer(url: str, part: Path, size: int | None) -> None:
     """One attempt: ask for what is missing in `part` and append it; start over when the server
     sends the whole file."""
     have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0 (python -m data.download)"})
+    request = urllib.request.Request(
+        url, headers={"User-Agent": "Mozilla/5.0 (python -m data.download)"}
+    )
     if have:
         request.add_header("Range", f"bytes={have}-")
     try:
@@ -156,14 +207,21 @@ def _transfer(url: str, part: Path, size: int | None) -> None:
             raise _Interrupted("the part on disk does not fit the file") from error
         if error.code in (408, 429) or error.code >= 500:
             raise _Interrupted(f"HTTP {error.code}") from error
-        raise DownloadError(f"{url} answers HTTP {error.code} {error.reason}; fetch it by other means and put it at "
-                            f"{part.with_suffix('')}, or try later") from error
+        raise DownloadError(
+            f"{url} answers HTTP {error.code} {error.reason}; fetch it by other means and put it at "
+            f"{part.with_suffix('')}, or try later"
+        ) from error
     except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
         reason = getattr(error, "reason", None) or error
-        if isinstance(reason, (ConnectionResetError, ConnectionAbortedError, TimeoutError, http.client.HTTPException)):
+        if isinstance(
+            reason,
+            (ConnectionResetError, ConnectionAbortedError, TimeoutError, http.client.HTTPException),
+        ):
             raise _Interrupted(reason) from error
-        raise DownloadError(f"cannot reach {url} ({reason}); is there a network here? If not, fetch it elsewhere and "
-                            f"put it at {part.with_suffix('')}") from error
+        raise DownloadError(
+            f"cannot reach {url} ({reason}); is there a network here? If not, fetch it elsewhere and "
+            f"put it at {part.with_suffix('')}"
+        ) from error
     with response:
         start = 0
         if response.status == 206:
@@ -175,8 +233,14 @@ def _transfer(url: str, part: Path, size: int | None) -> None:
         left = int(response.headers.get("Content-Length") or -1)
         total = start + left if left >= 0 else size
         _check_space(part.parent, left, url)
-        bar = tqdm(desc=part.with_suffix("").name, initial=start, total=total, unit="B", unit_scale=True,
-                   disable=total is not None and total < 10 * CHUNK)
+        bar = tqdm(
+            desc=part.with_suffix("").name,
+            initial=start,
+            total=total,
+            unit="B",
+            unit_scale=True,
+            disable=total is not None and total < 10 * CHUNK,
+        )
         try:
             with bar, open(part, "ab" if start else "wb") as file:
                 for block in _blocks(response):
@@ -203,13 +267,17 @@ def _blocks(response: http.client.HTTPResponse) -> Iterator[bytes]:
 def _check_space(folder: Path, needed: int, what: object) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise DownloadError(f"no disk space: {what} needs {needed / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB "
-                            f"left; free some, or choose another --root")
+        raise DownloadError(
+            f"no disk space: {what} needs {needed / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB "
+            f"left; free some, or choose another --root"
+        )
 
 
 def _disk_error(error: OSError, path: Path) -> DownloadError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return DownloadError(f"no disk space left while writing {path}; free some and give the same command again")
+        return DownloadError(
+            f"no disk space left while writing {path}; free some and give the same command again"
+        )
     return DownloadError(f"cannot write {path}: {error.strerror or error}")
 
 
@@ -222,7 +290,7 @@ def extract(archive: str | Path, target: str | Path) -> None:
 
     Raises DownloadError for a damaged archive, a full disk, and any member that would leave the
     target: absolute paths, "..", links to the outside, devices. Files appear in `target` by
-    renaming, so each one there is whole. """
+    renaming, so each one there is whole."""
     archive, target = Path(archive), Path(target)
     target.mkdir(parents=True, exist_ok=True)
     staging = target / f".{archive.name}.unpacking"
@@ -236,10 +304,14 @@ def extract(archive: str | Path, target: str | Path) -> None:
         for folder, folders, files in os.walk(staging):
             place = target / os.path.relpath(folder, staging)
             place.mkdir(parents=True, exist_ok=True)
-            for name in files + [name for name in folders if os.path.islink(os.path.join(folder, name))]:
+            for name in files + [
+                name for name in folders if os.path.islink(os.path.join(folder, name))
+            ]:
                 os.replace(os.path.join(folder, name), place / name)
     except (tarfile.ReadError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise DownloadError(f"{archive} is damaged ({error}); remove it and fetch it again") from error
+        raise DownloadError(
+            f"{archive} is damaged ({error}); remove it and fetch it again"
+        ) from error
     except tarfile.TarError as error:  # the data filter's refusals
         raise DownloadError(f"{archive} is refused: {error}") from error
     except OSError as error:
@@ -251,7 +323,9 @@ def extract(archive: str | Path, target: str | Path) -> None:
 def _refuse_outside(name: str, archive: Path) -> None:
     path = PurePosixPath(name.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts or re.match(r"[A-Za-z]:", name):
-        raise DownloadError(f"{archive} is refused: {name!r} in it would be written outside the target folder")
+        raise DownloadError(
+            f"{archive} is refused: {name!r} in it would be written outside the target folder"
+        )
 
 
 def _extract_tar(archive: Path, target: Path) -> None:
@@ -261,7 +335,9 @@ def _extract_tar(archive: Path, target: Path) -> None:
             _refuse_outside(member.name, archive)
             link = member.issym() or member.islnk()
             if not (member.isfile() or member.isdir() or link) or (link and not safe):
-                raise DownloadError(f"{archive} is refused: {member.name!r} in it is a link or a device")
+                raise DownloadError(
+                    f"{archive} is refused: {member.name!r} in it is a link or a device"
+                )
             tar.extract(member, target, **({"filter": "data"} if safe else {}))
 
 
@@ -294,8 +370,10 @@ def voc(root: Path) -> None:
             extract(fetch(SBD_URL, root / "benchmark.tgz", md5=SBD_MD5), root)
         augmented_masks(base, sbd, *TRAIN["voc"])
     splits(root, "voc")
-    print(f"VOC 2012 is complete in {base}; {root / 'benchmark_RELEASE'} and the two archives in {root}, "
-          f"if they are there, are no longer needed.")
+    print(
+        f"VOC 2012 is complete in {base}; {root / 'benchmark_RELEASE'} and the two archives in {root}, "
+        f"if they are there, are no longer needed."
+    )
 
 
 def _complete(folder: Path, files: dict[str, int]) -> bool:
@@ -310,39 +388,55 @@ def _masks_done(base: Path) -> bool:
         return False
     ids = _ids(listed)
     there = {path.stem for path in (base / "SegmentationClassAug").glob("*.png")}
-    return fingerprint(ids) == TRAIN["voc"][1] and there.issuperset(ids + _ids(listed.with_name("val.txt")))
+    return fingerprint(ids) == TRAIN["voc"][1] and there.issuperset(
+        ids + _ids(listed.with_name("val.txt"))
+    )
 
 
 def _ids(path: Path) -> list[str]:
     return [short_id(image, "voc") for image, _ in read_list(path)]
 
 
-def augmented_masks(voc_folder: str | Path, sbd_folder: str | Path, expected: int = TRAIN["voc"][0],
-                    ids_sha256: str | None = TRAIN["voc"][1]) -> list[str]:
+def augmented_masks(
+    voc_folder: str | Path,
+    sbd_folder: str | Path,
+    expected: int = TRAIN["voc"][0],
+    ids_sha256: str | None = TRAIN["voc"][1],
+) -> list[str]:
     """Write SegmentationClassAug (index PNG (H, W), 255 = ignore) and train_aug.txt -> the train
     ids, sorted.
 
     Train is VOC's train and SBD's train and val without VOC's val. An image with a mask of VOC's
     own keeps it, the others take SBD's `cls/ID.mat`. Masks that are there stay. expected: number of
     train ids; ids_sha256: their `fingerprint`, None to skip that check. Raises DownloadError when
-    either differs, or a file is missing or wrong. """
+    either differs, or a file is missing or wrong."""
     voc_folder, sbd_folder = Path(voc_folder), Path(sbd_folder)
     lists = voc_folder / "ImageSets" / "Segmentation"
     val = _ids(lists / "val.txt")
-    train = sorted({*_ids(lists / "train.txt"), *_ids(sbd_folder / "train.txt"), *_ids(sbd_folder / "val.txt")}
-                   - set(val))
+    train = sorted(
+        {*_ids(lists / "train.txt"), *_ids(sbd_folder / "train.txt"), *_ids(sbd_folder / "val.txt")}
+        - set(val)
+    )
     if len(train) != expected or (ids_sha256 and fingerprint(train) != ids_sha256):
-        raise DownloadError(f"{lists} and {sbd_folder} give {len(train)} train images where the published {expected} "
-                            f"are expected; remove both folders and fetch them again")
-    missing = [name for name in train + val if not (voc_folder / "JPEGImages" / f"{name}.jpg").is_file()]
+        raise DownloadError(
+            f"{lists} and {sbd_folder} give {len(train)} train images where the published {expected} "
+            f"are expected; remove both folders and fetch them again"
+        )
+    missing = [
+        name for name in train + val if not (voc_folder / "JPEGImages" / f"{name}.jpg").is_file()
+    ]
     if missing:
-        raise DownloadError(f"{len(missing)} images are missing in {voc_folder / 'JPEGImages'}, for example "
-                            f"{missing[0]}.jpg; remove that folder and give the same command again")
+        raise DownloadError(
+            f"{len(missing)} images are missing in {voc_folder / 'JPEGImages'}, for example "
+            f"{missing[0]}.jpg; remove that folder and give the same command again"
+        )
     target = voc_folder / "SegmentationClassAug"
     target.mkdir(exist_ok=True)
     for name in tqdm(train + val, desc="SegmentationClassAug", unit=" masks"):
         if not (target / f"{name}.png").exists():
-            mask = _read_mask(voc_folder / "SegmentationClass" / f"{name}.png", sbd_folder / "cls" / f"{name}.mat")
+            mask = _read_mask(
+                voc_folder / "SegmentationClass" / f"{name}.png", sbd_folder / "cls" / f"{name}.mat"
+            )
             part = target / f".{name}.part"
             try:
                 Image.fromarray(mask).save(part, format="PNG")
@@ -366,7 +460,9 @@ def _read_mask(own: Path, sbd: Path) -> np.ndarray:
         else:
             mask = loadmat(sbd)["GTcls"]["Segmentation"][0, 0]
     except Exception as error:  # a damaged file can raise nearly anything
-        raise DownloadError(f"cannot read the mask {path} ({error}); remove it and fetch it again") from error
+        raise DownloadError(
+            f"cannot read the mask {path} ({error}); remove it and fetch it again"
+        ) from error
     if mask.ndim != 2 or not np.isin(mask, [*range(21), 255]).all():
         raise DownloadError(f"the mask {path} does not hold class indices 0..20 and 255")
     return mask.astype(np.uint8)
@@ -389,11 +485,15 @@ def splits(root: Path, dataset: str) -> None:
         labeled = fetch(item.url, folder / family / folder_name(name) / "labeled.txt", item.sha256)
         # published without a hash, but with the labeled ids they must give all train images
         if family == "gta_seg":
-            unlabeled = fetch(item.url.replace("labeled.txt", "unlabeled.txt"), labeled.with_name("unlabeled.txt"))
+            unlabeled = fetch(
+                item.url.replace("labeled.txt", "unlabeled.txt"), labeled.with_name("unlabeled.txt")
+            )
             if not _is_train_set(dataset, labeled, unlabeled):
                 unlabeled.unlink()
-                raise DownloadError(f"{unlabeled} was not the published list and is removed; "
-                                    f"give the same command again")
+                raise DownloadError(
+                    f"{unlabeled} was not the published list and is removed; "
+                    f"give the same command again"
+                )
     if dataset == "voc":
         _s4gan(folder, table["s4gan", "1/8"].url, table["s4gan", "1/8"].sha256)
     print(f"The published lists for {dataset} are in {folder}.")
@@ -416,7 +516,9 @@ def _s4gan(folder: Path, url: str, sha256: str) -> None:
     fetch(url, order, sha256)
     _write_list(folder / "s4gan" / "permutation.txt", read_s4gan(order, ids_path, "all"))
     for name in [key[2] for key in PUBLISHED if key[1] == "s4gan"]:
-        _write_list(folder / "s4gan" / folder_name(name) / "labeled.txt", read_s4gan(order, ids_path, name))
+        _write_list(
+            folder / "s4gan" / folder_name(name) / "labeled.txt", read_s4gan(order, ids_path, name)
+        )
 
 
 def _write_list(path: Path, ids: Iterable[str]) -> None:
@@ -442,15 +544,19 @@ def cityscapes(root: Path) -> None:
             continue
         extract(root / archive, root)
         if not _complete(root, files):
-            raise DownloadError(f"{root / archive} does not hold the {TRAIN['cityscapes'][0]} files {pattern}; "
-                                f"remove it and download it again")
+            raise DownloadError(
+                f"{root / archive} does not hold the {TRAIN['cityscapes'][0]} files {pattern}; "
+                f"remove it and download it again"
+            )
     if absent:
         zips = "\n".join(f"     {archive}" for archive in absent.values())
-        print(f"Cityscapes needs an account; its terms do not allow others to hand it on.\n"
-              f"  1. Register and log in at https://www.cityscapes-dataset.com\n"
-              f"  2. Download there\n{zips}\n     and put them into {root}\n"
-              f"  3. Give this command again. It unpacks them to {' and '.join(str(root / name) for name in absent)}.\n"
-              f"     The labelIds and instanceIds in gtFine are read as they are; nothing is to be converted.")
+        print(
+            f"Cityscapes needs an account; its terms do not allow others to hand it on.\n"
+            f"  1. Register and log in at https://www.cityscapes-dataset.com\n"
+            f"  2. Download there\n{zips}\n     and put them into {root}\n"
+            f"  3. Give this command again. It unpacks them to {' and '.join(str(root / name) for name in absent)}.\n"
+            f"     The labelIds and instanceIds in gtFine are read as they are; nothing is to be converted."
+        )
     else:
         print(f"Cityscapes is complete in {root}.")
     splits(root, "cityscapes")
@@ -465,15 +571,24 @@ def coco(root: Path, lvis: bool = False, images: bool = True, unlabeled: bool = 
     `<root>/unlabeled2017`. COCO's published lists. Raises DownloadError, SplitError."""
     folder, zips = root / "annotations", []
     for url, names in (LVIS_ANNOTATIONS if lvis else COCO_ANNOTATIONS).items():
-        _unpacked(url, root, folder if lvis else root, {f"annotations/{name}": 1 for name in names}, zips)
+        _unpacked(
+            url, root, folder if lvis else root, {f"annotations/{name}": 1 for name in names}, zips
+        )
     parts = ["val2017", "train2017"] * images + ["unlabeled2017"] * unlabeled
     for part in parts:
-        _unpacked(f"{COCO_ZIPS}{part}.zip", root, root, {f"{part}/*.jpg": COCO_PICTURES[part]}, zips)
+        _unpacked(
+            f"{COCO_ZIPS}{part}.zip", root, root, {f"{part}/*.jpg": COCO_PICTURES[part]}, zips
+        )
     if not lvis:
         splits(root, "coco")
-    name, pictures = "LVIS v1" if lvis else "COCO 2017", f", pictures in {', '.join(parts)}" if parts else ""
-    print(f"{name} is complete in {root}: {', '.join(sorted(p.name for p in folder.glob('*.json')))}{pictures}."
-          + (f" No longer needed: {', '.join(map(str, zips))}." if zips else ""))
+    name, pictures = (
+        "LVIS v1" if lvis else "COCO 2017",
+        f", pictures in {', '.join(parts)}" if parts else "",
+    )
+    print(
+        f"{name} is complete in {root}: {', '.join(sorted(p.name for p in folder.glob('*.json')))}{pictures}."
+        + (f" No longer needed: {', '.join(map(str, zips))}." if zips else "")
+    )
 
 
 def _unpacked(url: str, root: Path, target: Path, files: dict[str, int], zips: list[Path]) -> None:
@@ -486,22 +601,37 @@ def _unpacked(url: str, root: Path, target: Path, files: dict[str, int], zips: l
         extract(fetch(url, archive, sha256, size), target)
         if not _complete(root, files):
             wanted = ", ".join(f"{number:,} {pattern}" for pattern, number in files.items())
-            raise DownloadError(f"{archive} does not hold what it should ({wanted}); remove it and give the same "
-                                f"command again")
+            raise DownloadError(
+                f"{archive} does not hold what it should ({wanted}); remove it and give the same "
+                f"command again"
+            )
     if archive.is_file():
         zips.append(archive)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m data.download", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m data.download",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("what", choices=("voc", "splits", "cityscapes", "coco", "lvis"))
     parser.add_argument("--root", type=Path, help="where to put it; default datasets/<data set>")
-    parser.add_argument("--dataset", choices=("voc", "cityscapes", "coco"), default="voc",
-                        help="for splits: whose lists")
+    parser.add_argument(
+        "--dataset",
+        choices=("voc", "cityscapes", "coco"),
+        default="voc",
+        help="for splits: whose lists",
+    )
     only = parser.add_mutually_exclusive_group()
-    only.add_argument("--unlabeled", action="store_true", help="for coco and lvis: the pictures unlabeled2017, too")
-    only.add_argument("--without-images", action="store_true", help="for coco and lvis: the annotations alone")
+    only.add_argument(
+        "--unlabeled",
+        action="store_true",
+        help="for coco and lvis: the pictures unlabeled2017, too",
+    )
+    only.add_argument(
+        "--without-images", action="store_true", help="for coco and lvis: the annotations alone"
+    )
     args = parser.parse_args(argv)
     if (args.unlabeled or args.without_images) and args.what not in ("coco", "lvis"):
         parser.error(f"--unlabeled and --without-images are for coco and lvis, not for {args.what}")

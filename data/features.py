@@ -29,13 +29,16 @@ def create(name: str, weights: str, **more) -> nn.Module:
     or a file in any layout that timm reads. UserError when there is none of this name, or its
     weights cannot be had."""
     import timm
+
     if weights not in ("imagenet", "none"):
         more["pretrained_cfg_overlay"] = {"file": weights}
     try:
         return timm.create_model(name, pretrained=weights != "none", num_classes=0, **more)
-    except Exception as error:                                       # noqa: BLE001 (hub, network, unknown name)
-        raise UserError(f"timm cannot give {name} with weights {weights} ({str(error)[:200]}); correct the name, or "
-                        f"without a network give a file of weights, or none.") from None
+    except Exception as error:  # noqa: BLE001 (hub, network, unknown name)
+        raise UserError(
+            f"timm cannot give {name} with weights {weights} ({str(error)[:200]}); correct the name, or "
+            f"without a network give a file of weights, or none."
+        ) from None
 
 
 def resize_patch(kernel: Tensor, size: int, how: str) -> Tensor:
@@ -47,6 +50,7 @@ def resize_patch(kernel: Tensor, size: int, how: str) -> Tensor:
     if how == "bicubic":
         return F.interpolate(kernel, (size, size), mode="bicubic", align_corners=False)
     from timm.layers import resample_patch_embed
+
     return resample_patch_embed(kernel, [size, size])
 
 
@@ -59,7 +63,9 @@ def windows(x: Tensor, w: int) -> Tensor:
 def unwindows(x: Tensor, w: int, size: tuple[int, int]) -> Tensor:
     """The reverse of `windows`: -> (B, *size, D)."""
     h, v = size
-    return x.view(-1, h // w, v // w, w, w, x.shape[-1]).transpose(2, 3).reshape(-1, h, v, x.shape[-1])
+    return (
+        x.view(-1, h // w, v // w, w, w, x.shape[-1]).transpose(2, 3).reshape(-1, h, v, x.shape[-1])
+    )
 
 
 def drawn(layer: nn.Module, std: float) -> nn.Module:
@@ -80,6 +86,7 @@ class Embedder(nn.Module):
     def __init__(self, name: str, weights: str, root: str, size: int):
         super().__init__()
         import timm
+
         found = None if name.startswith(PLAIN) else backbones.read(weights, name, root)
         self.maps = not timm.is_model(name)
         if self.maps:
@@ -88,8 +95,10 @@ class Embedder(nn.Module):
             more = {"img_size": size} if name.startswith(PLAIN) else {}
             self.body = create(name, "none" if found is not None else weights, **more)
             if more and size % self.body.patch_embed.patch_size[0]:
-                raise UserError(f"--embed-size {size} does not divide into patches of {name}, "
-                                f"{self.body.patch_embed.patch_size[0]} pixels; give a multiple.")
+                raise UserError(
+                    f"--embed-size {size} does not divide into patches of {name}, "
+                    f"{self.body.patch_embed.patch_size[0]} pixels; give a multiple."
+                )
         if found is not None:
             runs.load_matching(self.body, found, weights)
         facts = getattr(self.body, "pretrained_cfg", {})
@@ -104,14 +113,25 @@ class Embedder(nn.Module):
         return (self.body(x)[-1].mean((2, 3)) if self.maps else self.body(x)).float()
 
 
-def embed_objects(net: nn.Module, chosen: list[tuple[Photo, list[int]]], data: Instances, size: int, world: World,
-                  workers: int) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
+def embed_objects(
+    net: nn.Module,
+    chosen: list[tuple[Photo, list[int]]],
+    data: Instances,
+    size: int,
+    world: World,
+    workers: int,
+) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
     """Embeddings (N, D) of the chosen objects' crops, their classes (N,), and a crop (3, size,
     size) uint8 of each class; on every process and in the order of `chosen`, each made by one
     process."""
-    mine, found, examples = chosen[world.rank::world.size], [], {}
-    crops_of = DataLoader(mine, batch_size=None, generator=torch.Generator(), **read.helpers(workers),
-                          collate_fn=lambda item: regions.crops(item[0], data, item[1], size))
+    mine, found, examples = chosen[world.rank :: world.size], [], {}
+    crops_of = DataLoader(
+        mine,
+        batch_size=None,
+        generator=torch.Generator(),
+        **read.helpers(workers),
+        collate_fn=lambda item: regions.crops(item[0], data, item[1], size),
+    )
     for i, (crops, labels) in enumerate(crops_of):
         if len(labels):
             new = {c: x for c, x in zip(labels.tolist(), crops, strict=True) if c not in examples}
@@ -120,9 +140,15 @@ def embed_objects(net: nn.Module, chosen: list[tuple[Photo, list[int]]], data: I
             found.append((world.rank + i * world.size, vectors, labels, new))
     found = ap.gather(world, found)
     if not found:
-        raise UserError("None of the objects whose crops are to be embedded can be seen; look at the annotations.")
+        raise UserError(
+            "None of the objects whose crops are to be embedded can be seen; look at the annotations."
+        )
     examples = {c: x for *_, new in reversed(found) for c, x in new.items()}
-    return torch.cat([x for _, x, *_ in found]), torch.cat([labels for _, _, labels, _ in found]), examples
+    return (
+        torch.cat([x for _, x, *_ in found]),
+        torch.cat([labels for _, _, labels, _ in found]),
+        examples,
+    )
 
 
 class Strides(nn.Module):
@@ -133,12 +159,17 @@ class Strides(nn.Module):
         super().__init__()
         self.body, reduction, channels = backbones.build(name, 32, pretrained)
         if not {4, 8, 16, 32} <= set(reduction):
-            raise UserError(f"--backbone {name} has maps of strides {reduction}, and 4, 8, 16, 32 are needed; take "
-                            f"another, for example resnet18.")
-        self.places = [len(reduction) - 1 - reduction[::-1].index(stride) for stride in (4, 8, 16, 32)]
+            raise UserError(
+                f"--backbone {name} has maps of strides {reduction}, and 4, 8, 16, 32 are needed; take "
+                f"another, for example resnet18."
+            )
+        self.places = [
+            len(reduction) - 1 - reduction[::-1].index(stride) for stride in (4, 8, 16, 32)
+        ]
         self.channels = [channels[i] for i in self.places]
         if frozen:
             from timm.utils.model import freeze_batch_norm_2d
+
             self.body = freeze_batch_norm_2d(self.body)
             for m in self.body.modules():
                 if isinstance(m, FrozenBatchNorm2d):  # its buffers would make bf16 maps float32

@@ -13,11 +13,31 @@ from common.runs import UserError
 from data import shapes, splits
 from data.read import IMAGES, Picture, Segmentation, image_files, read_label
 
-VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
-               "person pottedplant sheep sofa train tvmonitor").split()
-CITYSCAPES_CLASSES = ["road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign",
-                      "vegetation", "terrain", "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle",
-                      "bicycle"]
+VOC_CLASSES = (
+    "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
+    "person pottedplant sheep sofa train tvmonitor"
+).split()
+CITYSCAPES_CLASSES = [
+    "road",
+    "sidewalk",
+    "building",
+    "wall",
+    "fence",
+    "pole",
+    "traffic light",
+    "traffic sign",
+    "vegetation",
+    "terrain",
+    "sky",
+    "person",
+    "rider",
+    "car",
+    "truck",
+    "bus",
+    "train",
+    "motorcycle",
+    "bicycle",
+]
 # labelId of trainId i
 CITYSCAPES_IDS = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
 
@@ -28,7 +48,12 @@ def find(name: str, root: Path, val: str = "val", classes: list[str] | None = No
     or has not `classes`.
 
     The embedded set, shapes, is drawn on first use."""
-    readers = {"voc": find_voc, "shapes": find_voc, "cityscapes": find_cityscapes, "folder": find_folder}
+    readers = {
+        "voc": find_voc,
+        "shapes": find_voc,
+        "cityscapes": find_cityscapes,
+        "folder": find_folder,
+    }
     if root.exists() and not root.is_dir():
         raise missing(name, root, "a folder")
     if name == "shapes":
@@ -40,22 +65,30 @@ def find(name: str, root: Path, val: str = "val", classes: list[str] | None = No
     if not data.val:
         raise UserError(f"The list '{val}' of {root} is empty, so there is nothing to score on.")
     if classes is not None and data.classes != classes:
-        raise UserError(f"The checkpoint knows {len(classes)} classes ({', '.join(classes[:3])} ...) and {root} has "
-                        f"{len(data.classes)} ({', '.join(data.classes[:3])} ...); they must be the same.")
+        raise UserError(
+            f"The checkpoint knows {len(classes)} classes ({', '.join(classes[:3])} ...) and {root} has "
+            f"{len(data.classes)} ({', '.join(data.classes[:3])} ...); they must be the same."
+        )
     return data
 
 
 def missing(name: str, root: Path, what: str) -> UserError:
     where = root.resolve()
-    get = {"voc": "run `python -m data.download voc`", "folder": "see data/README.md for its layout",
-           "cityscapes": "run `python -m data.download cityscapes` for the steps"}.get(name, "see data/README.md")
-    return UserError(f"The {name} data are missing: looked for {what} in {where}; {get}, or name the folder that "
-                     f"holds them with --root (layout in data/README.md).")
+    get = {
+        "voc": "run `python -m data.download voc`",
+        "folder": "see data/README.md for its layout",
+        "cityscapes": "run `python -m data.download cityscapes` for the steps",
+    }.get(name, "see data/README.md")
+    return UserError(
+        f"The {name} data are missing: looked for {what} in {where}; {get}, or name the folder that "
+        f"holds them with --root (layout in data/README.md)."
+    )
 
 
 def find_voc(root: Path, val: str) -> Segmentation:
     """PASCAL VOC 2012 with SBD: the folder that holds JPEGImages, or VOCdevkit/VOC2012 under the
     root."""
+
     def image(name: str) -> Path:
         return images.get(name) or need(base / "JPEGImages" / f"{name}.jpg")
 
@@ -63,7 +96,10 @@ def find_voc(root: Path, val: str) -> Segmentation:
     base = next((p for p in bases if (p / "JPEGImages").is_dir()), None)
     if base is None:
         raise missing("voc", root, "JPEGImages or VOCdevkit/VOC2012/JPEGImages")
-    masks = next((base / m for m in ("SegmentationClassAug", "SegmentationClass") if (base / m).is_dir()), None)
+    masks = next(
+        (base / m for m in ("SegmentationClassAug", "SegmentationClass") if (base / m).is_dir()),
+        None,
+    )
     if masks is None:
         raise missing("voc", base, "SegmentationClassAug")
     lists = base / "ImageSets" / "Segmentation"
@@ -76,14 +112,18 @@ def find_voc(root: Path, val: str) -> Segmentation:
     train_names = listed(train_file) if train_file else sorted(images.keys() - set(val_names))
     classes = root / "classes.txt"
     return Segmentation(
-        "voc", root, read_classes(classes) if classes.is_file() else VOC_CLASSES,
+        "voc",
+        root,
+        read_classes(classes) if classes.is_file() else VOC_CLASSES,
         {n: Picture(n, image(n), masks / f"{n}.png") for n in train_names},
-        [Picture(n, image(n), need(masks / f"{n}.png")) for n in val_names])
+        [Picture(n, image(n), need(masks / f"{n}.png")) for n in val_names],
+    )
 
 
 def find_cityscapes(root: Path, val: str) -> Segmentation:
     """Cityscapes with fine labels: leftImg8bit/<part>/<city>/*.png and gtFine/... with raw
     labelIds."""
+
     def part(name: str) -> list[Picture]:
         found = []
         for image in sorted((root / "leftImg8bit" / name).glob("*/*_leftImg8bit.png")):
@@ -101,15 +141,22 @@ def find_cityscapes(root: Path, val: str) -> Segmentation:
         raise missing("cityscapes", root, "leftImg8bit/train/<city>/*_leftImg8bit.png")
     for picture in score:
         need(picture.label)
-    return Segmentation("cityscapes", root, CITYSCAPES_CLASSES, {p.name: p for p in train}, score, to_class=to_class)
+    return Segmentation(
+        "cityscapes", root, CITYSCAPES_CLASSES, {p.name: p for p in train}, score, to_class=to_class
+    )
 
 
 def find_folder(root: Path, val: str) -> Segmentation:
     """images/{train,val,unlabeled}, labels/{train,val} (index PNG, 255 ignore), classes.txt, a
     class a line."""
+
     def part(name: str) -> list[Picture]:
         folder, labels = root / "images" / name, root / "labels" / name
-        return [Picture(p.stem, p, labels / f"{p.stem}.png") for p in image_files(folder)] if folder.is_dir() else []
+        return (
+            [Picture(p.stem, p, labels / f"{p.stem}.png") for p in image_files(folder)]
+            if folder.is_dir()
+            else []
+        )
 
     if not (root / "images" / "train").is_dir():
         raise missing("folder", root, "images/train")
@@ -120,29 +167,47 @@ def find_folder(root: Path, val: str) -> Segmentation:
         raise missing("folder", root, f"images/{val}")
     for picture in score:
         need(picture.label)
-    return Segmentation("folder", root, read_classes(root / "classes.txt"), {p.name: p for p in part("train")}, score,
-                        extra=[Picture(p.name, p.image, None) for p in part("unlabeled")])
+    return Segmentation(
+        "folder",
+        root,
+        read_classes(root / "classes.txt"),
+        {p.name: p for p in part("train")},
+        score,
+        extra=[Picture(p.name, p.image, None) for p in part("unlabeled")],
+    )
 
 
 def read_classes(path: Path) -> list[str]:
     try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        names = [
+            line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
+        ]
     except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text; save it as such, one class name a line.") from None
+        raise UserError(
+            f"{path} is not UTF-8 text; save it as such, one class name a line."
+        ) from None
     if len(names) < 2 or len(names) > 255 or len(set(names)) < len(names):
-        raise UserError(f"{path} needs 2 to 255 different class names, one a line; it has {len(names)}.")
+        raise UserError(
+            f"{path} needs 2 to 255 different class names, one a line; it has {len(names)}."
+        )
     return names
 
 
 def listed(*paths: Path) -> list[str] | None:
     """The ids of the first list that exists."""
     path = next((p for p in paths if p.is_file()), None)
-    return None if path is None else [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+    return (
+        None
+        if path is None
+        else [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+    )
 
 
 def need(path: Path) -> Path:
     if not path.is_file():
-        raise UserError(f"{path} is missing, though the data set's lists name it; see data/README.md.")
+        raise UserError(
+            f"{path} is missing, though the data set's lists name it; see data/README.md."
+        )
     return path
 
 
@@ -151,6 +216,7 @@ def need(path: Path) -> Path:
 class Chosen:
     """Which images a run learns from, and which labeled ones it only chooses by. `text` says it to
     the user, `fingerprint` identifies the labeled list."""
+
     labeled: list[Picture]
     unlabeled: list[Picture]
     text: str
@@ -158,8 +224,15 @@ class Chosen:
     held_out: list[Picture] = field(default_factory=list)
 
 
-def choose(data: Segmentation, split: str, split_seed: int, unlabeled: str, family: str, needed: bool = True,
-           held_out: int = 0) -> Chosen:
+def choose(
+    data: Segmentation,
+    split: str,
+    split_seed: int,
+    unlabeled: str,
+    family: str,
+    needed: bool = True,
+    held_out: int = 0,
+) -> Chosen:
     """The labeled images that `split` names, and the unlabeled ones: all others, or what
     `unlabeled` names; UserError when there are none and they are `needed`. `held_out` labeled
     images are kept apart from both.
@@ -175,24 +248,40 @@ def choose(data: Segmentation, split: str, split_seed: int, unlabeled: str, fami
         labeled, origin = pictures_of(Path(split), data), f"the list {split}"
     elif published and not split.startswith("random:"):
         if not (folder / "labeled.txt").is_file():
-            have = sorted(p.parent.name for p in folder.parent.glob("*/labeled.txt")) if folder.parent.is_dir() else []
-            known = sorted({n for d, f, n in splits.PUBLISHED if (d, f) == (data.name, family) and n != "val"},
-                           key=lambda n: (len(n), n))
+            have = (
+                sorted(p.parent.name for p in folder.parent.glob("*/labeled.txt"))
+                if folder.parent.is_dir()
+                else []
+            )
+            known = sorted(
+                {n for d, f, n in splits.PUBLISHED if (d, f) == (data.name, family) and n != "val"},
+                key=lambda n: (len(n), n),
+            )
             fetch = f"`python -m data.download splits --dataset {data.name} --root {data.root}`"
-            raise UserError(f"There is no split '{split}' in {folder.parent} (there: {', '.join(have) or 'none'}; "
-                            f"published: {', '.join(known)}); fetch the published lists with {fetch}, draw one with "
-                            f"--split random:{split if split[:1].isdigit() else 183}, or name a list file.")
-        labeled, origin = pictures_of(folder / "labeled.txt", data), f"the published list {family}/{split}"
+            raise UserError(
+                f"There is no split '{split}' in {folder.parent} (there: {', '.join(have) or 'none'}; "
+                f"published: {', '.join(known)}); fetch the published lists with {fetch}, draw one with "
+                f"--split random:{split if split[:1].isdigit() else 183}, or name a list file."
+            )
+        labeled, origin = (
+            pictures_of(folder / "labeled.txt", data),
+            f"the published list {family}/{split}",
+        )
         if (folder / "unlabeled.txt").is_file():
             rest = pictures_of(folder / "unlabeled.txt", data, labels=False)
     else:
         try:
             number = splits.count(split.removeprefix("random:"), len(data.train))
             able = [name for name, picture in data.train.items() if picture.label.is_file()]
-            names = splits.draw(able, number, split_seed, lambda name: classes_in(data, data.train[name]))
+            names = splits.draw(
+                able, number, split_seed, lambda name: classes_in(data, data.train[name])
+            )
         except splits.SplitError as error:
             raise UserError(f"--split {split}: {error}") from None
-        labeled, origin = [data.train[name] for name in names], f"{number} drawn with --split-seed {split_seed}"
+        labeled, origin = (
+            [data.train[name] for name in names],
+            f"{number} drawn with --split-seed {split_seed}",
+        )
     for picture in labeled:
         need(picture.label)
     if unlabeled:
@@ -203,17 +292,23 @@ def choose(data: Segmentation, split: str, split_seed: int, unlabeled: str, fami
     apart = hold_out(data, labeled, split_seed, held_out, family)
     rest = [p for p in rest if p.image not in {q.image for q in apart}] if apart else rest
     if needed and not rest:
-        raise UserError(f"--split {split} leaves no unlabeled image; take a smaller one, name some with --unlabeled, "
-                        f"or learn from labels alone (gta_seg.py: --method suponly).")
+        raise UserError(
+            f"--split {split} leaves no unlabeled image; take a smaller one, name some with --unlabeled, "
+            f"or learn from labels alone (gta_seg.py: --method suponly)."
+        )
     fingerprint = splits.fingerprint([p.name for p in labeled])
     family_name = splits.published_name([p.name for p in labeled])
-    text = (f"{len(labeled)} labeled images ({origin}{f', known as {family_name}' if family_name else ''}, "
-            f"fingerprint {fingerprint[:12]}) and {len(rest)} unlabeled ones")
+    text = (
+        f"{len(labeled)} labeled images ({origin}{f', known as {family_name}' if family_name else ''}, "
+        f"fingerprint {fingerprint[:12]}) and {len(rest)} unlabeled ones"
+    )
     text += f", {len(apart)} held out" if apart else ""
     return Chosen(labeled, rest, text, fingerprint, apart)
 
 
-def hold_out(data: Segmentation, labeled: list[Picture], split_seed: int, number: int, family: str) -> list[Picture]:
+def hold_out(
+    data: Segmentation, labeled: list[Picture], split_seed: int, number: int, family: str
+) -> list[Picture]:
     """Images with labels beside the `labeled` ones of a run, to choose by: the last `number` of the
     order the split was cut from (the published permutation where `family` has one, else a seeded
     one), nearest the end first, so that a smaller set is the beginning of a larger one. UserError
@@ -224,11 +319,17 @@ def hold_out(data: Segmentation, labeled: list[Picture], split_seed: int, number
     else:
         order = splits.draw(list(data.train), len(data.train), split_seed)
     taken = {p.name for p in labeled}
-    able = (p for n in reversed(order) if n not in taken and (p := data.train.get(n)) and p.label.is_file())
+    able = (
+        p
+        for n in reversed(order)
+        if n not in taken and (p := data.train.get(n)) and p.label.is_file()
+    )
     found = list(itertools.islice(able, number))
     if len(found) < number:
-        raise UserError(f"{number} images with labels are to be held out (--dev-size, --dev-reserve), but beside the "
-                        f"{len(taken)} labeled ones there are only {len(found)}; ask for fewer, or a smaller --split.")
+        raise UserError(
+            f"{number} images with labels are to be held out (--dev-size, --dev-reserve), but beside the "
+            f"{len(taken)} labeled ones there are only {len(found)}; ask for fewer, or a smaller --split."
+        )
     return found
 
 
@@ -255,8 +356,10 @@ def pictures_of(path: Path, data: Segmentation, labels: bool = True) -> list[Pic
         else:
             found.append(Picture(name, image, label))
     if lost:
-        raise UserError(f"{len(lost)} of {len(entries)} images listed in {path} are not under {data.root}, for example "
-                        f"{lost[0]}; is --root right? See data/README.md for the layout.")
+        raise UserError(
+            f"{len(lost)} of {len(entries)} images listed in {path} are not under {data.root}, for example "
+            f"{lost[0]}; is --root right? See data/README.md for the layout."
+        )
     return found
 
 

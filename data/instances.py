@@ -33,13 +33,23 @@ from data import shapes, splits
 from data.find import missing, need
 from data.read import IMAGES, BrokenImage, helpers, image_files, read_image
 
-CITYSCAPES_THINGS = {24: "person", 25: "rider", 26: "car", 27: "truck", 28: "bus", 31: "train", 32: "motorcycle",
-                     33: "bicycle"}  # the other classes have no single objects
+CITYSCAPES_THINGS = {
+    24: "person",
+    25: "rider",
+    26: "car",
+    27: "truck",
+    28: "bus",
+    31: "train",
+    32: "motorcycle",
+    33: "bicycle",
+}  # the other classes have no single objects
 # annotations/<one of them>.json
 FILES = ("{}", "instances_{}", "instances_{}2017", "lvis_{}", "lvis_v1_{}")
 COCO_IMAGES = 117266  # of train2017 that hold an object; 118,287 in all
-PUBLISHED = {"cityscapes": ("guided_distillation", "5%, 10%, 20%, 30%"),
-             "coco": ("unbiased_teacher", "0.01%, 0.1%, 0.5%, 1%, 2%, 5%, 10%")}
+PUBLISHED = {
+    "cityscapes": ("guided_distillation", "5%, 10%, 20%, 30%"),
+    "coco": ("unbiased_teacher", "0.01%, 0.1%, 0.5%, 1%, 2%, 5%, 10%"),
+}
 
 
 class Thing(NamedTuple):
@@ -49,6 +59,7 @@ class Thing(NamedTuple):
     `segmentation`: polygons, float64 arrays x, y, x, y, ... in pixels; or pycocotools' run lengths;
     or the object's value in a Cityscapes instanceIds PNG. A crowd is a region of many objects: no
     target, and ignored when scoring."""
+
     category: int
     segmentation: list | dict | int
     crowd: bool
@@ -62,6 +73,7 @@ class Photo(NamedTuple):
 
     LVIS says of a picture which classes are known to be absent (`negative`), and of which only some
     objects are annotated (`partial`), class indices; elsewhere both are empty."""
+
     name: str
     image: Path
     id: int = -1
@@ -81,6 +93,7 @@ class Instances:
     LVIS files add the `frequency` of each class (r, c, f, in training pictures) and, of each scored
     image id, what its Photo says of `negative` and `partial` classes. `val_json` is the file of
     `val`, or None (see `scored_on`)."""
+
     name: str
     root: Path
     classes: list[str]
@@ -97,8 +110,15 @@ class Instances:
 
 
 # ------------------------------------------------------------------------------------------ on disk
-def find(name: str, root: Path, train_json: str = "", val_json: str = "", images: str = "", val: str = "val",
-         classes: list[str] | None = None) -> Instances:
+def find(
+    name: str,
+    root: Path,
+    train_json: str = "",
+    val_json: str = "",
+    images: str = "",
+    val: str = "val",
+    classes: list[str] | None = None,
+) -> Instances:
     """The data set `name` (shapes, coco, lvis, cityscapes) under `root`, scored on its part `val`;
     UserError when it is not there, contradicts itself, or has not `classes`. Flags name files and a
     folder, also relative to `root`."""
@@ -113,17 +133,22 @@ def find(name: str, root: Path, train_json: str = "", val_json: str = "", images
     else:
         data = find_coco(name, root, train_json, val_json, images, val)
     if classes is not None and data.classes != classes:
-        raise UserError(f"The checkpoint knows {len(classes)} classes ({', '.join(classes[:3])} ...) and {root} has "
-                        f"{len(data.classes)} ({', '.join(data.classes[:3])} ...); they must be the same.")
+        raise UserError(
+            f"The checkpoint knows {len(classes)} classes ({', '.join(classes[:3])} ...) and {root} has "
+            f"{len(data.classes)} ({', '.join(data.classes[:3])} ...); they must be the same."
+        )
     return data
 
 
 def find_cityscapes(root: Path, val: str) -> Instances:
     """leftImg8bit/<part>/<city>/*.png with gtFine/... instanceIds; `extra` is train_extra. No label
     is opened here."""
+
     def part(name: str) -> list[Photo]:
         found, end = [], "_leftImg8bit.png"
-        for number, image in enumerate(sorted((root / "leftImg8bit" / name).glob("*/*" + end)), start=1):
+        for number, image in enumerate(
+            sorted((root / "leftImg8bit" / name).glob("*/*" + end)), start=1
+        ):
             stem = image.name.removesuffix(end)
             label = root / "gtFine" / name / image.parent.name / f"{stem}_gtFine_instanceIds.png"
             found.append(Photo(stem, image, number, label=label))
@@ -134,48 +159,89 @@ def find_cityscapes(root: Path, val: str) -> Instances:
     train, score, extra = part("train"), part(val), part("train_extra")
     for photo in score:
         need(photo.label)
-    return Instances("cityscapes", root, list(CITYSCAPES_THINGS.values()), list(CITYSCAPES_THINGS), train, score,
-                     [bare(photo) for photo in extra])
+    return Instances(
+        "cityscapes",
+        root,
+        list(CITYSCAPES_THINGS.values()),
+        list(CITYSCAPES_THINGS),
+        train,
+        score,
+        [bare(photo) for photo in extra],
+    )
 
 
-def find_coco(name: str, root: Path, train_json: str, val_json: str, images: str, val: str) -> Instances:
+def find_coco(
+    name: str, root: Path, train_json: str, val_json: str, images: str, val: str
+) -> Instances:
     """COCO's or LVIS's files: annotations/ (see FILES) and images/, images/<part>, <part>2017,
     <part> or the folder that coco_url or file_name names. Pictures without an object but crowds go
     from `train` to `extra`, where those of images/unlabeled are, too."""
+
     def json_file(flag: str, value: str, part: str, *first: Path) -> Path:
-        names = [f"annotations/{form.format(part)}.json" for form in FILES if name != "lvis" or form.startswith("lvis")]
-        paths = [Path(value), root / value, root / "annotations" / value] if value else \
-            [*first, *(root / n for n in names)]
+        names = [
+            f"annotations/{form.format(part)}.json"
+            for form in FILES
+            if name != "lvis" or form.startswith("lvis")
+        ]
+        paths = (
+            [Path(value), root / value, root / "annotations" / value]
+            if value
+            else [*first, *(root / n for n in names)]
+        )
         path = next((p for p in paths if p.is_file()), None)
         if path is None:
-            raise missing(name, root, f"{flag} {value}" if value else f"{', '.join(names)} (or give {flag})")
+            raise missing(
+                name, root, f"{flag} {value}" if value else f"{', '.join(names)} (or give {flag})"
+            )
         return path
 
     train_path = json_file("--train-json", train_json, "train")
     beside = train_path.with_name(train_path.name.replace("train", val))
     val_path = json_file("--val-json", val_json, val, *[beside] * (beside != train_path))
-    folder = next((p for p in (Path(images), root / images) if p.is_dir()), None) if images else root / "images"
+    folder = (
+        next((p for p in (Path(images), root / images) if p.is_dir()), None)
+        if images
+        else root / "images"
+    )
     if folder is None:
         raise missing(name, root, f"--images {images}")
     content = {path: read_json(path) for path in (train_path, val_path)}  # one file may be both
     kinds = [classes_of(content[path], path) for path in (train_path, val_path)]
     for a, b in itertools.zip_longest(*(kind.items() for kind in kinds)):
         if a != b:
-            raise UserError(f"The categories of {train_path} and {val_path} differ (first {a} and {b}); both must list "
-                            f"the same ids with the same names.")
+            raise UserError(
+                f"The categories of {train_path} and {val_path} differ (first {a} and {b}); both must list "
+                f"the same ids with the same names."
+            )
     ids, classes = list(kinds[0]), list(kinds[0].values())
     index = {category: place for place, category in enumerate(ids)}
     bases = [folder] if images else [folder, root]
-    train, score = (photos_of(content[path], path, index, finder(bases, part))
-                    for path, part in ((train_path, "train"), (val_path, val)))
+    train, score = (
+        photos_of(content[path], path, index, finder(bases, part))
+        for path, part in ((train_path, "train"), (val_path, val))
+    )
     for path, photos in ((train_path, train), (val_path, score)):
         if not any(singles(photo) for photo in photos):
-            raise UserError(f"{path} has no object with a mask, so there is nothing to learn from or to score on.")
+            raise UserError(
+                f"{path} has no object with a mask, so there is nothing to learn from or to score on."
+            )
     extra = [bare(photo) for photo in train if not singles(photo)]
     if (folder / "unlabeled").is_dir():
         extra += [Photo(path.name, path) for path in image_files(folder / "unlabeled")]
-    data = Instances(name, root, classes, ids, [p for p in train if singles(p)], score, extra, train_path, val_path)
-    frequency = {record["id"]: record.get("frequency") for record in content[train_path]["categories"]}
+    data = Instances(
+        name,
+        root,
+        classes,
+        ids,
+        [p for p in train if singles(p)],
+        score,
+        extra,
+        train_path,
+        val_path,
+    )
+    frequency = {
+        record["id"]: record.get("frequency") for record in content[train_path]["categories"]
+    }
     if None not in frequency.values():
         data.lvis, data.frequency = True, [frequency[i] for i in ids]
         data.negative, data.partial = said_of(score)
@@ -208,24 +274,36 @@ def read_json(path: Path) -> dict:
     """A COCO or LVIS file, each annotation a tuple (image id, category id, segmentation, crowd,
     area); UserError when it is none. Annotations become small while they are read, or COCO's train
     file would fill many times its size."""
+
     def lean(record: dict):
         if not {"image_id", "category_id", "segmentation"} <= record.keys():
             return record
         try:
-            return (record["image_id"], record["category_id"], outline(record["segmentation"]),
-                    bool(record.get("iscrowd")), float(record.get("area", 0)))
+            return (
+                record["image_id"],
+                record["category_id"],
+                outline(record["segmentation"]),
+                bool(record.get("iscrowd")),
+                float(record.get("area", 0)),
+            )
         except (TypeError, ValueError, KeyError, OverflowError):
-            raise UserError(f"{path}: the annotation {record.get('id')} cannot be read; its segmentation must be "
-                            f"polygons or run lengths, and its area a number.") from None
+            raise UserError(
+                f"{path}: the annotation {record.get('id')} cannot be read; its segmentation must be "
+                f"polygons or run lengths, and its area a number."
+            ) from None
 
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file, object_hook=lean)
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}); fetch or write it again.") from None
+        raise UserError(
+            f"{path} cannot be read as JSON ({error}); fetch or write it again."
+        ) from None
     for key, kind in (("images", dict), ("categories", dict), ("annotations", tuple)):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            raise UserError(f"{path} is no COCO or LVIS file: it has no list of {key}; name another.")
+            raise UserError(
+                f"{path} is no COCO or LVIS file: it has no list of {key}; name another."
+            )
         if not all(isinstance(record, kind) for record in content[key]):
             needs = "image_id, category_id and segmentation" if kind is tuple else "named fields"
             raise UserError(f"{path}: each of its {key} needs {needs}; correct the file.")
@@ -238,18 +316,30 @@ def outline(segmentation: list | dict) -> list[np.ndarray] | dict:
     without any other is no object."""
     if isinstance(segmentation, dict):
         listed = isinstance(segmentation["counts"], list)
-        return coco_mask.frPyObjects(segmentation, *segmentation["size"]) if listed else segmentation
-    return [np.array(p, np.float64) for p in segmentation if isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0]
+        return (
+            coco_mask.frPyObjects(segmentation, *segmentation["size"]) if listed else segmentation
+        )
+    return [
+        np.array(p, np.float64)
+        for p in segmentation
+        if isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0
+    ]
 
 
 def classes_of(content: dict, path: Path) -> dict[int, str]:
     """Category id -> name, by ascending id."""
     try:
-        found = dict(sorted((record["id"], str(record["name"])) for record in content["categories"]))
+        found = dict(
+            sorted((record["id"], str(record["name"])) for record in content["categories"])
+        )
     except (KeyError, TypeError):
-        raise UserError(f"{path}: each of its categories needs a number as id, and a name; correct the file.") from None
+        raise UserError(
+            f"{path}: each of its categories needs a number as id, and a name; correct the file."
+        ) from None
     if not found or not len(content["categories"]) == len(found) == len(set(found.values())):
-        raise UserError(f"{path}: its categories need ids and names that all differ, and there must be one at least.")
+        raise UserError(
+            f"{path}: its categories need ids and names that all differ, and there must be one at least."
+        )
     return found
 
 
@@ -257,6 +347,7 @@ def finder(bases: list[Path], part: str) -> Callable[[dict], Path | None]:
     """Record of an image -> its file. Folders are listed once: asking for each file is slow on a
     network disk. Pictures of a part other than train and val (tune) are looked for among the
     training pictures, too."""
+
     @functools.cache
     def files(folder: str) -> set[str]:
         return set(os.listdir(folder)) if os.path.isdir(folder) else set()
@@ -270,7 +361,14 @@ def finder(bases: list[Path], part: str) -> Callable[[dict], Path | None]:
                     return Path(folder, file)
         return None
 
-    parts = ["", *(p + year for p in dict.fromkeys([part] + ["train"] * (part != "val")) for year in ("", "2017"))]
+    parts = [
+        "",
+        *(
+            p + year
+            for p in dict.fromkeys([part] + ["train"] * (part != "val"))
+            for year in ("", "2017")
+        ),
+    ]
     places = [base / p for base in bases for p in parts]
     return locate
 
@@ -278,34 +376,54 @@ def finder(bases: list[Path], part: str) -> Callable[[dict], Path | None]:
 def photos_of(content: dict, path: Path, index: dict[int, int], locate: Callable) -> list[Photo]:
     """The pictures of a file by ascending id, with their objects; UserError where it contradicts
     itself or the disk."""
+
     def places(record: dict, key: str) -> tuple[int, ...]:
         return tuple(index[category] for category in record.get(key) or () if category in index)
 
     try:
-        photos = {r["id"]: Photo(r.get("file_name") or "/".join(r["coco_url"].split("/")[-2:]), locate(r), r["id"],
-                                 int(r["height"]), int(r["width"]), negative=places(r, "neg_category_ids"),
-                                 partial=places(r, "not_exhaustive_category_ids")) for r in content["images"]}
+        photos = {
+            r["id"]: Photo(
+                r.get("file_name") or "/".join(r["coco_url"].split("/")[-2:]),
+                locate(r),
+                r["id"],
+                int(r["height"]),
+                int(r["width"]),
+                negative=places(r, "neg_category_ids"),
+                partial=places(r, "not_exhaustive_category_ids"),
+            )
+            for r in content["images"]
+        }
         photos = dict(sorted(photos.items()))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: an image lacks its id, height, width, or file_name ({error}); correct it.") from None
+        raise UserError(
+            f"{path}: an image lacks its id, height, width, or file_name ({error}); correct it."
+        ) from None
     sized = {p.name for p in photos.values() if min(p.height, p.width) > 0}
     if not len(content["images"]) == len(photos) == len(sized):
-        raise UserError(f"{path} lists an image twice or without a size; ids and file names must differ.")
+        raise UserError(
+            f"{path} lists an image twice or without a size; ids and file names must differ."
+        )
     lost = [p.name for p in photos.values() if p.image is None]
     if lost:
-        raise UserError(f"{len(lost)} of the {len(photos)} images of {path} are not on disk, for example {lost[0]}; "
-                        f"name the folder that holds them with --images (layout in data/README.md).")
+        raise UserError(
+            f"{len(lost)} of the {len(photos)} images of {path} are not on disk, for example {lost[0]}; "
+            f"name the folder that holds them with --images (layout in data/README.md)."
+        )
     things, left_out = {number: [] for number in photos}, 0
     for image, category, segmentation, crowd, area in content["annotations"]:
         if image not in things or category not in index:
             unknown = f"image {image}" if image not in things else f"category {category}"
-            raise UserError(f"{path}: an annotation is of {unknown}, which the file does not list; correct the file.")
+            raise UserError(
+                f"{path}: an annotation is of {unknown}, which the file does not list; correct the file."
+            )
         if segmentation:
             things[image].append(Thing(index[category], segmentation, crowd, area))
         left_out += not segmentation
     if left_out:
-        warnings.warn(f"{left_out} annotations of {path} have no polygon of three points; they are left out",
-                      stacklevel=2)
+        warnings.warn(
+            f"{left_out} annotations of {path} have no polygon of three points; they are left out",
+            stacklevel=2,
+        )
     return [photo._replace(things=tuple(things[number])) for number, photo in photos.items()]
 
 
@@ -313,6 +431,7 @@ def photos_of(content: dict, path: Path, index: dict[int, int], locate: Callable
 class Window(NamedTuple):
     """Joint geometry: flip left-right, resize to `size` (height, width), then the window of size
     `out` at (top, left), which may reach over every border."""
+
     flip: bool
     size: tuple[int, int]
     top: int
@@ -331,11 +450,16 @@ def cut_out(image: Tensor, window: Window, fill: int) -> Tensor:
 def photometric_distortion(image: Tensor, g: np.random.Generator) -> Tensor:
     """SSD's colour distortion of (3, H, W) uint8: brightness, contrast, saturation and hue, each
     half of the time."""
+
     def on() -> bool:
         return bool(g.random() < 0.5)
 
     def contrast(x: np.ndarray) -> np.ndarray:
-        return np.clip(x.astype(np.float32) * g.uniform(0.5, 1.5), 0, 255).astype(np.uint8) if on() else x
+        return (
+            np.clip(x.astype(np.float32) * g.uniform(0.5, 1.5), 0, 255).astype(np.uint8)
+            if on()
+            else x
+        )
 
     x = image.permute(1, 2, 0).numpy()
     if on():
@@ -345,13 +469,18 @@ def photometric_distortion(image: Tensor, g: np.random.Generator) -> Tensor:
     hsv = np.array(Image.fromarray(x).convert("HSV")).astype(np.float32)
     hsv[..., 1] = np.clip(hsv[..., 1] * (g.uniform(0.5, 1.5) if on() else 1), 0, 255)
     hsv[..., 0] = (hsv[..., 0] + (g.integers(-18, 19) * 256 / 180 if on() else 0)) % 256
-    x = np.array(Image.frombytes("HSV", (x.shape[1], x.shape[0]), hsv.astype(np.uint8).tobytes()).convert("RGB"))
+    x = np.array(
+        Image.frombytes("HSV", (x.shape[1], x.shape[0]), hsv.astype(np.uint8).tobytes()).convert(
+            "RGB"
+        )
+    )
     x = x if contrast_first else contrast(x)
     return torch.from_numpy(x).permute(2, 0, 1).contiguous()
 
 
-def masks_of(photo: Photo, data: Instances, window: Window | None = None,
-             crowds: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def masks_of(
+    photo: Photo, data: Instances, window: Window | None = None, crowds: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """Labels (N,) int64, masks (N, h, w) uint8 0/1 and whether each is a crowd (N,) bool, in the
     file's order; empty masks are kept. Without `window` in the picture's own frame; without
     `crowds` no crowds.
@@ -370,18 +499,27 @@ def masks_of(photo: Photo, data: Instances, window: Window | None = None,
         try:
             if isinstance(segmentation, list):
                 polygons = [moved(np.asarray(p, np.float64), whole, window) for p in segmentation]
-                mask[:] = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, *window.out)))
+                mask[:] = coco_mask.decode(
+                    coco_mask.merge(coco_mask.frPyObjects(polygons, *window.out))
+                )
             elif isinstance(segmentation, dict):
                 if list(segmentation["size"]) != list(whole):
-                    raise ValueError(f"its run lengths are for {segmentation['size']}, height and width")
+                    raise ValueError(
+                        f"its run lengths are for {segmentation['size']}, height and width"
+                    )
                 mask[:] = seen(coco_mask.decode(outline(segmentation)), window)
             else:
                 mask[:] = ids == segmentation
         except (ValueError, TypeError, KeyError, IndexError) as error:
-            raise RankError(f"An annotation of {photo.image} ({data.classes[category]}, {photo.width}x{photo.height} "
-                            f"pixels) cannot be drawn ({error}); correct it or take it out.") from None
-    return (torch.tensor([thing.category for thing in things], dtype=torch.int64), torch.from_numpy(masks),
-            torch.tensor([thing.crowd for thing in things], dtype=torch.bool))
+            raise RankError(
+                f"An annotation of {photo.image} ({data.classes[category]}, {photo.width}x{photo.height} "
+                f"pixels) cannot be drawn ({error}); correct it or take it out."
+            ) from None
+    return (
+        torch.tensor([thing.category for thing in things], dtype=torch.int64),
+        torch.from_numpy(masks),
+        torch.tensor([thing.crowd for thing in things], dtype=torch.bool),
+    )
 
 
 def moved(polygon: np.ndarray, whole: tuple[int, int], window: Window) -> np.ndarray:
@@ -389,7 +527,9 @@ def moved(polygon: np.ndarray, whole: tuple[int, int], window: Window) -> np.nda
     if not np.abs(polygon).max() < 1e6:  # drawing takes memory for every pixel of an edge
         raise ValueError("a coordinate is not finite, or far outside")
     out = np.empty_like(polygon)
-    out[0::2] = (whole[1] - polygon[0::2] if window.flip else polygon[0::2]) * (window.size[1] / whole[1]) - window.left
+    out[0::2] = (whole[1] - polygon[0::2] if window.flip else polygon[0::2]) * (
+        window.size[1] / whole[1]
+    ) - window.left
     out[1::2] = polygon[1::2] * (window.size[0] / whole[0]) - window.top
     return out
 
@@ -398,10 +538,14 @@ def seen(values: np.ndarray, window: Window) -> np.ndarray:
     """(H, W) -> the window (h, w) of it, nearest pixel with half-pixel centres, 0 outside of the
     picture."""
     places = []
-    for n, size, start, number in zip(values.shape, window.size, (window.top, window.left), window.out, strict=True):
+    for n, size, start, number in zip(
+        values.shape, window.size, (window.top, window.left), window.out, strict=True
+    ):
         first = max(start, 0)
         at = np.arange(first, max(min(start + number, size), first))
-        places.append((slice(first - start, first - start + len(at)), (2 * at + 1) * n // (2 * size)))
+        places.append(
+            (slice(first - start, first - start + len(at)), (2 * at + 1) * n // (2 * size))
+        )
     (rows, ys), (columns, xs) = places
     out = np.zeros(window.out, values.dtype)
     out[rows, columns] = values[ys[:, None], values.shape[1] - 1 - xs if window.flip else xs]
@@ -418,9 +562,11 @@ def opened(photo: Photo) -> tuple[Photo, np.ndarray | None]:
         return photo, None
     ids = read_ids(photo.label)
     counts, classes = np.bincount(ids.ravel()), list(CITYSCAPES_THINGS)
-    things = [Thing(classes.index(kind), value, value < 1000, float(counts[value]))
-              for value in np.flatnonzero(counts).tolist()
-              if (kind := value // 1000 if value >= 1000 else value) in CITYSCAPES_THINGS]
+    things = [
+        Thing(classes.index(kind), value, value < 1000, float(counts[value]))
+        for value in np.flatnonzero(counts).tolist()
+        if (kind := value // 1000 if value >= 1000 else value) in CITYSCAPES_THINGS
+    ]
     return photo._replace(things=tuple(things), height=ids.shape[0], width=ids.shape[1]), ids
 
 
@@ -430,9 +576,13 @@ def read_ids(path: Path) -> np.ndarray:
         with Image.open(path) as file:
             mode, ids = file.mode, np.array(file).astype(np.int32)
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-        raise RankError(f"The label {path} cannot be read ({error}); fetch or make it again.") from None
+        raise RankError(
+            f"The label {path} cannot be read ({error}); fetch or make it again."
+        ) from None
     if mode not in ("I", "I;16", "I;16B", "L") or ids.min() < 0:
-        raise RankError(f"The label {path} (mode {mode}) is no map of instance ids, a single-channel 16-bit PNG.")
+        raise RankError(
+            f"The label {path} (mode {mode}) is no map of instance ids, a single-channel 16-bit PNG."
+        )
     return ids
 
 
@@ -441,14 +591,22 @@ def read_ids(path: Path) -> np.ndarray:
 class Chosen:
     """Which pictures a run learns from. `text` says it to the user, `fingerprint` identifies the
     labeled list. The unlabeled ones carry no labels."""
+
     labeled: list[Photo]
     unlabeled: list[Photo]
     text: str
     fingerprint: str
 
 
-def choose(data: Instances, split: str, split_seed: int, unlabeled: str, pool: str, needed: bool,
-           balanced: bool = True) -> Chosen:
+def choose(
+    data: Instances,
+    split: str,
+    split_seed: int,
+    unlabeled: str,
+    pool: str,
+    needed: bool,
+    balanced: bool = True,
+) -> Chosen:
     """The labeled pictures that `split` names, and the unlabeled ones; UserError when there are
     none and they are `needed`.
 
@@ -459,8 +617,12 @@ def choose(data: Instances, split: str, split_seed: int, unlabeled: str, pool: s
     `data.train`, sorted by image id. `unlabeled`: a folder or a list. Else `pool` "all" takes all
     training pictures (labeled ones too, as the released code), "remaining" the others, and both
     `data.extra` (Cityscapes' train_extra with --split all only)."""
-    official = data.name == "cityscapes" or data.name == "coco" and not data.lvis and (
-        len(data.train) == COCO_IMAGES or supervision(data).is_file())
+    official = (
+        data.name == "cityscapes"
+        or data.name == "coco"
+        and not data.lvis
+        and (len(data.train) == COCO_IMAGES or supervision(data).is_file())
+    )
     if split == "all":
         labeled, origin = data.train, "all labels"
     elif Path(split).is_file():
@@ -470,34 +632,49 @@ def choose(data: Instances, split: str, split_seed: int, unlabeled: str, pool: s
     else:
         try:
             number = splits.count(split.removeprefix("random:"), len(data.train))
-            able = {p.name: p for p in labels_read([p for p in data.train if p.label is None or p.label.is_file()])}
+            able = {
+                p.name: p
+                for p in labels_read(
+                    [p for p in data.train if p.label is None or p.label.is_file()]
+                )
+            }
             held = (lambda name: singles(able[name])) if balanced else None
             names = splits.draw(list(able), number, split_seed, held)
         except splits.SplitError as error:
             raise UserError(f"--split {split}: {error}") from None
-        labeled, origin = [able[name] for name in names], f"{number} drawn with --split-seed {split_seed}"
+        labeled, origin = (
+            [able[name] for name in names],
+            f"{number} drawn with --split-seed {split_seed}",
+        )
     taken = {p.image for p in labeled} if pool == "remaining" else set()
     rest = [p for p in data.train if p.image not in taken]
     rest += data.extra if data.name != "cityscapes" or split == "all" else []
     if unlabeled:
         rest = unlabeled_photos(unlabeled, data)
     if needed and not rest:
-        raise UserError(f"--split {split} leaves no unlabeled image; take a smaller one, name some with --unlabeled, "
-                        f"or learn from labels alone.")
+        raise UserError(
+            f"--split {split} leaves no unlabeled image; take a smaller one, name some with --unlabeled, "
+            f"or learn from labels alone."
+        )
     names = [splits.short_id(p.name, data.name) for p in labeled]
     fingerprint, known = splits.fingerprint(names), splits.published_name(names)
     labeled = [p for p in labels_read(labeled) if singles(p)]
     if not labeled:
-        raise UserError(f"--split {split}: none of its images has an object, so there is nothing to learn from.")
-    text = (f"{len(labeled)} labeled images ({origin}{f', known as {known}' if known else ''}, fingerprint "
-            f"{fingerprint[:12]}) and {len(rest)} unlabeled ones")
+        raise UserError(
+            f"--split {split}: none of its images has an object, so there is nothing to learn from."
+        )
+    text = (
+        f"{len(labeled)} labeled images ({origin}{f', known as {known}' if known else ''}, fingerprint "
+        f"{fingerprint[:12]}) and {len(rest)} unlabeled ones"
+    )
     if len(labeled) < len(names):
         text += f"; {len(names) - len(labeled)} listed ones without an object are left out"
     return Chosen(labeled, [bare(p) for p in rest], text, fingerprint)
 
 
-def hold_out(photos: list[Photo], share: float, seed: int, stratify: bool = False,
-             num_classes: int = 0) -> tuple[list[Photo], list[Photo]]:
+def hold_out(
+    photos: list[Photo], share: float, seed: int, stratify: bool = False, num_classes: int = 0
+) -> tuple[list[Photo], list[Photo]]:
     """The pictures to learn from and those held out, both in the order given. round(share * n) are
     held out, but one at least and one at most not; which ones, depends on the seed and the names
     alone.
@@ -506,20 +683,30 @@ def hold_out(photos: list[Photo], share: float, seed: int, stratify: bool = Fals
     parts where that is possible: the rarest class not yet held out chooses first, and never the
     last picture to learn a class from."""
     if len(photos) < 2:
-        raise UserError(f"Of {len(photos)} labeled images none can be held out; a part to tune on needs two or more.")
+        raise UserError(
+            f"Of {len(photos)} labeled images none can be held out; a part to tune on needs two or more."
+        )
     number = min(max(round(share * len(photos)), 1), len(photos) - 1)
     ranked = sorted(range(len(photos)), key=lambda i: photos[i].name)
     order = [ranked[i] for i in rng(seed, "hold out").permutation(len(photos))]
     if stratify:
-        order = [order[i] for i in spread([sorted(singles(photos[i])) for i in order], num_classes, number)]
+        order = [
+            order[i]
+            for i in spread([sorted(singles(photos[i])) for i in order], num_classes, number)
+        ]
     chosen = set(order[:number])
-    return ([p for i, p in enumerate(photos) if i not in chosen], [p for i, p in enumerate(photos) if i in chosen])
+    return (
+        [p for i, p in enumerate(photos) if i not in chosen],
+        [p for i, p in enumerate(photos) if i in chosen],
+    )
 
 
 def spread(held: list[list[int]], num_classes: int, number: int) -> list[int]:
     """For pictures that hold these classes, their places, with the `number` to hold out first (see
     `hold_out`); where the classes leave a choice, earlier pictures are taken first."""
-    counts = np.bincount(np.array([c for classes in held for c in classes], np.int64), minlength=num_classes)
+    counts = np.bincount(
+        np.array([c for classes in held for c in classes], np.int64), minlength=num_classes
+    )
     left, taken = counts.copy(), {}  # a dict keeps the order
     homes: list[list[int]] = [[] for _ in counts]
     for i, classes in enumerate(held):
@@ -529,7 +716,11 @@ def spread(held: list[list[int]], num_classes: int, number: int) -> list[int]:
     def take(places: Iterable[int], most: int) -> None:
         for least in (0, 2):  # a class's only picture only if there is no other
             for i in places:
-                if most > 0 and i not in taken and all(left[c] > 1 or counts[c] < least for c in held[i]):
+                if (
+                    most > 0
+                    and i not in taken
+                    and all(left[c] > 1 or counts[c] < least for c in held[i])
+                ):
                     taken[i] = True
                     left[held[i]] -= 1
                     most -= 1
@@ -564,21 +755,34 @@ def published(data: Instances, split: str, split_seed: int) -> tuple[list[Photo]
             return listed(path, data), f"the published list {family}/{split}"
     elif supervision(data).is_file():
         try:  # "5.0" -> draw "1" -> [12, 5, ...]
-            have = {f"{float(key):g}%": draws for key, draws in json.loads(supervision(data).read_text()).items()}
+            have = {
+                f"{float(key):g}%": draws
+                for key, draws in json.loads(supervision(data).read_text()).items()
+            }
         except (OSError, ValueError, AttributeError) as error:
-            raise UserError(f"{supervision(data)} cannot be read ({error}); fetch it again.") from None
+            raise UserError(
+                f"{supervision(data)} cannot be read ({error}); fetch it again."
+            ) from None
     if split in have and len(data.train) != COCO_IMAGES:
-        raise UserError(f"The published list {split} is of the {COCO_IMAGES} images of train2017 that hold an object, "
-                        f"but {data.train_json} has {len(data.train)}; draw one with --split random:{split}.")
+        raise UserError(
+            f"The published list {split} is of the {COCO_IMAGES} images of train2017 that hold an object, "
+            f"but {data.train_json} has {len(data.train)}; draw one with --split random:{split}."
+        )
     if split in have and str(split_seed) not in have[split]:
-        raise UserError(f"--split {split} is published for --split-seed {', '.join(have[split])}, not {split_seed}.")
+        raise UserError(
+            f"--split {split} is published for --split-seed {', '.join(have[split])}, not {split_seed}."
+        )
     if split in have:
-        return ([data.train[place] for place in have[split][str(split_seed)]],
-                f"the published list {family}/{split}, draw {split_seed}")
+        return (
+            [data.train[place] for place in have[split][str(split_seed)]],
+            f"the published list {family}/{split}, draw {split_seed}",
+        )
     fetch = f"`python -m data.download splits --dataset {data.name} --root {data.root}`"
-    raise UserError(f"There is no split '{split}' in {folder} (there: {', '.join(have) or 'none'}; published: {known}"
-                    f"); fetch the published lists with {fetch}, draw one with --split random:"
-                    f"{split if split[:1].isdigit() else '5%'}, or name a list file.")
+    raise UserError(
+        f"There is no split '{split}' in {folder} (there: {', '.join(have) or 'none'}; published: {known}"
+        f"); fetch the published lists with {fetch}, draw one with --split random:"
+        f"{split if split[:1].isdigit() else '5%'}, or name a list file."
+    )
 
 
 def listed(path: Path, data: Instances, files: bool = False) -> list[Photo]:
@@ -608,8 +812,10 @@ def listed(path: Path, data: Instances, files: bool = False) -> list[Photo]:
         if wanted and (image := next((p for p in paths if p.is_file()), None)):
             best[i] = Photo(entry, image)
     if None in best:
-        raise UserError(f"{best.count(None)} of {len(best)} images listed in {path} are not among the training images "
-                        f"of {data.root}, for example {entries[best.index(None)]}; is --root right?")
+        raise UserError(
+            f"{best.count(None)} of {len(best)} images listed in {path} are not among the training images "
+            f"of {data.root}, for example {entries[best.index(None)]}; is --root right?"
+        )
     return [photo for photo in best if files or photo.things is not None or photo.label is not None]
 
 
@@ -618,13 +824,21 @@ def unlabeled_photos(text: str, data: Instances, flag: str = "--unlabeled") -> l
     path = Path(text)
     if path.is_file():
         return listed(path, data, files=True)
-    found = [Photo(str(p.relative_to(path)), p) for p in sorted(path.rglob("*")) if p.suffix.lower() in IMAGES]
+    found = [
+        Photo(str(p.relative_to(path)), p)
+        for p in sorted(path.rglob("*"))
+        if p.suffix.lower() in IMAGES
+    ]
     if not found:
-        raise UserError(f"{flag} {path}: {'no images in that folder' if path.is_dir() else 'no folder or list'}.")
+        raise UserError(
+            f"{flag} {path}: {'no images in that folder' if path.is_dir() else 'no folder or list'}."
+        )
     for photo in found:
         # surrogates: not UTF-8
         if not str(photo.image).isascii() and "\\udc" in ascii(str(photo.image)):
-            raise UserError(f"{flag} {path}: the file name {ascii(photo.name)} is not UTF-8; rename it.")
+            raise UserError(
+                f"{flag} {path}: the file name {ascii(photo.name)} is not UTF-8; rename it."
+            )
     return found
 
 
@@ -633,7 +847,9 @@ def repeat_factors(photos: list[Photo], num_classes: int, threshold: float) -> n
     largest r(c) = max(1, sqrt(threshold / f_c)), f_c the share of `photos` that hold class c (LVIS,
     arXiv 1908.03195)."""
     held = [sorted(singles(photo)) for photo in photos]
-    counts = np.bincount(np.array([c for classes in held for c in classes], np.int64), minlength=num_classes)
+    counts = np.bincount(
+        np.array([c for classes in held for c in classes], np.int64), minlength=num_classes
+    )
     factors = np.maximum(1, np.sqrt(threshold * len(photos) / np.maximum(counts, 1)))
     return np.array([factors[classes].max(initial=1) for classes in held])
 
@@ -643,13 +859,16 @@ def load(photo: Photo) -> Tensor:
     """(3, H, W) uint8; it must have the size that its labels have."""
     image = read_image(photo.image)
     if photo.things is not None and image.shape[-2:] != (photo.height, photo.width):
-        raise RankError(f"{photo.image} has {image.shape[2]}x{image.shape[1]} pixels but its annotations are for "
-                        f"{photo.width}x{photo.height}; they must agree.")
+        raise RankError(
+            f"{photo.image} has {image.shape[2]}x{image.shape[1]} pixels but its annotations are for "
+            f"{photo.width}x{photo.height}; they must agree."
+        )
     return image
 
 
 class Target(NamedTuple):
     """Objects of one image, true or pseudo, on its crop at any resolution."""
+
     labels: Tensor  # (N,) int64
     masks: Tensor  # (N, H', W') uint8 or bool
 
@@ -657,6 +876,7 @@ class Target(NamedTuple):
 class Batch(NamedTuple):
     """Pictures (B, 3, H, W) uint8: `images` are learned from; `weak` is what the teacher sees of
     them, if anything."""
+
     images: Tensor
     weak: Tensor | None
     targets: list[Target]  # of labeled pictures
@@ -667,15 +887,28 @@ def collate(samples: list[tuple[tuple, int]]) -> Batch:
     """What Views gave, each (images, weak or None, target or None) and a count -> a batch."""
     views, skipped = zip(*samples, strict=True)
     images, weak, targets = zip(*views, strict=True)
-    return Batch(torch.stack(images), None if weak[0] is None else torch.stack(weak),
-                 [t for t in targets if t is not None], torch.tensor(skipped))
+    return Batch(
+        torch.stack(images),
+        None if weak[0] is None else torch.stack(weak),
+        [t for t in targets if t is not None],
+        torch.tensor(skipped),
+    )
 
 
 def to_device(batch: Batch | None, device: torch.device) -> Batch | None:
     def move(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.to(device, non_blocking=True)
-    return None if batch is None else Batch(move(batch.images), move(batch.weak), [
-        Target(move(t.labels), move(t.masks)) for t in batch.targets], move(batch.skipped))
+
+    return (
+        None
+        if batch is None
+        else Batch(
+            move(batch.images),
+            move(batch.weak),
+            [Target(move(t.labels), move(t.masks)) for t in batch.targets],
+            move(batch.skipped),
+        )
+    )
 
 
 class Views(Dataset):
@@ -698,7 +931,9 @@ class Views(Dataset):
                 warnings.warn(f"{error}; training goes on without it", stacklevel=2)
                 continue
             return self.augment(image, photo, rng(self.seed, self.name, step, sample)), skipped
-        raise RankError(f"None of the {len(self.photos)} {self.name} images can be read, such as {photo.image}.")
+        raise RankError(
+            f"None of the {len(self.photos)} {self.name} images can be read, such as {photo.image}."
+        )
 
 
 class Stream(datasets.Stream):
@@ -706,8 +941,17 @@ class Stream(datasets.Stream):
     pictures, each in an order of its own. With `factors` (n,), a pass holds a picture floor(r) or
     floor(r) + 1 times, on average r times."""
 
-    def __init__(self, n: int, batch_size: int, seed: int, name: str, start: int, stop: int, world: World,
-                 factors: np.ndarray | None = None):
+    def __init__(
+        self,
+        n: int,
+        batch_size: int,
+        seed: int,
+        name: str,
+        start: int,
+        stop: int,
+        world: World,
+        factors: np.ndarray | None = None,
+    ):
         super().__init__(n, batch_size, seed, name, start, stop, world)
         self.factors = factors
 
@@ -720,7 +964,9 @@ class Stream(datasets.Stream):
             draw, order = rng(self.seed, "order", self.name, turn), self.n
             if self.factors is not None:
                 whole = np.floor(self.factors).astype(np.int64)
-                order = np.arange(self.n).repeat(whole + (draw.random(self.n) < self.factors - whole))
+                order = np.arange(self.n).repeat(
+                    whole + (draw.random(self.n) < self.factors - whole)
+                )
             order = draw.permutation(order)
             yield begin, order
             turn, begin = turn + 1, begin + len(order)
@@ -739,14 +985,28 @@ class Stream(datasets.Stream):
             yield keys
 
 
-def stream(views: Views, batch_size: int, start: int, stop: int, world: World, workers: int,
-           factors: np.ndarray | None = None, collate: Callable = list) -> Iterator:
+def stream(
+    views: Views,
+    batch_size: int,
+    start: int,
+    stop: int,
+    world: World,
+    workers: int,
+    factors: np.ndarray | None = None,
+    collate: Callable = list,
+) -> Iterator:
     """What `collate` makes of this process's samples (sample, skipped) of each step start..stop;
     nothing is read before the first is asked for. Torch's own generator is left alone."""
     if start < stop:
         keys = Stream(len(views), batch_size, views.seed, views.name, start, stop, world, factors)
-        yield from DataLoader(views, batch_sampler=keys, collate_fn=collate, generator=torch.Generator(),
-                              pin_memory=world.device.type == "cuda", **helpers(workers))
+        yield from DataLoader(
+            views,
+            batch_sampler=keys,
+            collate_fn=collate,
+            generator=torch.Generator(),
+            pin_memory=world.device.type == "cuda",
+            **helpers(workers),
+        )
 
 
 def score_loader(photos: list[Photo], world: World, workers: int) -> Iterable[tuple[int, Tensor]]:
@@ -754,7 +1014,20 @@ def score_loader(photos: list[Photo], world: World, workers: int) -> Iterable[tu
     progress bar that goes when it is done (without a terminal: a line a minute). A broken image
     stops the evaluation, which needs every one."""
     from tqdm import tqdm
-    pictures = DataLoader(range(world.rank, len(photos), world.size), batch_size=None, generator=torch.Generator(),
-                          collate_fn=lambda index: (index, load(photos[index])), **helpers(min(workers, 4)))
-    return tqdm(pictures, desc="scoring", unit="image", leave=False, disable=not world.main, dynamic_ncols=True,
-                **({"mininterval": 0.5} if sys.stderr.isatty() else {"mininterval": 60, "delay": 60}))
+
+    pictures = DataLoader(
+        range(world.rank, len(photos), world.size),
+        batch_size=None,
+        generator=torch.Generator(),
+        collate_fn=lambda index: (index, load(photos[index])),
+        **helpers(min(workers, 4)),
+    )
+    return tqdm(
+        pictures,
+        desc="scoring",
+        unit="image",
+        leave=False,
+        disable=not world.main,
+        dynamic_ncols=True,
+        **({"mininterval": 0.5} if sys.stderr.isatty() else {"mininterval": 60, "delay": 60}),
+    )

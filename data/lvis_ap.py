@@ -24,8 +24,13 @@ RIGHT, IGNORED = 1, 2  # outcome of a detection; 0 where it found nothing
 BLOCK = 255  # more pycocotools cannot measure at once (2.0.11)
 
 
-def lvis_ap(data: Instances | dict, results: list[dict], kind: str = "segm", max_dets: int = 300,
-            frequency: list[str] | None = None) -> dict:
+def lvis_ap(
+    data: Instances | dict,
+    results: list[dict],
+    kind: str = "segm",
+    max_dets: int = 300,
+    frequency: list[str] | None = None,
+) -> dict:
     """LVIS's AP of `results`, entries of a results file, on the scored pictures of a data set or on
     the content of an LVIS file. Results of several processes are gathered first (data.ap.gather).
 
@@ -42,43 +47,86 @@ def lvis_ap(data: Instances | dict, results: list[dict], kind: str = "segm", max
     id 0 can be found, and no results score 0."""
     truth = data if isinstance(data, dict) else truth_of(data)
     categories, images, objects, whose, shapes, pairs, scores, areas, partial = compared(
-        truth, results, kind, max_dets, "scored")
+        truth, results, kind, max_dets, "scored"
+    )
     if frequency is None:
-        frequency = [c.get("frequency") for c in categories] if isinstance(data, dict) else data.frequency
+        frequency = (
+            [c.get("frequency") for c in categories] if isinstance(data, dict) else data.frequency
+        )
     assert frequency is None or len(frequency) == len(categories), "one frequency for each class"
     # (D, 4) nothing found, but not wrong
     excused = outside(areas) | np.isin(pairs, partial)[:, None]
-    needless = outside(np.array([a["area"] for a in objects])) | np.array(
-        # (G, 4) objects that need not be found
-        [bool(a.get("ignore")) for a in objects], bool)[:, None]
+    needless = (
+        outside(np.array([a["area"] for a in objects]))
+        | np.array(
+            # (G, 4) objects that need not be found
+            [bool(a.get("ignore")) for a in objects],
+            bool,
+        )[:, None]
+    )
 
     precision, recall = -np.ones((2, len(categories), len(AREAS), len(THRESHOLDS)))
-    ends = [np.searchsorted(x, len(images) * np.arange(len(categories) + 1)) for x in (whose, pairs)]
+    ends = [
+        np.searchsorted(x, len(images) * np.arange(len(categories) + 1)) for x in (whose, pairs)
+    ]
     for k, (g, d) in enumerate(zip(*(map(slice, e[:-1], e[1:]) for e in ends), strict=True)):
         if not needless[g].all():
             near = candidates(objects[g], shapes[d], whose[g], pairs[d], kind, images)
             outcome = match(*near, pairs[d], needless[g])
-            precision[k], recall[k] = score(outcome, scores[d], excused[d], (~needless[g]).sum(axis=0))
-    stats = [percent(precision[:, 0]), percent(precision[:, 0, 0]), percent(precision[:, 0, 5]),
-             *(percent(precision[:, a]) for a in range(1, 4)),
-             *(percent(precision[[f == x for f in frequency or [None] * len(categories)], 0]) for x in "rcf"),
-             *(percent(recall[:, a]) for a in range(4))]
-    names = ("ap", "ap50", "ap75", "ap_s", "ap_m", "ap_l", "apr", "apc", "apf", f"ar{max_dets}", "ar_s", "ar_m", "ar_l")
-    return {**dict(zip(names, stats, strict=True)), "stats": stats,
-            "per_class": {c["name"]: percent(precision[k, 0]) for k, c in enumerate(categories)}}
+            precision[k], recall[k] = score(
+                outcome, scores[d], excused[d], (~needless[g]).sum(axis=0)
+            )
+    stats = [
+        percent(precision[:, 0]),
+        percent(precision[:, 0, 0]),
+        percent(precision[:, 0, 5]),
+        *(percent(precision[:, a]) for a in range(1, 4)),
+        *(
+            percent(precision[[f == x for f in frequency or [None] * len(categories)], 0])
+            for x in "rcf"
+        ),
+        *(percent(recall[:, a]) for a in range(4)),
+    ]
+    names = (
+        "ap",
+        "ap50",
+        "ap75",
+        "ap_s",
+        "ap_m",
+        "ap_l",
+        "apr",
+        "apc",
+        "apf",
+        f"ar{max_dets}",
+        "ar_s",
+        "ar_m",
+        "ar_l",
+    )
+    return {
+        **dict(zip(names, stats, strict=True)),
+        "stats": stats,
+        "per_class": {c["name"]: percent(precision[k, 0]) for k, c in enumerate(categories)},
+    }
 
 
 class Samples(NamedTuple):
     """Detections with a known answer, ascending by class, then image, and by falling confidence:
     their class indices (N,) int64, confidences (N,) float64, and whether each has found an object
     of its class (N,) bool."""
+
     labels: np.ndarray
     conf: np.ndarray
     right: np.ndarray
 
 
-def samples(data: Instances | dict, results: list[dict], kind: str = "bbox", overlap: float = 0.5,
-            max_dets: int = 300, federated: bool | None = None) -> Samples:
+def samples(
+    data: Instances | dict,
+    results: list[dict],
+    kind: str = "bbox",
+    overlap: float = 0.5,
+    max_dets: int = 300,
+    federated: bool | None = None,
+) -> Samples:
     """What a calibration error is measured on: each of `results` that is right or wrong in
     `lvis_ap`'s evaluation at this overlap, without limits of size. `data`, `kind` and `max_dets`
     are as there.
@@ -94,13 +142,28 @@ def samples(data: Instances | dict, results: list[dict], kind: str = "bbox", ove
     assert 0 < overlap <= 1, overlap
     truth = data if isinstance(data, dict) else truth_of(data)
     if federated is None:
-        federated = any("neg_category_ids" in image for image in truth["images"]) if data is truth else data.lvis
+        federated = (
+            any("neg_category_ids" in image for image in truth["images"])
+            if data is truth
+            else data.lvis
+        )
     _, images, objects, whose, shapes, pairs, scores, _, partial = compared(
-        truth, results, kind, max_dets, "federated" if federated else "all")
+        truth, results, kind, max_dets, "federated" if federated else "all"
+    )
     crowd = np.array([bool(a.get("iscrowd")) for a in objects], bool)
     (found, *single), (hidden, *_) = (
-        candidates([a for a, x in zip(objects, mine, strict=True) if x], shapes, whose[mine], pairs, kind, images,
-                   overlap, crowds) for mine, crowds in ((~crowd, False), (crowd, True)))
+        candidates(
+            [a for a, x in zip(objects, mine, strict=True) if x],
+            shapes,
+            whose[mine],
+            pairs,
+            kind,
+            images,
+            overlap,
+            crowds,
+        )
+        for mine, crowds in ((~crowd, False), (crowd, True))
+    )
     needless = np.array([bool(a.get("ignore")) for a in objects], bool)[~crowd, None]
     outcome = match(found, *single, pairs, needless, np.array([overlap]))[:, 0, 0]
     excused = np.isin(pairs, partial)
@@ -113,6 +176,7 @@ class Compared(NamedTuple):
     """Objects and detections that are looked at, both by ascending pair: that of class k and image
     i has the number k * len(images) + i. Classes and images are by ascending id, detections of a
     pair by falling score."""
+
     categories: list[dict]
     images: list[dict]
     objects: list[dict]  # (G,) annotations
@@ -128,26 +192,46 @@ def compared(truth: dict, results: list[dict], kind: str, max_dets: int, known: 
     """What has an area, of the content of a file and of results, in pairs with a `known` answer:
     "federated", those that have an object or are said to be absent; "scored", of these the ones of
     a class with an object; "all"."""
-    categories, images = (sorted(truth[key], key=lambda record: record["id"]) for key in ("categories", "images"))
+    categories, images = (
+        sorted(truth[key], key=lambda record: record["id"]) for key in ("categories", "images")
+    )
     n, classes = len(images), {c["id"]: k for k, c in enumerate(categories)}
     places = {image["id"]: i for i, image in enumerate(images)}
-    objects = [a for a in truth["annotations"] if a["image_id"] in places and a["category_id"] in classes
-               and 0 < a["area"] < np.inf]
+    objects = [
+        a
+        for a in truth["annotations"]
+        if a["image_id"] in places and a["category_id"] in classes and 0 < a["area"] < np.inf
+    ]
     objects.sort(key=lambda a: classes[a["category_id"]] * n + places[a["image_id"]])
-    whose = np.array([classes[a["category_id"]] * n + places[a["image_id"]] for a in objects], np.int64)
-    absent, partial = (np.array([classes[c] * n + i for i, image in enumerate(images) for c in image.get(key) or ()
-                                 if c in classes], np.int64)
-                       for key in ("neg_category_ids", "not_exhaustive_category_ids"))
+    whose = np.array(
+        [classes[a["category_id"]] * n + places[a["image_id"]] for a in objects], np.int64
+    )
+    absent, partial = (
+        np.array(
+            [
+                classes[c] * n + i
+                for i, image in enumerate(images)
+                for c in image.get(key) or ()
+                if c in classes
+            ],
+            np.int64,
+        )
+        for key in ("neg_category_ids", "not_exhaustive_category_ids")
+    )
     answered = np.union1d(whose, absent)
     if known == "scored":
         # a class without an object has no AP
         answered = answered[np.isin(answered // n, whose // n)]
-    order, pairs, scores = counted(results, classes, places, max_dets, None if known == "all" else answered)
+    order, pairs, scores = counted(
+        results, classes, places, max_dets, None if known == "all" else answered
+    )
     shapes, areas = shapes_of([results[i] for i in order], kind)
     real = (areas > 0) & (areas < np.inf)
     if not real.all():
         pairs, scores, areas = pairs[real], scores[real], areas[real]
-        shapes = shapes[real] if kind == "bbox" else [s for s, x in zip(shapes, real, strict=True) if x]
+        shapes = (
+            shapes[real] if kind == "bbox" else [s for s, x in zip(shapes, real, strict=True) if x]
+        )
     return Compared(categories, images, objects, whose, shapes, pairs, scores, areas, partial)
 
 
@@ -163,8 +247,10 @@ def group_by_count(counts) -> list[str]:
     ranks = np.sort(counts[counts > 0])
     # the middle, times two
     twice = np.searchsorted(ranks, counts, "left") + np.searchsorted(ranks, counts, "right")
-    return ["r" if not n or 3 * m < 2 * len(ranks) else "c" if 3 * m <= 4 * len(ranks) else "f"
-            for n, m in zip(counts.tolist(), twice.tolist(), strict=True)]
+    return [
+        "r" if not n or 3 * m < 2 * len(ranks) else "c" if 3 * m <= 4 * len(ranks) else "f"
+        for n, m in zip(counts.tolist(), twice.tolist(), strict=True)
+    ]
 
 
 def outside(areas: np.ndarray) -> np.ndarray:
@@ -173,14 +259,20 @@ def outside(areas: np.ndarray) -> np.ndarray:
     return (areas[:, None] < AREAS[:, 0]) | (areas[:, None] > AREAS[:, 1])
 
 
-def counted(results: list[dict], classes: dict, places: dict, max_dets: int,
-            known: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def counted(
+    results: list[dict], classes: dict, places: dict, max_dets: int, known: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Which results count: among the `max_dets` best of their image, in a `known` pair (None: in
     any of a listed class). Their indices, pairs and scores (D,), sorted by pair, then by falling
     score, then as given."""
-    assert all(r["image_id"] in places for r in results), "a detection is of an image that is not scored"
+    assert all(r["image_id"] in places for r in results), (
+        "a detection is of an image that is not scored"
+    )
     image = np.array([places[r["image_id"]] for r in results], np.int64)
-    pairs = np.array([classes.get(r["category_id"], -1) for r in results], np.int64) * len(places) + image
+    pairs = (
+        np.array([classes.get(r["category_id"], -1) for r in results], np.int64) * len(places)
+        + image
+    )
     scores = np.array([r["score"] for r in results], np.float64)
     order = np.lexsort((-scores, image))  # stable
     order = order[turns(image[order]) < max_dets]
@@ -199,12 +291,17 @@ def shapes_of(results: list[dict], kind: str) -> tuple[list | np.ndarray, np.nda
     pixels."""
     if kind == "bbox":
         masks = [None if "bbox" in r else r["segmentation"] for r in results]
-        boxes = [coco_mask.toBbox(m) if m else r["bbox"] for r, m in zip(results, masks, strict=True)]
+        boxes = [
+            coco_mask.toBbox(m) if m else r["bbox"] for r, m in zip(results, masks, strict=True)
+        ]
         boxes = np.array(boxes, np.float64).reshape(-1, 4)
-        areas = [float(coco_mask.area(m)) if m else w * h for m, (_, _, w, h) in zip(masks, boxes, strict=True)]
+        areas = [
+            float(coco_mask.area(m)) if m else w * h
+            for m, (_, _, w, h) in zip(masks, boxes, strict=True)
+        ]
         return boxes, np.array(areas, np.float64)
     shapes = [r["segmentation"] for r in results]
-    areas = [coco_mask.area(shapes[i:i + BLOCK]) for i in range(0, len(shapes), BLOCK)]
+    areas = [coco_mask.area(shapes[i : i + BLOCK]) for i in range(0, len(shapes), BLOCK)]
     return shapes, np.concatenate([np.zeros(0), *areas])
 
 
@@ -220,9 +317,16 @@ def shape_of(annotation: dict, kind: str, image: dict):
     return coco_mask.toBbox(runs) if kind == "bbox" else runs
 
 
-def candidates(objects: list[dict], shapes: list | np.ndarray, whose: np.ndarray, pairs: np.ndarray, kind: str,
-               images: list[dict], lowest: float = THRESHOLDS[0],
-               crowds: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def candidates(
+    objects: list[dict],
+    shapes: list | np.ndarray,
+    whose: np.ndarray,
+    pairs: np.ndarray,
+    kind: str,
+    images: list[dict],
+    lowest: float = THRESHOLDS[0],
+    crowds: bool = False,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Index of the detection, index of the object and overlap (E,) of all that overlap by the
     `lowest` threshold, by ascending detection. Pairs of the objects (G,) and of the detections (D,)
     ascend. Where the objects are `crowds`, the overlap is the part of the detection that lies in
@@ -240,8 +344,14 @@ def candidates(objects: list[dict], shapes: list | np.ndarray, whose: np.ndarray
     return tuple(np.concatenate(x) for x in zip(*found, strict=True))
 
 
-def match(found: np.ndarray, objects: np.ndarray, overlap: np.ndarray, pairs: np.ndarray,
-          needless: np.ndarray, thresholds: np.ndarray = THRESHOLDS) -> np.ndarray:
+def match(
+    found: np.ndarray,
+    objects: np.ndarray,
+    overlap: np.ndarray,
+    pairs: np.ndarray,
+    needless: np.ndarray,
+    thresholds: np.ndarray = THRESHOLDS,
+) -> np.ndarray:
     """The outcome of each detection, for each size and threshold (D, 4, 10): 0, RIGHT or IGNORED.
 
     By falling score each takes the object that is still free and overlaps most, of equal ones the
@@ -268,8 +378,9 @@ def match(found: np.ndarray, objects: np.ndarray, overlap: np.ndarray, pairs: np
     return outcome
 
 
-def score(outcome: np.ndarray, scores: np.ndarray, excused: np.ndarray,
-          number: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def score(
+    outcome: np.ndarray, scores: np.ndarray, excused: np.ndarray, number: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Precision, its mean over RECALLS, and highest recall of a class (4, 10); -1 where `number`
     (4,) of objects is 0.
 

@@ -23,7 +23,9 @@ from data.read import readable
 def boxes_of(masks: Tensor) -> Tensor:
     """Masks (N, h, w), none of them empty -> boxes (N, 4) float32 along pixel edges."""
     rows, columns = masks.any(2).int(), masks.any(1).int()
-    ends = [x.argmax(1) for x in (columns, rows)] + [x.shape[1] - x.flip(1).argmax(1) for x in (columns, rows)]
+    ends = [x.argmax(1) for x in (columns, rows)] + [
+        x.shape[1] - x.flip(1).argmax(1) for x in (columns, rows)
+    ]
     return torch.stack(ends, dim=1).float()
 
 
@@ -71,14 +73,19 @@ def sided(boxes: Tensor, least: float = 0.0) -> Tensor:
     return torch.isfinite(boxes).all(1) & (boxes[:, 2:] - boxes[:, :2] > least).all(1)
 
 
-def match(candidates: Tensor, boxes: Tensor, low: float, high: float, rescue: bool = False) -> Tensor:
+def match(
+    candidates: Tensor, boxes: Tensor, low: float, high: float, rescue: bool = False
+) -> Tensor:
     """The object of each candidate box (n,): index of the most overlapping of `boxes` (N, 4); -1,
     background, where the overlap is under `low`; -2, neither, from there to `high`. With `rescue`
     an object's best candidates, even under `high`, are not lost (low-quality matches)."""
     best = candidates.new_zeros(len(candidates))
-    index, rescued = torch.zeros_like(best, dtype=torch.int64), torch.zeros_like(best, dtype=torch.bool)
+    index, rescued = (
+        torch.zeros_like(best, dtype=torch.int64),
+        torch.zeros_like(best, dtype=torch.bool),
+    )
     for start in range(0, len(boxes), 64):  # 300 objects and 260,000 anchors: 64 rows at once
-        overlap = box_iou(boxes[start:start + 64], candidates)  # (<= 64, n)
+        overlap = box_iou(boxes[start : start + 64], candidates)  # (<= 64, n)
         value, place = overlap.max(0)
         index = torch.where(value > best, place + start, index)
         best = torch.maximum(best, value)
@@ -91,6 +98,7 @@ def match(candidates: Tensor, boxes: Tensor, low: float, high: float, rescue: bo
 def sample(matches: Tensor, number: int, share: float, g: torch.Generator) -> Tensor:
     """Indices of `number` candidates at random: up to `share` of them objects (matches >= 0), the
     others background."""
+
     def pick(chosen: Tensor, most: int) -> Tensor:
         places = chosen.nonzero().flatten()
         return places[torch.randperm(len(places), generator=g, device=g.device)[:most]]
@@ -101,10 +109,17 @@ def sample(matches: Tensor, number: int, share: float, g: torch.Generator) -> Te
 
 def shares(groups: list[Tensor]) -> Tensor:
     """The weight (R,) of each region in a mean over images of means over their regions (n,)."""
-    return torch.cat([g.new_full((len(g),), 1 / max(len(g), 1) / len(groups), dtype=torch.float32) for g in groups])
+    return torch.cat(
+        [
+            g.new_full((len(g),), 1 / max(len(g), 1) / len(groups), dtype=torch.float32)
+            for g in groups
+        ]
+    )
 
 
-def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, overlap: float, soft: bool) -> tuple[Tensor, Tensor]:
+def suppress(
+    boxes: Tensor, scores: Tensor, labels: Tensor, overlap: float, soft: bool
+) -> tuple[Tensor, Tensor]:
     """Indices of the boxes (n, 4) that stay, best first, none that overlaps a better one of its
     class by `overlap`, and their scores. `soft` (linear soft-NMS, arXiv 1704.04503) lowers the
     scores by the overlap instead, where it is over 0.6; the best 1,000 stay."""
@@ -116,13 +131,15 @@ def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, overlap: float, soft
     for _ in range(min(len(scores), 1000)):
         order.append(i := int(left.argmax()))
         scores[i] = left[i]
-        shared = box_iou(boxes[i:i + 1], boxes)[0] * (labels == labels[i])
+        shared = box_iou(boxes[i : i + 1], boxes)[0] * (labels == labels[i])
         left = torch.where(shared > 0.6, left * (1 - shared), left)
         left[order] = -1
     return torch.tensor(order, dtype=torch.int64, device=boxes.device), scores[order]
 
 
-def true_objects(photo: Photo, data: Instances, chosen: list[int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def true_objects(
+    photo: Photo, data: Instances, chosen: list[int] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Labels (N,), masks (N, H, W) uint8 and boxes (N, 4) of the objects of a picture, or of the
     `chosen` ones, in its own frame; crowds and empty masks are left out."""
     if chosen is not None:
@@ -137,11 +154,14 @@ def mask_targets(masks: Tensor, matches: Tensor, boxes: Tensor, size: int = 28) 
     the object lies in the box, averaged over each cell, from a half on."""
     used, place = matches.unique(return_inverse=True)
     rois = torch.cat([place[:, None].to(boxes), boxes], dim=1)
-    return (roi_align(masks[used][:, None].float(), rois, size, 1.0, 0, aligned=True)[:, 0] >= 0.5).float()
+    return (
+        roi_align(masks[used][:, None].float(), rois, size, 1.0, 0, aligned=True)[:, 0] >= 0.5
+    ).float()
 
 
 def paste(probs: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
     """Masks (n, m, m) of boxes (n, 4) -> (n, *size) float32, bilinear, 0 outside of a box."""
+
     # (n, number) in -1 .. 1 of the box
     def places(low: Tensor, high: Tensor, number: int) -> Tensor:
         at = torch.arange(number, device=probs.device) + 0.5
@@ -150,12 +170,16 @@ def paste(probs: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
     parts, few = [probs.new_zeros(0, *size)], max(64 * 1024**2 // (size[0] * size[1]), 1)
     for p, b in zip(probs.split(few), boxes.split(few), strict=True):
         x, y = places(b[:, 0], b[:, 2], size[1]), places(b[:, 1], b[:, 3], size[0])
-        where = torch.stack([x[:, None, :].expand(-1, size[0], -1), y[:, :, None].expand(-1, -1, size[1])], dim=3)
+        where = torch.stack(
+            [x[:, None, :].expand(-1, size[0], -1), y[:, :, None].expand(-1, -1, size[1])], dim=3
+        )
         parts.append(F.grid_sample(p[:, None], where, align_corners=False)[:, 0])
     return torch.cat(parts)
 
 
-def choose_objects(photos: list[Photo], classes: set[int], most: int, seed: int) -> list[tuple[Photo, list[int]]]:
+def choose_objects(
+    photos: list[Photo], classes: set[int], most: int, seed: int
+) -> list[tuple[Photo, list[int]]]:
     """Up to `most` objects (crowds are none) of each of the `classes`, at random: pictures and the
     places of theirs."""
     places: dict[int, list] = {}
@@ -178,13 +202,19 @@ def crops(photo: Photo, data: Instances, chosen: list[int], size: int) -> tuple[
     found = [torch.zeros(0, 3, size, size, dtype=torch.uint8)]
     for x0, y0, x1, y1 in boxes.tolist():
         dx, dy = 0.1 * (x1 - x0), 0.1 * (y1 - y0)
-        part = image[None, :, max(int(y0 - dy), 0):math.ceil(y1 + dy), max(int(x0 - dx), 0):math.ceil(x1 + dx)]
+        part = image[
+            None,
+            :,
+            max(int(y0 - dy), 0) : math.ceil(y1 + dy),
+            max(int(x0 - dx), 0) : math.ceil(x1 + dx),
+        ]
         found.append(F.interpolate(part, (size, size), mode="bicubic", antialias=True))
     return torch.cat(found), labels
 
 
-def picture(image: Tensor, labels: Tensor, scores: Tensor, masks: Tensor, classes: list[str] | None = None) \
-        -> np.ndarray:
+def picture(
+    image: Tensor, labels: Tensor, scores: Tensor, masks: Tensor, classes: list[str] | None = None
+) -> np.ndarray:
     """Image (3, H, W) uint8 with the objects that score 0.5 or more on it, the best in front ->
     (H', W, 3) uint8. With names of `classes`, each in a colour of its own, and a legend; else in
     the colour of its class."""
@@ -192,12 +222,23 @@ def picture(image: Tensor, labels: Tensor, scores: Tensor, masks: Tensor, classe
     index = torch.zeros(image.shape[-2:], dtype=torch.uint8)
     for place, i in enumerate(shown, start=1):
         index[masks[i]] = place if classes else 1 + int(labels[i]) % 250
-    return plots.overlay(image, index, ["background", *(f"{classes[labels[i]]} {scores[i]:.2f}" for i in shown)]
-                         if classes else [])
+    return plots.overlay(
+        image,
+        index,
+        ["background", *(f"{classes[labels[i]]} {scores[i]:.2f}" for i in shown)]
+        if classes
+        else [],
+    )
 
 
-def predictions(files: list[Path], out: Path, detect: Callable[[Tensor], tuple[Tensor, ...]], ids: list[int],
-                classes: list[str], world: World) -> None:
+def predictions(
+    files: list[Path],
+    out: Path,
+    detect: Callable[[Tensor], tuple[Tensor, ...]],
+    ids: list[int],
+    classes: list[str],
+    world: World,
+) -> None:
     """Overlays of images, and predictions.json in COCO's result format, with paths for `image_id`,
     into `out`. `detect`: (3, H, W) uint8 -> labels (n,), scores (n,), masks (n, H, W) and boxes (n,
     4)."""
@@ -211,4 +252,6 @@ def predictions(files: list[Path], out: Path, detect: Callable[[Tensor], tuple[T
     results = [entry for _, part in ap.gather(world, results) for entry in part]
     if world.main:
         runs.write_text(out / "predictions.json", json.dumps(results))
-        print(f"{len(files)} images: {out}/*_overlay.jpg (scores from 0.5) and predictions.json (all)")
+        print(
+            f"{len(files)} images: {out}/*_overlay.jpg (scores from 0.5) and predictions.json (all)"
+        )

@@ -16,7 +16,7 @@ forms and patterns go together.
     python -m data.shapes [--root datasets/shapes]      draws all of it (it is drawn on first use anyway)
 
 Every picture depends on (variant, part, index) alone. No randomness is taken from or left in global
-generators. """
+generators."""
 
 import argparse
 import fcntl
@@ -36,8 +36,24 @@ from PIL import Image, ImageDraw
 from common.runs import UserError
 
 # the embedded classes
-FORMS = ("circle", "square", "triangle", "star", "ring", "cross", "moon", "bar",
-         "heart", "hexagon", "ell", "drop", "arrow", "gear", "bow", "wedge")  # pre-training only
+FORMS = (
+    "circle",
+    "square",
+    "triangle",
+    "star",
+    "ring",
+    "cross",
+    "moon",
+    "bar",
+    "heart",
+    "hexagon",
+    "ell",
+    "drop",
+    "arrow",
+    "gear",
+    "bow",
+    "wedge",
+)  # pre-training only
 PATTERNS = ("plain", "stripes", "checks", "dots", "rings", "noise", "gradient", "mesh")
 
 
@@ -45,6 +61,7 @@ PATTERNS = ("plain", "stripes", "checks", "dots", "rings", "noise", "gradient", 
 class Difficulty:
     """The knobs of one variant. Changing one means re-running the documents that quote its
     numbers."""
+
     size: int = 64  # pixels a side
     objects: tuple[int, int] = (2, 4)  # drawn per scene, both ends included
     radius: tuple[float, float] = (0.15, 0.28)  # of the side
@@ -58,42 +75,81 @@ class Difficulty:
 
 
 SEMANTIC = Difficulty(objects=(1, 3), radius=(0.22, 0.38), grey=0.0, pattern=(0.2, 1.0))
-INSTANCE = Difficulty(size=96, objects=(2, 5), radius=(0.10, 0.22), grey=0.2, lying=0.05, clutter=0.2)
+INSTANCE = Difficulty(
+    size=96, objects=(2, 5), radius=(0.10, 0.22), grey=0.2, lying=0.05, clutter=0.2
+)
 PRETRAIN = Difficulty(objects=(1, 1), radius=(0.22, 0.42), grey=0.3, lying=0.0)
 
 # class -> (form, pattern, hue): three pairs of nearly one hue each
-SEMANTIC_CLASSES = {"disc": ("circle", "stripes", 0.00), "box": ("square", "checks", 0.02),
-                    "tent": ("triangle", "dots", 0.33), "star": ("star", "rings", 0.35),
-                    "hoop": ("ring", "mesh", 0.67), "plus": ("cross", "plain", 0.69)}
+SEMANTIC_CLASSES = {
+    "disc": ("circle", "stripes", 0.00),
+    "box": ("square", "checks", 0.02),
+    "tent": ("triangle", "dots", 0.33),
+    "star": ("star", "rings", 0.35),
+    "hoop": ("ring", "mesh", 0.67),
+    "plus": ("cross", "plain", 0.69),
+}
 
 # a few classes, evenly frequent, learned in minutes
 FEW = Difficulty(size=96, objects=(2, 4), radius=(0.13, 0.26), grey=0.2, clutter=0.2)
-THING_CLASSES = {"coin": ("circle", "stripes", 0.13), "crate": ("square", "checks", 0.10),
-                 "star": ("star", "plain", 0.15), "tent": ("triangle", "dots", 0.33),
-                 "wheel": ("ring", "rings", 0.60), "plus": ("cross", "mesh", 0.64)}
+THING_CLASSES = {
+    "coin": ("circle", "stripes", 0.13),
+    "crate": ("square", "checks", 0.10),
+    "star": ("star", "plain", 0.15),
+    "tent": ("triangle", "dots", 0.33),
+    "wheel": ("ring", "rings", 0.60),
+    "plus": ("cross", "mesh", 0.64),
+}
 
 # a short long tail in clearer scenes (three networks are trained on it), most frequent first: the
 # later half are the
 # look-alikes of the first, in another pattern
-TAIL = Difficulty(size=96, objects=(2, 4), radius=(0.15, 0.28), grey=0.1, clutter=0.15, pattern=(0.4, 1.0))
-TAIL_CLASSES = {"coin": ("circle", "stripes", 0.13), "tent": ("triangle", "dots", 0.33),
-                "wheel": ("ring", "rings", 0.60), "crate": ("square", "checks", 0.08),
-                "star": ("star", "plain", 0.17), "plus": ("cross", "mesh", 0.95),
-                "cookie": ("circle", "dots", 0.13), "flag": ("triangle", "stripes", 0.33),
-                "wreath": ("ring", "dots", 0.60), "quilt": ("square", "mesh", 0.08),
-                "medal": ("star", "rings", 0.17), "mill": ("cross", "checks", 0.95)}
+TAIL = Difficulty(
+    size=96, objects=(2, 4), radius=(0.15, 0.28), grey=0.1, clutter=0.15, pattern=(0.4, 1.0)
+)
+TAIL_CLASSES = {
+    "coin": ("circle", "stripes", 0.13),
+    "tent": ("triangle", "dots", 0.33),
+    "wheel": ("ring", "rings", 0.60),
+    "crate": ("square", "checks", 0.08),
+    "star": ("star", "plain", 0.17),
+    "plus": ("cross", "mesh", 0.95),
+    "cookie": ("circle", "dots", 0.13),
+    "flag": ("triangle", "stripes", 0.33),
+    "wreath": ("ring", "dots", 0.60),
+    "quilt": ("square", "mesh", 0.08),
+    "medal": ("star", "rings", 0.17),
+    "mill": ("cross", "checks", 0.95),
+}
 
 # the long tail, most frequent first. Look-alikes differ in pattern (tent, flag) or by a step in hue
 # (wheel, buoy) alone
 INSTANCE_CLASSES = {
-    "coin": ("circle", "stripes", 0.13), "tent": ("triangle", "stripes", 0.33), "crate": ("square", "mesh", 0.08),
-    "flag": ("triangle", "dots", 0.33), "wheel": ("ring", "rings", 0.60), "plus": ("cross", "checks", 0.00),
-    "star": ("star", "plain", 0.15), "moon": ("moon", "gradient", 0.16), "plank": ("bar", "stripes", 0.07),
-    "tile": ("square", "checks", 0.08), "buoy": ("ring", "rings", 0.72), "lime": ("circle", "stripes", 0.25),
-    "lantern": ("star", "plain", 0.03), "kite": ("cross", "noise", 0.00), "fir": ("triangle", "stripes", 0.45),
-    "ruler": ("bar", "checks", 0.07), "wreath": ("ring", "dots", 0.60), "cookie": ("circle", "dots", 0.13),
-    "quilt": ("square", "mesh", 0.20), "croissant": ("moon", "stripes", 0.16), "melon": ("moon", "gradient", 0.28),
-    "medal": ("star", "rings", 0.15), "mill": ("cross", "checks", 0.88), "pencil": ("bar", "stripes", 0.95)}
+    "coin": ("circle", "stripes", 0.13),
+    "tent": ("triangle", "stripes", 0.33),
+    "crate": ("square", "mesh", 0.08),
+    "flag": ("triangle", "dots", 0.33),
+    "wheel": ("ring", "rings", 0.60),
+    "plus": ("cross", "checks", 0.00),
+    "star": ("star", "plain", 0.15),
+    "moon": ("moon", "gradient", 0.16),
+    "plank": ("bar", "stripes", 0.07),
+    "tile": ("square", "checks", 0.08),
+    "buoy": ("ring", "rings", 0.72),
+    "lime": ("circle", "stripes", 0.25),
+    "lantern": ("star", "plain", 0.03),
+    "kite": ("cross", "noise", 0.00),
+    "fir": ("triangle", "stripes", 0.45),
+    "ruler": ("bar", "checks", 0.07),
+    "wreath": ("ring", "dots", 0.60),
+    "cookie": ("circle", "dots", 0.13),
+    "quilt": ("square", "mesh", 0.20),
+    "croissant": ("moon", "stripes", 0.16),
+    "melon": ("moon", "gradient", 0.28),
+    "medal": ("star", "rings", 0.15),
+    "mill": ("cross", "checks", 0.88),
+    "pencil": ("bar", "stripes", 0.95),
+}
 
 
 # ------------------------------------------------------------------------------------------ drawing
@@ -132,17 +188,27 @@ def signed_distance(form: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     if form == "bar":
         return np.maximum(ax - 1.0, ay - 0.36)
     if form == "heart":
-        return np.minimum(np.maximum(np.hypot(ax - 0.42, y + 0.3) - 0.48, -1.0),
-                          np.maximum(ax * 0.8 + y - 0.62, -0.3 - y))
+        return np.minimum(
+            np.maximum(np.hypot(ax - 0.42, y + 0.3) - 0.48, -1.0),
+            np.maximum(ax * 0.8 + y - 0.62, -0.3 - y),
+        )
     if form == "hexagon":
         return polygon(6)
     if form == "ell":
-        return np.minimum(np.maximum(np.abs(x + 0.5) - 0.3, ay - 0.9), np.maximum(ax - 0.85, np.abs(y - 0.6) - 0.3))
+        return np.minimum(
+            np.maximum(np.abs(x + 0.5) - 0.3, ay - 0.9),
+            np.maximum(ax - 0.85, np.abs(y - 0.6) - 0.3),
+        )
     if form == "drop":
-        return np.minimum(np.hypot(x, y - 0.3) - 0.55,
-                          np.maximum(ax * 1.4 + 0.3 * y - 0.35 + 0.7 * np.abs(y + 0.3), y - 0.3))
+        return np.minimum(
+            np.hypot(x, y - 0.3) - 0.55,
+            np.maximum(ax * 1.4 + 0.3 * y - 0.35 + 0.7 * np.abs(y + 0.3), y - 0.3),
+        )
     if form == "arrow":
-        return np.minimum(np.maximum(ax - 0.24, np.abs(y - 0.35) - 0.6), np.maximum(ax + (-0.95 - y) * 0.9, y + 0.1))
+        return np.minimum(
+            np.maximum(ax - 0.24, np.abs(y - 0.35) - 0.6),
+            np.maximum(ax + (-0.95 - y) * 0.9, y + 0.1),
+        )
     if form == "gear":
         return r - 0.8 - 0.14 * np.sign(np.cos(8 * angle))
     if form == "bow":
@@ -152,7 +218,9 @@ def signed_distance(form: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     raise ValueError(form)
 
 
-def pattern_of(name: str, x: np.ndarray, y: np.ndarray, frequency: float, rng: np.random.Generator) -> np.ndarray:
+def pattern_of(
+    name: str, x: np.ndarray, y: np.ndarray, frequency: float, rng: np.random.Generator
+) -> np.ndarray:
     """Values in [-1, 1] of a pattern with about `frequency` periods per radius in the object's own
     frame."""
     k, p = np.pi * frequency, rng.uniform(0, 2 * np.pi, 2)
@@ -187,19 +255,25 @@ def smooth(rng: np.random.Generator, size: int, cells: int) -> np.ndarray:
     weights = np.zeros((size, cells))
     weights[np.arange(size), low] = 1 - (at - low)
     weights[np.arange(size), low + 1] = at - low
-    return np.einsum("yi,ijc,xj->yxc", weights, rng.uniform(-1, 1, (cells, cells, 3)), weights, optimize=True)
+    return np.einsum(
+        "yi,ijc,xj->yxc", weights, rng.uniform(-1, 1, (cells, cells, 3)), weights, optimize=True
+    )
 
 
-def draw(rng: np.random.Generator, kinds: list[tuple[str, str, float]], ids: list[int],
-         d: Difficulty) -> tuple[np.ndarray, np.ndarray, list[int]]:
+def draw(
+    rng: np.random.Generator, kinds: list[tuple[str, str, float]], ids: list[int], d: Difficulty
+) -> tuple[np.ndarray, np.ndarray, list[int]]:
     """A scene with one object per entry of `kinds` (form, pattern, hue), later ones in front.
 
     Returns the picture (S, S, 3) uint8, the instance map (S, S) uint8 (0 background, i the i-th
     object) and `ids`."""
     s = d.size
     base = rng.uniform(0.25, 0.75) + rng.uniform(-0.06, 0.06, 3)
-    picture = base + d.clutter * smooth(rng, s, int(rng.integers(3, 7))).mean(-1, keepdims=True) \
+    picture = (
+        base
+        + d.clutter * smooth(rng, s, int(rng.integers(3, 7))).mean(-1, keepdims=True)
         + 0.25 * d.clutter * smooth(rng, s, 5)
+    )
     instances = np.zeros((s, s), np.uint8)
     ys, xs = np.mgrid[0:s, 0:s] + 0.5
     for number, (form, pattern, hue) in enumerate(kinds, start=1):
@@ -213,10 +287,18 @@ def draw(rng: np.random.Generator, kinds: list[tuple[str, str, float]], ids: lis
         coin = rng.random()
         if coin < d.lying:
             hue = rng.random()
-        colour = hsv(hue + d.hue_noise * rng.standard_normal(), rng.uniform(0.55, 0.95), rng.uniform(0.55, 0.95))
+        colour = hsv(
+            hue + d.hue_noise * rng.standard_normal(),
+            rng.uniform(0.55, 0.95),
+            rng.uniform(0.55, 0.95),
+        )
         if d.lying <= coin < d.lying + d.grey:
             colour = np.full(3, colour.mean()) + rng.uniform(-0.03, 0.03, 3)
-        values = pattern_of(pattern, x, y, rng.uniform(2.5, 3.5), rng)[..., None] * 0.25 * rng.uniform(*d.pattern)
+        values = (
+            pattern_of(pattern, x, y, rng.uniform(2.5, 3.5), rng)[..., None]
+            * 0.25
+            * rng.uniform(*d.pattern)
+        )
         body = colour + values + d.texture * smooth(rng, s, 4)
         picture = picture * (1 - cover) + body * cover
         instances[cover[..., 0] > 0.5] = number
@@ -244,7 +326,9 @@ def once(target: Path, version: str, make) -> Path:
         if found != version:
             ours = found.split(" ")[0] == version.split(" ")[0]  # an older drawing of the same kind
             if not ours and target.exists() and (target.is_file() or any(target.iterdir())):
-                raise UserError(f"{target} holds something else than the embedded data set; name another --root.")
+                raise UserError(
+                    f"{target} holds something else than the embedded data set; name another --root."
+                )
             # of processes that were killed
             for left in target.parent.glob(f".{target.name}.*.tmp"):
                 shutil.rmtree(left, ignore_errors=True)
@@ -262,6 +346,7 @@ def save_palette(index: np.ndarray, path: Path) -> None:
     import torch
 
     from common.plots import save_index_png
+
     save_index_png(torch.from_numpy(index), path)
 
 
@@ -270,14 +355,19 @@ def semantic_scene(part: str, index: int) -> tuple[np.ndarray, np.ndarray]:
     the classes."""
     rng = generator("semantic", part, index)
     names = list(SEMANTIC_CLASSES)
-    chosen = rng.integers(0, len(names), int(rng.integers(SEMANTIC.objects[0], SEMANTIC.objects[1] + 1)))
-    picture, instances, _ = draw(rng, [SEMANTIC_CLASSES[names[c]] for c in chosen], list(chosen), SEMANTIC)
+    chosen = rng.integers(
+        0, len(names), int(rng.integers(SEMANTIC.objects[0], SEMANTIC.objects[1] + 1))
+    )
+    picture, instances, _ = draw(
+        rng, [SEMANTIC_CLASSES[names[c]] for c in chosen], list(chosen), SEMANTIC
+    )
     return picture, np.concatenate([[0], chosen + 1]).astype(np.uint8)[instances]
 
 
 def make_voc(root: Path, train: int = 1000, tune: int = 200, val: int = 300) -> Path:
     """VOC folders of the semantic variant: `train` (labels for all; a run uses few), `tune` and
     `val`."""
+
     def make(folder: Path) -> None:
         for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
             (folder / name).mkdir(parents=True)
@@ -285,10 +375,17 @@ def make_voc(root: Path, train: int = 1000, tune: int = 200, val: int = 300) -> 
             names = [f"{part}_{i:06d}" for i in range(number)]
             for index, name in enumerate(names):
                 picture, label = semantic_scene(part, index)
-                Image.fromarray(picture).save(folder / "JPEGImages" / f"{name}.jpg", quality=95, subsampling=0)
+                Image.fromarray(picture).save(
+                    folder / "JPEGImages" / f"{name}.jpg", quality=95, subsampling=0
+                )
                 save_palette(label, folder / "SegmentationClass" / f"{name}.png")
-            (folder / "ImageSets" / "Segmentation" / f"{part}.txt").write_text("".join(n + "\n" for n in names))
-        (folder / "classes.txt").write_text("".join(n + "\n" for n in ["background", *SEMANTIC_CLASSES]))
+            (folder / "ImageSets" / "Segmentation" / f"{part}.txt").write_text(
+                "".join(n + "\n" for n in names)
+            )
+        (folder / "classes.txt").write_text(
+            "".join(n + "\n" for n in ["background", *SEMANTIC_CLASSES])
+        )
+
     return once(root, f"voc {SEMANTIC} {SEMANTIC_CLASSES} {train} {tune} {val}", make)
 
 
@@ -300,20 +397,69 @@ BODY = "rectangle 20 55 45 100 50, rectangle 55 55 80 100 50, rectangle 10 20 90
 # form, left, top, right, bottom, brightness
 THINGS = {
     "pole": (17, 0.2, 4.2, 0, (0.6, 0.05, 0.45), "rectangle 0 0 100 100 100"),
-    "light": (19, 0.8, 1.6, 3.0, (0.13, 0.9, 0.95), "rectangle 0 0 100 100 10, ellipse 20 35 80 65 100"),
-    "sign": (20, 1.1, 1.1, 3.4, (0.6, 0.8, 0.8), "ellipse 0 0 100 100 100, rectangle 20 42 80 58 180"),
-    "tree": (21, 3.5, 5.5, 0, (0.28, 0.55, 0.42),
-             "rectangle 46 40 54 100 60, ellipse 0 20 65 65 80, ellipse 40 15 100 60 100, ellipse 20 0 80 40 120"),
+    "light": (
+        19,
+        0.8,
+        1.6,
+        3.0,
+        (0.13, 0.9, 0.95),
+        "rectangle 0 0 100 100 10, ellipse 20 35 80 65 100",
+    ),
+    "sign": (
+        20,
+        1.1,
+        1.1,
+        3.4,
+        (0.6, 0.8, 0.8),
+        "ellipse 0 0 100 100 100, rectangle 20 42 80 58 180",
+    ),
+    "tree": (
+        21,
+        3.5,
+        5.5,
+        0,
+        (0.28, 0.55, 0.42),
+        "rectangle 46 40 54 100 60, ellipse 0 20 65 65 80, ellipse 40 15 100 60 100, ellipse 20 0 80 40 120",
+    ),
     "person": (24, 0.65, 1.75, 0, None, BODY),
     "people": (24, 1.1, 1.6, 0, None, BODY),  # side by side they are a group without instances
     "rider": (25, 0.65, 1.75, 0.3, None, BODY),
     "car": (26, 3.4, 1.5, 0, None, "ellipse 10 0 88 80 50, rectangle 0 40 100 85 100" + WHEELS),
     "truck": (27, 4.8, 3.2, 0, None, "rectangle 0 0 70 85 120, rectangle 72 30 100 85 80" + WHEELS),
     "bus": (28, 5.5, 3.0, 0, None, "rectangle 0 0 100 88 100, rectangle 6 15 94 50 40" + WHEELS),
-    "caravan": (29, 3.0, 2.3, 0, (0.1, 0.1, 0.85), "rectangle 0 0 100 90 100, rectangle 25 20 60 50 50" + WHEELS),
-    "train": (31, 7.5, 3.5, 0, None, "rectangle 0 0 100 100 100, rectangle 3 15 97 50 35, rectangle 0 70 100 76 160"),
-    "motorcycle": (32, 2.0, 1.1, 0, None, "rectangle 25 30 75 80 100, ellipse 0 40 38 99 20, ellipse 62 40 99 99 20"),
-    "bicycle": (33, 1.7, 1.1, 0, None, "ellipse 0 35 42 100 30, ellipse 58 35 100 100 30, rectangle 20 50 80 64 100")}
+    "caravan": (
+        29,
+        3.0,
+        2.3,
+        0,
+        (0.1, 0.1, 0.85),
+        "rectangle 0 0 100 90 100, rectangle 25 20 60 50 50" + WHEELS,
+    ),
+    "train": (
+        31,
+        7.5,
+        3.5,
+        0,
+        None,
+        "rectangle 0 0 100 100 100, rectangle 3 15 97 50 35, rectangle 0 70 100 76 160",
+    ),
+    "motorcycle": (
+        32,
+        2.0,
+        1.1,
+        0,
+        None,
+        "rectangle 25 30 75 80 100, ellipse 0 40 38 99 20, ellipse 62 40 99 99 20",
+    ),
+    "bicycle": (
+        33,
+        1.7,
+        1.1,
+        0,
+        None,
+        "ellipse 0 35 42 100 30, ellipse 58 35 100 100 30, rectangle 20 50 80 64 100",
+    ),
+}
 
 
 def street_scene(part: str, index: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -326,24 +472,47 @@ def street_scene(part: str, index: int, height: int, width: int) -> tuple[np.nda
     below = height - horizon
 
     def put(value: int, colour: np.ndarray, form: str, *points: float) -> None:
-        for canvas, fill in zip(canvases, (tuple((255 * np.clip(colour, 0, 1)).astype(int)), value), strict=True):
+        for canvas, fill in zip(
+            canvases, (tuple((255 * np.clip(colour, 0, 1)).astype(int)), value), strict=True
+        ):
             getattr(canvas, form)(points, fill)
 
-    def strip(value: int, colour: np.ndarray, left: float, right: float, far: float, near: float) -> None:
-        put(value, colour, "polygon", *(c for u, t in ((left, far), (right, far), (right, near), (left, near))
-                                        for c in (centre + u * t * below / 2.5, horizon + t * below)))
+    def strip(
+        value: int, colour: np.ndarray, left: float, right: float, far: float, near: float
+    ) -> None:
+        put(
+            value,
+            colour,
+            "polygon",
+            *(
+                c
+                for u, t in ((left, far), (right, far), (right, near), (left, near))
+                for c in (centre + u * t * below / 2.5, horizon + t * below)
+            ),
+        )
 
     def stand(name: str, u: float, t: float) -> None:  # u metres right, at share t of the ground
         ident, wide, high, lift, colour, parts = THINGS[name]
         counts[ident] += 1
         value = ident if ident < 24 or name == "people" else 1000 * ident + counts[ident]
-        tint = hsv(*colour) if colour else hsv(rng.random(), rng.uniform(0.3, 0.8), rng.uniform(0.35, 0.8))
+        tint = (
+            hsv(*colour)
+            if colour
+            else hsv(rng.random(), rng.uniform(0.3, 0.8), rng.uniform(0.35, 0.8))
+        )
         scale = t * below / 2.5  # pixels a metre, seen from 2.5 m above the road
         left, top = centre + (u - wide / 2) * scale, horizon + t * below - (lift + high) * scale
         for form, *box in map(str.split, parts.split(",")):
             x0, y0, x1, y1, bright = (float(number) / 100 for number in box)
-            put(value, tint * bright, form, left + x0 * wide * scale, top + y0 * high * scale,
-                left + x1 * wide * scale, top + y1 * high * scale)
+            put(
+                value,
+                tint * bright,
+                form,
+                left + x0 * wide * scale,
+                top + y0 * high * scale,
+                left + x1 * wide * scale,
+                top + y1 * high * scale,
+            )
 
     put(23, hsv(0.57, rng.uniform(0.1, 0.45), 0.9), "rectangle", 0, 0, width, horizon)
     corners = np.linspace(0, width, int(rng.integers(6, 9)))
@@ -351,11 +520,23 @@ def street_scene(part: str, index: int, height: int, width: int) -> tuple[np.nda
         top = horizon * rng.uniform(0.15, 0.75) * (1.25 - abs(left + right - width) / width)
         facade = hsv(rng.uniform(0.02, 0.14), rng.uniform(0.1, 0.45), rng.uniform(0.45, 0.75))
         put(11, facade, "rectangle", left, top, right, horizon)
-        for x, y in ((x, y) for x in np.arange(left + 4, right - 6, 9) for y in np.arange(top + 4, horizon - 8, 9)):
+        for x, y in (
+            (x, y)
+            for x in np.arange(left + 4, right - 6, 9)
+            for y in np.arange(top + 4, horizon - 8, 9)
+        ):
             put(11, facade * 0.55, "rectangle", x, y, x + 4, y + 5)
     put(12, np.array([0.6, 0.55, 0.5]), "rectangle", 0, horizon - 4, 0.4 * width, horizon + 3)
     for x in range(int(0.4 * width), width, 2):
-        put(13, np.full(3, 0.25 + 0.25 * (x % 4 < 2)), "rectangle", x, horizon - 5, x + 1, horizon + 3)
+        put(
+            13,
+            np.full(3, 0.25 + 0.25 * (x % 4 < 2)),
+            "rectangle",
+            x,
+            horizon - 5,
+            x + 1,
+            horizon + 3,
+        )
     put(8, np.full(3, rng.uniform(0.5, 0.65)), "rectangle", 0, horizon + 3, width, height)
     strip(22, hsv(rng.uniform(0.2, 0.3), 0.55, 0.5), 8, 60, 0.04, 1)
     strip(7, np.full(3, rng.uniform(0.28, 0.4)), -5, 5, 0.01, 1)
@@ -364,34 +545,67 @@ def street_scene(part: str, index: int, height: int, width: int) -> tuple[np.nda
     # the car's own bonnet
     put(1, np.full(3, 0.14), "ellipse", -0.1 * width, 0.94 * height, 1.1 * width, 1.3 * height)
 
-    things = [(("truck", "bus", "train", "rider motorcycle")[index % 4], 2.6, 0.42 if index % 4 == 3 else 0.22),
-              ("caravan", 2.0, 0.14) if index % 4 == 3 else ("people people people", -7.5, 0.25),
-              ("car", -2.6, 0.55), ("rider bicycle", 3.2, 0.7), ("car", -2.0, 0.2), ("person", -6.5, 0.5),
-              ("person", 6.0, 0.35), ("pole light", -5.3, 0.4), ("pole sign", 5.3, 0.5), ("tree", -8.0, 0.5),
-              ("tree", 7.5, 0.45), ("car", -3.2, 0.38)][:rng.integers(11, 13)]
-    places = [(t * rng.uniform(0.8, 1.2), u + rng.uniform(-0.6, 0.6), names) for names, u, t in things]
+    things = [
+        (
+            ("truck", "bus", "train", "rider motorcycle")[index % 4],
+            2.6,
+            0.42 if index % 4 == 3 else 0.22,
+        ),
+        ("caravan", 2.0, 0.14) if index % 4 == 3 else ("people people people", -7.5, 0.25),
+        ("car", -2.6, 0.55),
+        ("rider bicycle", 3.2, 0.7),
+        ("car", -2.0, 0.2),
+        ("person", -6.5, 0.5),
+        ("person", 6.0, 0.35),
+        ("pole light", -5.3, 0.4),
+        ("pole sign", 5.3, 0.5),
+        ("tree", -8.0, 0.5),
+        ("tree", 7.5, 0.45),
+        ("car", -3.2, 0.38),
+    ][: rng.integers(11, 13)]
+    places = [
+        (t * rng.uniform(0.8, 1.2), u + rng.uniform(-0.6, 0.6), names) for names, u, t in things
+    ]
     for t, u, names in sorted(places):  # far ones first
         for shift, name in enumerate(names.split()):
             stand(name, u + 0.8 * shift * (name == "people"), t)
     picture = np.asarray(images[0]) / 255 + 0.02 * rng.standard_normal((height, width, 3))
     picture += 0.05 * smooth(rng, max(height, width), 9)[:height, :width]
-    mirror = np.s_[:, ::rng.choice([-1, 1])]
-    return (np.clip(picture, 0, 1) * 255).round().astype(np.uint8)[mirror], np.asarray(images[1], np.uint16)[mirror]
+    mirror = np.s_[:, :: rng.choice([-1, 1])]
+    return (np.clip(picture, 0, 1) * 255).round().astype(np.uint8)[mirror], np.asarray(
+        images[1], np.uint16
+    )[mirror]
 
 
-def make_cityscapes(root: Path, train: int = 16, val: int = 4, height: int = 128, width: int = 256) -> Path:
+def make_cityscapes(
+    root: Path, train: int = 16, val: int = 4, height: int = 128, width: int = 256
+) -> Path:
     """Cityscapes folders of drawn streets: leftImg8bit and gtFine with raw labelIds and 16-bit
     instanceIds."""
+
     def make(folder: Path) -> None:
         for part, index in [("train", i) for i in range(train)] + [("val", i) for i in range(val)]:
             picture, instances = street_scene(part, index, height, width)
             labels = np.where(instances >= 1000, instances // 1000, instances).astype(np.uint8)
-            city = {"train": ("drawnburg", "inkstadt"), "val": ("paperheim", "quillau")}[part][index % 2]
-            files = {"leftImg8bit": picture, "gtFine_labelIds": labels, "gtFine_instanceIds": instances}
+            city = {"train": ("drawnburg", "inkstadt"), "val": ("paperheim", "quillau")}[part][
+                index % 2
+            ]
+            files = {
+                "leftImg8bit": picture,
+                "gtFine_labelIds": labels,
+                "gtFine_instanceIds": instances,
+            }
             for name, values in files.items():
-                path = folder / name.split("_")[0] / part / city / f"{city}_{index // 2:06d}_000019_{name}.png"
+                path = (
+                    folder
+                    / name.split("_")[0]
+                    / part
+                    / city
+                    / f"{city}_{index // 2:06d}_000019_{name}.png"
+                )
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(values).save(path)
+
     return once(root, f"cityscapes {THINGS} {train} {val} {height} {width}", make)
 
 
@@ -400,8 +614,10 @@ def polygons(mask: np.ndarray) -> list[list[int]]:
     """(H, W) bool -> polygons [x, y, x, y, ...] along pixel edges that cover exactly `mask`; holes
     are cut open."""
     steps, edges, found, padded = ((1, 0), (0, 1), (-1, 0), (0, -1)), set(), [], np.pad(mask, 1)
-    for turn, (row, column, dx, dy) in enumerate(((0, 1, 0, 0), (1, 2, 1, 0), (2, 1, 1, 1), (1, 0, 0, 1))):
-        outside = ~padded[row:row + mask.shape[0], column:column + mask.shape[1]]
+    for turn, (row, column, dx, dy) in enumerate(
+        ((0, 1, 0, 0), (1, 2, 1, 0), (2, 1, 1, 1), (1, 0, 0, 1))
+    ):
+        outside = ~padded[row : row + mask.shape[0], column : column + mask.shape[1]]
         edges |= {(x + dx, y + dy, turn) for y, x in np.argwhere(mask & outside).tolist()}
     while edges:  # along edges that have the mask at their right
         (x, y, turn), loop, last = min(edges), [], None
@@ -434,12 +650,12 @@ def instance_scene(part: str, index: int) -> tuple[np.ndarray, np.ndarray, list[
         half, c = d.size // 2, int(rng.choice(len(law), p=law))
         small, crowd, _ = draw(rng, [kinds[c]] * 8, [], replace(d, size=half))
         y, x = rng.integers(0, half, 2)
-        window = np.s_[y:y + half, x:x + half]
+        window = np.s_[y : y + half, x : x + half]
         picture[window] = np.where(crowd[..., None] > 0, small, picture[window])
         instances[window] = np.where(crowd > 0, crowd + single, instances[window])
         chosen += [c] * 8
     cut = ((d.size, d.size), (d.size, d.size * 5 // 6), (d.size * 5 // 6, d.size))[rng.integers(3)]
-    return picture[:cut[0], :cut[1]], instances[:cut[0], :cut[1]], chosen, single
+    return picture[: cut[0], : cut[1]], instances[: cut[0], : cut[1]], chosen, single
 
 
 def make_coco(root: Path, train: int = 400, val: int = 100, labeled: int | None = None) -> Path:
@@ -456,62 +672,111 @@ def make_coco(root: Path, train: int = 400, val: int = 100, labeled: int | None 
 
     def add(data: dict, image: int, mask: np.ndarray, category: int, **crowd: int) -> None:
         runs = encode(np.asfortranarray(mask, np.uint8))
-        data["annotations"].append({
-            "id": len(data["annotations"]) + 1, "image_id": image, "category_id": category, "area": float(mask.sum()),
-            "bbox": toBbox(runs).tolist(), **crowd,
-            "segmentation": {**runs, "counts": runs["counts"].decode()} if crowd else polygons(mask)})
+        data["annotations"].append(
+            {
+                "id": len(data["annotations"]) + 1,
+                "image_id": image,
+                "category_id": category,
+                "area": float(mask.sum()),
+                "bbox": toBbox(runs).tolist(),
+                **crowd,
+                "segmentation": {**runs, "counts": runs["counts"].decode()}
+                if crowd
+                else polygons(mask),
+            }
+        )
 
     def make(folder: Path) -> None:
-        head = {"info": {"description": "drawn shapes"}, "licenses": [{"id": 1, "name": "as this code", "url": ""}]}
-        files = {f"{kind}_{part}": {**head, "categories": [], "images": [], "annotations": []}
-                 for kind in ("instances", "lvis") for part in ("train", "val")}
+        head = {
+            "info": {"description": "drawn shapes"},
+            "licenses": [{"id": 1, "name": "as this code", "url": ""}],
+        }
+        files = {
+            f"{kind}_{part}": {**head, "categories": [], "images": [], "annotations": []}
+            for kind in ("instances", "lvis")
+            for part in ("train", "val")
+        }
         (folder / "annotations").mkdir()
         for part, index in [("train", i) for i in range(train)] + [("val", i) for i in range(val)]:
             picture, instances, classes, single = instance_scene(part, index)
-            coco, lvis, number = files[f"instances_{part}"], files[f"lvis_{part}"], 3 * index + 1 + (part == "val")
+            coco, lvis, number = (
+                files[f"instances_{part}"],
+                files[f"lvis_{part}"],
+                3 * index + 1 + (part == "val"),
+            )
             known = part == "val" or labeled is None or index < labeled
             path = folder / "images" / (part if known else "unlabeled") / f"{number:012d}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(picture).save(path, quality=95, subsampling=0)
             if not known:
                 continue
-            seen = [(instances == n, place[c], n > single) for n, c in enumerate(classes, start=1)
-                    if (instances == n).sum() >= 12]
+            seen = [
+                (instances == n, place[c], n > single)
+                for n, c in enumerate(classes, start=1)
+                if (instances == n).sum() >= 12
+            ]
             crowd = [(mask, c) for mask, c, many in seen if many]
             absent = sorted(set(range(len(names))) - {place[c] for c in classes})
             negative = generator("negative", part, index).permutation(absent)[:6]
-            image = {"id": number, "height": picture.shape[0], "width": picture.shape[1], "license": 1,
-                     "coco_url": f"http://localhost/images/{part}/{path.name}", "date_captured": "2025-01-01 00:00:00"}
+            image = {
+                "id": number,
+                "height": picture.shape[0],
+                "width": picture.shape[1],
+                "license": 1,
+                "coco_url": f"http://localhost/images/{part}/{path.name}",
+                "date_captured": "2025-01-01 00:00:00",
+            }
             coco["images"].append({**image, "file_name": path.name})
-            lvis["images"].append({**image, "neg_category_ids": sorted((negative + 1).tolist()),
-                                   "not_exhaustive_category_ids": [c + 1 for _, c in crowd[:1]]})
+            lvis["images"].append(
+                {
+                    **image,
+                    "neg_category_ids": sorted((negative + 1).tolist()),
+                    "not_exhaustive_category_ids": [c + 1 for _, c in crowd[:1]],
+                }
+            )
             for mask, c in [(mask, c) for mask, c, many in seen if not many]:
                 add(coco, number, mask, 1 + 7 * c // 2, iscrowd=0)
                 add(lvis, number, mask, c + 1)
             if crowd:  # one region in COCO, one object of it in LVIS
-                add(coco, number, np.any([mask for mask, _ in crowd], axis=0), 1 + 7 * crowd[0][1] // 2, iscrowd=1)
+                add(
+                    coco,
+                    number,
+                    np.any([mask for mask, _ in crowd], axis=0),
+                    1 + 7 * crowd[0][1] // 2,
+                    iscrowd=1,
+                )
                 add(lvis, number, crowd[0][0], crowd[0][1] + 1)
         pairs = [(a["category_id"], a["image_id"]) for a in files["lvis_train"]["annotations"]]
         for c, name in enumerate(names):
             images, form = len({i for k, i in pairs if k == c + 1}), INSTANCE_CLASSES[name][0]
             kind = {"id": 1 + 7 * c // 2, "name": name, "supercategory": form}
-            rare = {"id": c + 1, "name": name, "synset": f"{name}.n.01", "synonyms": [name], "def": f"a drawn {form}",
-                    "frequency": "r" if images <= 10 else "c" if images <= 100 else "f", "image_count": images,
-                    "instance_count": sum(k == c + 1 for k, _ in pairs)}
+            rare = {
+                "id": c + 1,
+                "name": name,
+                "synset": f"{name}.n.01",
+                "synonyms": [name],
+                "def": f"a drawn {form}",
+                "frequency": "r" if images <= 10 else "c" if images <= 100 else "f",
+                "image_count": images,
+                "instance_count": sum(k == c + 1 for k, _ in pairs),
+            }
             for key, data in files.items():
                 data["categories"].append(rare if key.startswith("lvis") else kind)
         for key, data in files.items():
             (folder / "annotations" / f"{key}.json").write_text(json.dumps(data))
+
     return once(root, f"coco {INSTANCE} {INSTANCE_CLASSES} {train} {val} {labeled}", make)
 
 
 def make_things(root: Path, train: int = 400, tune: int = 200, val: int = 200) -> Path:
     """COCO folders of a few evenly frequent classes: images/{train,tune,val},
     annotations/instances_*.json."""
+
     def make(folder: Path) -> None:
         for part, number in (("train", train), ("tune", tune), ("val", val)):
             data = annotated(folder, "things", part, number, FEW, THING_CLASSES, None)
             (folder / "annotations" / f"instances_{part}.json").write_text(json.dumps(data))
+
     return once(root, f"things {FEW} {THING_CLASSES} {train} {tune} {val}", make)
 
 
@@ -525,49 +790,93 @@ def make_tail(root: Path, train: int = 600, tune: int = 200, val: int = 200) -> 
     def make(folder: Path) -> None:
         files = {}
         for part, number in (("train", train), ("tune", tune), ("val", val)):
-            files[part] = annotated(folder, "tail", part, number, TAIL, TAIL_CLASSES,
-                                    law if part == "train" else (law + 1 / len(law)) / 2)
+            files[part] = annotated(
+                folder,
+                "tail",
+                part,
+                number,
+                TAIL,
+                TAIL_CLASSES,
+                law if part == "train" else (law + 1 / len(law)) / 2,
+            )
         pairs = [(a["category_id"], a["image_id"]) for a in files["train"]["annotations"]]
         for kind in files["train"]["categories"]:
             images = len({i for c, i in pairs if c == kind["id"]})
-            facts = {"image_count": images, "instance_count": sum(c == kind["id"] for c, _ in pairs),
-                     "frequency": "r" if images <= 10 else "c" if images <= 100 else "f"}
+            facts = {
+                "image_count": images,
+                "instance_count": sum(c == kind["id"] for c, _ in pairs),
+                "frequency": "r" if images <= 10 else "c" if images <= 100 else "f",
+            }
             for data in files.values():
                 data["categories"][kind["id"] - 1].update(facts)
         for part, data in files.items():
             for image in data["images"]:
-                here = {a["category_id"] for a in data["annotations"] if a["image_id"] == image["id"]}
+                here = {
+                    a["category_id"] for a in data["annotations"] if a["image_id"] == image["id"]
+                }
                 absent = sorted({c["id"] for c in data["categories"]} - here)
                 few = generator("tail negative", part, image["id"]).permutation(absent)[:6]
                 image.update(neg_category_ids=sorted(few.tolist()), not_exhaustive_category_ids=[])
             (folder / "annotations" / f"lvis_{part}.json").write_text(json.dumps(data))
+
     return once(root, f"tail {TAIL} {TAIL_CLASSES} {train} {tune} {val}", make)
 
 
-def annotated(folder: Path, name: str, part: str, number: int, d: Difficulty, classes: dict,
-              law: np.ndarray | None) -> dict:
+def annotated(
+    folder: Path,
+    name: str,
+    part: str,
+    number: int,
+    d: Difficulty,
+    classes: dict,
+    law: np.ndarray | None,
+) -> dict:
     """Draws scenes of a part into folder/images/<part>; what a COCO file says of them. `law`: share
     of each class."""
     from pycocotools.mask import encode, toBbox
 
-    data = {"info": {"description": "drawn shapes"}, "images": [], "annotations": [], "categories": [
-        {"id": c + 1, "name": kind, "supercategory": form[0]} for c, (kind, form) in enumerate(classes.items())]}
+    data = {
+        "info": {"description": "drawn shapes"},
+        "images": [],
+        "annotations": [],
+        "categories": [
+            {"id": c + 1, "name": kind, "supercategory": form[0]}
+            for c, (kind, form) in enumerate(classes.items())
+        ],
+    }
     for made in (folder / "annotations", folder / "images" / part):
         made.mkdir(parents=True, exist_ok=True)
     for index in range(number):
         rng = generator(name, part, index)
-        chosen = rng.choice(len(classes), int(rng.integers(d.objects[0], d.objects[1] + 1)), p=law).tolist()
+        chosen = rng.choice(
+            len(classes), int(rng.integers(d.objects[0], d.objects[1] + 1)), p=law
+        ).tolist()
         picture, instances, _ = draw(rng, [list(classes.values())[c] for c in chosen], chosen, d)
-        image = {"id": index + 1, "height": d.size, "width": d.size, "file_name": f"{index + 1:012d}.jpg"}
-        Image.fromarray(picture).save(folder / "images" / part / image["file_name"], quality=95, subsampling=0)
+        image = {
+            "id": index + 1,
+            "height": d.size,
+            "width": d.size,
+            "file_name": f"{index + 1:012d}.jpg",
+        }
+        Image.fromarray(picture).save(
+            folder / "images" / part / image["file_name"], quality=95, subsampling=0
+        )
         data["images"].append(image)
         for n, c in enumerate(chosen, start=1):
             mask = instances == n
             if mask.sum() >= 12:
                 box = toBbox(encode(np.asfortranarray(mask, np.uint8))).tolist()
-                data["annotations"].append({
-                    "id": len(data["annotations"]) + 1, "image_id": index + 1, "category_id": c + 1,
-                    "area": float(mask.sum()), "bbox": box, "iscrowd": 0, "segmentation": polygons(mask)})
+                data["annotations"].append(
+                    {
+                        "id": len(data["annotations"]) + 1,
+                        "image_id": index + 1,
+                        "category_id": c + 1,
+                        "area": float(mask.sum()),
+                        "bbox": box,
+                        "iscrowd": 0,
+                        "segmentation": polygons(mask),
+                    }
+                )
     return data
 
 
@@ -586,9 +895,14 @@ def pretrain(root: Path, backbone: str, steps: int = 1200, batch_size: int = 64)
     def make(folder: Path) -> None:
         forms, rng = FORMS[8:], generator("pretrain", backbone)
         if not sys.stderr.isatty():  # else there are bars
-            print(f"Pre-training {backbone} on drawn pictures of other classes, once: some two minutes.", flush=True)
+            print(
+                f"Pre-training {backbone} on drawn pictures of other classes, once: some two minutes.",
+                flush=True,
+            )
         pictures, targets = [], []
-        for _ in tqdm(range(10000), desc="drawing pictures to pre-train on", leave=False, disable=None):
+        for _ in tqdm(
+            range(10000), desc="drawing pictures to pre-train on", leave=False, disable=None
+        ):
             form, pattern, hue = rng.integers(len(forms)), rng.integers(len(PATTERNS)), rng.random()
             d = PRETRAIN
             picture, _, _ = draw(rng, [(forms[form], PATTERNS[pattern], hue)], [0], d)
@@ -601,8 +915,12 @@ def pretrain(root: Path, backbone: str, steps: int = 1200, batch_size: int = 64)
         net = net.to(memory_format=torch.channels_last)
         optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0.05)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
-        bar = tqdm(range(steps), desc=f"pre-training {backbone} on other drawn classes", leave=False,
-                   disable=None)
+        bar = tqdm(
+            range(steps),
+            desc=f"pre-training {backbone} on other drawn classes",
+            leave=False,
+            disable=None,
+        )
         for _ in bar:
             index = torch.from_numpy(rng.integers(0, len(x), batch_size))
             images = normalize(x[index])
@@ -610,29 +928,53 @@ def pretrain(root: Path, backbone: str, steps: int = 1200, batch_size: int = 64)
                 images = images.flip(-1)
             if rng.random() < 0.5:
                 images = images.flip(-2)
-            logits = net(images.to(memory_format=torch.channels_last)).split([len(forms), len(PATTERNS), 12], dim=1)
-            loss = sum(F.cross_entropy(z, t) for z, t in zip(logits, y[index].unbind(1), strict=True))
+            logits = net(images.to(memory_format=torch.channels_last)).split(
+                [len(forms), len(PATTERNS), 12], dim=1
+            )
+            loss = sum(
+                F.cross_entropy(z, t) for z, t in zip(logits, y[index].unbind(1), strict=True)
+            )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
             bar.set_postfix(loss=f"{loss.item():.2f}")
         torch.save(net.state_dict(), folder / "weights.pth")
-        (folder / "log.json").write_text(json.dumps({"loss": loss.item(), "accuracy": [
-            (z.argmax(1) == t).float().mean().item() for z, t in zip(logits, y[index].unbind(1), strict=True)]}))
+        (folder / "log.json").write_text(
+            json.dumps(
+                {
+                    "loss": loss.item(),
+                    "accuracy": [
+                        (z.argmax(1) == t).float().mean().item()
+                        for z, t in zip(logits, y[index].unbind(1), strict=True)
+                    ],
+                }
+            )
+        )
 
     from common.transforms import normalize
+
     version = f"pretrain {PRETRAIN} {steps} {batch_size} {timm.__version__}"
     return once(root / "weights" / backbone, version, make) / "weights.pth"
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m data.shapes", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, default=Path("datasets/shapes"), help="default %(default)s")
+    parser = argparse.ArgumentParser(
+        prog="python -m data.shapes",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--root", type=Path, default=Path("datasets/shapes"), help="default %(default)s"
+    )
     root = parser.parse_args(argv).root
-    kinds = {"voc": make_voc, "cityscapes": make_cityscapes, "coco": make_coco, "things": make_things,
-             "tail": make_tail}
+    kinds = {
+        "voc": make_voc,
+        "cityscapes": make_cityscapes,
+        "coco": make_coco,
+        "things": make_things,
+        "tail": make_tail,
+    }
     for name, make in kinds.items():
         start = time.perf_counter()
         try:
@@ -641,7 +983,9 @@ def main(argv: list[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
             return 2
         print(f"{folder}, {time.perf_counter() - start:.1f} s")
-        for place, number in sorted(Counter(p.parent for p in folder.rglob("*") if p.is_file()).items()):
+        for place, number in sorted(
+            Counter(p.parent for p in folder.rglob("*") if p.is_file()).items()
+        ):
             print(f"    {number:6,} files in {place.relative_to(folder)}")
     return 0
 

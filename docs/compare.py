@@ -6,7 +6,7 @@ predictions.
 
 Runs of one method and setting form a row: settings that differ from the baseline's name it. A
 difference is taken between runs on the same label draw and seed, and its spread is the sample
-standard deviation over the draws. """
+standard deviation over the draws."""
 
 import argparse
 import json
@@ -15,8 +15,21 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-BOOKKEEPING = {"out", "resume", "seed", "split_seed", "workers", "device", "log_every", "save_every", "eval_every",
-               "monitor_labels", "compile", "eval", "predict"}
+BOOKKEEPING = {
+    "out",
+    "resume",
+    "seed",
+    "split_seed",
+    "workers",
+    "device",
+    "log_every",
+    "save_every",
+    "eval_every",
+    "monitor_labels",
+    "compile",
+    "eval",
+    "predict",
+}
 
 
 def read_run(folder: Path) -> dict:
@@ -24,14 +37,25 @@ def read_run(folder: Path) -> dict:
     missing = [name for name in ("config.json", "results.json") if not (folder / name).is_file()]
     if missing:
         raise SystemExit(f"{folder} is not a finished run: no {missing[0]}.")
-    config, results = (json.loads((folder / name).read_text()) for name in ("config.json", "results.json"))
+    config, results = (
+        json.loads((folder / name).read_text()) for name in ("config.json", "results.json")
+    )
     network = "teacher" if "teacher" in results else "student"
-    return {"folder": folder, "settings": config["settings"], "results": results, "network": network}
+    return {
+        "folder": folder,
+        "settings": config["settings"],
+        "results": results,
+        "network": network,
+    }
 
 
 def label(settings: dict, base: dict) -> str:
     """What tells a row from the baseline: method, recipe and every other setting that differs."""
-    differ = {k: v for k, v in settings.items() if k not in BOOKKEEPING | {"method", "recipe"} and v != base.get(k)}
+    differ = {
+        k: v
+        for k, v in settings.items()
+        if k not in BOOKKEEPING | {"method", "recipe"} and v != base.get(k)
+    }
     words = [settings["method"]] + ([settings["recipe"]] if settings["recipe"] != "paper" else [])
     return " ".join(words + [f"--{k.replace('_', '-')} {v}" for k, v in differ.items()])
 
@@ -44,19 +68,33 @@ def table(runs: list[dict], metric: str = "miou") -> str:
         place = (run["settings"]["split_seed"], run["settings"]["seed"])
         rows.setdefault(label(run["settings"], base), {})[place] = run
     first = next(iter(rows.values()))
-    lines = [f"| setting | scored | {metric} last, mean (draws) | difference to the first row, mean ± spread | wins | "
-             "best |", "|---|---|---|---|---|---|"]
+    lines = [
+        f"| setting | scored | {metric} last, mean (draws) | difference to the first row, mean ± spread | wins | "
+        "best |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, draws in rows.items():
         score = {p: r["results"][r["network"]]["last"][metric] for p, r in draws.items()}
         best = [r["results"][r["network"]]["best"][metric] for r in draws.values()]
-        pairs = [score[p] - first[p]["results"][first[p]["network"]]["last"][metric] for p in score if p in first]
+        pairs = [
+            score[p] - first[p]["results"][first[p]["network"]]["last"][metric]
+            for p in score
+            if p in first
+        ]
         each = ", ".join(f"{score[p]:.1f}" for p in sorted(score))
-        spread = f"{statistics.mean(pairs):+.2f} ± {statistics.stdev(pairs):.2f}" if len(pairs) > 1 else \
-            f"{pairs[0]:+.2f}" if pairs else ""
+        spread = (
+            f"{statistics.mean(pairs):+.2f} ± {statistics.stdev(pairs):.2f}"
+            if len(pairs) > 1
+            else f"{pairs[0]:+.2f}"
+            if pairs
+            else ""
+        )
         wins = "" if draws is first else f"{sum(d > 0 for d in pairs)} of {len(pairs)}"
         network = next(iter(draws.values()))["network"]
-        lines.append(f"| {name} | {network} | {statistics.mean(score.values()):.2f} ({each}) | "
-                     f"{'' if draws is first else spread} | {wins} | {statistics.mean(best):.2f} |")
+        lines.append(
+            f"| {name} | {network} | {statistics.mean(score.values()):.2f} ({each}) | "
+            f"{'' if draws is first else spread} | {wins} | {statistics.mean(best):.2f} |"
+        )
     return "\n".join(lines)
 
 
@@ -81,23 +119,37 @@ def strip(runs: list[dict], path: Path, count: int = 8) -> None:
         for picture in data.val[:count]:
             image, truth = read.load(picture, data)
             x = transforms.normalize(image[None])
-            predictions = [gta_seg.predict_logits(net.cpu(), x, a.window).argmax(1)[0] for net, a in networks]
-            rows.append([image.permute(1, 2, 0).numpy(), *map(plots.colour, predictions), plots.colour(truth)])
+            predictions = [
+                gta_seg.predict_logits(net.cpu(), x, a.window).argmax(1)[0] for net, a in networks
+            ]
+            rows.append(
+                [
+                    image.permute(1, 2, 0).numpy(),
+                    *map(plots.colour, predictions),
+                    plots.colour(truth),
+                ]
+            )
     names = [label(run["settings"], runs[0]["settings"]).split(" --")[0] for run in runs]
     plots.strip(rows, ["image", *names, "label"], path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("runs", nargs="+", type=Path, help="run folders; the first one's setting is the baseline")
+    parser.add_argument(
+        "runs", nargs="+", type=Path, help="run folders; the first one's setting is the baseline"
+    )
     parser.add_argument("--metric", default="miou")
-    parser.add_argument("--strip", type=Path, help="write a sheet of predictions of these runs here")
+    parser.add_argument(
+        "--strip", type=Path, help="write a sheet of predictions of these runs here"
+    )
     options = parser.parse_args()
     runs = [read_run(folder) for folder in options.runs]
     print(table(runs, options.metric))
     if options.strip:
         strip(runs, options.strip)
-        print(f"\npictures: {options.strip} and " + ", ".join(f"{r['folder']}/previews" for r in runs))
+        print(
+            f"\npictures: {options.strip} and " + ", ".join(f"{r['folder']}/previews" for r in runs)
+        )
 
 
 if __name__ == "__main__":

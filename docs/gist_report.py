@@ -47,7 +47,10 @@ def longest_run(path: str) -> int:
 
 def rejected_share(stages: int, max_run: int) -> float:
     """Sec. IV-A: the share of all paths of L and P that --max-run would draw again."""
-    return sum(longest_run("".join(p)) > max_run for p in itertools.product("LP", repeat=stages)) / 2**stages
+    return (
+        sum(longest_run("".join(p)) > max_run for p in itertools.product("LP", repeat=stages))
+        / 2**stages
+    )
 
 
 def bloat(shares: list[float], rise: float = 0.1) -> list[bool]:
@@ -69,6 +72,7 @@ def erased(labels: dict | None, phi: float) -> str:
 def table(head: str, rows: list[tuple]) -> str:
     """Markdown. `head` names the columns, with commas between; floats get two digits, NaN a
     dash."""
+
     def cell(v) -> str:
         return str(v) if not isinstance(v, float) else "-" if v != v else f"{v:.2f}"
 
@@ -82,13 +86,21 @@ def write(tree, results: dict, out: Path) -> dict:
     """results.json, log.jsonl (a line a node), report.md and pictures into the run folder `out`;
     the results."""
     store, visited = tree.store, results["visited"]
-    nodes = sorted({p for paths in visited.values() for p in paths}, key=lambda p: (store.record(p)["stage"], p))
+    nodes = sorted(
+        {p for paths in visited.values() for p in paths},
+        key=lambda p: (store.record(p)["stage"], p),
+    )
     records = [store.record(p) for p in nodes]
     logs = [runs.read_log(f) for p in nodes if (f := store.folder(p) / "log.jsonl").is_file()]
-    speeds = sorted(line["images_per_second"] for log in logs for line in log if "images_per_second" in line)
-    results |= {"trainings": len(nodes) - 1, "steps": sum(r["steps"] for r in records),
-                "seconds": round(sum(r["seconds"] for r in records), 1),
-                "images_per_second": speeds[len(speeds) // 2] if speeds else None}
+    speeds = sorted(
+        line["images_per_second"] for log in logs for line in log if "images_per_second" in line
+    )
+    results |= {
+        "trainings": len(nodes) - 1,
+        "steps": sum(r["steps"] for r in records),
+        "seconds": round(sum(r["seconds"] for r in records), 1),
+        "images_per_second": speeds[len(speeds) // 2] if speeds else None,
+    }
     runs.write_text(out / "log.jsonl", "".join(json.dumps(r) + "\n" for r in records))
     val = {p: val_of(tree, p) for p in nodes}
     runs.write_text(out / "report.md", "\n".join(tables(tree, results, nodes, val)))
@@ -98,10 +110,15 @@ def write(tree, results: dict, out: Path) -> dict:
         end = deepest(tree, paths)
         draw_masks(tree, end, out / "previews" / f"{name.replace(' ', '-')}-{end or 'stage0'}.png")
     runs.write_text(out / "results.json", json.dumps(results, indent=1))
-    said = [f"{name} {r['miou']:.2f} ({r['path'] or 'stage 0'})" for name, r in results.items()
-            if isinstance(r, dict) and "miou" in r]
+    said = [
+        f"{name} {r['miou']:.2f} ({r['path'] or 'stage 0'})"
+        for name, r in results.items()
+        if isinstance(r, dict) and "miou" in r
+    ]
     print(f"\nmiou: {', '.join(said)}, chosen by {results['dev_size']} development images")
-    print(f"in {out}: {', '.join(sorted(p.name for p in out.iterdir() if p.name[0] != '.'))}; nodes in {store.others}")
+    print(
+        f"in {out}: {', '.join(sorted(p.name for p in out.iterdir() if p.name[0] != '.'))}; nodes in {store.others}"
+    )
     return results
 
 
@@ -112,10 +129,17 @@ def again(tree, out: Path) -> dict:
         raise UserError(f"{out} is not a finished run of gist_rist.py: it has no results.json.")
     results = json.loads((out / "results.json").read_text())
     tree.store.root, tree.store.others = Path(results["stage0_folder"]), Path(results["nodes"])
-    lost = [p or "stage 0" for paths in results["visited"].values() for p in paths if not tree.store.done(p)]
+    lost = [
+        p or "stage 0"
+        for paths in results["visited"].values()
+        for p in paths
+        if not tree.store.done(p)
+    ]
     if lost:
-        raise UserError(f"{len(lost)} nodes of {out} are not in {tree.store.others} any more, for example {lost[0]}; "
-                        f"the run's command trains them again.")
+        raise UserError(
+            f"{len(lost)} nodes of {out} are not in {tree.store.others} any more, for example {lost[0]}; "
+            f"the run's command trains them again."
+        )
     write(tree, results, out)
     print("\n" + (out / "report.md").read_text())
     return results
@@ -141,44 +165,91 @@ def leaves(tree, paths: list[str]) -> list[str]:
 def deepest(tree, paths: list[str]) -> str:
     """Of the longest paths the one with the best end, by dev: GIST's leaves are also what it gave
     up on the way."""
-    return min(leaves(tree, paths) or [""], key=lambda p: (-tree.store.record(p)["stage"], *tree.order(p)))
+    return min(
+        leaves(tree, paths) or [""], key=lambda p: (-tree.store.record(p)["stage"], *tree.order(p))
+    )
 
 
 def tables(tree, results: dict, nodes: list[str], val: dict[str, float]) -> list[str]:
     """The parts of report.md."""
     store, visited, nan = tree.store, results["visited"], float("nan")
     best = {name: tree.best(paths) for name, paths in visited.items()}
-    text = ["## Searches\n", table("search, trainings, path, stage, dev, val", [
-        (name, len(set(paths)) - 1, best[name] or "stage 0", store.record(best[name])["stage"], tree.dev_of(best[name]),
-         val[best[name]]) for name, paths in visited.items()])]
+    text = [
+        "## Searches\n",
+        table(
+            "search, trainings, path, stage, dev, val",
+            [
+                (
+                    name,
+                    len(set(paths)) - 1,
+                    best[name] or "stage 0",
+                    store.record(best[name])["stage"],
+                    tree.dev_of(best[name]),
+                    val[best[name]],
+                )
+                for name, paths in visited.items()
+            ],
+        ),
+    ]
     labels = [store.record(p).get("labels", {"kept": nan, "dominant": nan}) for p in nodes]
     shares = [x["dominant"] for x in labels if x["dominant"] == x["dominant"]]
     alarm = dict(zip(shares, bloat(shares), strict=True)) if shares else {}
-    text += ["## Nodes\n", table("path, dev, val, pseudo labels kept, share of their dominant class, seconds", [
-        (p or "stage 0", tree.dev_of(p), val[p], x["kept"], "-" if x["dominant"] != x["dominant"] else
-         f"{x['dominant']:.2f}{' bloat' if alarm[x['dominant']] else ''}", store.record(p)["seconds"])
-        for p, x in zip(nodes, labels, strict=True)])]
+    text += [
+        "## Nodes\n",
+        table(
+            "path, dev, val, pseudo labels kept, share of their dominant class, seconds",
+            [
+                (
+                    p or "stage 0",
+                    tree.dev_of(p),
+                    val[p],
+                    x["kept"],
+                    "-"
+                    if x["dominant"] != x["dominant"]
+                    else f"{x['dominant']:.2f}{' bloat' if alarm[x['dominant']] else ''}",
+                    store.record(p)["seconds"],
+                )
+                for p, x in zip(nodes, labels, strict=True)
+            ],
+        ),
+    ]
     drawn = results.get("trials", leaves(tree, visited.get("rist", [])))  # some may be equal
     ends = [*drawn, *leaves(tree, visited.get("path", []))]
     chosen = [tree.best(trail(tree, end)) for end in ends]
     dev, scored = [tree.dev_of(p) for p in chosen], [val[p] for p in chosen]
     if len(ends) > 1 and np.isnan(scored).any():
-        text += ["Not all chosen nodes are scored on val: Table II and Fig. 7 need --val-every-stage (and nodes whose "
-                 "weights are still there).\n"]
+        text += [
+            "Not all chosen nodes are scored on val: Table II and Fig. 7 need --val-every-stage (and nodes whose "
+            "weights are still there).\n"
+        ]
     elif len(ends) > 1:
         groups = ", ".join(f"{g:.2f}" for g in group_scores(dev, scored, GROUP))
-        text += ["## Paths, each at the stage that dev chooses (Table II)\n",
-                 table("path, stage, dev, val", [(end, store.record(p)["stage"], tree.dev_of(p), val[p])
-                                                 for end, p in zip(ends, chosen, strict=True)]),
-                 f"val {np.mean(scored):.2f} ± {np.std(scored, ddof=1):.2f} over {len(scored)} paths; best on dev in "
-                 f"each group of {GROUP}: {groups or 'no full group'}\n",
-                 "## Best of n paths by dev (Fig. 7)\n", table("n, mean val, deviation", [
-                     (n, *best_of(dev, scored, n)) for n in range(1, min(len(scored), 10) + 1)])]
+        text += [
+            "## Paths, each at the stage that dev chooses (Table II)\n",
+            table(
+                "path, stage, dev, val",
+                [
+                    (end, store.record(p)["stage"], tree.dev_of(p), val[p])
+                    for end, p in zip(ends, chosen, strict=True)
+                ],
+            ),
+            f"val {np.mean(scored):.2f} ± {np.std(scored, ddof=1):.2f} over {len(scored)} paths; best on dev in "
+            f"each group of {GROUP}: {groups or 'no full group'}\n",
+            "## Best of n paths by dev (Fig. 7)\n",
+            table(
+                "n, mean val, deviation",
+                [(n, *best_of(dev, scored, n)) for n in range(1, min(len(scored), 10) + 1)],
+            ),
+        ]
     sizes = [n for n in (10, 25, 50, 100, 200, 500) if n <= len(tree.dev) and "rist" in visited]
     if len(sizes) > 1:
         picked = {size: tree.best(visited["rist"], size) for size in sizes}
-        text += ["## Development images (Table III, RIST)\n", table("images, path, val", [
-            (size, p or "stage 0", val[p]) for size, p in picked.items()])]
+        text += [
+            "## Development images (Table III, RIST)\n",
+            table(
+                "images, path, val", [(size, p or "stage 0", val[p]) for size, p in picked.items()]
+            ),
+        ]
     return text
 
 
@@ -198,15 +269,36 @@ def draw_tree(tree, nodes: list[str], best: set[str], file: Path) -> None:
     figure, axis = plt.subplots(figsize=(2 + 1.5 * max(stage.values()), 1.5 + 0.45 * len(ends)))
     for path in nodes:
         if path:
-            axis.plot([stage[path] - 1, stage[path]], [row[parent(path)], row[path]], zorder=1,
-                      color="tab:red" if path in ways else "lightgray", linewidth=2.5 if path in ways else 1)
+            axis.plot(
+                [stage[path] - 1, stage[path]],
+                [row[parent(path)], row[path]],
+                zorder=1,
+                color="tab:red" if path in ways else "lightgray",
+                linewidth=2.5 if path in ways else 1,
+            )
         fill = {"L": "white", "P": "dimgray"}.get(path[-1:], "lightsteelblue" if path else "gold")
-        axis.scatter(stage[path], row[path], s=130, color=fill, edgecolor="black", zorder=2,
-                     linewidth=2.5 if path in best else 1)
-        axis.annotate(f"{tree.dev_of(path):.1f}", (stage[path], row[path]), (0, 8), textcoords="offset points",
-                      ha="center", fontsize=8)
-    axis.set_title("dev mIoU; learned from: gold stage 0, open labels, filled pseudo labels\n"
-                   "red: the way to the best node of each search, thick ring", fontsize=9)
+        axis.scatter(
+            stage[path],
+            row[path],
+            s=130,
+            color=fill,
+            edgecolor="black",
+            zorder=2,
+            linewidth=2.5 if path in best else 1,
+        )
+        axis.annotate(
+            f"{tree.dev_of(path):.1f}",
+            (stage[path], row[path]),
+            (0, 8),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+        )
+    axis.set_title(
+        "dev mIoU; learned from: gold stage 0, open labels, filled pseudo labels\n"
+        "red: the way to the best node of each search, thick ring",
+        fontsize=9,
+    )
     axis.set_xlabel("stage")
     axis.set_xticks(range(max(stage.values()) + 1))
     axis.set_yticks([])
@@ -222,14 +314,27 @@ def draw_curves(tree, visited: dict[str, list[str]], val: dict[str, float], file
         ends = leaves(tree, paths)
         for i, end in enumerate(ends if name != "gist" else [deepest(tree, paths)]):
             way = trail(tree, end)
-            for axis, scores in ((axes[0], [tree.dev_of(p) for p in way]), (axes[1], [val[p] for p in way])):
-                axis.plot(range(len(way)), scores, color=f"C{number}", marker=".", label=name if i == 0 else None)
+            for axis, scores in (
+                (axes[0], [tree.dev_of(p) for p in way]),
+                (axes[1], [val[p] for p in way]),
+            ):
+                axis.plot(
+                    range(len(way)),
+                    scores,
+                    color=f"C{number}",
+                    marker=".",
+                    label=name if i == 0 else None,
+                )
     scores = np.load(tree.store.folder("") / "scores.npz")
     for row, temp in zip(scores["confidence"], scores["temps"], strict=True):
         edges = np.linspace(0, 1, row.size + 1)
         axes[2].stairs(row / max(row.sum(), 1), edges, fill=True, alpha=0.5, label=f"T = {temp:g}")
-    for axis, title, below in zip(axes, ("dev mIoU", "val mIoU", "pixels of stage 0 by confidence"),
-                                  ("stage", "stage", "confidence"), strict=True):
+    for axis, title, below in zip(
+        axes,
+        ("dev mIoU", "val mIoU", "pixels of stage 0 by confidence"),
+        ("stage", "stage", "confidence"),
+        strict=True,
+    ):
         axis.set_title(title, fontsize=10)
         axis.set_xlabel(below)
         axis.xaxis.get_major_locator().set_params(integer=below == "stage")
@@ -242,20 +347,29 @@ def draw_curves(tree, visited: dict[str, list[str]], val: dict[str, float], file
 def draw_masks(tree, path: str, file: Path) -> None:
     """Development images with their predictions at stages 0, 1, 5, 9 and the last of `path` (Figs.
     2, 8, 9)."""
-    shown = [p for p in trail(tree, path) if tree.store.record(p)["stage"] in (0, 1, 5, 9) or p == path]
+    shown = [
+        p for p in trail(tree, path) if tree.store.record(p)["stage"] in (0, 1, 5, 9) or p == path
+    ]
     masks = [np.load(tree.store.folder(p) / "scores.npz") for p in shown]
     rows = []
     for i, picture in enumerate(tree.dev[:6]):
         image, label = read.load(picture, tree.data)
-        rows.append([image.permute(1, 2, 0).numpy(), *(plots.colour(torch.from_numpy(m[f"mask{i}"])) for m in masks),
-                     plots.colour(label)])
+        rows.append(
+            [
+                image.permute(1, 2, 0).numpy(),
+                *(plots.colour(torch.from_numpy(m[f"mask{i}"])) for m in masks),
+                plots.colour(label),
+            ]
+        )
     plots.strip(rows, ["image", *(p or "stage 0" for p in shown), "label"], file)
 
 
 def pyplot():
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+
     return plt
 
 

@@ -37,15 +37,22 @@ def pair(a, b, rounds: int = 5, repeats: int = 1) -> tuple[float, float, float]:
     other."""
     a(), b()
     times = [(seconds(a, repeats), seconds(b, repeats)) for _ in range(rounds)]
-    return (statistics.median(t for t, _ in times), statistics.median(t for _, t in times),
-            statistics.median(x / y for x, y in times))
+    return (
+        statistics.median(t for t, _ in times),
+        statistics.median(t for _, t in times),
+        statistics.median(x / y for x, y in times),
+    )
 
 
 def batch(args: gta_seg.Args, count: int, classes: int) -> datasets.Batch:
     size = args.crop_size
     images = torch.randn(count, 3, size, size).contiguous(memory_format=torch.channels_last)
-    return datasets.Batch(images, torch.ones(count, size, size, dtype=torch.bool),
-                          torch.randint(0, classes, (count, size, size)), torch.zeros(count))
+    return datasets.Batch(
+        images,
+        torch.ones(count, size, size, dtype=torch.bool),
+        torch.randint(0, classes, (count, size, size)),
+        torch.zeros(count),
+    )
 
 
 def steps(count: int, world: World = WORLD, **overrides):
@@ -53,14 +60,17 @@ def steps(count: int, world: World = WORLD, **overrides):
     their states."""
     made = {}
     for recipe in ("paper", "released"):
-        args = gta_seg.preset("voc", recipe, weights="none", batch_size=count, warmup_epochs=0, cutmix=0,
-                              **overrides)
+        args = gta_seg.preset(
+            "voc", recipe, weights="none", batch_size=count, warmup_epochs=0, cutmix=0, **overrides
+        )
         state, _ = gta_seg.build(args, 21, world, epoch=1)
         gta_seg.end_of_warmup(state, args)
         state.student.train()
         state.step = 2  # after the first epoch, where the released loop has settled
         function = gta_seg.train_step if recipe == "paper" else gta_seg.train_step_released
-        made[recipe] = partial(function, state, batch(args, count, 21), batch(args, count, 21), args, world)
+        made[recipe] = partial(
+            function, state, batch(args, count, 21), batch(args, count, 21), args, world
+        )
     return made["paper"], made["released"]
 
 
@@ -75,7 +85,10 @@ def largest_graph(function) -> int:
     sizes, seen, update = [0], {}, gta_seg.update
 
     def pack(tensor):
-        seen[id(tensor.untyped_storage())] = (tensor.untyped_storage(), tensor.untyped_storage().nbytes())
+        seen[id(tensor.untyped_storage())] = (
+            tensor.untyped_storage(),
+            tensor.untyped_storage().nbytes(),
+        )
         return tensor
 
     def counting(optimizer, loss):
@@ -97,14 +110,20 @@ def bench_step() -> None:
         paper, released = steps(3, World(device=torch.device("meta")))
         a, b = counted(paper), counted(released)
         saved = largest_graph(paper), largest_graph(released)
-    print(f"step, R101 513, 3 + 3 images: {a / 1e12:.1f} against {b / 1e12:.1f} TFLOP, released / paper {b / a:.2f} "
-          f"(image passes 45 / 21 = {45 / 21:.2f})")
+    print(
+        f"step, R101 513, 3 + 3 images: {a / 1e12:.1f} against {b / 1e12:.1f} TFLOP, released / paper {b / a:.2f} "
+        f"(image passes 45 / 21 = {45 / 21:.2f})"
+    )
     paper, released = steps(4, backbone="resnet18", crop_size=129, width=64, output_stride=16)
     a, b, ratio = pair(released, paper)
-    print(f"step, resnet18 129, 4 + 4 images, this machine: released {a * 1e3:.0f} ms, paper {b * 1e3:.0f} ms, "
-          f"ratio {ratio:.2f}")
-    print(f"tensors saved for backward, largest graph, R101 513, 3 + 3 images, fp32: released "
-          f"{saved[1] / 2**30:.1f} GiB, paper {saved[0] / 2**30:.1f} GiB, ratio {saved[1] / saved[0]:.2f}")
+    print(
+        f"step, resnet18 129, 4 + 4 images, this machine: released {a * 1e3:.0f} ms, paper {b * 1e3:.0f} ms, "
+        f"ratio {ratio:.2f}"
+    )
+    print(
+        f"tensors saved for backward, largest graph, R101 513, 3 + 3 images, fp32: released "
+        f"{saved[1] / 2**30:.1f} GiB, paper {saved[0] / 2**30:.1f} GiB, ratio {saved[1] / saved[0]:.2f}"
+    )
 
 
 def bench_loader() -> None:
@@ -113,7 +132,9 @@ def bench_loader() -> None:
         image, label = Path(folder, "a.jpg"), Path(folder, "a.png")
         coarse = rng.integers(0, 255, (24, 32, 3), dtype=np.uint8)
         Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC).save(image)
-        Image.fromarray(np.kron(rng.integers(0, 21, (15, 20), dtype=np.uint8), np.ones((25, 25), np.uint8))).save(label)
+        Image.fromarray(
+            np.kron(rng.integers(0, 21, (15, 20), dtype=np.uint8), np.ones((25, 25), np.uint8))
+        ).save(label)
         data = read.Segmentation("voc", Path(folder), [str(i) for i in range(21)], {}, [])
         args = gta_seg.preset("voc")
         picture = read.Picture("a", image, label)
@@ -129,24 +150,34 @@ def bench_loader() -> None:
                 x, y = x.convert("RGB"), y.copy()
             factor = g.uniform(0.5, 1) if g.random() < 0.5 else g.uniform(1, 2)
             size = (int(x.width * factor), int(x.height * factor))
-            x, y = x.resize(size, Image.Resampling.BILINEAR), y.resize(size, Image.Resampling.NEAREST)
+            x, y = (
+                x.resize(size, Image.Resampling.BILINEAR),
+                y.resize(size, Image.Resampling.NEAREST),
+            )
             if g.random() < 0.5:
-                x, y = x.transpose(Image.Transpose.FLIP_LEFT_RIGHT), y.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+                x, y = (
+                    x.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+                    y.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+                )
             x, y = np.asarray(x, np.float32), np.asarray(y)
             x = (x - transforms.IMAGENET_MEAN) / transforms.IMAGENET_STD
             ph, pw = max(513 - x.shape[0], 0), max(513 - x.shape[1], 0)
             x = np.pad(x, ((0, ph), (0, pw), (0, 0)))
             y = np.pad(y, ((0, ph), (0, pw)), constant_values=255)
             top, left = g.integers(0, x.shape[0] - 512), g.integers(0, x.shape[1] - 512)
-            torch.from_numpy(np.ascontiguousarray(x[top:top + 513, left:left + 513].transpose(2, 0, 1)))
-            torch.from_numpy(y[top:top + 513, left:left + 513].copy())
+            torch.from_numpy(
+                np.ascontiguousarray(x[top : top + 513, left : left + 513].transpose(2, 0, 1))
+            )
+            torch.from_numpy(y[top : top + 513, left : left + 513].copy())
 
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # as in a loader process
         a, b, ratio = pair(pil_chain, ours, rounds=7, repeats=30)
         torch.set_num_threads(threads)
-    print(f"loader, 500x375 to 513 with label: PIL chain {a * 1e3:.1f} ms a sample, ours {b * 1e3:.1f} ms, ratio "
-          f"{ratio:.2f}; bytes to the device {513 * 513 * 16 / 1e6:.1f} against {513 * 513 * 5 / 1e6:.1f} MB")
+    print(
+        f"loader, 500x375 to 513 with label: PIL chain {a * 1e3:.1f} ms a sample, ours {b * 1e3:.1f} ms, ratio "
+        f"{ratio:.2f}; bytes to the device {513 * 513 * 16 / 1e6:.1f} against {513 * 513 * 5 / 1e6:.1f} MB"
+    )
 
 
 def bench_ema() -> None:
@@ -159,7 +190,9 @@ def bench_ema() -> None:
                 t.data = 0.99 * t.data + (1 - 0.99) * s.data
 
     a, b, ratio = pair(loop, lambda: gta_seg.ema_update(two, one, 0.99))
-    print(f"EMA of 62.6 M parameters: loop {a * 1e3:.0f} ms, foreach {b * 1e3:.0f} ms, ratio {ratio:.2f}")
+    print(
+        f"EMA of 62.6 M parameters: loop {a * 1e3:.0f} ms, foreach {b * 1e3:.0f} ms, ratio {ratio:.2f}"
+    )
 
 
 def bench_miou() -> None:
@@ -172,8 +205,10 @@ def bench_miou() -> None:
         torch.bincount(label[keep] * 19 + prediction[keep], minlength=361)
 
     a, b, ratio = pair(masked, lambda: metrics.confusion(prediction, label, 19))
-    print(f"confusion of a 1024x2048 image: masked torch.bincount {a * 1e3:.1f} ms, ours {b * 1e3:.1f} ms, ratio "
-          f"{ratio:.2f}")
+    print(
+        f"confusion of a 1024x2048 image: masked torch.bincount {a * 1e3:.1f} ms, ours {b * 1e3:.1f} ms, ratio "
+        f"{ratio:.2f}"
+    )
 
 
 if __name__ == "__main__":

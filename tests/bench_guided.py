@@ -38,8 +38,11 @@ def pair(a, b, rounds: int = 3) -> tuple[float, float, float]:
     other."""
     a(), b()
     times = [(seconds(a), seconds(b)) for _ in range(rounds)]
-    return (statistics.median(t for t, _ in times), statistics.median(t for _, t in times),
-            statistics.median(x / y for x, y in times))
+    return (
+        statistics.median(t for t, _ in times),
+        statistics.median(t for _, t in times),
+        statistics.median(x / y for x, y in times),
+    )
 
 
 def peak(function) -> float:
@@ -68,10 +71,16 @@ def build(batch: int, size: int):
     """Training steps of transformers' network and of ours, from equal weights on equal images and
     targets."""
     from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, ResNetConfig
+
     torch.manual_seed(0)
     stages = ["stage1", "stage2", "stage3", "stage4"]
-    theirs = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(
-        backbone_config=ResNetConfig(out_features=stages), num_labels=CLASSES)).to(DEVICE).train()
+    theirs = (
+        Mask2FormerForUniversalSegmentation(
+            Mask2FormerConfig(backbone_config=ResNetConfig(out_features=stages), num_labels=CLASSES)
+        )
+        .to(DEVICE)
+        .train()
+    )
     for m in theirs.modules():  # BatchNorm as constant as in our network
         if isinstance(m, torch.nn.BatchNorm2d):
             m.eval().requires_grad_(False)
@@ -81,9 +90,16 @@ def build(batch: int, size: int):
     ours.train()
     images = torch.randn(batch, 3, size, size, device=DEVICE)
     coarse = torch.rand(batch * OBJECTS, 1, 8, 8)
-    masks = F.interpolate(coarse, size=(size, size), mode="bilinear")[:, 0].gt(0.6).to(torch.uint8).to(DEVICE)
+    masks = (
+        F.interpolate(coarse, size=(size, size), mode="bilinear")[:, 0]
+        .gt(0.6)
+        .to(torch.uint8)
+        .to(DEVICE)
+    )
     labels = torch.randint(0, CLASSES, (batch, OBJECTS), device=DEVICE)
-    targets = [gd.Target(label, mask) for label, mask in zip(labels, masks.split(OBJECTS), strict=True)]
+    targets = [
+        gd.Target(label, mask) for label, mask in zip(labels, masks.split(OBJECTS), strict=True)
+    ]
     sgd = [torch.optim.SGD(net.parameters(), 1e-6) for net in (theirs, ours)]
 
     def update(optimizer, loss) -> None:
@@ -92,8 +108,14 @@ def build(batch: int, size: int):
         optimizer.zero_grad(set_to_none=True)
 
     def their_step() -> None:
-        update(sgd[0], theirs(images, mask_labels=[t.masks.float() for t in targets],
-                              class_labels=[t.labels for t in targets]).loss)
+        update(
+            sgd[0],
+            theirs(
+                images,
+                mask_labels=[t.masks.float() for t in targets],
+                class_labels=[t.labels for t in targets],
+            ).loss,
+        )
 
     def our_step() -> None:
         norms = gd.normalisers(targets, args.queries, args.no_object, gd.World(device=DEVICE))
@@ -106,15 +128,25 @@ def build(batch: int, size: int):
 def bench_step(batch: int = 1, size: int = 512) -> None:
     theirs, ours, *_ = build(batch, size)
     a, b, ratio = pair(ours, theirs)
-    print(f"training step, R50, {batch} x {size}: transformers {b:.2f} s, ours {a:.2f} s, ratio {ratio:.2f}")
+    print(
+        f"training step, R50, {batch} x {size}: transformers {b:.2f} s, ours {a:.2f} s, ratio {ratio:.2f}"
+    )
     memory = {}
     for name in ("transformers", "ours", "ours, --checkpointing"):
-        run = subprocess.run([sys.executable, __file__, "peak", name, str(batch), str(size)], check=True, text=True,
-                             capture_output=True, env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"})
+        run = subprocess.run(
+            [sys.executable, __file__, "peak", name, str(batch), str(size)],
+            check=True,
+            text=True,
+            capture_output=True,
+            env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"},
+        )
         memory[name] = float(run.stdout.split()[-1])
     first, *others = memory.values()
-    print("peak memory above the step's start: " + ", ".join(f"{name} {x:.2f} GiB" for name, x in memory.items())
-          + f"; ratios {', '.join(f'{x / first:.2f}' for x in others)}")
+    print(
+        "peak memory above the step's start: "
+        + ", ".join(f"{name} {x:.2f} GiB" for name, x in memory.items())
+        + f"; ratios {', '.join(f'{x / first:.2f}' for x in others)}"
+    )
 
 
 def print_peak(name: str, batch: str, size: str) -> None:
@@ -131,25 +163,35 @@ def bench_parts(batch: int = 1, size: int = 512) -> None:
     """Where our step goes."""
     _, _, net, images, targets, args = build(batch, size)
     maps = [m.detach().requires_grad_() for m in net.backbone(images)]
-    levels, features = (x.detach().requires_grad_() if isinstance(x, torch.Tensor) else
-                        [y.detach().requires_grad_() for y in x] for x in net.pixel_decoder(maps))
+    levels, features = (
+        x.detach().requires_grad_()
+        if isinstance(x, torch.Tensor)
+        else [y.detach().requires_grad_() for y in x]
+        for x in net.pixel_decoder(maps)
+    )
     heads = gd.Heads(*(x.detach().requires_grad_() for x in net.decoder(levels, features)))
     norms = gd.normalisers(targets, args.queries, args.no_object, gd.World(device=DEVICE))
 
     def back(*outputs) -> None:
         torch.autograd.backward([x.sum() for x in outputs if x.requires_grad])
 
-    parts = {"backbone": lambda: back(*net.backbone(images)),
-             "pixel decoder": lambda: back(*(y := net.pixel_decoder(maps))[0], y[1]),
-             "transformer decoder": lambda: back(*net.decoder(levels, features)),
-             "matching and losses": lambda: gd.criterion(heads, targets, norms, args, [
-                 gd.generator(DEVICE, "bench", i) for i in range(batch)])["loss"].backward()}
+    parts = {
+        "backbone": lambda: back(*net.backbone(images)),
+        "pixel decoder": lambda: back(*(y := net.pixel_decoder(maps))[0], y[1]),
+        "transformer decoder": lambda: back(*net.decoder(levels, features)),
+        "matching and losses": lambda: gd.criterion(
+            heads, targets, norms, args, [gd.generator(DEVICE, "bench", i) for i in range(batch)]
+        )["loss"].backward(),
+    }
     times = {}
     for name, part in parts.items():
         part()
         times[name] = statistics.median(seconds(part) for _ in range(3))
     total = sum(times.values())
-    print("forward and backward: " + ", ".join(f"{name} {t:.2f} s ({t / total:.0%})" for name, t in times.items()))
+    print(
+        "forward and backward: "
+        + ", ".join(f"{name} {t:.2f} s ({t / total:.0%})" for name, t in times.items())
+    )
 
 
 def bench_memory(size: int = 1024) -> None:
@@ -157,10 +199,18 @@ def bench_memory(size: int = 1024) -> None:
     backward pass, and what weights, gradients and AdamW's state take; the weights of the teacher,
     which has neither, are in."""
     from torch._subclasses.fake_tensor import FakeTensorMode
-    backbones = ("resnet50.tv_in1k", "swin_base_patch4_window12_384.ms_in22k", "vit_base_patch14_dinov2.lvd142m",
-                 "swin_large_patch4_window12_384.ms_in22k", "vit_large_patch14_dinov2.lvd142m")
-    print(f"one crop of {size} x {size}: parameters; weights, gradients, AdamW and teacher; kept for the backward "
-          "pass; the same with --checkpointing")
+
+    backbones = (
+        "resnet50.tv_in1k",
+        "swin_base_patch4_window12_384.ms_in22k",
+        "vit_base_patch14_dinov2.lvd142m",
+        "swin_large_patch4_window12_384.ms_in22k",
+        "vit_large_patch14_dinov2.lvd142m",
+    )
+    print(
+        f"one crop of {size} x {size}: parameters; weights, gradients, AdamW and teacher; kept for the backward "
+        "pass; the same with --checkpointing"
+    )
     for name in backbones:
         kept = []
         for checkpointing in (False, True):
@@ -180,12 +230,17 @@ def bench_memory(size: int = 1024) -> None:
             for cached in (gd.sine_positions, gd.cell_centres, gd.shift_mask):
                 cached.cache_clear()
         count = sum(p.numel() for p in net.parameters())
-        print(f"  {name.split('.')[0]}: {count / 1e6:.0f} M; {count * 4 * 5 / 2**30:.1f} GiB; {kept[0] / 2**30:.1f} "
-              f"GiB; {kept[1] / 2**30:.1f} GiB")
+        print(
+            f"  {name.split('.')[0]}: {count / 1e6:.0f} M; {count * 4 * 5 / 2**30:.1f} GiB; {kept[0] / 2**30:.1f} "
+            f"GiB; {kept[1] / 2**30:.1f} GiB"
+        )
 
 
 def bench_ema() -> None:
-    nets = [gd.Mask2Former(gd.resolve(gd.preset("coco", backbone="resnet50")), CLASSES) for _ in range(2)]
+    nets = [
+        gd.Mask2Former(gd.resolve(gd.preset("coco", backbone="resnet50")), CLASSES)
+        for _ in range(2)
+    ]
 
     def loop() -> None:
         with torch.no_grad():
@@ -193,7 +248,9 @@ def bench_ema() -> None:
                 t.copy_(0.9996 * t + (1 - 0.9996) * s)
 
     a, b, ratio = pair(partial(gd.ema_update, nets[1], nets[0], 0.9996), loop, rounds=7)
-    print(f"EMA of 44 M parameters: loop {b * 1e3:.0f} ms, foreach {a * 1e3:.0f} ms, ratio {ratio:.2f}")
+    print(
+        f"EMA of 44 M parameters: loop {b * 1e3:.0f} ms, foreach {a * 1e3:.0f} ms, ratio {ratio:.2f}"
+    )
 
 
 if __name__ == "__main__":

@@ -10,14 +10,17 @@ import torch
 DRAWS = "the first step of a process takes other dropout: the DataLoader draws its seed after seed_torch (gta_seg.py)"
 # part of a test's name -> what the product does; take the line out when it is mended (strict: it
 # tells)
-DEFECTS = {
-}
+DEFECTS = {}
 
 
 def pytest_collection_modifyitems(items) -> None:
     for item in items:
         for part, reason in DEFECTS.items():
-            if part in item.nodeid and item.path.name in ("test_runs.py", "test_errors.py", "test_processes.py"):
+            if part in item.nodeid and item.path.name in (
+                "test_runs.py",
+                "test_errors.py",
+                "test_processes.py",
+            ):
                 item.add_marker(pytest.mark.xfail(strict=True, reason=reason))
 
 
@@ -26,10 +29,13 @@ def shapes_root(tmp_path_factory) -> Path:
     """A root for --dataset shapes. `few` (7 images) can be scored with --val; unlabeled.txt lists 8
     images."""
     from data import shapes
+
     root = tmp_path_factory.mktemp("shapes")
     voc = shapes.make_voc(root / "voc")
     lists = voc / "ImageSets" / "Segmentation"
-    (lists / "few.txt").write_text("".join((lists / "val.txt").read_text().splitlines(keepends=True)[:7]))
+    (lists / "few.txt").write_text(
+        "".join((lists / "val.txt").read_text().splitlines(keepends=True)[:7])
+    )
     train = (lists / "train.txt").read_text().splitlines(keepends=True)
     (root / "unlabeled.txt").write_text("".join(train[100:108]))
     (root / "labeled.txt").write_text("".join(train[:8]))
@@ -43,9 +49,20 @@ def tiny(shapes_root):
     import helpers
 
     def line(**flags) -> list[str]:
-        return helpers.argv(**{"dataset": "shapes", "root": shapes_root, "val": "few", "steps": 8,
-                               "split": shapes_root / "labeled.txt", "unlabeled": shapes_root / "unlabeled.txt",
-                               **helpers.TINY, "log_every": 1, **flags})
+        return helpers.argv(
+            **{
+                "dataset": "shapes",
+                "root": shapes_root,
+                "val": "few",
+                "steps": 8,
+                "split": shapes_root / "labeled.txt",
+                "unlabeled": shapes_root / "unlabeled.txt",
+                **helpers.TINY,
+                "log_every": 1,
+                **flags,
+            }
+        )
+
     return line
 
 
@@ -72,8 +89,20 @@ def folder_line(folder_root, tmp_path):
     import helpers
 
     def line(**flags) -> list[str]:
-        return helpers.argv(**{"dataset": "folder", "root": folder_root, "split": "random:4", "steps": 2,
-                               **helpers.TINY, "out": tmp_path / "run", "warmup_epochs": 0, "log_every": 1, **flags})
+        return helpers.argv(
+            **{
+                "dataset": "folder",
+                "root": folder_root,
+                "split": "random:4",
+                "steps": 2,
+                **helpers.TINY,
+                "out": tmp_path / "run",
+                "warmup_epochs": 0,
+                "log_every": 1,
+                **flags,
+            }
+        )
+
     return line
 
 

@@ -23,13 +23,33 @@ TEST_DATA = (REPO / os.environ.get("TEST_DATA", "../shared/data")).resolve()
 
 # A network of a few thousand weights, warm-up of two steps of `epoch` (2 steps: 8 unlabeled images,
 # batches of 4)
-TINY = {"backbone": "test_resnet", "weights": "none", "width": 8, "batch_size": 4, "crop_size": 32, "workers": 0}
+TINY = {
+    "backbone": "test_resnet",
+    "weights": "none",
+    "width": 8,
+    "batch_size": 4,
+    "crop_size": 32,
+    "workers": 0,
+}
 
-CHOOSERS = {"gta_seg": ("dataset", "recipe", "eval", "predict"), "gist_rist": ("dataset", "eval", "predict", "report")}
+CHOOSERS = {
+    "gta_seg": ("dataset", "recipe", "eval", "predict"),
+    "gist_rist": ("dataset", "eval", "predict", "report"),
+}
 
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["gta_seg", "tyro", "timm", "torchvision", "matplotlib.pyplot", "PIL.PngImagePlugin",
-                                "PIL.JpegImagePlugin", "helpers"])
+_server.set_forkserver_preload(
+    [
+        "gta_seg",
+        "tyro",
+        "timm",
+        "torchvision",
+        "matplotlib.pyplot",
+        "PIL.PngImagePlugin",
+        "PIL.JpegImagePlugin",
+        "helpers",
+    ]
+)
 
 
 class Ran(NamedTuple):
@@ -49,7 +69,7 @@ class Ran(NamedTuple):
         assert "Traceback" not in self.out + self.err, self.err[-3000:]
         assert self.code == 2, f"exit code {self.code}\n{self.out}\n{self.err}"
         assert len(said) == 1, f"{len(said)} lines start with 'error: '\n{self.err}"
-        after = self.err[self.err.index(said[0]) + len(said[0]):].strip()
+        after = self.err[self.err.index(said[0]) + len(said[0]) :].strip()
         assert not after, f"the sentence goes on after its line: {after}"
         return said[0]
 
@@ -73,12 +93,20 @@ class Started:
     """A process forked from the server; its output goes to files, so that nothing blocks when it is
     killed."""
 
-    def __init__(self, target: Callable, args: tuple, folder: Path, env: dict[str, str] | None = None,
-                 cwd: Path = REPO):
+    def __init__(
+        self,
+        target: Callable,
+        args: tuple,
+        folder: Path,
+        env: dict[str, str] | None = None,
+        cwd: Path = REPO,
+    ):
         folder.mkdir(parents=True, exist_ok=True)
         name = f"{time.monotonic_ns()}{random.randrange(1000)}"
         self.files = folder / f"{name}.out", folder / f"{name}.err"
-        self.process = _server.Process(target=_child, args=(target, args, self.files, env or {}, cwd))
+        self.process = _server.Process(
+            target=_child, args=(target, args, self.files, env or {}, cwd)
+        )
         self.process.start()
         self.pid = self.process.pid
 
@@ -103,7 +131,9 @@ class Started:
         return out, err
 
 
-def _child(target: Callable, args: tuple, files: tuple[Path, Path], env: dict[str, str], cwd: Path) -> None:
+def _child(
+    target: Callable, args: tuple, files: tuple[Path, Path], env: dict[str, str], cwd: Path
+) -> None:
     for number, file in zip((1, 2), files, strict=True):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), number)
     sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))
@@ -117,6 +147,7 @@ def _child(target: Callable, args: tuple, files: tuple[Path, Path], env: dict[st
 def script(line: list[str], setup: Callable | None = None, name: str = "gta_seg") -> None:
     """What `python NAME.py LINE` does, after `setup()`; to be run in a process of its own."""
     from common import runs
+
     module = importlib.import_module(name)
     if setup is not None:
         setup()
@@ -124,28 +155,51 @@ def script(line: list[str], setup: Callable | None = None, name: str = "gta_seg"
     runs.cli(module.Args, module.settings, module.main, choosers=CHOOSERS[name], argv=line)
 
 
-def begin(line: list[str], folder: Path, setup: Callable | None = None, env: dict[str, str] | None = None,
-          cwd: Path = REPO, name: str = "gta_seg") -> Started:
+def begin(
+    line: list[str],
+    folder: Path,
+    setup: Callable | None = None,
+    env: dict[str, str] | None = None,
+    cwd: Path = REPO,
+    name: str = "gta_seg",
+) -> Started:
     """Start the script with this command line, in a process forked from the warm server."""
     return Started(script, (line, setup, name), folder, env, cwd)
 
 
-def run(line: list[str], folder: Path, setup: Callable | None = None, env: dict[str, str] | None = None,
-        cwd: Path = REPO, name: str = "gta_seg") -> Ran:
+def run(
+    line: list[str],
+    folder: Path,
+    setup: Callable | None = None,
+    env: dict[str, str] | None = None,
+    cwd: Path = REPO,
+    name: str = "gta_seg",
+) -> Ran:
     """The same, and wait for its end."""
     return begin(line, folder, setup, env, cwd, name).wait()
 
 
-def begin_ranks(n: int, line: list[str], folder: Path, setup: Callable | None = None,
-                name: str = "gta_seg") -> list[Started]:
+def begin_ranks(
+    n: int, line: list[str], folder: Path, setup: Callable | None = None, name: str = "gta_seg"
+) -> list[Started]:
     """Start the script on n processes of one machine, with the environment that torchrun gives
     them."""
     port = str(free_port())
-    env = {"WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [begin(line, folder, setup, {**env, "RANK": str(i), "LOCAL_RANK": str(i)}, name=name) for i in range(n)]
+    env = {
+        "WORLD_SIZE": str(n),
+        "LOCAL_WORLD_SIZE": str(n),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    return [
+        begin(line, folder, setup, {**env, "RANK": str(i), "LOCAL_RANK": str(i)}, name=name)
+        for i in range(n)
+    ]
 
 
-def ranks(n: int, line: list[str], folder: Path, setup: Callable | None = None, name: str = "gta_seg") -> list[Ran]:
+def ranks(
+    n: int, line: list[str], folder: Path, setup: Callable | None = None, name: str = "gta_seg"
+) -> list[Ran]:
     """The same, and wait for the end of all."""
     return [p.wait() for p in begin_ranks(n, line, folder, setup, name)]
 
@@ -158,7 +212,11 @@ def free_port() -> int:
 
 def environment() -> dict[str, str]:
     """For real commands: one thread each, and nothing of a torchrun that pytest may run under."""
-    ours = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    ours = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+    }
     return {**ours, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
@@ -166,7 +224,9 @@ def command(line: list[str], timeout: float = 120, start: bool = False, cwd: Pat
     """`python LINE...` as a user types it -> Ran, or with `start` the running process."""
     keywords = dict(cwd=cwd, env=environment(), text=True)
     if start:
-        return subprocess.Popen([sys.executable, *line], stdout=subprocess.PIPE, stderr=subprocess.PIPE, **keywords)
+        return subprocess.Popen(
+            [sys.executable, *line], stdout=subprocess.PIPE, stderr=subprocess.PIPE, **keywords
+        )
     done = subprocess.run([sys.executable, *line], capture_output=True, timeout=timeout, **keywords)
     return Ran(done.returncode, done.stdout, done.stderr)
 
@@ -174,7 +234,10 @@ def command(line: list[str], timeout: float = 120, start: bool = False, cwd: Pat
 def torchrun(n: int, line: list[str], start: bool = False, name: str = "gta_seg", **flags):
     """The script under torchrun on n processes; `flags` go to torchrun (default: --standalone)."""
     head = argv(**flags) if flags else ["--standalone"]
-    return command(["-m", "torch.distributed.run", *head, "--nproc_per_node", str(n), f"{name}.py", *line], start=start)
+    return command(
+        ["-m", "torch.distributed.run", *head, "--nproc_per_node", str(n), f"{name}.py", *line],
+        start=start,
+    )
 
 
 def in_process(**overrides) -> dict:
@@ -183,6 +246,7 @@ def in_process(**overrides) -> dict:
     import signal
 
     import gta_seg
+
     handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -194,7 +258,9 @@ def in_process(**overrides) -> dict:
             signal.signal(number, handler)
 
 
-def until(condition: Callable[[], object], process: Started | None = None, seconds: float = 60) -> bool:
+def until(
+    condition: Callable[[], object], process: Started | None = None, seconds: float = 60
+) -> bool:
     """Wait until `condition()` holds -> True; False when `process` ended before. Fails after
     `seconds`."""
     end = time.monotonic() + seconds
@@ -230,11 +296,17 @@ def differences(a, b, place: str = "") -> list[str]:
         return [f"{place}: {type(a).__name__} and {type(b).__name__}"]
     if isinstance(a, dict):
         lost = [f"{place}.{k}: only in one" for k in a.keys() ^ b.keys()]
-        return lost + [d for k in a.keys() & b.keys() for d in differences(a[k], b[k], f"{place}.{k}")]
+        return lost + [
+            d for k in a.keys() & b.keys() for d in differences(a[k], b[k], f"{place}.{k}")
+        ]
     if isinstance(a, (list, tuple)):
         if len(a) != len(b):
             return [f"{place}: {len(a)} and {len(b)} entries"]
-        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in differences(x, y, f"{place}[{i}]")]
+        return [
+            d
+            for i, (x, y) in enumerate(zip(a, b, strict=True))
+            for d in differences(x, y, f"{place}[{i}]")
+        ]
     if isinstance(a, torch.Tensor):
         return [] if torch.equal(a, b) else [f"{place}: tensors differ"]
     return [] if a == b or (a != a and b != b) else [f"{place}: {a} and {b}"]
@@ -244,13 +316,21 @@ def tensors(nest, place: str = "") -> dict[str, torch.Tensor]:
     """Every tensor in a nest, by its place."""
     if isinstance(nest, torch.Tensor):
         return {place: nest}
-    pairs = nest.items() if isinstance(nest, dict) else enumerate(nest) if isinstance(nest, (list, tuple)) else ()
+    pairs = (
+        nest.items()
+        if isinstance(nest, dict)
+        else enumerate(nest)
+        if isinstance(nest, (list, tuple))
+        else ()
+    )
     return {k: v for key, value in pairs for k, v in tensors(value, f"{place}.{key}").items()}
 
 
 def children(pid: int) -> list[int]:
     """Processes that this one started."""
-    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout
+    listed = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True
+    ).stdout
     return [int(p) for p in listed.split()]
 
 

@@ -31,8 +31,15 @@ class Far(Tensor):
 
     @staticmethod
     def __new__(cls, near: Tensor):
-        return Tensor._make_wrapper_subclass(cls, near.size(), strides=near.stride(), dtype=near.dtype, device=HERE,
-                                             storage_offset=near.storage_offset(), requires_grad=near.requires_grad)
+        return Tensor._make_wrapper_subclass(
+            cls,
+            near.size(),
+            strides=near.stride(),
+            dtype=near.dtype,
+            device=HERE,
+            storage_offset=near.storage_offset(),
+            requires_grad=near.requires_grad,
+        )
 
     def __init__(self, near: Tensor):
         self.near = near.detach()
@@ -94,45 +101,68 @@ def dispatch(func, args: tuple, kwargs: dict):
     if name in INDEXED and isinstance(args[0], Far):
         here = [x for x in args[2:3] if not isinstance(x, Far)]  # values, not indices
     if far and name not in ("copy_", "_to_copy") and any(x.dim() for x in here):
-        raise RuntimeError(f"{func} of tensors on the pretended device and on the CPU: "
-                           f"{[(tuple(x.shape), x.device.type) for x in given if isinstance(x, Tensor)]}")
+        raise RuntimeError(
+            f"{func} of tensors on the pretended device and on the CPU: "
+            f"{[(tuple(x.shape), x.device.type) for x in given if isinstance(x, Tensor)]}"
+        )
     there = any(isinstance(x, Far) for x in given)
-    masks = [i for i in args[1] if i is not None and i.dtype == torch.bool] if name in INDEXED else []
-    moved = name == "_to_copy" and "device" in kwargs and not kwargs.get("non_blocking") and \
-        there != (torch.device(kwargs["device"] or CPU) == HERE)
+    masks = (
+        [i for i in args[1] if i is not None and i.dtype == torch.bool] if name in INDEXED else []
+    )
+    moved = (
+        name == "_to_copy"
+        and "device" in kwargs
+        and not kwargs.get("non_blocking")
+        and there != (torch.device(kwargs["device"] or CPU) == HERE)
+    )
     WAITS[name] += there and (name in WAITING or bool(masks)) or moved
-    where = torch.device(kwargs["device"]) if kwargs.get("device") is not None else HERE if there else CPU
+    where = (
+        torch.device(kwargs["device"])
+        if kwargs.get("device") is not None
+        else HERE
+        if there
+        else CPU
+    )
     if name == "copy_":
         where = args[0].device
     args_near, kwargs_near = tree_map(near_of, (args, kwargs))
-    out = func(*args_near, **kwargs_near | ({"device": CPU} if kwargs.get("device") is not None else {}))
+    out = func(
+        *args_near, **kwargs_near | ({"device": CPU} if kwargs.get("device") is not None else {})
+    )
     if where == HERE:
-        out = tree_map(lambda x: Far(x) if isinstance(x, Tensor) and not isinstance(x, Far) else x, out)
+        out = tree_map(
+            lambda x: Far(x) if isinstance(x, Tensor) and not isinstance(x, Far) else x, out
+        )
     return return_and_correct_aliasing(func, args, kwargs, out) if there else out
 
 
 def install() -> None:
     """From now on, networks and batches of this process go to the pretended device."""
     from common import distributed
+
     start, save, tensor, autocast = distributed.start, torch.save, torch.tensor, torch.autocast
     devices = _foreach_utils._get_foreach_kernels_supported_devices()
     distributed.start = lambda *args, **more: replace(start(*args, **more), device=HERE)
     torch.Generator = Generator
     torch.save = lambda content, *args, **more: save(tree_map(near_of, content), *args, **more)
     torch.tensor = lambda values, device=None, **more: tensor(values, **more).to(device or CPU)
-    torch.autocast = lambda kind, *args, **more: autocast("cpu" if kind == "meta" else kind, *args, **more)
+    torch.autocast = lambda kind, *args, **more: autocast(
+        "cpu" if kind == "meta" else kind, *args, **more
+    )
     _foreach_utils._get_foreach_kernels_supported_devices = lambda: [*devices, "meta"]
     Pretend().__enter__()
 
 
 def counted(step):
     """The function, which prints after each call how often it waited."""
+
     @functools.wraps(step)
     def counting(*args, **more):
         before = WAITS.total()
         out = step(*args, **more)
         print(f"{step.__name__} waited {WAITS.total() - before} times")
         return out
+
     return counting
 
 

@@ -19,21 +19,29 @@ from data.instances import CITYSCAPES_THINGS, Instances, Thing, masks_of
 from data.lvis_ap import lvis_ap
 
 GOLDEN = TEST_DATA / "coco_eval_golden"
-DEMO = {"segm": "320 562 299 387 310 327 268 415 417 469 377 381",
-        "bbox": "505 697 573 586 519 501 387 594 595 640 566 564"}
+DEMO = {
+    "segm": "320 562 299 387 310 327 268 415 417 469 377 381",
+    "bbox": "505 697 573 586 519 501 387 594 595 640 566 564",
+}
 golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no reference results in {GOLDEN}")
-real = pytest.mark.skipif(not (TEST_DATA / "coco_mini").is_dir(), reason=f"no pictures in {TEST_DATA}")
+real = pytest.mark.skipif(
+    not (TEST_DATA / "coco_mini").is_dir(), reason=f"no pictures in {TEST_DATA}"
+)
 CAR, TRUCK, PERSON = 2, 3, 0  # places among the eight classes
 
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory) -> Instances:
-    return instances.find("coco", shapes.make_coco(tmp_path_factory.mktemp("drawn") / "coco", train=40, val=40))
+    return instances.find(
+        "coco", shapes.make_coco(tmp_path_factory.mktemp("drawn") / "coco", train=40, val=40)
+    )
 
 
 @pytest.fixture(scope="module")
 def street(tmp_path_factory) -> Instances:
-    return instances.find("cityscapes", shapes.make_cityscapes(tmp_path_factory.mktemp("street"), train=4, val=4))
+    return instances.find(
+        "cityscapes", shapes.make_cityscapes(tmp_path_factory.mktemp("street"), train=4, val=4)
+    )
 
 
 def perfect(data: Instances, shift: int = 0) -> list[dict]:
@@ -41,14 +49,16 @@ def perfect(data: Instances, shift: int = 0) -> list[dict]:
     found = []
     for photo in data.val:
         labels, masks, _ = masks_of(photo, data)
-        scores = torch.linspace(1, 0.5, max(len(labels), 1))[:len(labels)]
+        scores = torch.linspace(1, 0.5, max(len(labels), 1))[: len(labels)]
         found += ap.results_of(photo.id, data.ids, labels, scores, torch.roll(masks, shift, -1))
     return found
 
 
-def box(top: int, left: int, height: int, width: int, canvas: tuple[int, int] = (60, 60)) -> np.ndarray:
+def box(
+    top: int, left: int, height: int, width: int, canvas: tuple[int, int] = (60, 60)
+) -> np.ndarray:
     mask = np.zeros(canvas, bool)
-    mask[top:top + height, left:left + width] = True
+    mask[top : top + height, left : left + width] = True
     return mask
 
 
@@ -56,16 +66,29 @@ def toy(objects: list[tuple[int, np.ndarray, bool]], first: int = 0) -> dict:
     """A COCO file of one image, with objects (category id, mask, crowd); annotation ids start at
     0."""
     runs = [coco_mask.encode(np.asfortranarray(mask, np.uint8)) for _, mask, _ in objects]
-    return {"images": [{"id": 5, "height": 60, "width": 60}],
-            "categories": [{"id": 9, "name": "dog"}, {"id": 4, "name": "cat"}],
-            "annotations": [{"id": i + first, "image_id": 5, "category_id": c, "segmentation": r, "iscrowd": int(crowd),
-                             "area": float(mask.sum()), "bbox": coco_mask.toBbox(r).tolist()}
-                            for i, ((c, mask, crowd), r) in enumerate(zip(objects, runs, strict=True))]}
+    return {
+        "images": [{"id": 5, "height": 60, "width": 60}],
+        "categories": [{"id": 9, "name": "dog"}, {"id": 4, "name": "cat"}],
+        "annotations": [
+            {
+                "id": i + first,
+                "image_id": 5,
+                "category_id": c,
+                "segmentation": r,
+                "iscrowd": int(crowd),
+                "area": float(mask.sum()),
+                "bbox": coco_mask.toBbox(r).tolist(),
+            }
+            for i, ((c, mask, crowd), r) in enumerate(zip(objects, runs, strict=True))
+        ],
+    }
 
 
 def detected(*found: tuple[int, float, np.ndarray]) -> list[dict]:
     labels, scores = torch.tensor([c for c, _, _ in found]), torch.tensor([s for _, s, _ in found])
-    return ap.results_of(5, [4, 9], labels, scores, torch.from_numpy(np.stack([m for _, _, m in found])))
+    return ap.results_of(
+        5, [4, 9], labels, scores, torch.from_numpy(np.stack([m for _, _, m in found]))
+    )
 
 
 # --------------------------------------------------------------------------------------------- COCO
@@ -82,7 +105,9 @@ def test_files_without_boxes_and_areas_are_scored_as_with_them(tmp_path):
         record.update(height=str(record["height"]), width=float(record["width"]))
     (tmp_path / "lean.json").write_text(json.dumps(content))
     lean = ap.truth_of(replace(data, val_json=tmp_path / "lean.json"))
-    assert len(lean["annotations"]) == len(whole) > 5 and all(type(r["height"]) is int for r in lean["images"])
+    assert len(lean["annotations"]) == len(whole) > 5 and all(
+        type(r["height"]) is int for r in lean["images"]
+    )
     for mended, a in zip(lean["annotations"], whole, strict=True):
         assert mended["area"] > 0 and np.allclose(mended["bbox"], a["bbox"], atol=1.5)
 
@@ -101,14 +126,23 @@ def moved(truth: dict, seed: int = 0) -> list[dict]:
         mask = coco_mask.decode(ap.runs_of(a["segmentation"], *sizes[a["image_id"]]))
         mask = np.roll(mask, g.integers(0, 4, 2), (0, 1))
         runs = coco_mask.encode(np.asfortranarray(mask))
-        results.append({"image_id": a["image_id"], "category_id": a["category_id"], "score": round(g.random(), 1),
-                        "segmentation": runs, "bbox": (np.array(a["bbox"]) + g.integers(0, 4, 4)).tolist()})
+        results.append(
+            {
+                "image_id": a["image_id"],
+                "category_id": a["category_id"],
+                "score": round(g.random(), 1),
+                "segmentation": runs,
+                "bbox": (np.array(a["bbox"]) + g.integers(0, 4, 4)).tolist(),
+            }
+        )
     for r in results[::7]:
         r["category_id"] = truth["categories"][int(g.integers(len(truth["categories"])))]["id"]
     return results
 
 
-@pytest.mark.parametrize("name", ["drawn", "drawn as lvis", "coco_mini", "coco_mini as lvis", "car_parts as lvis"])
+@pytest.mark.parametrize(
+    "name", ["drawn", "drawn as lvis", "coco_mini", "coco_mini as lvis", "car_parts as lvis"]
+)
 def test_what_is_true_by_the_photos_is_what_the_file_says(name, drawn, monkeypatch):
     folder, _, kind = name.partition(" as ")
     root = drawn.root if folder == "drawn" else TEST_DATA / folder
@@ -119,13 +153,25 @@ def test_what_is_true_by_the_photos_is_what_the_file_says(name, drawn, monkeypat
     content, made = ap.truth_of(data), by_photos(data)
     assert made["images"] and len(made["annotations"]) == len(content["annotations"])
     assert [a["id"] for a in made["annotations"]] == list(range(1, len(made["annotations"]) + 1))
-    given = {"images": ("id", "height", "width", "neg_category_ids", "not_exhaustive_category_ids"),
-             "categories": ("id", "name", "frequency"), "annotations": ("image_id", "category_id", "area", "iscrowd")}
+    given = {
+        "images": ("id", "height", "width", "neg_category_ids", "not_exhaustive_category_ids"),
+        "categories": ("id", "name", "frequency"),
+        "annotations": ("image_id", "category_id", "area", "iscrowd"),
+    }
     for key, fields in given.items():
-        records, others = ([json.dumps({k: float(r[k]) if k == "area" else r[k] for k in fields if k in r})
-                            for r in c[key]] for c in (made, content))
+        records, others = (
+            [
+                json.dumps({k: float(r[k]) if k == "area" else r[k] for k in fields if k in r})
+                for r in c[key]
+            ]
+            for c in (made, content)
+        )
         assert sorted(records) == sorted(others)
-    assert (kind == "lvis") == ("frequency" in made["categories"][0]) == ("neg_category_ids" in made["images"][0])
+    assert (
+        (kind == "lvis")
+        == ("frequency" in made["categories"][0])
+        == ("neg_category_ids" in made["images"][0])
+    )
     for a in content["annotations"]:  # COCO's boxes of crowds are a pixel too small
         if folder == "coco_mini" and a["iscrowd"]:
             a["bbox"] = [*a["bbox"][:2], a["bbox"][2] + 1, a["bbox"][3] + 1]
@@ -133,9 +179,14 @@ def test_what_is_true_by_the_photos_is_what_the_file_says(name, drawn, monkeypat
     for what in ("segm", "bbox"):
         if folder == "car_parts" and what == "bbox":  # the file's boxes are those of masks
             continue
-        scores = [(ap.coco_ap(truth, results, what), lvis_ap(truth, results, what)) for truth in (content, made)]
+        scores = [
+            (ap.coco_ap(truth, results, what), lvis_ap(truth, results, what))
+            for truth in (content, made)
+        ]
         assert scores[0] == scores[1] and 1 < scores[0][0]["ap"] < 99
-    monkeypatch.setattr(type(data.val_json), "read_text", lambda *_, **__: pytest.fail("the file was read"))
+    monkeypatch.setattr(
+        type(data.val_json), "read_text", lambda *_, **__: pytest.fail("the file was read")
+    )
     assert ap.coco_ap(instances.scored_on(data, data.val), results) == ap.coco_ap(made, results)
 
 
@@ -147,11 +198,20 @@ def test_objects_without_area_and_boxes_of_polygons(drawn):
     things = (Thing(1, polygons, False, 0.0), Thing(0, runs, True, 0.0), Thing(0, runs, False, 5.5))
     photo = drawn.val[0]._replace(things=things, height=60, width=60, negative=(2,), partial=(3,))
     truth = ap.truth_of(instances.scored_on(drawn, [photo]))
-    assert truth["images"] == [{"id": photo.id, "file_name": photo.name, "height": 60, "width": 60}], "it is not LVIS"
+    assert truth["images"] == [
+        {"id": photo.id, "file_name": photo.name, "height": 60, "width": 60}
+    ], "it is not LVIS"
     first, *others = truth["annotations"]
-    assert first["bbox"] == [2, 3, 20, 6] and first["category_id"] == drawn.ids[1] and first["iscrowd"] == 0
+    assert (
+        first["bbox"] == [2, 3, 20, 6]
+        and first["category_id"] == drawn.ids[1]
+        and first["iscrowd"] == 0
+    )
     assert first["area"] == masks_of(photo, drawn)[1][0].sum() > 59
-    assert [(a["bbox"], a["area"], a["iscrowd"]) for a in others] == [([6, 5, 8, 7], 56, 1), ([6, 5, 8, 7], 5.5, 0)]
+    assert [(a["bbox"], a["area"], a["iscrowd"]) for a in others] == [
+        ([6, 5, 8, 7], 56, 1),
+        ([6, 5, 8, 7], 5.5, 0),
+    ]
     with pytest.raises(AssertionError, match="has no labels"):
         ap.truth_of(instances.scored_on(drawn, [instances.bare(photo)]))
 
@@ -187,18 +247,26 @@ def test_a_toy_by_hand():
     one, two = box(0, 0, 20, 20), box(30, 0, 20, 20)
     truth = toy([(4, one, False), (4, two, False)])
     score = ap.coco_ap(truth, detected((0, 0.9, one), (0, 0.8, box(0, 40, 20, 20)), (1, 0.7, two)))
-    assert score["ap"] == pytest.approx(100 * 51 / 101) and score["ap75"] == score["ap50"] == score["ap"]
+    assert (
+        score["ap"] == pytest.approx(100 * 51 / 101)
+        and score["ap75"] == score["ap50"] == score["ap"]
+    )
     assert score["per_class"] == {"cat": score["ap"], "dog": None} and score["ar100"] == 50
     # 400 pixels are small
     assert score["ap_s"] == score["ap"] and score["ap_m"] is None and score["ap_l"] is None
     score = ap.coco_ap(truth, detected((0, 0.9, box(0, 0, 12, 20)), (0, 0.8, two)))
-    assert score["ap50"] == pytest.approx(100) and score["ap75"] == pytest.approx(100 * 0.5 * 51 / 101)
+    assert score["ap50"] == pytest.approx(100) and score["ap75"] == pytest.approx(
+        100 * 0.5 * 51 / 101
+    )
     # from 0.65 on the best is wrong
     assert score["ap"] == pytest.approx(100 * (3 * 1 + 7 * 0.5 * 51 / 101) / 10)
     both = detected((0, 0.9, one), (0, 0.8, two))
     for number, ar in ((1, 50), (7, 100), (300, 100)):
         score = ap.coco_ap(truth, both, max_dets=number)
-        assert score["ap"] == pytest.approx(100 * 51 / 101 if number == 1 else 100) and score[f"ar{number}"] == ar
+        assert (
+            score["ap"] == pytest.approx(100 * 51 / 101 if number == 1 else 100)
+            and score[f"ar{number}"] == ar
+        )
         assert score["stats"][6:9] == [50, ar, ar]
 
 
@@ -207,10 +275,14 @@ def test_crowds_hide_detections_and_areas_come_from_masks():
     wrong = (0, 0.95, box(25, 25, 8, 8))
     score = ap.coco_ap(toy([(4, cat, False), (4, crowd, True)]), detected((0, 0.9, cat), wrong))
     assert score["ap"] == pytest.approx(100)
-    assert ap.coco_ap(toy([(4, cat, False)]), detected((0, 0.9, cat), wrong))["ap"] == pytest.approx(50)
+    assert ap.coco_ap(toy([(4, cat, False)]), detected((0, 0.9, cat), wrong))[
+        "ap"
+    ] == pytest.approx(50)
     results = detected((0, 0.9, cat))
     assert set(results[0]) == {"image_id", "category_id", "segmentation", "score"}
-    large = [r | {"bbox": [0, 0, 60, 60]} for r in detected((0, 0.9, cat), (0, 0.95, box(30, 30, 9, 9)))]
+    large = [
+        r | {"bbox": [0, 0, 60, 60]} for r in detected((0, 0.9, cat), (0, 0.95, box(30, 30, 9, 9)))
+    ]
     truth = toy([(4, cat, False)])
     assert ap.coco_ap(truth, large)["ap_s"] == pytest.approx(50)
     assert ap.coco_ap(truth, results, "bbox")["ap"] == pytest.approx(100)  # else boxes of the masks
@@ -220,12 +292,20 @@ def test_crowds_hide_detections_and_areas_come_from_masks():
 def test_an_annotation_of_id_0_can_be_found(first):
     """pycocotools takes it for no match."""
     cat = box(0, 0, 20, 20)
-    assert ap.coco_ap(toy([(4, cat, False)], first), detected((0, 0.9, cat)))["ap"] == pytest.approx(100)
+    assert ap.coco_ap(toy([(4, cat, False)], first), detected((0, 0.9, cat)))[
+        "ap"
+    ] == pytest.approx(100)
 
 
 def test_empty_results_score_0_and_absent_classes_none():
     score = ap.coco_ap(toy([(4, box(0, 0, 20, 20), False)]), [])
-    assert (score["ap"], score["ap50"], score["ap_s"], score["ap_l"], score["ar100"]) == (0, 0, 0, None, 0)
+    assert (score["ap"], score["ap50"], score["ap_s"], score["ap_l"], score["ar100"]) == (
+        0,
+        0,
+        0,
+        None,
+        0,
+    )
     assert score["per_class"] == {"cat": 0, "dog": None}
     score = ap.coco_ap(toy([(4, box(0, 0, 20, 20), True)]), [])
     assert (score["ap"], score["per_class"]) == (None, {"cat": None, "dog": None})
@@ -245,7 +325,9 @@ def test_perfect_results_score_100(drawn, street):
 
 
 @real
-@pytest.mark.parametrize("train_json", ["instances_train.json", "lvis_train.json", "instances_train_super12.json"])
+@pytest.mark.parametrize(
+    "train_json", ["instances_train.json", "lvis_train.json", "instances_train_super12.json"]
+)
 def test_perfect_results_on_real_pictures(train_json):
     data = instances.find("coco", TEST_DATA / "coco_mini", train_json=train_json)
     data.val = data.val[::5]
@@ -259,10 +341,14 @@ def test_a_file_without_areas_crowds_or_good_polygons(drawn, tmp_path):
         del a["area"], a["bbox"], a["id"]
         if not a["iscrowd"]:
             del a["iscrowd"]
-    content["annotations"].append({"image_id": drawn.val[0].id, "category_id": 1, "segmentation": [[1, 2, 3, 4]]})
+    content["annotations"].append(
+        {"image_id": drawn.val[0].id, "category_id": 1, "segmentation": [[1, 2, 3, 4]]}
+    )
     data = replace(drawn, val_json=tmp_path / "val.json")
     data.val_json.write_text(json.dumps(content))
-    facts, other = ([(a["area"], a["iscrowd"]) for a in ap.truth_of(d)["annotations"]] for d in (data, drawn))
+    facts, other = (
+        [(a["area"], a["iscrowd"]) for a in ap.truth_of(d)["annotations"]] for d in (data, drawn)
+    )
     results = perfect(drawn, 2)
     stats = [ap.coco_ap(truth, results)["stats"] for truth in (data, drawn, ap.truth_of(drawn))]
     assert facts == other and stats[0] == stats[1] == stats[2]
@@ -275,9 +361,14 @@ def test_cityscapes_as_a_coco_file(street):
         labels, masks, crowd = masks_of(photo, street, crowds=True)
         here = [a for a in truth["annotations"] if a["image_id"] == photo.id]
         assert [a["category_id"] for a in here] == [street.ids[c] for c in labels]
-        assert [a["iscrowd"] for a in here] == crowd.int().tolist() and any(crowd) == any(a["iscrowd"] for a in here)
+        assert [a["iscrowd"] for a in here] == crowd.int().tolist() and any(crowd) == any(
+            a["iscrowd"] for a in here
+        )
         for a, mask in zip(here, masks.numpy(), strict=True):
-            assert np.array_equal(coco_mask.decode(a["segmentation"]), mask) and a["area"] == mask.sum()
+            assert (
+                np.array_equal(coco_mask.decode(a["segmentation"]), mask)
+                and a["area"] == mask.sum()
+            )
             assert a["bbox"] == coco_mask.toBbox(a["segmentation"]).tolist()
 
 
@@ -320,63 +411,126 @@ def test_three_images_by_hand():
     0), (0, 1), widths 0, .25, .25, 0: area .125."""
     car, other = box(0, 0, 20, 20), box(30, 0, 20, 20)
     a = region((26001, car)), [(CAR, 0.9, car), (CAR, 0.8, box(0, 0, 12, 20))]
-    b = region((26000, car), (26, other), (0, box(0, 30, 15, 20))), [(CAR, 0.7, other), (CAR, 0.95, box(0, 30, 20, 20))]
+    b = (
+        region((26000, car), (26, other), (0, box(0, 30, 15, 20))),
+        [(CAR, 0.7, other), (CAR, 0.95, box(0, 30, 20, 20))],
+    )
     c = region((26001, box(5, 5, 8, 8)), (27000, other)), [(CAR, 0.5, box(5, 5, 8, 8))]
     score = scored(a, b, c)
     assert score["per_class"] == {name: None for name in CITYSCAPES_THINGS.values()} | {
-        "car": pytest.approx(100 * (5 * 0.5 + 5 * 0.125) / 10), "truck": 0}
+        "car": pytest.approx(100 * (5 * 0.5 + 5 * 0.125) / 10),
+        "truck": 0,
+    }
     assert score["ap"] == pytest.approx(31.25 / 2) and score["ap50"] == pytest.approx(50 / 2)
     assert scored(c, a, b) == score
 
 
-@pytest.mark.parametrize("truth, predictions, expected", [
-    ([(26001, box(0, 0, 20, 20))], [(CAR, 0.9, box(0, 0, 20, 20))], 100),
-    ([(26001, box(0, 0, 20, 20))], [], 0),
-    ([(26001, box(0, 0, 20, 20))], [(CAR, 0.9, np.zeros((60, 60), bool))], 0),
-    ([(26001, box(0, 0, 20, 20))], [(TRUCK, 0.9, box(0, 0, 20, 20))], 0),
-    # an IoU of 0.5 is not more than 0.5
-    ([(26001, box(0, 0, 20, 20))], [(CAR, 0.9, box(0, 0, 10, 20))], 0),
-    ([(26001, box(0, 0, 20, 20))], [(CAR, 0.9, box(0, 0, 11, 20))], 10),  # 0.55 is
-    # wrong with a lower score than the right one: half of its step. The same outside of the curve
-    # costs nothing
-    ([(26001, box(0, 0, 20, 20))], [(CAR, 0.9, box(0, 0, 20, 20)), (CAR, 0.3, box(30, 30, 20, 20))], 100),
-    ([(26001, box(0, 0, 20, 20))], [(CAR, 0.9, box(0, 0, 20, 20)), (CAR, 0.95, box(30, 30, 20, 20))], 25),
-    # on a region that is not scored: void, a group of this class, a small object, and a group of 81
-    # pixels, twice
-    ([(26001, box(0, 0, 20, 20)), (4, box(30, 30, 20, 20))],
-     [(CAR, 0.9, box(0, 0, 20, 20)), (CAR, 0.95, box(30, 30, 20, 20))], 100),
-    ([(26001, box(0, 0, 20, 20)), (26, box(30, 30, 20, 20))],
-     [(CAR, 0.9, box(0, 0, 20, 20)), (CAR, 0.95, box(30, 30, 20, 20))], 100),
-    # a group of another class is no excuse
-    ([(26001, box(0, 0, 20, 20)), (24, box(30, 30, 20, 20))],
-     [(CAR, 0.9, box(0, 0, 20, 20)), (CAR, 0.95, box(30, 30, 20, 20))], 25),
-    ([(26001, box(0, 0, 20, 20)), (26002, box(30, 30, 9, 11))],
-     [(CAR, 0.9, box(0, 0, 20, 20)), (CAR, 0.95, box(30, 30, 9, 11))], 100),
-    ([(26001, box(0, 0, 20, 20)), (26, box(30, 30, 9, 9))],
-     # 2 * 81 / 160 is more than 0.95
-     [(CAR, 0.9, box(0, 0, 20, 20)), (CAR, 0.95, box(30, 30, 16, 10))], 100),
-    ([(26001, box(0, 0, 20, 20)), (4, box(30, 30, 10, 20))],  # half on void is not more than 0.5
-     [(CAR, 0.9, box(0, 0, 20, 20)), (CAR, 0.95, box(30, 30, 20, 20))], 25),
-    # the second on an object (IoU 0.625) is wrong up to 0.6, though 2 * 60 / 160 of it lie on a
-    # small group; for that
-    # it does not count at 0.65 and 0.7. A wrong one at .8 between right ones leaves (2/3 + 1/2 + 1
-    # + 1) / 4 = 19/24
-    ([(26001, box(0, 0, 10, 10)), (26, box(10, 0, 6, 10)), (26002, box(30, 30, 20, 20))],
-     [(CAR, 0.9, box(0, 0, 10, 10)), (CAR, 0.8, box(0, 0, 16, 10)), (CAR, 0.7, box(30, 30, 20, 20))],
-     (8 * 100 * 19 / 24 + 2 * 100) / 10),
-    # caravans (29001) are objects of a class that is not scored, but the benchmark knows them as
-    # void in groups alone
-    ([(26001, box(0, 0, 20, 20)), (29, box(30, 30, 20, 20))],
-     [(CAR, 0.9, box(0, 0, 20, 20)), (CAR, 0.95, box(30, 30, 20, 20))], 100),
-    ([(26001, box(0, 0, 20, 20)), (29001, box(30, 30, 20, 20))],
-     [(CAR, 0.9, box(0, 0, 20, 20)), (CAR, 0.95, box(30, 30, 20, 20))], 25),
-    ([(26001, box(0, 0, 10, 10))], [(CAR, 0.9, box(0, 0, 10, 10))], 100),  # 100 pixels are enough
-    ([(26001, box(0, 0, 9, 11))], [(CAR, 0.9, box(0, 0, 9, 11))], None), ([], [(CAR, 0.9, box(0, 0, 9, 9))], None),
-    # nothing is left to count
-    ([(26001, box(0, 0, 20, 20)), (0, box(30, 30, 20, 20))], [(CAR, 0.9, box(30, 30, 20, 20))], 0)])
+@pytest.mark.parametrize(
+    "truth, predictions, expected",
+    [
+        ([(26001, box(0, 0, 20, 20))], [(CAR, 0.9, box(0, 0, 20, 20))], 100),
+        ([(26001, box(0, 0, 20, 20))], [], 0),
+        ([(26001, box(0, 0, 20, 20))], [(CAR, 0.9, np.zeros((60, 60), bool))], 0),
+        ([(26001, box(0, 0, 20, 20))], [(TRUCK, 0.9, box(0, 0, 20, 20))], 0),
+        # an IoU of 0.5 is not more than 0.5
+        ([(26001, box(0, 0, 20, 20))], [(CAR, 0.9, box(0, 0, 10, 20))], 0),
+        ([(26001, box(0, 0, 20, 20))], [(CAR, 0.9, box(0, 0, 11, 20))], 10),  # 0.55 is
+        # wrong with a lower score than the right one: half of its step. The same outside of the curve
+        # costs nothing
+        (
+            [(26001, box(0, 0, 20, 20))],
+            [(CAR, 0.9, box(0, 0, 20, 20)), (CAR, 0.3, box(30, 30, 20, 20))],
+            100,
+        ),
+        (
+            [(26001, box(0, 0, 20, 20))],
+            [(CAR, 0.9, box(0, 0, 20, 20)), (CAR, 0.95, box(30, 30, 20, 20))],
+            25,
+        ),
+        # on a region that is not scored: void, a group of this class, a small object, and a group of 81
+        # pixels, twice
+        (
+            [(26001, box(0, 0, 20, 20)), (4, box(30, 30, 20, 20))],
+            [(CAR, 0.9, box(0, 0, 20, 20)), (CAR, 0.95, box(30, 30, 20, 20))],
+            100,
+        ),
+        (
+            [(26001, box(0, 0, 20, 20)), (26, box(30, 30, 20, 20))],
+            [(CAR, 0.9, box(0, 0, 20, 20)), (CAR, 0.95, box(30, 30, 20, 20))],
+            100,
+        ),
+        # a group of another class is no excuse
+        (
+            [(26001, box(0, 0, 20, 20)), (24, box(30, 30, 20, 20))],
+            [(CAR, 0.9, box(0, 0, 20, 20)), (CAR, 0.95, box(30, 30, 20, 20))],
+            25,
+        ),
+        (
+            [(26001, box(0, 0, 20, 20)), (26002, box(30, 30, 9, 11))],
+            [(CAR, 0.9, box(0, 0, 20, 20)), (CAR, 0.95, box(30, 30, 9, 11))],
+            100,
+        ),
+        (
+            [(26001, box(0, 0, 20, 20)), (26, box(30, 30, 9, 9))],
+            # 2 * 81 / 160 is more than 0.95
+            [(CAR, 0.9, box(0, 0, 20, 20)), (CAR, 0.95, box(30, 30, 16, 10))],
+            100,
+        ),
+        (
+            [
+                (26001, box(0, 0, 20, 20)),
+                (4, box(30, 30, 10, 20)),
+            ],  # half on void is not more than 0.5
+            [(CAR, 0.9, box(0, 0, 20, 20)), (CAR, 0.95, box(30, 30, 20, 20))],
+            25,
+        ),
+        # the second on an object (IoU 0.625) is wrong up to 0.6, though 2 * 60 / 160 of it lie on a
+        # small group; for that
+        # it does not count at 0.65 and 0.7. A wrong one at .8 between right ones leaves (2/3 + 1/2 + 1
+        # + 1) / 4 = 19/24
+        (
+            [(26001, box(0, 0, 10, 10)), (26, box(10, 0, 6, 10)), (26002, box(30, 30, 20, 20))],
+            [
+                (CAR, 0.9, box(0, 0, 10, 10)),
+                (CAR, 0.8, box(0, 0, 16, 10)),
+                (CAR, 0.7, box(30, 30, 20, 20)),
+            ],
+            (8 * 100 * 19 / 24 + 2 * 100) / 10,
+        ),
+        # caravans (29001) are objects of a class that is not scored, but the benchmark knows them as
+        # void in groups alone
+        (
+            [(26001, box(0, 0, 20, 20)), (29, box(30, 30, 20, 20))],
+            [(CAR, 0.9, box(0, 0, 20, 20)), (CAR, 0.95, box(30, 30, 20, 20))],
+            100,
+        ),
+        (
+            [(26001, box(0, 0, 20, 20)), (29001, box(30, 30, 20, 20))],
+            [(CAR, 0.9, box(0, 0, 20, 20)), (CAR, 0.95, box(30, 30, 20, 20))],
+            25,
+        ),
+        (
+            [(26001, box(0, 0, 10, 10))],
+            [(CAR, 0.9, box(0, 0, 10, 10))],
+            100,
+        ),  # 100 pixels are enough
+        ([(26001, box(0, 0, 9, 11))], [(CAR, 0.9, box(0, 0, 9, 11))], None),
+        ([], [(CAR, 0.9, box(0, 0, 9, 9))], None),
+        # nothing is left to count
+        (
+            [(26001, box(0, 0, 20, 20)), (0, box(30, 30, 20, 20))],
+            [(CAR, 0.9, box(30, 30, 20, 20))],
+            0,
+        ),
+    ],
+)
 def test_single_rules(truth, predictions, expected):
     score = scored((region(*truth), predictions))
-    assert score["per_class"]["car"] == (None if expected is None else pytest.approx(expected)) == score["ap"]
+    assert (
+        score["per_class"]["car"]
+        == (None if expected is None else pytest.approx(expected))
+        == score["ap"]
+    )
 
 
 def by_loops(images: list[tuple[np.ndarray, list]]) -> dict[str, list[float]]:
@@ -388,8 +542,11 @@ def by_loops(images: list[tuple[np.ndarray, list]]) -> dict[str, list[float]]:
         for threshold in np.arange(0.5, 1.0, 0.05):
             right, wrong, misses, objects = [], [], 0, 0
             for truth, predictions in images:
-                regions = {v: truth == v for v in np.unique(truth).tolist()
-                           if (v // 1000 if v >= 1000 else v) == kind}
+                regions = {
+                    v: truth == v
+                    for v in np.unique(truth).tolist()
+                    if (v // 1000 if v >= 1000 else v) == kind
+                }
                 void = np.isin(truth, ap.VOID)
                 ours = [(s, m) for c, s, m in predictions if c == index and m.any()]
 
@@ -419,7 +576,10 @@ def by_loops(images: list[tuple[np.ndarray, list]]) -> dict[str, list[float]]:
                 continue
             curve = []  # from the lowest score on
             for score in sorted({*right, *wrong}):
-                hits, all_above = sum(s >= score for s in right), sum(s >= score for s in right + wrong)
+                hits, all_above = (
+                    sum(s >= score for s in right),
+                    sum(s >= score for s in right + wrong),
+                )
                 curve.append((hits / (len(right) + misses), hits / all_above))
             curve.append((0.0, 1.0))
             recalls, area = [curve[0][0], *(r for r, _ in curve), 0.0], 0.0
@@ -432,17 +592,43 @@ def by_loops(images: list[tuple[np.ndarray, list]]) -> dict[str, list[float]]:
 def random_image(g: np.random.Generator) -> tuple[np.ndarray, list]:
     """Boxes of objects, small ones, groups, void and caravans; detections near them, doubled, of
     wrong classes, random, empty, with many equal scores."""
-    values = [24, 25, 26, 33, 24001, 24002, 24003, 26000, 26001, 27001, 29001, 29, 30, 0, 4, 9, 33000, 33001, 23]
+    values = [
+        24,
+        25,
+        26,
+        33,
+        24001,
+        24002,
+        24003,
+        26000,
+        26001,
+        27001,
+        29001,
+        29,
+        30,
+        0,
+        4,
+        9,
+        33000,
+        33001,
+        23,
+    ]
     truth, found = np.full((50, 70), 7, np.int32), []
     for value in g.choice(values, 14):
         truth[box(*g.integers(0, 55, 2), *g.integers(3, 30, 2), (50, 70))] = value
     for _ in range(25):
         value = int(g.choice(truth.ravel()))
         kind = value // 1000 if value >= 1000 else value
-        index = list(CITYSCAPES_THINGS).index(kind) if kind in CITYSCAPES_THINGS and g.random() < 0.85 else \
-            int(g.integers(8))
-        mask = np.roll(truth == value, g.integers(-2, 3, 2), (0, 1)) if g.random() < 0.8 else \
-            box(*g.integers(0, 55, 2), *g.integers(0, 25, 2), (50, 70))
+        index = (
+            list(CITYSCAPES_THINGS).index(kind)
+            if kind in CITYSCAPES_THINGS and g.random() < 0.85
+            else int(g.integers(8))
+        )
+        mask = (
+            np.roll(truth == value, g.integers(-2, 3, 2), (0, 1))
+            if g.random() < 0.8
+            else box(*g.integers(0, 55, 2), *g.integers(0, 25, 2), (50, 70))
+        )
         found.append((index, float(g.integers(1, 9)) / 8, mask))
     return truth, found
 
@@ -453,9 +639,13 @@ def test_random_maps_against_plain_loops(seed):
     images = [random_image(g) for _ in range(4)]
     score, table = scored(*images), by_loops(images)
     for name, values in table.items():
-        assert score["per_class"][name] == (None if np.isnan(values[0]) else pytest.approx(100 * np.mean(values)))
+        assert score["per_class"][name] == (
+            None if np.isnan(values[0]) else pytest.approx(100 * np.mean(values))
+        )
     known = np.array([values for values in table.values() if not np.isnan(values[0])])
-    assert score["ap"] == pytest.approx(100 * known.mean()) and score["ap50"] == pytest.approx(100 * known[:, 0].mean())
+    assert score["ap"] == pytest.approx(100 * known.mean()) and score["ap50"] == pytest.approx(
+        100 * known[:, 0].mean()
+    )
     assert 0 < score["ap"] < score["ap50"] < 100 and len(known) >= 3
 
 
@@ -463,10 +653,15 @@ def test_a_drawn_street_found_perfectly(street):
     judge = ap.CityscapesAP()
     for photo in street.val:
         labels, masks, _ = masks_of(photo, street)
-        judge.add(instances.read_ids(photo.label), [(int(c), 0.5, m.numpy() > 0)
-                                                    for c, m in zip(labels, masks, strict=True)])
+        judge.add(
+            instances.read_ids(photo.label),
+            [(int(c), 0.5, m.numpy() > 0) for c, m in zip(labels, masks, strict=True)],
+        )
     score = judge.result()
-    assert score["ap"] == pytest.approx(100) and len([x for x in score["per_class"].values() if x is not None]) >= 4
+    assert (
+        score["ap"] == pytest.approx(100)
+        and len([x for x in score["per_class"].values() if x is not None]) >= 4
+    )
     with pytest.raises(RankError, match="70x50 pixels is scored on a label of 60x60"):
         judge.add(region(), [(CAR, 0.5, np.ones((50, 70), bool))])
 
@@ -486,23 +681,41 @@ def evaluate(root: Path, out: Path) -> None:
         scores = torch.from_numpy(g.integers(1, 4, len(labels)) / 4)
         assert image.shape[-2:] == masks.shape[-2:]
         results += ap.results_of(photo.id, data.ids, labels, scores, masks)
-        judge.add(instances.read_ids(photo.label), list(zip(labels.tolist(), scores.tolist(), masks.numpy() > 0,
-                                                            strict=True)))
+        judge.add(
+            instances.read_ids(photo.label),
+            list(zip(labels.tolist(), scores.tolist(), masks.numpy() > 0, strict=True)),
+        )
     results = ap.gather(world, results)
     ranks = ap.gather(world, [(world.rank, "x")])
-    record = {"results": results, "coco": ap.coco_ap(data, results), "street": judge.result(world), "ranks": ranks}
+    record = {
+        "results": results,
+        "coco": ap.coco_ap(data, results),
+        "street": judge.result(world),
+        "ranks": ranks,
+    }
     (out / f"{world.size}-{world.rank}.json").write_text(json.dumps(record))
     distributed.stop()
 
 
 def test_two_processes_score_as_one(street, tmp_path):
-    env = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    started = [Started(evaluate, (street.root, tmp_path), tmp_path / "io", {**env, "RANK": i, "LOCAL_RANK": i})
-               for i in ("0", "1")]
+    env = {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    started = [
+        Started(
+            evaluate, (street.root, tmp_path), tmp_path / "io", {**env, "RANK": i, "LOCAL_RANK": i}
+        )
+        for i in ("0", "1")
+    ]
     evaluate(street.root, tmp_path)
     for process in started:
         process.wait().ok()
-    one, first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("1-0", "2-0", "2-1"))
+    one, first, second = (
+        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("1-0", "2-0", "2-1")
+    )
     assert first == second and first["ranks"] == [[0, "x"], [1, "x"]]
     assert one == {**first, "ranks": [[0, "x"]]}
     assert 0 < one["coco"]["ap"] < 100 and 0 < one["street"]["ap"] < 100

@@ -29,7 +29,9 @@ from data import ap, calibration, features, instances, lvis_ap, regions, shapes
 from data.instances import Batch, Instances, Photo, Target, Thing
 
 WORLD, CPU = World(), torch.device("cpu")
-MEAN, STD = (torch.tensor(x).view(3, 1, 1) for x in ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)))
+MEAN, STD = (
+    torch.tensor(x).view(3, 1, 1) for x in ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
+)
 RARE, COMMON, FREQUENT = 337, 461, 405  # classes of LVIS: in up to 10 pictures, up to 100, more
 
 pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
@@ -41,11 +43,35 @@ pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
 def small(**flags) -> Args:
     """A network whose head is of some ten thousand weights; its teacher finds something in
     noise."""
-    return bpl.preset("shapes", **dict(
-        weights="none", norm="frozen", image_size=64, width=8, fc=16, proposals=12, rpn_batch=16, roi_batch=12,
-        embed_size=32, batch_size=2, teacher_batch_size=2, steps=10, teacher_steps=10, prior=0.5, threshold=0.0,
-        size_threshold=0.0, federated=3, ema=0.75, workers=0, frequency="subset", lambda_calib=2.0,
-        calib_min_score=0.3, shrink=20.0) | flags)
+    return bpl.preset(
+        "shapes",
+        **dict(
+            weights="none",
+            norm="frozen",
+            image_size=64,
+            width=8,
+            fc=16,
+            proposals=12,
+            rpn_batch=16,
+            roi_batch=12,
+            embed_size=32,
+            batch_size=2,
+            teacher_batch_size=2,
+            steps=10,
+            teacher_steps=10,
+            prior=0.5,
+            threshold=0.0,
+            size_threshold=0.0,
+            federated=3,
+            ema=0.75,
+            workers=0,
+            frequency="subset",
+            lambda_calib=2.0,
+            calib_min_score=0.3,
+            shrink=20.0,
+        )
+        | flags,
+    )
 
 
 def array(x: Tensor) -> np.ndarray:
@@ -56,7 +82,9 @@ def draws(*seeds: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def classes_of(images: list[int], targets: Tensor | None = None, similar: Tensor | None = None) -> Classes:
+def classes_of(
+    images: list[int], targets: Tensor | None = None, similar: Tensor | None = None
+) -> Classes:
     """Classes in so many pictures, twice as many objects; every row of `targets` differs."""
     c, n = len(images), torch.tensor(images)
     targets = 0.7 * torch.eye(c) + 0.3 * torch.rand(c, c) if targets is None else targets
@@ -69,8 +97,13 @@ def objects_at(boxes: list, labels: list[int], c: int, size: int = 64) -> Object
     for mask, (x0, y0, x1, y1) in zip(masks, boxes, strict=True):
         mask[y0:y1, x0:x1] = 1
     labels = torch.tensor(labels, dtype=torch.int64)
-    return Objects(labels, torch.tensor(boxes).view(-1, 4).float(), masks, torch.rand(len(boxes), c),
-                   F.one_hot(labels, c).bool())
+    return Objects(
+        labels,
+        torch.tensor(boxes).view(-1, 4).float(),
+        masks,
+        torch.rand(len(boxes), c),
+        F.one_hot(labels, c).bool(),
+    )
 
 
 def shaken(module: nn.Module, by: float = 0.05) -> nn.Module:
@@ -90,21 +123,26 @@ def values(net: nn.Module) -> dict[str, Tensor]:
 
 def close(a: dict[str, Tensor], b: dict[str, Tensor], atol: float = 1e-6) -> bool:
     """Floating-point entries alone."""
-    return a.keys() == b.keys() and all(torch.allclose(a[k], b[k], atol=atol, rtol=1e-5)
-                                        for k in a if a[k].is_floating_point())
+    return a.keys() == b.keys() and all(
+        torch.allclose(a[k], b[k], atol=atol, rtol=1e-5) for k in a if a[k].is_floating_point()
+    )
 
 
 def lvis_counts() -> np.ndarray:
     """Pictures of 1,203 classes as LVIS has them: 71 classes in a single one."""
     g = np.random.default_rng(0)
     rare = np.concatenate([np.ones(71), g.integers(2, 11, RARE - 71)])
-    return np.concatenate([rare, g.integers(11, 101, COMMON), g.integers(101, 2000, FREQUENT)]).astype(np.int64)
+    return np.concatenate(
+        [rare, g.integers(11, 101, COMMON), g.integers(101, 2000, FREQUENT)]
+    ).astype(np.int64)
 
 
 @pytest.fixture(scope="module")
 def tail(tmp_path_factory) -> Instances:
     """A dozen drawn pictures of twelve classes, in LVIS's layout; some classes have no object."""
-    data = instances.find("lvis", shapes.make_tail(tmp_path_factory.mktemp("tail") / "tail", 12, 1, 3))
+    data = instances.find(
+        "lvis", shapes.make_tail(tmp_path_factory.mktemp("tail") / "tail", 12, 1, 3)
+    )
     assert len(data.train) > 9 and data.lvis
     return data
 
@@ -133,7 +171,11 @@ def test_cosines_by_loops(center):
     for i, j in np.ndindex(6, 6):
         a, b = ([v - m for v, m in zip(p[k].tolist(), mean, strict=True)] for k in (i, j))
         dot = sum(x * y for x, y in zip(a, b, strict=True))
-        want = dot / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b)) if {i, j} <= {*there} else 0
+        want = (
+            dot / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
+            if {i, j} <= {*there}
+            else 0
+        )
         assert got[i, j].item() == pytest.approx(want, abs=1e-6)
     assert got.diagonal()[there].tolist() == pytest.approx([1] * 4)
 
@@ -141,22 +183,36 @@ def test_cosines_by_loops(center):
 # -------------------------------------------------------------------------------------------- Eq. 2
 
 
-def eq2(s: np.ndarray, n: np.ndarray, gamma: float, tau: float = 1.0, no_self: bool = False,
-        topk: int = 0) -> np.ndarray:
+def eq2(
+    s: np.ndarray,
+    n: np.ndarray,
+    gamma: float,
+    tau: float = 1.0,
+    no_self: bool = False,
+    topk: int = 0,
+) -> np.ndarray:
     """Classes without objects take no part."""
     out = np.zeros_like(s)
     for i in np.flatnonzero(n):
         among = [j for j in np.flatnonzero(n) if not (no_self and i == j)]
-        among = sorted(among, key=lambda j: -s[i, j])[:topk or None]
+        among = sorted(among, key=lambda j: -s[i, j])[: topk or None]
         total = sum(math.exp(s[i, k] / (tau * n[k] ** gamma)) for k in among)
         for j in among:
             out[i, j] = math.exp(s[i, j] / (tau * n[j] ** gamma)) / total
     return out
 
 
-OPTIONS = [dict(gamma=0.0), dict(gamma=1.5), dict(gamma=0.5, tau=0.1), dict(gamma=1.5, no_self=True),
-           dict(gamma=0.0, topk=3), dict(gamma=0.0, tau=0.2, no_self=True, topk=2), dict(gamma=1.0, topk=9),
-           dict(gamma=1.5, topk=3), dict(gamma=0.5, no_self=True, topk=2)]
+OPTIONS = [
+    dict(gamma=0.0),
+    dict(gamma=1.5),
+    dict(gamma=0.5, tau=0.1),
+    dict(gamma=1.5, no_self=True),
+    dict(gamma=0.0, topk=3),
+    dict(gamma=0.0, tau=0.2, no_self=True, topk=2),
+    dict(gamma=1.0, topk=9),
+    dict(gamma=1.5, topk=3),
+    dict(gamma=0.5, no_self=True, topk=2),
+]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -165,16 +221,28 @@ def test_similar_classes_are_equation_2(options):
     p = torch.randn(8, 6) + 0.5
     p[n == 0] = 0
     s = bpl.cosines(p)
-    got = bpl.similar_classes(s, n, options["gamma"], options.get("tau", 1.0), options.get("no_self", False),
-                              options.get("topk", 0))
+    got = bpl.similar_classes(
+        s,
+        n,
+        options["gamma"],
+        options.get("tau", 1.0),
+        options.get("no_self", False),
+        options.get("topk", 0),
+    )
     assert np.allclose(array(got), eq2(array(s), n.numpy(), **options), atol=1e-6)
-    assert torch.allclose(got.sum(1), (n > 0).float()) and (got[:, n == 0] == 0).all() and (got[n == 0] == 0).all()
+    assert (
+        torch.allclose(got.sum(1), (n > 0).float())
+        and (got[:, n == 0] == 0).all()
+        and (got[n == 0] == 0).all()
+    )
 
 
 def test_gamma_zero_orders_classes_by_similarity_alone():
     s, n = bpl.cosines(torch.randn(9, 5)), torch.tensor([1, 900, 3, 50, 2, 7, 11, 400, 5])
     got = bpl.similar_classes(s, n, 0.0)
-    assert torch.equal(got.argsort(1), s.argsort(1)) and torch.equal(got, bpl.similar_classes(s, n.flip(0), 0.0))
+    assert torch.equal(got.argsort(1), s.argsort(1)) and torch.equal(
+        got, bpl.similar_classes(s, n.flip(0), 0.0)
+    )
     back = got * s.exp().sum(1, keepdim=True)  # exp(S) is symmetric, its rows' sums differ
     assert torch.allclose(back, back.T, atol=1e-5) and not torch.allclose(got, got.T, atol=1e-3)
 
@@ -183,7 +251,10 @@ def test_rare_classes_get_more():
     n, s = torch.tensor([1, 2, 3, 5, 10, 30, 100]), torch.full((7, 7), 0.6)
     got = bpl.similar_classes(s, n, 1.5)
     assert (got.diff(dim=1) < 0).all() and (bpl.similar_classes(s, n, 0.0) == 1 / 7).all()
-    ratios = [(row[i] / row[0 if i else 1]).item() for i, row in enumerate(bpl.similar_classes(torch.eye(7), n, 1.5))]
+    ratios = [
+        (row[i] / row[0 if i else 1]).item()
+        for i, row in enumerate(bpl.similar_classes(torch.eye(7), n, 1.5))
+    ]
     # exp(1 / N^1.5)
     assert ratios == pytest.approx([2.72, 1.42, 1.21, 1.09, 1.03, 1.006, 1.001], abs=0.005)
 
@@ -202,11 +273,17 @@ def test_equation_2_as_printed_is_nearly_uniform(mean, mass):
         got = bpl.similar_classes(s, n, gamma)
         entropy = -(got * got.log()).sum(1) / math.log(c)
         assert entropy.min() > 0.995 and got.max() < 2.9 / c, gamma
-        assert got[:, rare].sum(1).mean().item() == pytest.approx(mass if gamma else 0.28, abs=0.012)
+        assert got[:, rare].sum(1).mean().item() == pytest.approx(
+            mass if gamma else 0.28, abs=0.012
+        )
     sharp = bpl.similar_classes(s, n, 0.0, 0.05)
     assert (-(sharp * sharp.clamp(min=1e-300).log()).sum(1) / math.log(c)).mean() < 0.995
     sums = bpl.smoothed_targets(got, 0.1, "literal").sum(1)
-    assert 0.985 < sums.min() < 1 and 1.01 < sums.max() < 1.12 and sums[:71].mean() > sums[-FREQUENT:].mean()
+    assert (
+        0.985 < sums.min() < 1
+        and 1.01 < sums.max() < 1.12
+        and sums[:71].mean() > sums[-FREQUENT:].mean()
+    )
     assert torch.allclose(bpl.smoothed_targets(got, 0.1).sum(1), torch.ones(c).double())
 
 
@@ -232,20 +309,27 @@ def test_smoothed_targets_are_equation_3(convention):
 
 
 def learned(args: Args, data: Instances, photos: list[Photo]) -> Classes:
-    return bpl.label_statistics(args, data, photos, bpl.similarities(args, data, photos, WORLD), WORLD)
+    return bpl.label_statistics(
+        args, data, photos, bpl.similarities(args, data, photos, WORLD), WORLD
+    )
 
 
 def given(prototypes: Tensor, args: Args, data: Instances) -> None:
     """Prototypes that the run will find in its folder."""
     key = features.made_of(args, bpl.PROTOTYPES_OF, data.classes)
-    runs.save_checkpoint(Path(args.out) / "prototypes.pt", bpl.PROTOTYPES, {"prototypes": prototypes, "key": key})
+    runs.save_checkpoint(
+        Path(args.out) / "prototypes.pt", bpl.PROTOTYPES, {"prototypes": prototypes, "key": key}
+    )
 
 
 def annotations(data: Instances, photos: list[Photo]) -> list[tuple[int, int]]:
     """(image id, class) of each object of these pictures, from the file."""
     ids = {p.id for p in photos}
-    return [(a["image_id"], a["category_id"] - 1) for a in json.loads(data.train_json.read_text())["annotations"]
-            if a["image_id"] in ids]
+    return [
+        (a["image_id"], a["category_id"] - 1)
+        for a in json.loads(data.train_json.read_text())["annotations"]
+        if a["image_id"] in ids
+    ]
 
 
 def test_counts_and_groups(tail, tmp_path):
@@ -257,7 +341,9 @@ def test_counts_and_groups(tail, tmp_path):
     assert (got.images == 0).any() and (got.instances > got.images).any()
     assert torch.equal(got.targets, torch.eye(c)) and not (tmp_path / "prototypes.pt").exists()
     thirds = lvis_ap.group_by_count(got.images[got.images > 0].numpy())  # of those that there are
-    assert [g for g, n in zip(got.groups, got.images, strict=True) if n] == thirds and len({*thirds}) > 1
+    assert [g for g, n in zip(got.groups, got.images, strict=True) if n] == thirds and len(
+        {*thirds}
+    ) > 1
     assert all(g == "r" for g, n in zip(got.groups, got.images, strict=True) if not n)
     by_file = replace(tail, frequency=["f", "r", "c"] * 4)
     args.frequency = "file"
@@ -267,7 +353,9 @@ def test_counts_and_groups(tail, tmp_path):
 
 def test_a_crowd_is_no_object(tail, tmp_path):
     photo = tail.train[0]
-    photo = photo._replace(things=(photo.things[0]._replace(category=3, crowd=True), Thing(5, [], False, 1.0)))
+    photo = photo._replace(
+        things=(photo.things[0]._replace(category=3, crowd=True), Thing(5, [], False, 1.0))
+    )
     got = learned(small(smoothing="none", out=str(tmp_path)), tail, [photo])
     assert got.images.tolist() == got.instances.tolist() == [int(k == 5) for k in range(12)]
 
@@ -280,13 +368,19 @@ def test_prototypes_of_drawn_objects(tail, tmp_path):
     s = bpl.similarities(args, tail, photos, WORLD)
     saved = runs.load_checkpoint(tmp_path / "prototypes.pt", bpl.PROTOTYPES)
     distributed.seed_torch(args.seed, "prototypes")
-    net, sums, numbers = features.Embedder(args.backbone, "none", "", 32), torch.zeros(c, net_width(args)), [0] * c
+    net, sums, numbers = (
+        features.Embedder(args.backbone, "none", "", 32),
+        torch.zeros(c, net_width(args)),
+        [0] * c,
+    )
     for photo in photos:
         crops, labels = regions.crops(photo, tail, list(range(len(photo.things))), 32)
         for x, k in zip(net(crops), labels.tolist(), strict=True):
             sums[k] += x
             numbers[k] += 1
-    assert saved["embedded"].tolist() == numbers and saved["classes"] == tail.classes and 0 in numbers
+    assert (
+        saved["embedded"].tolist() == numbers and saved["classes"] == tail.classes and 0 in numbers
+    )
     want = sums / torch.tensor(numbers).clamp(min=1)[:, None]
     assert torch.allclose(saved["prototypes"], want, atol=1e-4) and want.abs().max() > 0.1
     assert torch.equal(s, bpl.cosines(saved["prototypes"]))
@@ -305,13 +399,22 @@ def test_prototypes_of_another_command_are_made_anew(tail, tmp_path, monkeypatch
     """A command that stopped before it trained leaves them; the mended one may be of other classes
     or crops."""
     made = []
-    monkeypatch.setattr(bpl, "embed_objects", lambda args, data, *_: made.append(args.embed_size) or {
-        "prototypes": torch.randn(len(data.classes), 4)})
+    monkeypatch.setattr(
+        bpl,
+        "embed_objects",
+        lambda args, data, *_: (
+            made.append(args.embed_size) or {"prototypes": torch.randn(len(data.classes), 4)}
+        ),
+    )
     args = small(smoothing="similarity", out=str(tmp_path), embed_size=32)
     first = bpl.similarities(args, tail, tail.train, WORLD)
-    assert torch.equal(bpl.similarities(replace(args, lr=1.0), tail, tail.train, WORLD), first) and made == [32]
+    assert torch.equal(
+        bpl.similarities(replace(args, lr=1.0), tail, tail.train, WORLD), first
+    ) and made == [32]
     bpl.similarities(replace(args, embed_size=64), tail, tail.train, WORLD)
-    fewer = bpl.similarities(replace(args, embed_size=64), replace(tail, classes=tail.classes[:5]), [], WORLD)
+    fewer = bpl.similarities(
+        replace(args, embed_size=64), replace(tail, classes=tail.classes[:5]), [], WORLD
+    )
     assert made == [32, 64, 64] and fewer.shape == (5, 5)
     with pytest.raises(UserError, match="checkpoint of prototypes"):
         runs.load_checkpoint(tmp_path / "prototypes.pt", bpl.SCRIPT)
@@ -319,7 +422,9 @@ def test_prototypes_of_another_command_are_made_anew(tail, tmp_path, monkeypatch
 
 def net_width(args: Args) -> int:
     with torch.random.fork_rng():
-        return features.Embedder(args.backbone, "none", "", 32)(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape[1]
+        return features.Embedder(args.backbone, "none", "", 32)(
+            torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+        ).shape[1]
 
 
 @pytest.mark.parametrize("counts", ["instances", "images"])
@@ -335,8 +440,11 @@ def test_targets_of_each_smoothing(smoothing, counts, tail, tmp_path):
     given(p, args, tail)
     got = learned(args, tail, photos)
     s = array(F.cosine_similarity(p[:, None], p[None], dim=2))
-    want = np.outer(n > 0, n > 0) / (n > 0).sum() if smoothing == "uniform" else \
-        eq2(s, n, 0.7 if smoothing == "similarity+freq" else 0.0)
+    want = (
+        np.outer(n > 0, n > 0) / (n > 0).sum()
+        if smoothing == "uniform"
+        else eq2(s, n, 0.7 if smoothing == "similarity+freq" else 0.0)
+    )
     assert np.allclose(array(got.targets), (1 - eps) * np.eye(c) + eps * want, atol=1e-6)
     unseen = torch.from_numpy(n == 0)
     assert unseen.any() and (got.targets[~unseen][:, unseen] == 0).all()
@@ -347,8 +455,15 @@ def test_targets_of_each_smoothing(smoothing, counts, tail, tmp_path):
 
 def test_flags_of_similarities_reach_them(tail, tmp_path):
     photos, p = tail.train[:7], torch.randn(12, 6) + 1
-    args = small(smoothing="similarity", eps=1.0, out=str(tmp_path), sim_tau=0.3, sim_center=True,
-                 sim_exclude_self=True, sim_topk=2)
+    args = small(
+        smoothing="similarity",
+        eps=1.0,
+        out=str(tmp_path),
+        sim_tau=0.3,
+        sim_center=True,
+        sim_exclude_self=True,
+        sim_topk=2,
+    )
     given(p, args, tail)
     got = learned(args, tail, photos)
     n = np.bincount([k for _, k in annotations(tail, photos)], minlength=12)
@@ -365,12 +480,15 @@ def test_the_twenty_most_similar_classes(tmp_path):
     given(p, args, data)
     got = learned(args, data, [Photo("a", Path("a.png"), things=things)]).similar
     for k in range(c):
-        nearest = sorted(range(c), key=lambda j: -F.cosine_similarity(p[k], p[j], dim=0).item())[:21]
+        nearest = sorted(range(c), key=lambda j: -F.cosine_similarity(p[k], p[j], dim=0).item())[
+            :21
+        ]
         assert nearest[0] == k and {*got[k].nonzero().flatten().tolist()} == {*nearest} - {4}
 
 
 def test_crops_are_a_tenth_larger_at_each_side(tmp_path):
     """A box of 20 x 30 pixels takes 2 and 3 more at each end; none beyond the picture."""
+
     def crop(box: tuple[int, ...], lit: tuple[int, ...]) -> Tensor:
         (x0, y0, x1, y1), image = lit, np.zeros((80, 100, 3), np.uint8)
         image[y0:y1, x0:x1] = 200
@@ -380,13 +498,15 @@ def test_crops_are_a_tenth_larger_at_each_side(tmp_path):
         photo = Photo("a", tmp_path / "a.png", 1, 80, 100, (thing,))
         data = Instances("lvis", tmp_path, ["a", "b"], [1, 2], [photo], [], [])
         found, labels = regions.crops(photo, data, [0], 64)
-        assert found.shape == (1, 3, 64, 64) and found.dtype == torch.uint8 and labels.tolist() == [1]
+        assert (
+            found.shape == (1, 3, 64, 64) and found.dtype == torch.uint8 and labels.tolist() == [1]
+        )
         return found[0, 0]
 
     box, larger = (40, 20, 70, 40), (37, 18, 73, 42)
     assert (crop(box, larger) == 200).all()
     for i, by in enumerate((1, 1, -1, -1)):
-        edge = crop(box, (*larger[:i], larger[i] + by, *larger[i + 1:]))
+        edge = crop(box, (*larger[:i], larger[i] + by, *larger[i + 1 :]))
         assert not (edge == 200).all() and (edge[8:-8, 8:-8] == 200).all()
     assert (crop((0, 60, 30, 80), (0, 58, 33, 80)) == 200).all()
 
@@ -400,7 +520,11 @@ def samples(c: int = 6, n: int = 400) -> tuple[Tensor, Tensor, Tensor]:
     g = np.random.default_rng(1)
     conf = np.where(g.random(n) < 0.5, g.random(n), g.integers(0, 11, n) / 10).astype(np.float32)
     labels = g.choice([k for k in range(c) if k != 2], n)
-    return torch.from_numpy(conf), torch.from_numpy(g.random(n) < conf * 0.8), torch.from_numpy(labels)
+    return (
+        torch.from_numpy(conf),
+        torch.from_numpy(g.random(n) < conf * 0.8),
+        torch.from_numpy(labels),
+    )
 
 
 @pytest.mark.parametrize("bins", [1, 5, 10, 15, 100])
@@ -410,12 +534,22 @@ def test_ccece_is_equation_4(bins):
     conf, right, labels = samples()
     delta, number = bpl.ccece(conf, right, labels, 6, bins)
     for i in range(6):
-        mine = [(p, r) for p, r, k in zip(conf.tolist(), right.tolist(), labels.tolist(), strict=True) if k == i]
+        mine = [
+            (p, r)
+            for p, r, k in zip(conf.tolist(), right.tolist(), labels.tolist(), strict=True)
+            if k == i
+        ]
         total = 0.0
         for b in range(bins):
-            here = [(p, r) for p, r in mine if b / bins <= p < (b + 1) / bins or (b == bins - 1 and p == 1)]
+            here = [
+                (p, r)
+                for p, r in mine
+                if b / bins <= p < (b + 1) / bins or (b == bins - 1 and p == 1)
+            ]
             if here:
-                acc, sure = (sum(v) / len(here) for v in ([r for _, r in here], [p for p, _ in here]))
+                acc, sure = (
+                    sum(v) / len(here) for v in ([r for _, r in here], [p for p, _ in here])
+                )
                 total += len(here) / len(mine) * (acc - sure)
         assert delta[i].item() == pytest.approx(total, abs=1e-6) and number[i] == len(mine)
         telescoped = np.mean([r for _, r in mine]) - np.mean([p for p, _ in mine]) if mine else 0
@@ -425,9 +559,18 @@ def test_ccece_is_equation_4(bins):
 
 def test_sign_of_ccece_and_borders():
     """Negative: overconfident. A confidence of 1 is of the last bin, not of the next class."""
-    delta, number = bpl.ccece(torch.tensor([0.9, 0.9, 0.2, 0.2, 1.0, 1.0, 0.0]), torch.tensor([1, 0, 1, 1, 1, 0, 0]),
-                              torch.tensor([0, 0, 1, 1, 2, 3, 3]), 4)
-    assert delta.tolist() == pytest.approx([-0.4, 0.8, 0.0, -0.5]) and number.tolist() == [2, 2, 1, 2]
+    delta, number = bpl.ccece(
+        torch.tensor([0.9, 0.9, 0.2, 0.2, 1.0, 1.0, 0.0]),
+        torch.tensor([1, 0, 1, 1, 1, 0, 0]),
+        torch.tensor([0, 0, 1, 1, 2, 3, 3]),
+        4,
+    )
+    assert delta.tolist() == pytest.approx([-0.4, 0.8, 0.0, -0.5]) and number.tolist() == [
+        2,
+        2,
+        1,
+        2,
+    ]
     nothing = torch.zeros(0)
     delta, number = bpl.ccece(nothing, nothing.bool(), nothing.long(), 3)
     assert delta.tolist() == [0, 0, 0] and number.tolist() == [0, 0, 0]
@@ -436,23 +579,33 @@ def test_sign_of_ccece_and_borders():
 def shrunk(delta: list[float], number: list[int], groups: list[str], kappa: float) -> list[float]:
     """(n Delta + kappa m) / (n + kappa), m the mean of the group, by samples, itself drawn so to
     the mean of all."""
+
     def mean(mine: list[int], towards: float) -> float:
-        n, total = (sum(v) for v in zip(*((number[j], number[j] * delta[j]) for j in mine), strict=True))
+        n, total = (
+            sum(v) for v in zip(*((number[j], number[j] * delta[j]) for j in mine), strict=True)
+        )
         return (total + kappa * towards) / (n + kappa)
 
     whole = sum(n * d for n, d in zip(number, delta, strict=True)) / sum(number)
-    return [mean([i], mean([j for j, h in enumerate(groups) if h == g], whole)) if kappa else delta[i]
-            for i, g in enumerate(groups)]
+    return [
+        mean([i], mean([j for j, h in enumerate(groups) if h == g], whole)) if kappa else delta[i]
+        for i, g in enumerate(groups)
+    ]
 
 
 @pytest.mark.parametrize("kappa", [0.0, 3.0, 20.0])
 def test_shrunk_by_loops(kappa):
     """Recipe 3.3; a class without a sample has its group's mean, a group without one that of
     all."""
-    delta, number = torch.tensor([0.5, -0.3, 0.0, 0.2, -0.8, 0.0]), torch.tensor([1, 40, 0, 3, 5, 0])
+    delta, number = (
+        torch.tensor([0.5, -0.3, 0.0, 0.2, -0.8, 0.0]),
+        torch.tensor([1, 40, 0, 3, 5, 0]),
+    )
     groups, whole = ["r", "r", "r", "c", "c", "f"], (0.5 - 12 + 0.6 - 4) / 49
     got = bpl.shrunk(delta, number, groups, kappa)
-    assert got.tolist() == pytest.approx(shrunk(delta.tolist(), number.tolist(), groups, kappa), abs=1e-6)
+    assert got.tolist() == pytest.approx(
+        shrunk(delta.tolist(), number.tolist(), groups, kappa), abs=1e-6
+    )
     if kappa:
         assert got[5].item() == pytest.approx(whole)
         assert got[2].item() == pytest.approx((0.5 - 12 + kappa * whole) / (41 + kappa))
@@ -464,7 +617,11 @@ def test_shrunk_by_loops(kappa):
 # -------------------------------------------------------------------------------------------- Eq. 5
 
 
-SUPPORTS = {"all": lambda y, row: True, "support": lambda y, row: y > 0.02, "top1": lambda y, row: y == max(row)}
+SUPPORTS = {
+    "all": lambda y, row: True,
+    "support": lambda y, row: y > 0.02,
+    "top1": lambda y, row: y == max(row),
+}
 
 
 @pytest.mark.parametrize("support", SUPPORTS)
@@ -475,12 +632,15 @@ def test_corrected_is_equation_5(support):
     delta = torch.tensor([-0.4, 0.3, 0.0, 0.05, -0.01, 0.2, -0.6])
     got = bpl.corrected(y, delta, 1.5, support)
     for row, out in zip(y.tolist(), got.tolist(), strict=True):
-        want = [min(max(p + 1.5 * d, 0), 1) if SUPPORTS[support](p, row) else p if p > 0.02 else 0
-                for p, d in zip(row, delta.tolist(), strict=True)]
+        want = [
+            min(max(p + 1.5 * d, 0), 1) if SUPPORTS[support](p, row) else p if p > 0.02 else 0
+            for p, d in zip(row, delta.tolist(), strict=True)
+        ]
         assert out == pytest.approx(want, abs=1e-6)
     assert got.min() == 0 and got.max() == 1
-    assert bpl.corrected(torch.tensor([[0.6], [0.9]]), torch.tensor([-0.2]), 2.0, support).flatten().tolist() == \
-        pytest.approx([0.2, 0.5])
+    assert bpl.corrected(
+        torch.tensor([[0.6], [0.9]]), torch.tensor([-0.2]), 2.0, support
+    ).flatten().tolist() == pytest.approx([0.2, 0.5])
 
 
 def test_correcting_all_classes_is_destructive():
@@ -491,14 +651,24 @@ def test_correcting_all_classes_is_destructive():
     y[0, 1000], y[0, 1001], y[0, 1002] = 0.6, 0.15, 0.05
     rare = (torch.arange(c) < RARE).float()
     for rise, mass in ((0.05, 34.5), (0.01, 7.6)):
-        assert bpl.corrected(y, rise * rare, 2.0, "all").sum().item() == pytest.approx(mass, abs=0.1)
+        assert bpl.corrected(y, rise * rare, 2.0, "all").sum().item() == pytest.approx(
+            mass, abs=0.1
+        )
         assert torch.equal(bpl.corrected(y, rise * rare, 2.0), y)
     delta = 0.05 * rare - 0.26 * (1 - rare)  # and frequent ones are overconfident
     got = {support: bpl.corrected(y, delta, 2.0, support) for support in SUPPORTS}
-    assert got["all"].argmax() < RARE and y[0, got["all"].argmax()] == 0 and got["support"].argmax() == 1000
-    assert got["support"].sum().item() == pytest.approx(0.08) and got["top1"].sum().item() == pytest.approx(0.28)
+    assert (
+        got["all"].argmax() < RARE
+        and y[0, got["all"].argmax()] == 0
+        and got["support"].argmax() == 1000
+    )
+    assert got["support"].sum().item() == pytest.approx(0.08) and got[
+        "top1"
+    ].sum().item() == pytest.approx(0.28)
     y, lower = torch.rand(20, c) ** 8, -0.5 * torch.rand(c) - 0.02
-    assert torch.equal(bpl.corrected(y, lower, 2.0, "all"), bpl.corrected(y, lower, 2.0)), "all lower: one and the same"
+    assert torch.equal(bpl.corrected(y, lower, 2.0, "all"), bpl.corrected(y, lower, 2.0)), (
+        "all lower: one and the same"
+    )
 
 
 def test_pseudo_targets_are_table_1():
@@ -512,35 +682,50 @@ def test_pseudo_targets_are_table_1():
         got = bpl.pseudo_targets(y, delta, small(pseudo="calibrated", lambda_calib=strength))
         assert got[0].tolist() == pytest.approx(row)
     all_, top = (bpl.pseudo_targets(y, delta, small(support=s)) for s in ("all", "top1"))
-    assert all_[1].tolist() == pytest.approx([0, 0.4, 1, 0.4]) and top[1].tolist() == pytest.approx([0.1, 0.2, 1, 0])
+    assert all_[1].tolist() == pytest.approx([0, 0.4, 1, 0.4]) and top[1].tolist() == pytest.approx(
+        [0.1, 0.2, 1, 0]
+    )
 
 
 # ------------------------------------------------------------------------------------------- losses
 
 
 def test_sigmoid_loss_by_loops():
-    logits, probs = 3 * torch.randn(5, 4, dtype=torch.float64), torch.rand(5, 4, dtype=torch.float64)
+    logits, probs = (
+        3 * torch.randn(5, 4, dtype=torch.float64),
+        torch.rand(5, 4, dtype=torch.float64),
+    )
     probs[0], probs[1], known = 0, 1, torch.rand(5, 4) < 0.6
     logits.requires_grad_()
     got = bpl.sigmoid_loss(logits, probs, known)
     for r in range(5):
         s = [1 / (1 + math.exp(-z)) for z in logits[r].tolist()]
-        want = -sum(t * math.log(p) + (1 - t) * math.log(1 - p)
-                    for p, t, k in zip(s, probs[r].tolist(), known[r].tolist(), strict=True) if k)
+        want = -sum(
+            t * math.log(p) + (1 - t) * math.log(1 - p)
+            for p, t, k in zip(s, probs[r].tolist(), known[r].tolist(), strict=True)
+            if k
+        )
         assert got[r].item() == pytest.approx(want)
     (gradient,) = torch.autograd.grad(got.sum(), logits)
-    assert torch.allclose(gradient, (logits.sigmoid() - probs) * known) and (gradient[~known] == 0).all()
+    assert (
+        torch.allclose(gradient, (logits.sigmoid() - probs) * known)
+        and (gradient[~known] == 0).all()
+    )
 
 
 def test_softmax_loss_by_loops():
     """Over C + 1: the background has what is missing to 1; a sum over 1 is brought to 1."""
     logits = torch.randn(4, 4, dtype=torch.float64, requires_grad=True)
-    probs = torch.tensor([[0.0, 0, 0], [0.5, 0.2, 0.1], [0.7, 0.1, 0.2], [1.0, 0.5, 0.5]], dtype=torch.float64)
+    probs = torch.tensor(
+        [[0.0, 0, 0], [0.5, 0.2, 0.1], [0.7, 0.1, 0.2], [1.0, 0.5, 0.5]], dtype=torch.float64
+    )
     full = [[0, 0, 0, 1], [0.5, 0.2, 0.1, 0.2], [0.7, 0.1, 0.2, 0], [0.5, 0.25, 0.25, 0]]
     got = bpl.softmax_loss(logits, probs)
     for z, goal, value in zip(logits.tolist(), full, got.tolist(), strict=True):
         total = sum(math.exp(v) for v in z)
-        assert value == pytest.approx(-sum(t * math.log(math.exp(v) / total) for v, t in zip(z, goal, strict=True)))
+        assert value == pytest.approx(
+            -sum(t * math.log(math.exp(v) / total) for v, t in zip(z, goal, strict=True))
+        )
     (gradient,) = torch.autograd.grad(got.sum(), logits)
     assert torch.allclose(gradient, logits.softmax(1) - torch.tensor(full, dtype=torch.float64))
 
@@ -571,19 +756,28 @@ def test_known_classes_of_an_image():
     similar = torch.eye(10).bool()
     similar[1, [3, 6]] = similar[5, 8] = True
     classes, args = classes_of(images, similar=similar), small(federated=4)
-    objects = [objects_at([[0, 0, 9, 9]] * len(k), k, 10) for k in ([1, 5, 1], [], [0, 1, 3, 4, 5, 6])]
+    objects = [
+        objects_at([[0, 0, 9, 9]] * len(k), k, 10) for k in ([1, 5, 1], [], [0, 1, 3, 4, 5, 6])
+    ]
     got = bpl.known_classes(objects, classes, False, args, draws(0, 1, 2))
     assert got.shape == (3, 10) and got.dtype == torch.bool and got.sum(1).tolist() == [4, 4, 6]
     assert got[0, [1, 5]].all() and got[2].nonzero().flatten().tolist() == [0, 1, 3, 4, 5, 6]
     assert not got[:, [2, 7]].any()
-    assert bpl.known_classes(objects, classes, False, small(federated=50), draws(0, 1, 2)).sum() == 3 * 8
+    assert (
+        bpl.known_classes(objects, classes, False, small(federated=50), draws(0, 1, 2)).sum()
+        == 3 * 8
+    )
     every = bpl.known_classes(objects, classes, True, small(federated=0), draws(0, 1, 2))
     assert every.tolist() == [[n > 0 for n in images]] * 3
-    near = bpl.known_classes(objects[:1], classes, False, small(federated=1, fed_soft="topk"), draws(0))
+    near = bpl.known_classes(
+        objects[:1], classes, False, small(federated=1, fed_soft="topk"), draws(0)
+    )
     assert near[0].nonzero().flatten().tolist() == [1, 3, 5, 6, 8]
     for place in ((0, 3), (1, 9), (2, 4), (2, 7)):
         objects[0].named[place] = True
-    soft = bpl.known_classes(objects[:1], classes, True, small(federated=1, fed_soft="topk"), draws(0))
+    soft = bpl.known_classes(
+        objects[:1], classes, True, small(federated=1, fed_soft="topk"), draws(0)
+    )
     assert soft[0].nonzero().flatten().tolist() == [1, 3, 4, 5, 9]
 
 
@@ -605,25 +799,42 @@ def test_known_classes_are_drawn_by_the_root_of_their_pictures():
     # 0.999 of chi-square with four degrees of freedom
     assert ((counts - want) ** 2 / want).sum() < 18.5
     g = np.random.default_rng(0)
-    three = bpl.known_classes([o] * n, classes, False, small(federated=4), draws(*seeds)).float().mean(0)
-    numpys = np.mean([np.isin(np.arange(7), g.choice(7, 3, False, roots / roots.sum())) for _ in range(n)], axis=0)
+    three = (
+        bpl.known_classes([o] * n, classes, False, small(federated=4), draws(*seeds))
+        .float()
+        .mean(0)
+    )
+    numpys = np.mean(
+        [np.isin(np.arange(7), g.choice(7, 3, False, roots / roots.sum())) for _ in range(n)],
+        axis=0,
+    )
     assert np.allclose(array(three), numpys + (np.arange(7) == 1), atol=0.04)
-    again = bpl.known_classes([o] * 20, classes, False, small(federated=2), draws(*reversed(seeds[:20])))
+    again = bpl.known_classes(
+        [o] * 20, classes, False, small(federated=2), draws(*reversed(seeds[:20]))
+    )
     assert torch.equal(again, got[:20].flip(0)) and len(got[:20].unique(dim=0)) > 1
 
 
 def test_repeat_factors_of_lvis():
     """Recipe 1.8: sqrt(0.001 / share) of the rarest class; at most 10 of 100,170 pictures; none of
     a thousand."""
+
     def holding(n: int, *counts: int) -> list[Photo]:
         def photo(i: int) -> Photo:
-            return Photo("", Path(), things=tuple(Thing(k, [], False, 1.0) for k, m in enumerate(counts) if i < m))
+            return Photo(
+                "",
+                Path(),
+                things=tuple(Thing(k, [], False, 1.0) for k, m in enumerate(counts) if i < m),
+            )
+
         first = max(counts[1:])
         return [photo(i) for i in range(first)] + [photo(first)] * (n - first)
 
     found = instances.repeat_factors(holding(100_170, 100_170, 101, 100, 25, 1), 5, 0.001)
     assert found[0] == pytest.approx(math.sqrt(100.17)) and found[0] == pytest.approx(10, abs=0.01)
-    assert found[1] == pytest.approx(math.sqrt(100.17 / 25)) and found[25] == pytest.approx(math.sqrt(1.0017))
+    assert found[1] == pytest.approx(math.sqrt(100.17 / 25)) and found[25] == pytest.approx(
+        math.sqrt(1.0017)
+    )
     assert (found[100:] == 1).all() and found[99] > 1
     assert (instances.repeat_factors(holding(1000, 1000, 3, 1), 4, 0.001) == 1).all()
 
@@ -634,14 +845,20 @@ def test_repeat_factors_of_lvis():
 def test_objects_found():
     """Over 0.05; one of those that overlap, of whatever class or of each; a hundred at most, best
     first."""
-    boxes = torch.tensor([[0, 0, 10, 10], [1, 0, 11, 10], [0, 1, 10, 11], [30, 30, 40, 40], [50, 0, 60, 10.]])
-    probs = torch.tensor([[0.5, 0.1, 0], [0.2, 0.7, 0.1], [0.6, 0, 0.3], [0, 0, 0.05], [0, 0.051, 0]])
+    boxes = torch.tensor(
+        [[0, 0, 10, 10], [1, 0, 11, 10], [0, 1, 10, 11], [30, 30, 40, 40], [50, 0, 60, 10.0]]
+    )
+    probs = torch.tensor(
+        [[0.5, 0.1, 0], [0.2, 0.7, 0.1], [0.6, 0, 0.3], [0, 0, 0.05], [0, 0.051, 0]]
+    )
     assert bpl.objects_found(boxes, probs, small()).tolist() == [1, 4]
     assert bpl.objects_found(boxes, probs, small(pseudo_nms="class")).tolist() == [1, 2, 4]
     assert bpl.objects_found(boxes, probs, small(), least=0.3).tolist() == [1]
     corner = torch.arange(130.0)[:, None] * torch.tensor([20.0, 0, 20, 0])
     conf = torch.linspace(0.06, 0.9, 130)[torch.randperm(130)]
-    found = bpl.objects_found(corner + boxes[0], conf[:, None] * torch.tensor([[0.0, 1, 0]]), small())
+    found = bpl.objects_found(
+        corner + boxes[0], conf[:, None] * torch.tensor([[0.0, 1, 0]]), small()
+    )
     assert found.tolist() == conf.argsort(descending=True)[:100].tolist()
     assert bpl.objects_found(boxes[:0], probs[:0], small()).tolist() == []
     for height, kept in ((4.9, [0, 1]), (5.1, [0])):  # an overlap of 0.49 stays, one of 0.51 goes
@@ -650,9 +867,13 @@ def test_objects_found():
 
 
 # of one view of 32 x 32 pixels: box, scores
-REGIONS = {"sure": ([2, 2, 12, 12], [0.6, 0.3, 0.01, 0]), "lower": ([16, 2, 28, 14], [0.1, 0.45, 0.4, 0.02]),
-           "thin": ([2, 16, 4, 28], [0, 0, 0.9, 0]), "small": ([16, 16, 28, 28], [0, 0, 0.7, 0]),
-           "tie": ([5, 19, 14, 31], [0.8, 0.9, 0, 0])}
+REGIONS = {
+    "sure": ([2, 2, 12, 12], [0.6, 0.3, 0.01, 0]),
+    "lower": ([16, 2, 28, 14], [0.1, 0.45, 0.4, 0.02]),
+    "thin": ([2, 16, 4, 28], [0, 0, 0.9, 0]),
+    "small": ([16, 16, 28, 28], [0, 0, 0.7, 0]),
+    "tie": ([5, 19, 14, 31], [0.8, 0.9, 0, 0]),
+}
 DELTA = torch.tensor([-0.2, 0.1, 0, 0.3])
 
 
@@ -664,8 +885,13 @@ def stub(*views: list[str], size: int = 32):
     def infer(x: Tensor, boxes=None):
         calls.append(x)
         rows = [[REGIONS[name] for name in view] for view in views]
-        return ["a pyramid"], [(torch.tensor([b for b, _ in view]).view(-1, 4).float(),
-                                torch.tensor([p for _, p in view]).view(-1, 4)) for view in rows]
+        return ["a pyramid"], [
+            (
+                torch.tensor([b for b, _ in view]).view(-1, 4).float(),
+                torch.tensor([p for _, p in view]).view(-1, 4),
+            )
+            for view in rows
+        ]
 
     def masks(pyramid: list, image: int, boxes: Tensor, labels: Tensor) -> Tensor:
         calls.append((pyramid, image, labels.tolist()))
@@ -673,10 +899,13 @@ def stub(*views: list[str], size: int = 32):
         small_one = (boxes == torch.tensor([16.0, 16, 28, 28])).all(1)
         out[small_one] -= 0.02 * ((torch.arange(28) >= 11) | (torch.arange(28)[:, None] >= 2))
         return out
+
     return SimpleNamespace(infer=infer, masks=masks), calls
 
 
-def kept_of(view: list[str], args: Args, delta: Tensor | None = DELTA) -> tuple[Objects, dict, list]:
+def kept_of(
+    view: list[str], args: Args, delta: Tensor | None = DELTA
+) -> tuple[Objects, dict, list]:
     teacher, calls = stub(view)
     weak = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
     (found,), conf = bpl.pseudo_labels(teacher, weak, delta, args)
@@ -696,11 +925,17 @@ def test_pseudo_labels_of_hand_made_scores():
         want = torch.zeros(32, 32, dtype=torch.bool)
         want[y0:y1, x0:x1] = True
         assert mask.dtype == torch.bool and torch.equal(mask, want)
-    assert log["conf"].item() == pytest.approx(0.75) and log["mass"].item() == pytest.approx((1.4 + 0.7) / 2)
+    assert log["conf"].item() == pytest.approx(0.75) and log["mass"].item() == pytest.approx(
+        (1.4 + 0.7) / 2
+    )
     assert log["pseudo_per_image"] == 2 and log["pseudo_none"] == 0
-    assert found.named.tolist() == [[True, True, False, False]] * 2 and not found.probs.requires_grad
+    assert (
+        found.named.tolist() == [[True, True, False, False]] * 2 and not found.probs.requires_grad
+    )
     for size, number in ((4.0, 3), (5.0, 2), (6.0, 2), (99.9, 2), (100.0, 1), (108.0, 0)):
-        assert len(kept_of(list(REGIONS), replace(args, size_threshold=size))[0].labels) == number, size
+        assert (
+            len(kept_of(list(REGIONS), replace(args, size_threshold=size))[0].labels) == number
+        ), size
 
 
 def test_threshold_is_of_raw_or_corrected_scores():
@@ -721,16 +956,25 @@ def test_threshold_is_of_raw_or_corrected_scores():
 def test_classes_that_pseudo_labels_speak_of():
     """Of a soft label all scores over 0.02, also those that Eq. 5 takes to zero, and all that it
     makes larger."""
-    for flags, want in ((dict(), [0, 1, 2]), (dict(pseudo="soft"), [0, 1, 2]), (dict(pseudo="onehot"), [1]),
-                        (dict(support="all"), [0, 1, 2, 3]), (dict(support="top1"), [0, 1, 2])):
+    for flags, want in (
+        (dict(), [0, 1, 2]),
+        (dict(pseudo="soft"), [0, 1, 2]),
+        (dict(pseudo="onehot"), [1]),
+        (dict(support="all"), [0, 1, 2, 3]),
+        (dict(support="top1"), [0, 1, 2]),
+    ):
         args = small(threshold=0.3, size_threshold=5.0, **flags)
         found, _, _ = kept_of(["lower"], args, torch.tensor([-0.2, 0.1, -0.3, 0.2]))
         assert found.named[0].nonzero().flatten().tolist() == want, flags
-    assert found.probs[0, 1] > 0 and kept_of(["lower"], small(), torch.tensor([-0.2, 0.1, -0.3, 0]))[0].probs[0, 0] == 0
+    assert (
+        found.probs[0, 1] > 0
+        and kept_of(["lower"], small(), torch.tensor([-0.2, 0.1, -0.3, 0]))[0].probs[0, 0] == 0
+    )
 
 
 def test_mask_channel_is_the_best_corrected_class():
     """Of equal ones the raw best: also where all are cut to 1, or to 0."""
+
     def channel(name: str, *delta: float, **flags) -> int:
         args = small(threshold=0.3, size_threshold=5.0, lambda_calib=1.0, **flags)
         found, _, calls = kept_of([name], args, torch.tensor(delta))
@@ -738,7 +982,11 @@ def test_mask_channel_is_the_best_corrected_class():
         return found.labels.item()
 
     assert channel("sure", 0, 0, 0, 0) == 0 and channel("sure", -0.2, 0.2, 0, 0) == 1
-    assert channel("sure", -0.2, 0.2, 0, 0, pseudo="soft") == channel("sure", -0.2, 0.2, 0, 0, pseudo="onehot") == 0
+    assert (
+        channel("sure", -0.2, 0.2, 0, 0, pseudo="soft")
+        == channel("sure", -0.2, 0.2, 0, 0, pseudo="onehot")
+        == 0
+    )
     assert channel("tie", 0.5, 0.5, 0, 0) == 1 and channel("tie", -0.9, -0.9, 0, 0) == 1
     assert channel("lower", -0.5, -0.5, -0.5, -0.5) == 1
 
@@ -748,19 +996,37 @@ def test_mask_channel_is_of_the_support():
     corrected."""
     args = small(threshold=0.5, size_threshold=5.0, lambda_calib=1.0, support="all")
     found, _, _ = kept_of(["sure"], args, torch.tensor([-0.5, -0.25, 0, 0.3]))
-    assert torch.allclose(found.probs, torch.tensor([[0.1, 0.05, 0.01, 0.3]])) and found.labels.tolist() == [0]
+    assert torch.allclose(
+        found.probs, torch.tensor([[0.1, 0.05, 0.01, 0.3]])
+    ) and found.labels.tolist() == [0]
 
 
 def test_pseudo_labels_of_views_without_any():
     teacher, calls = stub([], ["sure", "tie"], ["lower"])
     weak = torch.zeros(3, 3, 32, 32, dtype=torch.uint8)
-    found, conf = bpl.pseudo_labels(teacher, weak, None, small(pseudo="soft", threshold=0.5, size_threshold=5.0))
+    found, conf = bpl.pseudo_labels(
+        teacher, weak, None, small(pseudo="soft", threshold=0.5, size_threshold=5.0)
+    )
     log = bpl.pseudo_log(found, conf, WORLD)
-    assert [len(o.labels) for o in found] == [0, 2, 0] and [image for _, image, _ in calls[1:]] == [0, 1, 2]
-    assert found[0].boxes.shape == (0, 4) and found[0].masks.shape == (0, 32, 32) and found[0].probs.shape == (0, 4)
-    assert log["pseudo_per_image"].item() == pytest.approx(2 / 3) and log["pseudo_none"].item() == pytest.approx(2 / 3)
-    assert log["conf"].item() == pytest.approx(0.75) and log["mass"].item() == pytest.approx((0.9 + 1.7) / 2)
-    log = bpl.pseudo_log(*bpl.pseudo_labels(stub([], [])[0], weak[:2], None, small(pseudo="soft")), WORLD)
+    assert [len(o.labels) for o in found] == [0, 2, 0] and [image for _, image, _ in calls[1:]] == [
+        0,
+        1,
+        2,
+    ]
+    assert (
+        found[0].boxes.shape == (0, 4)
+        and found[0].masks.shape == (0, 32, 32)
+        and found[0].probs.shape == (0, 4)
+    )
+    assert log["pseudo_per_image"].item() == pytest.approx(2 / 3) and log[
+        "pseudo_none"
+    ].item() == pytest.approx(2 / 3)
+    assert log["conf"].item() == pytest.approx(0.75) and log["mass"].item() == pytest.approx(
+        (0.9 + 1.7) / 2
+    )
+    log = bpl.pseudo_log(
+        *bpl.pseudo_labels(stub([], [])[0], weak[:2], None, small(pseudo="soft")), WORLD
+    )
     assert log["conf"] == log["mass"] == log["pseudo_per_image"] == 0 and log["pseudo_none"] == 1
 
 
@@ -780,12 +1046,18 @@ def test_wanted_of_regions():
 
 def test_labeled_objects():
     classes = classes_of([3, 1, 2])
-    target = Target(torch.tensor([2, 0]), objects_at([[4, 6, 20, 30], [0, 1, 64, 9]], [2, 0], 3).masks)
+    target = Target(
+        torch.tensor([2, 0]), objects_at([[4, 6, 20, 30], [0, 1, 64, 9]], [2, 0], 3).masks
+    )
     for smooth in (True, False):
         o = bpl.labeled_objects(target, classes, smooth)
         assert torch.equal(o.probs, (classes.targets if smooth else torch.eye(3))[[2, 0]])
-        assert o.boxes.tolist() == [[4, 6, 20, 30], [0, 1, 64, 9]] and torch.equal(o.masks, target.masks)
-        assert torch.equal(o.labels, target.labels) and torch.equal(o.named, torch.eye(3)[[2, 0]].bool())
+        assert o.boxes.tolist() == [[4, 6, 20, 30], [0, 1, 64, 9]] and torch.equal(
+            o.masks, target.masks
+        )
+        assert torch.equal(o.labels, target.labels) and torch.equal(
+            o.named, torch.eye(3)[[2, 0]].bool()
+        )
 
 
 @pytest.mark.parametrize("k", [1, 2])
@@ -798,14 +1070,18 @@ def test_mask_targets_by_loops(k):
     halves = 0
     for (x, y), m, found in zip(boxes.tolist(), matches.tolist(), got, strict=True):
         for i, j in np.ndindex(28, 28):
-            cell = masks[m, y + k * i:y + k * i + k, x + k * j:x + k * j + k].float().mean().item()
+            cell = (
+                masks[m, y + k * i : y + k * i + k, x + k * j : x + k * j + k].float().mean().item()
+            )
             halves += cell == 0.5
             assert found[i, j].item() == float(cell >= 0.5)
     assert halves >= 500 * (k - 1) and got.dtype == torch.float32
     assert regions.mask_targets(masks, matches[:0], torch.zeros(0, 4)).shape == (0, 28, 28)
 
 
-def cascade(monkeypatch, objects: list[Objects], known: Tensor, **flags) -> tuple[list, dict, bpl.CascadeHeads]:
+def cascade(
+    monkeypatch, objects: list[Objects], known: Tensor, **flags
+) -> tuple[list, dict, bpl.CascadeHeads]:
     """What sigmoid_loss is given in the three stages, and the losses."""
     args, b, seen = small(roi_batch=24, **flags), len(objects), []
     torch.manual_seed(3)
@@ -815,13 +1091,24 @@ def cascade(monkeypatch, objects: list[Objects], known: Tensor, **flags) -> tupl
     heads.learned[3] = False
     pyramid = [torch.randn(b, 8, 64 // s, 64 // s) for s in (4, 8, 16, 32, 64)]
     near = [o.boxes.repeat(4, 1) + torch.randint(-1, 2, (4 * len(o.boxes), 4)) for o in objects]
-    far = [torch.tensor([[40.0, 2, 60, 12], [3, 50, 60, 62], [50, 20, 63, 60]])[:3 - i] for i in range(b)]
+    far = [
+        torch.tensor([[40.0, 2, 60, 12], [3, 50, 60, 62], [50, 20, 63, 60]])[: 3 - i]
+        for i in range(b)
+    ]
     proposals = [torch.cat(x).clamp(0, 64) for x in zip(near, far, strict=True)]
     real = bpl.sigmoid_loss
     monkeypatch.setattr(bpl, "sigmoid_loss", lambda *x: seen.append(x) or real(*x))
     loss = heads.losses(pyramid, proposals, objects, known, draws(*range(b)))
-    apart = [heads.losses([x[i:i + 1] for x in pyramid], proposals[i:i + 1], objects[i:i + 1], known[i:i + 1],
-                          draws(i)) for i in range(b)]
+    apart = [
+        heads.losses(
+            [x[i : i + 1] for x in pyramid],
+            proposals[i : i + 1],
+            objects[i : i + 1],
+            known[i : i + 1],
+            draws(i),
+        )
+        for i in range(b)
+    ]
     monkeypatch.setattr(bpl, "sigmoid_loss", real)
     return seen[:3], loss | {"apart": apart}, heads
 
@@ -838,7 +1125,9 @@ def test_smooth_labels_in_all_heads_or_the_first(where, monkeypatch):
     hot = {tuple(row) for row in torch.eye(5)[[1, 4, 0]].tolist()}
     for stage, (_, probs, mask) in enumerate(seen):
         found = {tuple(row) for row in probs.tolist()}
-        assert found - {(0.0,) * 5} == (rows if where == "all" or stage == 0 else hot) and mask.all()
+        assert (
+            found - {(0.0,) * 5} == (rows if where == "all" or stage == 0 else hot) and mask.all()
+        )
         assert (0.0,) * 5 in found  # background
 
 
@@ -869,7 +1158,9 @@ def test_federated_loss_learns_known_classes_alone(more, monkeypatch):
         real = (probs > 0).any(1)
         allowed = {tuple(row[columns].tolist()) for row in known}
         assert {tuple(row) for row in mask[~real].tolist()} <= allowed
-        assert {tuple(row) for row in mask[real].tolist()} == (allowed if more == "mask" else {(True,) * 4})
+        assert {tuple(row) for row in mask[real].tolist()} == (
+            allowed if more == "mask" else {(True,) * 4}
+        )
     sum(loss[f"class{i}"] for i in (1, 2, 3)).backward()
     for head in heads.boxes:
         assert (head.classes.weight.grad.abs().sum(1) > 0).nonzero().flatten().tolist() == columns
@@ -886,17 +1177,23 @@ def batches(seed: int, count: int = 2) -> tuple[Batch, Batch]:
     """Dark labeled pictures, and unlabeled ones: middling for the teacher, bright for the
     student."""
     torch.manual_seed(seed)
-    objects = [objects_at(b, k, 5) for b, k in (*OBJECTS, ([], []), ([[1, 1, 63, 40]], [4]))][:count]
+    objects = [objects_at(b, k, 5) for b, k in (*OBJECTS, ([], []), ([[1, 1, 63, 40]], [4]))][
+        :count
+    ]
     targets = [Target(o.labels, o.masks) for o in objects]
-    return (Batch(pictures(0, 70, count), None, targets, torch.zeros(count)),
-            Batch(pictures(190, 256, count), pictures(100, 150, count), [], torch.zeros(count)))
+    return (
+        Batch(pictures(0, 70, count), None, targets, torch.zeros(count)),
+        Batch(pictures(190, 256, count), pictures(100, 150, count), [], torch.zeros(count)),
+    )
 
 
 NAMES = ["a", "b", "c", "d", "e"]
 STEP_DELTA = torch.tensor([-0.1, 0.05, 0.0, 0.3, 0.1])
 
 
-def begun(args: Args, tmp_path: Path, phase: str = "student", unlearned=(3,)) -> tuple[bpl.State, dict[str, Tensor]]:
+def begun(
+    args: Args, tmp_path: Path, phase: str = "student", unlearned=(3,)
+) -> tuple[bpl.State, dict[str, Tensor]]:
     """The phase at step 10 of a run, and the weights of the trained teacher; nothing is labeled as
     class d."""
     args.out, classes = str(tmp_path), classes_of([7, 3, 2, 0, 9])
@@ -905,22 +1202,42 @@ def begun(args: Args, tmp_path: Path, phase: str = "student", unlearned=(3,)) ->
     with torch.no_grad():
         for head in trained.heads.boxes:
             head.classes.weight.mul_(30)  # scores differ from region to region
-    runs.save_checkpoint(tmp_path / "teacher.pt", bpl.SCRIPT,
-                         {"classes": NAMES, "networks": {"supervised": trained.state_dict()}})
+    runs.save_checkpoint(
+        tmp_path / "teacher.pt",
+        bpl.SCRIPT,
+        {"classes": NAMES, "networks": {"supervised": trained.state_dict()}},
+    )
     data = SimpleNamespace(classes=NAMES, root=tmp_path)
-    s, _ = bpl.begin(phase, args, data, classes, STEP_DELTA if phase == "student" else None, WORLD, 10, None)
+    s, _ = bpl.begin(
+        phase, args, data, classes, STEP_DELTA if phase == "student" else None, WORLD, 10, None
+    )
     return s, values(trained)
 
 
 def watched(s: bpl.State) -> list:
     """Each call of a network: (who, pictures, objects, known, states of generators)."""
     calls = []
-    s.student.register_forward_pre_hook(lambda _, x: calls.append(
-        ("student", x[0], x[1], x[2], [g.get_state() for g in x[3]], torch.is_grad_enabled(), s.student.training)))
+    s.student.register_forward_pre_hook(
+        lambda _, x: calls.append(
+            (
+                "student",
+                x[0],
+                x[1],
+                x[2],
+                [g.get_state() for g in x[3]],
+                torch.is_grad_enabled(),
+                s.student.training,
+            )
+        )
+    )
     if s.teacher is not None:
         real = s.teacher.infer
-        s.teacher.infer = lambda x: calls.append(
-            ("teacher", x, values(s.teacher), torch.is_grad_enabled(), s.teacher.training)) or real(x)
+        s.teacher.infer = lambda x: (
+            calls.append(
+                ("teacher", x, values(s.teacher), torch.is_grad_enabled(), s.teacher.training)
+            )
+            or real(x)
+        )
     return calls
 
 
@@ -934,16 +1251,28 @@ def repeated(net: nn.Module, call: tuple) -> Tensor:
 
 
 def gradients(net: nn.Module) -> dict[str, Tensor]:
-    return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in net.named_parameters()}
+    return {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        for name, p in net.named_parameters()
+    }
 
 
 def test_a_phase_begins_with_the_trained_teacher(tmp_path):
     s, trained = begun(small(), tmp_path)
     assert close(values(s.student), trained, 0) and close(values(s.teacher), trained, 0)
-    assert not s.teacher.training and s.student.training and not any(p.requires_grad for p in s.teacher.parameters())
-    assert all(p.requires_grad for p in s.student.parameters()) and [*s.networks()] == ["student", "teacher"]
-    assert not any(p.data_ptr() == q.data_ptr() for p, q in zip(s.teacher.parameters(), s.student.parameters(),
-                                                                strict=True))
+    assert (
+        not s.teacher.training
+        and s.student.training
+        and not any(p.requires_grad for p in s.teacher.parameters())
+    )
+    assert all(p.requires_grad for p in s.student.parameters()) and [*s.networks()] == [
+        "student",
+        "teacher",
+    ]
+    assert not any(
+        p.data_ptr() == q.data_ptr()
+        for p, q in zip(s.teacher.parameters(), s.student.parameters(), strict=True)
+    )
     fresh, trained = begun(small(student_init="fresh", burn_in=2), tmp_path)
     assert close(values(fresh.teacher), trained, 0) and not close(values(fresh.student), trained)
     for s in (fresh, begun(small(), tmp_path, "teacher")[0]):
@@ -985,15 +1314,21 @@ def test_the_student_learns_from_both_halves(labels, tmp_path):
     assert sum(len(o.labels) for o in found) > 3
     for o, want, y in zip(second[2], found, raw, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(o, want, strict=True))
-        assert torch.allclose(o.probs, torch.where(y.probs > 0, (y.probs + 2 * STEP_DELTA).clamp(0, 1), 0), atol=1e-6)
+        assert torch.allclose(
+            o.probs, torch.where(y.probs > 0, (y.probs + 2 * STEP_DELTA).clamp(0, 1), 0), atol=1e-6
+        )
     for known, y in zip(second[3], raw, strict=True):
         assert known[(y.probs > 0).any(0)].all() and not known[3]
     losses = [repeated(twin, call) for call in (first, second)]
     (losses[0] + 0.3 * losses[1]).backward()
     assert close(gradients(s.student), gradients(twin), 1e-5)
-    assert [log["loss_l"].item(), log["loss_u"].item()] == pytest.approx([v.item() for v in losses], rel=1e-4)
+    assert [log["loss_l"].item(), log["loss_u"].item()] == pytest.approx(
+        [v.item() for v in losses], rel=1e-4
+    )
     assert log["pseudo_per_image"].item() == sum(len(o.labels) for o in found) / 2
-    assert all(p.grad is None for p in s.teacher.parameters()) and close(values(s.teacher), trained, 0)
+    assert all(p.grad is None for p in s.teacher.parameters()) and close(
+        values(s.teacher), trained, 0
+    )
     assert not close(values(s.student), trained)
 
 
@@ -1027,7 +1362,9 @@ def test_accumulated_gradients_are_equal(tmp_path):
     for grads, log in found[1:]:
         assert close(found[0][0], grads, 1e-4) and found[0][1].keys() == log.keys()
         for name in ("loss_l", "loss_u", "pseudo_per_image", "class3_u", "mask_l", "rpn_u"):
-            assert log[name].item() == pytest.approx(found[0][1][name].item(), rel=1e-3, abs=1e-5), name
+            assert log[name].item() == pytest.approx(
+                found[0][1][name].item(), rel=1e-3, abs=1e-5
+            ), name
 
 
 def test_ema_averages_parameters_and_floating_buffers():
@@ -1035,6 +1372,7 @@ def test_ema_averages_parameters_and_floating_buffers():
         made = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
         made(torch.randn(8, 3))
         return shaken(made, 0.3)
+
     teacher, student = net(), net()
     student[1].num_batches_tracked.fill_(7)
     before, learned = values(teacher), values(student)
@@ -1043,7 +1381,11 @@ def test_ema_averages_parameters_and_floating_buffers():
         want = 0.9 * before[name] + 0.1 * learned[name] if now.is_floating_point() else before[name]
         assert torch.allclose(now, want, atol=1e-6), name
     bpl.ema_update(teacher, student, 0)
-    assert all(torch.equal(now, learned[name]) for name, now in teacher.state_dict().items() if now.is_floating_point())
+    assert all(
+        torch.equal(now, learned[name])
+        for name, now in teacher.state_dict().items()
+        if now.is_floating_point()
+    )
     assert all(torch.equal(now, learned[name]) for name, now in student.state_dict().items())
 
 
@@ -1074,12 +1416,23 @@ def test_teacher_follows_from_the_burn_in_on(burn_in, update, tmp_path):
 def test_the_papers_numbers():
     args = bpl.preset("lvis")
     assert (args.eps, args.gamma, args.lambda_calib, args.unsup_weight) == (0.1, 1.5, 2, 1)
-    assert (args.lr, args.schedule, args.teacher_batch_size, args.batch_size) == (4e-5, "cosine", 32, 16)
-    assert (args.holdout, args.neighbours, args.detections, args.backbone) == \
-        (0.15, 64, 300, "eva02_large_patch14_224.mim_m38m")
+    assert (args.lr, args.schedule, args.teacher_batch_size, args.batch_size) == (
+        4e-5,
+        "cosine",
+        32,
+        16,
+    )
+    assert (args.holdout, args.neighbours, args.detections, args.backbone) == (
+        0.15,
+        64,
+        300,
+        "eva02_large_patch14_224.mim_m38m",
+    )
     assert (args.smoothing, args.pseudo, args.split) == ("similarity+freq", "calibrated", "all")
-    assert bpl.GRIDS["teacher"].keys() == {"eps", "gamma"} and bpl.GRIDS["student"].keys() == \
-        {"lambda_calib", "unsup_weight"}
+    assert bpl.GRIDS["teacher"].keys() == {"eps", "gamma"} and bpl.GRIDS["student"].keys() == {
+        "lambda_calib",
+        "unsup_weight",
+    }
     for name, values_ in itertools.chain(*(grid.items() for grid in bpl.GRIDS.values())):
         assert getattr(args, name) in values_
 
@@ -1090,9 +1443,14 @@ def test_schedule():
     args = bpl.preset("lvis")
     for t in (0, 1, 75, 149, 150, 151, 7500, 14_999, 15_000):
         rise = 0.001 + 0.999 * t / 150 if t < 150 else 1
-        assert bpl.schedule(t, 15_000, args) == pytest.approx(rise * (1 + math.cos(math.pi * t / 15_000)) / 2)
+        assert bpl.schedule(t, 15_000, args) == pytest.approx(
+            rise * (1 + math.cos(math.pi * t / 15_000)) / 2
+        )
         assert bpl.schedule(t, 15_000, replace(args, schedule="constant")) == pytest.approx(rise)
-    assert bpl.schedule(0, 15_000, args) == pytest.approx(0.001) and bpl.schedule(15_000, 15_000, args) == 0
+    assert (
+        bpl.schedule(0, 15_000, args) == pytest.approx(0.001)
+        and bpl.schedule(15_000, 15_000, args) == 0
+    )
     assert bpl.schedule(1, 10, replace(args, warmup=0.0, schedule="constant")) == 1
 
 
@@ -1101,34 +1459,61 @@ def test_optimizer_of_a_cnn():
     net = bpl.Detector(args, 3)
     optimizer = bpl.adamw(net, args, WORLD)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-    assert len(rates) == sum(len(g["params"]) for g in optimizer.param_groups) == len([*net.parameters()])
+    assert (
+        len(rates)
+        == sum(len(g["params"]) for g in optimizer.param_groups)
+        == len([*net.parameters()])
+    )
     for name, p in net.named_parameters():
-        assert rates[id(p)] == pytest.approx(0.003 if name.startswith("backbone.cnn") else 0.01), name
+        assert rates[id(p)] == pytest.approx(0.003 if name.startswith("backbone.cnn") else 0.01), (
+            name
+        )
     for group in optimizer.param_groups:
-        assert (group["weight_decay"], group["betas"], group["initial_lr"]) == (0.07, (0.9, 0.999), group["lr"])
+        assert (group["weight_decay"], group["betas"], group["initial_lr"]) == (
+            0.07,
+            (0.9, 0.999),
+            group["lr"],
+        )
 
 
 def test_layer_decay_of_24_blocks():
     """Recipe, section 7: 0.8^(24 - i) for block i, 0.8^25 for what is before them, 1 after."""
     net = nn.Module()
     net.backbone, net.neck = nn.Module(), nn.Linear(1, 1)
-    net.backbone.proj, net.backbone.blocks = nn.Linear(1, 1), nn.ModuleList(nn.Linear(1, 1) for _ in range(24))
+    net.backbone.proj, net.backbone.blocks = (
+        nn.Linear(1, 1),
+        nn.ModuleList(nn.Linear(1, 1) for _ in range(24)),
+    )
     optimizer = bpl.adamw(net, bpl.preset("lvis"), WORLD)
     rates = {id(p): group["lr"] / 4e-5 for group in optimizer.param_groups for p in group["params"]}
-    assert rates[id(net.backbone.proj.weight)] == pytest.approx(0.8**25) and rates[id(net.neck.bias)] == 1
-    assert [rates[id(b.weight)] for b in net.backbone.blocks] == pytest.approx([0.8 ** (24 - i) for i in range(24)])
+    assert (
+        rates[id(net.backbone.proj.weight)] == pytest.approx(0.8**25)
+        and rates[id(net.neck.bias)] == 1
+    )
+    assert [rates[id(b.weight)] for b in net.backbone.blocks] == pytest.approx(
+        [0.8 ** (24 - i) for i in range(24)]
+    )
     assert len(optimizer.param_groups) == 26
 
 
 PLANS = [
-    (dict(), "heldout teacher student"), (dict(pseudo="soft"), "teacher student"),
-    (dict(tune=True), "teacher student"), (dict(delta_from="teacher"), "teacher student"),
+    (dict(), "heldout teacher student"),
+    (dict(pseudo="soft"), "teacher student"),
+    (dict(tune=True), "teacher student"),
+    (dict(delta_from="teacher"), "teacher student"),
     (dict(refresh=100), "teacher student"),
-    (dict(calibration="c.json"), "teacher student"), (dict(teacher="t.pt"), "heldout student"),
-    (dict(teacher="t.pt", pseudo="onehot"), "student"), (dict(stage="teacher"), "teacher"),
-    (dict(stage="student", teacher="t.pt"), "student"), (dict(stage="calibrate"), "heldout"),
-    (dict(stage="calibrate", tune=True), "teacher"), (dict(stage="calibrate", delta_from="teacher"), "teacher"),
-    (dict(stage="calibrate", teacher="t.pt"), ""), (dict(stage="prototypes"), ""), (dict(stage="retrieve"), "")]
+    (dict(calibration="c.json"), "teacher student"),
+    (dict(teacher="t.pt"), "heldout student"),
+    (dict(teacher="t.pt", pseudo="onehot"), "student"),
+    (dict(stage="teacher"), "teacher"),
+    (dict(stage="student", teacher="t.pt"), "student"),
+    (dict(stage="calibrate"), "heldout"),
+    (dict(stage="calibrate", tune=True), "teacher"),
+    (dict(stage="calibrate", delta_from="teacher"), "teacher"),
+    (dict(stage="calibrate", teacher="t.pt"), ""),
+    (dict(stage="prototypes"), ""),
+    (dict(stage="retrieve"), ""),
+]
 
 
 @pytest.mark.parametrize("flags, phases", PLANS, ids=str)
@@ -1149,17 +1534,29 @@ def test_fifteen_percent_are_held_out():
 
 EVA = dict(dataset="lvis")
 REFUSED = [
-    (dict(image_size=100), "multiple of 32"), (dict(image_size=1056, **EVA), "windows of 16 x 16"),
+    (dict(image_size=100), "multiple of 32"),
+    (dict(image_size=1056, **EVA), "windows of 16 x 16"),
     (dict(stage="student"), "needs a trained teacher"),
-    (dict(stage="student", teacher="t.pt"), "needs --calibration"), (dict(stage="retrieve"), "searches a --pool"),
-    (dict(student_init="fresh"), "needs a --burn-in"), (dict(refresh=5, tune=True), "leave one out"),
-    (dict(smoothing="none", eps=0.2), "--eps does nothing"), (dict(smoothing="similarity", gamma=1.0), "--gamma does"),
-    (dict(pseudo="soft", lambda_calib=1.0), "--lambda-calib does"), (dict(pseudo="soft", shrink=1.0), "--shrink does"),
-    (dict(pseudo="onehot", filter_on="corrected"), "--filter-on does"), (dict(accumulate=2), "batch statistics"),
-    (dict(eps=1.5), "--eps 1.5 is outside 0 to 1"), (dict(stage="teacher", lambda_calib=1.0), "meaning for teacher"),
-    (dict(federated=0, fed_soft="fg-all"), "--fed-soft does"), (dict(teacher_update="frozen", ema=0.5), "--ema does"),
-    (dict(calib_samples="gt", calib_iou="mask"), "--calib-iou d"), (dict(smoothing="none", proto="roi"), "--proto d"),
-    (dict(window=8), "--window does"), (dict(neighbours=3), "--neighbours does"), (dict(val="x", tune=True), "--val d")]
+    (dict(stage="student", teacher="t.pt"), "needs --calibration"),
+    (dict(stage="retrieve"), "searches a --pool"),
+    (dict(student_init="fresh"), "needs a --burn-in"),
+    (dict(refresh=5, tune=True), "leave one out"),
+    (dict(smoothing="none", eps=0.2), "--eps does nothing"),
+    (dict(smoothing="similarity", gamma=1.0), "--gamma does"),
+    (dict(pseudo="soft", lambda_calib=1.0), "--lambda-calib does"),
+    (dict(pseudo="soft", shrink=1.0), "--shrink does"),
+    (dict(pseudo="onehot", filter_on="corrected"), "--filter-on does"),
+    (dict(accumulate=2), "batch statistics"),
+    (dict(eps=1.5), "--eps 1.5 is outside 0 to 1"),
+    (dict(stage="teacher", lambda_calib=1.0), "meaning for teacher"),
+    (dict(federated=0, fed_soft="fg-all"), "--fed-soft does"),
+    (dict(teacher_update="frozen", ema=0.5), "--ema does"),
+    (dict(calib_samples="gt", calib_iou="mask"), "--calib-iou d"),
+    (dict(smoothing="none", proto="roi"), "--proto d"),
+    (dict(window=8), "--window does"),
+    (dict(neighbours=3), "--neighbours does"),
+    (dict(val="x", tune=True), "--val d"),
+]
 
 
 @pytest.mark.parametrize("flags, sentence", REFUSED, ids=str)
@@ -1169,9 +1566,17 @@ def test_who_is_refused(flags, sentence):
 
 
 def test_who_is_not_refused():
-    for flags in (dict(), EVA, dict(EVA, image_size=1536), dict(stage="student", teacher="t.pt", pseudo="soft"),
-                  dict(student_init="fresh", burn_in=5), dict(refresh=5), dict(stage="student", teacher="t", tune=True),
-                  dict(stage="retrieve", pool="x", neighbours=3), dict(smoothing="uniform", eps=0.3)):
+    for flags in (
+        dict(),
+        EVA,
+        dict(EVA, image_size=1536),
+        dict(stage="student", teacher="t.pt", pseudo="soft"),
+        dict(student_init="fresh", burn_in=5),
+        dict(refresh=5),
+        dict(stage="student", teacher="t", tune=True),
+        dict(stage="retrieve", pool="x", neighbours=3),
+        dict(smoothing="uniform", eps=0.3),
+    ):
         bpl.check(bpl.preset(**{"dataset": "shapes"} | flags), WORLD)
     bpl.check(bpl.preset("lvis"), World(size=8))
     for flags in (dict(batch_size=24), dict(teacher_batch_size=24)):
@@ -1196,37 +1601,57 @@ def test_jitter_crop():
         if min(room) > 50:
             places.append((w.top / room[0], w.left / room[1]))
         flips += w.flip
-    assert 0.099 < min(us) < 0.12 and 1.97 < max(us) < 2.001 and np.mean(us) == pytest.approx(1.05, abs=0.07)
+    assert (
+        0.099 < min(us) < 0.12
+        and 1.97 < max(us) < 2.001
+        and np.mean(us) == pytest.approx(1.05, abs=0.07)
+    )
     places = np.array(places)
     assert flips / 600 == pytest.approx(0.5, abs=0.07) and len(places) > 50
-    assert (places.min(0) < 0.1).all() and (places.max(0) > 0.9).all() and np.allclose(places.mean(0), 0.5, atol=0.12)
+    assert (
+        (places.min(0) < 0.1).all()
+        and (places.max(0) > 0.9).all()
+        and np.allclose(places.mean(0), 0.5, atol=0.12)
+    )
     assert abs(np.corrcoef(places.T)[0, 1]) < 0.3
 
 
-@pytest.mark.parametrize("size, factor", [((30, 60), 1.6), ((61, 31), 96 / 61), ((192, 91), 0.5), ((96, 50), 1)])
+@pytest.mark.parametrize(
+    "size, factor", [((30, 60), 1.6), ((61, 31), 96 / 61), ((192, 91), 0.5), ((96, 50), 1)]
+)
 def test_test_view(size, factor):
     """The longer side becomes 96 pixels; zeros, the mean colour, at the right and below."""
     image = torch.randint(150, 256, (3, *size), dtype=torch.uint8)
     x, got = bpl.test_view(image, small(image_size=96))
     h, w = (round(n * factor) for n in size)
-    assert got.tolist() == pytest.approx([w / size[1], h / size[0]] * 2) and x.shape == (1, 3, 96, 96)
+    assert got.tolist() == pytest.approx([w / size[1], h / size[0]] * 2) and x.shape == (
+        1,
+        3,
+        96,
+        96,
+    )
     assert x.dtype == torch.float32 and max(h, w) == 96
     assert (x[:, :, h:] == 0).all() and (x[..., w:] == 0).all()
     inside = x[0, :, :h, :w] * STD + MEAN
     if factor == 1:
         assert torch.allclose(inside, image.float(), atol=1e-3)
-    assert inside.min() > 149 and inside.mean((1, 2)).tolist() == pytest.approx(image.float().mean((1, 2)).tolist(),
-                                                                                abs=3)
+    assert inside.min() > 149 and inside.mean((1, 2)).tolist() == pytest.approx(
+        image.float().mean((1, 2)).tolist(), abs=3
+    )
 
 
 def scene() -> tuple[Instances, Photo, Tensor]:
     """A picture with a rectangle of class 1 at the left, and one of class 0 at the right edge."""
-    boxes, image, things = [(8, 20, 30, 60), (56, 100, 10, 26)], torch.zeros(3, 64, 128, dtype=torch.uint8), []
+    boxes, image, things = (
+        [(8, 20, 30, 60), (56, 100, 10, 26)],
+        torch.zeros(3, 64, 128, dtype=torch.uint8),
+        [],
+    )
     for label, (top, left, height, width) in zip((1, 0), boxes, strict=True):
         top, height = (top, height) if label else (4, 40)
         corners = [left, top, left + width, top, left + width, top + height, left, top + height]
         things.append(Thing(label, [np.array(corners, float)], False, 0.0))
-        image[label, top:top + height, left:left + width] = 255
+        image[label, top : top + height, left : left + width] = 255
     photo = Photo("a", Path("a.png"), 1, 64, 128, tuple(things))
     return Instances("lvis", Path(), ["b", "a"], [1, 2], [photo], [], []), photo, image
 
@@ -1235,7 +1660,9 @@ def test_labeled_view_moves_masks_and_drops_empty_ones():
     data, photo, image = scene()
     args, numbers, colour = small(scale=(0.5, 3.0)), [], torch.tensor([124, 116, 104]).view(3, 1, 1)
     for seed in range(30):
-        view, nothing, target = bpl.labeled_view(args, data, image, photo, np.random.default_rng(seed))
+        view, nothing, target = bpl.labeled_view(
+            args, data, image, photo, np.random.default_rng(seed)
+        )
         window = bpl.jitter_crop((64, 128), args, np.random.default_rng(seed))
         labels, masks, _ = instances.masks_of(photo, data, window)
         assert nothing is None and view.shape == (3, 64, 64) and labels.tolist() == [1, 0]
@@ -1262,7 +1689,13 @@ def test_unlabeled_views_share_their_geometry(monkeypatch):
         assert nothing is None and torch.equal(weak, instances.cut_out(image, window, bpl.FILL))
         differ += not torch.equal(strong, weak)
     assert differ > 6
-    for name in ("adjust_brightness", "adjust_contrast", "adjust_saturation", "adjust_hue", "rgb_to_grayscale"):
+    for name in (
+        "adjust_brightness",
+        "adjust_contrast",
+        "adjust_saturation",
+        "adjust_hue",
+        "rgb_to_grayscale",
+    ):
         monkeypatch.setattr(tv, name, lambda x, *_, **__: x)
     monkeypatch.setattr(bpl.ImageFilter, "GaussianBlur", lambda _: bpl.ImageFilter.MedianFilter(1))
     for seed in range(10):
@@ -1276,10 +1709,21 @@ def test_unlabeled_views_share_their_geometry(monkeypatch):
 def test_strong_view_draws(monkeypatch):
     """Recipe 4.1: how often and how strongly: jitter in any order, grey, blur."""
     calls, n = [], 1000
-    for name in ("adjust_brightness", "adjust_contrast", "adjust_saturation", "adjust_hue", "rgb_to_grayscale"):
-        monkeypatch.setattr(tv, name, lambda x, f=0, name=name, **_: calls[-1].append((name, f)) or x)
-    monkeypatch.setattr(bpl.ImageFilter, "GaussianBlur", lambda r, blur=bpl.ImageFilter.GaussianBlur:
-                        calls[-1].append(("blur", r)) or blur(r))
+    for name in (
+        "adjust_brightness",
+        "adjust_contrast",
+        "adjust_saturation",
+        "adjust_hue",
+        "rgb_to_grayscale",
+    ):
+        monkeypatch.setattr(
+            tv, name, lambda x, f=0, name=name, **_: calls[-1].append((name, f)) or x
+        )
+    monkeypatch.setattr(
+        bpl.ImageFilter,
+        "GaussianBlur",
+        lambda r, blur=bpl.ImageFilter.GaussianBlur: calls[-1].append(("blur", r)) or blur(r),
+    )
     image, g = torch.zeros(3, 4, 4, dtype=torch.uint8), np.random.default_rng(0)
     for _ in range(n):
         calls.append([])
@@ -1287,9 +1731,18 @@ def test_strong_view_draws(monkeypatch):
     found = {}
     for name, factor in itertools.chain(*calls):
         found.setdefault(name, []).append(factor)
-    ranges = {"adjust_brightness": (0.6, 1.4), "adjust_contrast": (0.6, 1.4), "adjust_saturation": (0.6, 1.4),
-              "adjust_hue": (-0.1, 0.1), "blur": (0.1, 2.0)}
-    for name, share in (*((k, 0.8) for k in list(ranges)[:4]), ("rgb_to_grayscale", 0.2), ("blur", 0.5)):
+    ranges = {
+        "adjust_brightness": (0.6, 1.4),
+        "adjust_contrast": (0.6, 1.4),
+        "adjust_saturation": (0.6, 1.4),
+        "adjust_hue": (-0.1, 0.1),
+        "blur": (0.1, 2.0),
+    }
+    for name, share in (
+        *((k, 0.8) for k in list(ranges)[:4]),
+        ("rgb_to_grayscale", 0.2),
+        ("blur", 0.5),
+    ):
         assert len(found[name]) / n == pytest.approx(share, abs=0.05), name
     for name, (low, high) in ranges.items():
         edge = 0.03 * (high - low)
@@ -1303,10 +1756,14 @@ def test_strong_view_draws(monkeypatch):
 # class; box and slant
 OBJECTS_OF = [(0, [8, 8, 24, 24, 0]), (1, [32, 8, 56, 32, 20]), (0, [2, 36, 10, 44, 0])]
 FOUND = {  # in pixels of the picture: box, scores of the classes a, b, c, d
-    "right": ([8, 8, 24, 24], [0.9, 0.1, 0, 0]), "thin": ([32, 8, 56, 32], [0.1, 0.7, 0, 0]),
-    "absent": ([2, 20, 7, 34], [0, 0.1, 0.5, 0]), "not said": ([40, 34, 60, 46], [0, 0, 0.2, 0.8]),
-    "wrong": ([26, 34, 38, 46], [0.6, 0, 0.4, 0]), "unsure": ([50, 2, 60, 6], [0.29, 0, 0.1, 0]),
-    "double": ([9, 8, 25, 24], [0.1, 0.4, 0, 0])}
+    "right": ([8, 8, 24, 24], [0.9, 0.1, 0, 0]),
+    "thin": ([32, 8, 56, 32], [0.1, 0.7, 0, 0]),
+    "absent": ([2, 20, 7, 34], [0, 0.1, 0.5, 0]),
+    "not said": ([40, 34, 60, 46], [0, 0, 0.2, 0.8]),
+    "wrong": ([26, 34, 38, 46], [0.6, 0, 0.4, 0]),
+    "unsure": ([50, 2, 60, 6], [0.29, 0, 0.1, 0]),
+    "double": ([9, 8, 25, 24], [0.1, 0.4, 0, 0]),
+}
 
 
 def judged() -> tuple[Instances, Tensor]:
@@ -1315,9 +1772,21 @@ def judged() -> tuple[Instances, Tensor]:
     things = []
     for k, (x0, y0, x1, y1, slant) in OBJECTS_OF:
         corners = [x0, y0, x1 - slant, y0, x1, y1, x0 + slant, y1]
-        things.append(Thing(k, [np.array(corners, float)], False, float((x1 - slant - x0) * (y1 - y0))))
+        things.append(
+            Thing(k, [np.array(corners, float)], False, float((x1 - slant - x0) * (y1 - y0)))
+        )
     photo = Photo("a", Path("a.png"), 7, 48, 64, tuple(things), negative=(2,))
-    data = Instances("lvis", Path(), NAMES[:4], [3, 5, 6, 9], [], [], [], lvis=True, frequency=["f", "c", "r", "r"])
+    data = Instances(
+        "lvis",
+        Path(),
+        NAMES[:4],
+        [3, 5, 6, 9],
+        [],
+        [],
+        [],
+        lvis=True,
+        frequency=["f", "c", "r", "r"],
+    )
     return instances.scored_on(data, [photo]), torch.randint(0, 256, (3, 48, 64), dtype=torch.uint8)
 
 
@@ -1334,6 +1803,7 @@ def test_detections_that_are_counted(overlap, nms):
     def masks(pyramid, place, where, best):
         asked.append(best.tolist())
         return torch.full((len(where), 28, 28), 0.51)
+
     net = SimpleNamespace(masks=masks)
     factors, truth = torch.tensor([1.5, 2, 1.5, 2]), ap.truth_of(data)
     seen = bpl.Seen(factors, ["a pyramid"], factors * boxes, probs)
@@ -1341,7 +1811,9 @@ def test_detections_that_are_counted(overlap, nms):
     got = bpl.samples_of(entries, truth, data, args)
     want = {(0, 0.9, True), (1, 0.7, overlap == "box"), (2, 0.5, False), (0, 0.6, False)}
     want |= {(1, 0.4, False)} if nms == "class" else set()
-    assert {(k, round(p, 4), r) for k, p, r in zip(*map(np.ndarray.tolist, got), strict=True)} == want
+    assert {
+        (k, round(p, 4), r) for k, p, r in zip(*map(np.ndarray.tolist, got), strict=True)
+    } == want
     assert len(got.conf) == len(want) and len(asked) == (overlap == "mask")
     for e in entries:  # in the picture's own pixels
         (x0, y0, w, h), k = e["bbox"], [3, 5, 6, 9].index(e["category_id"])
@@ -1351,7 +1823,9 @@ def test_detections_that_are_counted(overlap, nms):
     assert len(bpl.samples_of(entries, truth, data, args).conf) == len(want) + 1  # the unsure one
     closed = replace(data, lvis=False)  # as in COCO, what is not annotated is absent
     got = bpl.samples_of(entries, ap.truth_of(closed), closed, args)
-    assert (3, 0.8) in {(k, round(p, 4)) for k, p in zip(got.labels.tolist(), got.conf.tolist(), strict=True)}
+    assert (3, 0.8) in {
+        (k, round(p, 4)) for k, p in zip(got.labels.tolist(), got.conf.tolist(), strict=True)
+    }
 
 
 def test_true_objects_that_are_counted():
@@ -1360,12 +1834,18 @@ def test_true_objects_that_are_counted():
     data, image = judged()
     args, asked, factors = small(calib_samples="gt"), [], torch.tensor([1.5, 2, 1.5, 2])
     probs = torch.tensor([[0.8, 0.1, 0, 0], [0.6, 0.5, 0, 0], [0.2, 0, 0.1, 0]])
-    net = SimpleNamespace(heads=SimpleNamespace(scores=lambda *x: asked.append(x) or [(x[1][0] + 1, probs)]))
+    net = SimpleNamespace(
+        heads=SimpleNamespace(scores=lambda *x: asked.append(x) or [(x[1][0] + 1, probs)])
+    )
     seen = bpl.Seen(factors, ["a pyramid"], torch.zeros(9, 4), torch.ones(9, 4))
     entries = bpl.counted(net, image, seen, data.val[0], data, args)
     [(pyramid, [boxes])] = asked
     want = factors * torch.tensor([b[:4] for _, b in OBJECTS_OF])
-    assert pyramid == ["a pyramid"] and torch.allclose(boxes, want, atol=1.5) and torch.equal(boxes[::2], want[::2])
+    assert (
+        pyramid == ["a pyramid"]
+        and torch.allclose(boxes, want, atol=1.5)
+        and torch.equal(boxes[::2], want[::2])
+    )
     got = bpl.samples_of(entries, {}, data, args)
     assert got.labels.tolist() == [0, 1] and got.labels.dtype == np.int64
     assert got.conf.tolist() == pytest.approx([0.8, 0.6]) and got.right.tolist() == [True, False]
@@ -1393,7 +1873,9 @@ def test_looking_ends_with_the_picture():
     args, image = small(image_size=96), torch.zeros(3, 48, 64, dtype=torch.uint8)
     seen = bpl.look(net, image, args)
     assert seen.boxes.tolist() == [[1, 2, 90, 72], [90, 60, 96, 72], [5, 70, 96, 72]]
-    assert seen.factors.tolist() == [1.5] * 4 and torch.equal(net.seen[0], bpl.test_view(image, args)[0])
+    assert seen.factors.tolist() == [1.5] * 4 and torch.equal(
+        net.seen[0], bpl.test_view(image, args)[0]
+    )
 
 
 @pytest.mark.parametrize("kappa", [20.0, 0.0])
@@ -1406,26 +1888,49 @@ def test_calibrate_measures_each_class_and_shrinks(kappa, monkeypatch):
     right = np.array([1, 0, 1, 1, 1, 0], bool)
     monkeypatch.setattr(instances, "score_loader", lambda photos, *_: [(0, "picture 0")])
     monkeypatch.setattr(bpl, "look", lambda net, image, args: (net, image))
-    monkeypatch.setattr(bpl, "counted", lambda net, image, seen, photo, data, args:
-                        [(photo.id, net, image, seen)])
-    monkeypatch.setattr(bpl, "samples_of", lambda entries, truth, *_: lvis_ap.Samples(labels, conf, right)
-                        if entries == [(7, "net", "picture 0", ("net", "picture 0"))] and truth["images"] else None)
+    monkeypatch.setattr(
+        bpl, "counted", lambda net, image, seen, photo, data, args: [(photo.id, net, image, seen)]
+    )
+    monkeypatch.setattr(
+        bpl,
+        "samples_of",
+        lambda entries, truth, *_: (
+            lvis_ap.Samples(labels, conf, right)
+            if entries == [(7, "net", "picture 0", ("net", "picture 0"))] and truth["images"]
+            else None
+        ),
+    )
     got = bpl.calibrate("net", data, data.frequency, small(shrink=kappa, bins=5), WORLD)
     raw = [0.5 - 0.85, 1 - 0.6, -0.4, 0.0]
     assert got["raw_delta"] == pytest.approx(raw, abs=1e-6) and got["samples"] == [2, 3, 1, 0]
     want = shrunk(raw, [2, 3, 0, 0], data.frequency, kappa)  # the sample of c does not count
-    assert got["delta"] == pytest.approx(want, abs=1e-6) and got["classes"] == NAMES[:4] and got["images"] == 1
+    assert (
+        got["delta"] == pytest.approx(want, abs=1e-6)
+        and got["classes"] == NAMES[:4]
+        and got["images"] == 1
+    )
     # bins 0.4 to 0.6, 0.6 to 0.8, ...
     ece = (1 * 0.6 + 2 * abs(1 - 0.65) + 1 * 0.4 + 2 * abs(0.5 - 0.85)) / 6
-    assert len(got["reliability"]["bins"]) == 5 and got["reliability"] == calibration.reliability(
-        lvis_ap.Samples(labels, conf, right), 5, data.frequency) and ece > 0
+    assert (
+        len(got["reliability"]["bins"]) == 5
+        and got["reliability"]
+        == calibration.reliability(lvis_ap.Samples(labels, conf, right), 5, data.frequency)
+        and ece > 0
+    )
 
 
-WHOSE = [(dict(), "heldout.pt"), (dict(tune=True), "teacher.pt"), (dict(delta_from="teacher"), "teacher.pt"),
-         (dict(teacher="t.pt"), "heldout.pt"), (dict(teacher="t.pt", delta_from="teacher"), "t.pt"),
-         (dict(teacher="t.pt", tune=True, stage="student"), "t.pt"), (dict(teacher="t.pt", stage="calibrate"), "t.pt"),
-         (dict(stage="calibrate"), "heldout.pt"), (dict(stage="calibrate", tune=True), "teacher.pt"),
-         (dict(refresh=5), "teacher.pt")]
+WHOSE = [
+    (dict(), "heldout.pt"),
+    (dict(tune=True), "teacher.pt"),
+    (dict(delta_from="teacher"), "teacher.pt"),
+    (dict(teacher="t.pt"), "heldout.pt"),
+    (dict(teacher="t.pt", delta_from="teacher"), "t.pt"),
+    (dict(teacher="t.pt", tune=True, stage="student"), "t.pt"),
+    (dict(teacher="t.pt", stage="calibrate"), "t.pt"),
+    (dict(stage="calibrate"), "heldout.pt"),
+    (dict(stage="calibrate", tune=True), "teacher.pt"),
+    (dict(refresh=5), "teacher.pt"),
+]
 
 
 @pytest.mark.parametrize("flags, whose", WHOSE, ids=str)
@@ -1436,15 +1941,29 @@ def test_whose_error_is_measured(flags, whose, tmp_path, monkeypatch):
     args, groups = small(out=str(tmp_path), **flags), ["r", "c", "f", "r"]
     monkeypatch.setattr(bpl, "trained", lambda args, data, name, world: name)
     monkeypatch.setattr(calibration, "diagram", lambda *_: None)
-    monkeypatch.setattr(bpl, "calibrate", lambda net, scored, groups, *_: asked.append((net, scored.val, groups)) or {
-        "classes": ["d", "c", "b", "a"], "delta": [0.4, 0.3, -0.2, 0.1], "samples": [1], "reliability": {"ece": None}})
+    monkeypatch.setattr(
+        bpl,
+        "calibrate",
+        lambda net, scored, groups, *_: (
+            asked.append((net, scored.val, groups))
+            or {
+                "classes": ["d", "c", "b", "a"],
+                "delta": [0.4, 0.3, -0.2, 0.1],
+                "samples": [1],
+                "reliability": {"ece": None},
+            }
+        ),
+    )
     held = [data.val[0]._replace(id=99)]
     for _ in range(2):
         delta = bpl.delta_of(args, data, held, groups, WORLD)
         assert delta.tolist() == pytest.approx([0.1, -0.2, 0.3, 0.4])
     assert asked == [(whose, held, groups)]
     given = replace(args, calibration=str(tmp_path / "calibration.json"), out="elsewhere")
-    assert bpl.delta_of(given, data, held, groups, WORLD).tolist() == delta.tolist() and len(asked) == 1
+    assert (
+        bpl.delta_of(given, data, held, groups, WORLD).tolist() == delta.tolist()
+        and len(asked) == 1
+    )
     with pytest.raises(UserError, match="other classes"):
         bpl.delta_of(given, replace(data, classes=["a", "b", "c", "z"]), held, groups, WORLD)
     if args.stage != "calibrate":

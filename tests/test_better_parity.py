@@ -32,7 +32,11 @@ from common.distributed import World
 from data import features, regions
 
 CPU, STRIDES = torch.device("cpu"), (4, 8, 16, 32, 64)
-STAGES = ((0.5, (10.0, 10.0, 5.0, 5.0)), (0.6, (20.0, 20.0, 10.0, 10.0)), (0.7, (30.0, 30.0, 15.0, 15.0)))
+STAGES = (
+    (0.5, (10.0, 10.0, 5.0, 5.0)),
+    (0.6, (20.0, 20.0, 10.0, 10.0)),
+    (0.7, (30.0, 30.0, 15.0, 15.0)),
+)
 EVA = "eva02_base_patch14_224"  # q, k and v apart, norm inside the MLP: as the large one
 
 pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
@@ -42,21 +46,49 @@ pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
 
 
 def small(**flags) -> Args:
-    return bpl.preset("shapes", **dict(weights="none", image_size=64, width=8, fc=16, head_convs=1, anchor_scale=8.0,
-                                       proposals=50, rpn_batch=32, roi_batch=12) | flags)
+    return bpl.preset(
+        "shapes",
+        **dict(
+            weights="none",
+            image_size=64,
+            width=8,
+            fc=16,
+            head_convs=1,
+            anchor_scale=8.0,
+            proposals=50,
+            rpn_batch=32,
+            roi_batch=12,
+        )
+        | flags,
+    )
 
 
 def eva(**flags) -> Args:
-    return bpl.preset("lvis", **dict(backbone=EVA, weights="none", drop_path=0.0, image_size=64, window=2, width=8,
-                                     global_blocks=1, fc=16, proposals=50) | flags)
+    return bpl.preset(
+        "lvis",
+        **dict(
+            backbone=EVA,
+            weights="none",
+            drop_path=0.0,
+            image_size=64,
+            window=2,
+            width=8,
+            global_blocks=1,
+            fc=16,
+            proposals=50,
+        )
+        | flags,
+    )
 
 
 @pytest.fixture
 def slim(monkeypatch):
     """slim(depth=2, ...): from now on timm builds every network of these sizes."""
+
     def sizes(**given):
         given = dict(embed_dim=32, depth=2, num_heads=2) | given
         monkeypatch.setattr(timm, "create_model", partial(timm.create_model, **given))
+
     return sizes
 
 
@@ -99,8 +131,18 @@ class Anchors(AnchorGenerator):
     """torchvision's, but its shapes are not rounded to whole pixels from the centre."""
 
     def generate_anchors(self, scales, aspect_ratios, dtype=torch.float32, device=CPU):
-        return torch.tensor([(-s / r**0.5, -s * r**0.5, s / r**0.5, s * r**0.5) for r in aspect_ratios for s in scales],
-                            dtype=dtype, device=device) / 2
+        return (
+            torch.tensor(
+                [
+                    (-s / r**0.5, -s * r**0.5, s / r**0.5, s * r**0.5)
+                    for r in aspect_ratios
+                    for s in scales
+                ],
+                dtype=dtype,
+                device=device,
+            )
+            / 2
+        )
 
 
 def generator(kind: type, scale: float = 8.0) -> AnchorGenerator:
@@ -127,12 +169,18 @@ def test_anchors_are_torchvisions(scale):
 
 def test_anchors_at_the_papers_size():
     anchors, numbers = regions.anchors_of(1024, 8.0, CPU)
-    assert numbers == [196_608, 49_152, 12_288, 3_072, 768] and len(anchors) == sum(numbers) == 261_888
+    assert (
+        numbers == [196_608, 49_152, 12_288, 3_072, 768] and len(anchors) == sum(numbers) == 261_888
+    )
     sides = anchors[:, 2:] - anchors[:, :2]
     starts = np.cumsum([0, *numbers[:-1]])
     assert sides.prod(1).sqrt()[starts].tolist() == pytest.approx([32, 64, 128, 256, 512])
     assert (sides[:, 1] / sides[:, 0])[:6].tolist() == pytest.approx([0.5, 1, 2] * 2)
-    assert ((anchors[:, :2] + anchors[:, 2:]) / 2)[[0, 3, 3 * 256]].tolist() == [[0, 0], [4, 0], [0, 4]]
+    assert ((anchors[:, :2] + anchors[:, 2:]) / 2)[[0, 3, 3 * 256]].tolist() == [
+        [0, 0],
+        [4, 0],
+        [0, 4],
+    ]
 
 
 def test_every_place_of_the_pyramid_has_three_anchors():
@@ -140,14 +188,18 @@ def test_every_place_of_the_pyramid_has_three_anchors():
     args = small(image_size=96)
     maps = bpl.Detector(args, 3).eval().pyramid(torch.randn(1, 3, 96, 96))
     assert regions.anchors_of(96, 6.0, CPU)[1] == [3 * x.shape[2] * x.shape[3] for x in maps]
-    assert [96 // x.shape[2] for x in maps] == [4, 8, 16, 32, 48] and torch.equal(maps[4], maps[3][:, :, ::2, ::2])
+    assert [96 // x.shape[2] for x in maps] == [4, 8, 16, 32, 48] and torch.equal(
+        maps[4], maps[3][:, :, ::2, ::2]
+    )
 
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0, 1.0), *(w for _, w in STAGES)], ids=str)
 def test_box_coding_is_torchvisions(weights):
     anchors, boxes, coder = some_boxes(300, 100), some_boxes(300, 100), coding.BoxCoder(weights)
     deltas = regions.encode(boxes, anchors, weights)
-    assert torch.allclose(deltas, coder.encode_single(boxes, anchors), rtol=1e-4, atol=1e-4 * weights[0])
+    assert torch.allclose(
+        deltas, coder.encode_single(boxes, anchors), rtol=1e-4, atol=1e-4 * weights[0]
+    )
     assert close(regions.decode(deltas, anchors, weights, 100), boxes, 1e-3)
     deltas = torch.randn(300, 4) * 3 * torch.tensor(weights)
     want = clip_boxes_to_image(coder.decode_single(deltas, anchors), (100, 100))
@@ -157,14 +209,18 @@ def test_box_coding_is_torchvisions(weights):
 
 def test_a_side_grows_by_62_and_a_half_at_most():
     anchors, weights = torch.tensor([[4995.0, 4990, 5005, 5010]] * 3), (10.0, 10.0, 5.0, 5.0)
-    deltas = 5 * torch.tensor([[0, 0, 1.0, 2], [0, 0, 9, 99], [0, 0, math.log(62.5), math.log(62.4)]])
+    deltas = 5 * torch.tensor(
+        [[0, 0, 1.0, 2], [0, 0, 9, 99], [0, 0, math.log(62.5), math.log(62.4)]]
+    )
     boxes = regions.decode(deltas, anchors, weights, 10_000)
     want = [[10 * math.e, 20 * math.e**2], [625, 1250], [625, 1248]]
     assert torch.allclose(boxes[:, 2:] - boxes[:, :2], torch.tensor(want), rtol=1e-4)
 
 
 @pytest.mark.parametrize("number", [1, 5, 64, 65, 150])
-@pytest.mark.parametrize("low, high, rescue", [(0.3, 0.7, True), (0.5, 0.5, False), (0.7, 0.7, False)])
+@pytest.mark.parametrize(
+    "low, high, rescue", [(0.3, 0.7, True), (0.5, 0.5, False), (0.7, 0.7, False)]
+)
 def test_matching_is_torchvisions(number, low, high, rescue):
     """Boxes on a coarse grid: most overlaps are equal to others. Over 64 objects are taken in
     parts."""
@@ -172,7 +228,7 @@ def test_matching_is_torchvisions(number, low, high, rescue):
     candidates = torch.cat([candidates[regions.sided(candidates)], some_boxes(100, 60)])
     boxes = candidates[torch.randint(len(candidates), (number,))]
     boxes[1::2] = jittered(boxes[1::2], 0.1, 60)
-    boxes[number - number // 10:] = boxes[:number // 10]  # twice, in two parts
+    boxes[number - number // 10 :] = boxes[: number // 10]  # twice, in two parts
     boxes[1:2] = torch.tensor([1.1, 1.2, 3.7, 3.9])  # smaller than any candidate on the grid
     overlap = box_iou(boxes, candidates)
     assert (overlap.amax(1) > 0).all()
@@ -187,7 +243,11 @@ def test_matching_is_torchvisions(number, low, high, rescue):
 
 def test_matching_at_the_borders():
     candidates = torch.tensor([[0.0, 0, 10, 5], [0, 0, 10, 4.99], [50, 50, 60, 60]])
-    assert regions.match(candidates, torch.tensor([[0.0, 0, 10, 10]]), 0.5, 0.5).tolist() == [0, -1, -1]
+    assert regions.match(candidates, torch.tensor([[0.0, 0, 10, 10]]), 0.5, 0.5).tolist() == [
+        0,
+        -1,
+        -1,
+    ]
     assert regions.match(candidates, torch.zeros(0, 4), 0.3, 0.7, True).tolist() == [-1, -1, -1]
     assert regions.match(torch.zeros(0, 4), torch.rand(2, 4), 0.3, 0.7, True).shape == (0,)
     outside = torch.tensor([[80.0, 80, 90, 90]])  # torchvision would give it all three candidates
@@ -205,11 +265,24 @@ def rpns(args: Args, training: bool) -> tuple[bpl.RPN, RegionProposalNetwork]:
     """Ours with random weights, and torchvision's with the same and with anchors that are not
     rounded."""
     ours, head, n = shaken(bpl.RPN(args), 0.1), RPNHead(args.width, 3, conv_depth=2), args.proposals
-    for a, b in ((head.conv[0][0], ours.convs[0]), (head.conv[1][0], ours.convs[2]), (head.cls_logits, ours.objectness),
-                 (head.bbox_pred, ours.deltas)):
+    for a, b in (
+        (head.conv[0][0], ours.convs[0]),
+        (head.conv[1][0], ours.convs[2]),
+        (head.cls_logits, ours.objectness),
+        (head.bbox_pred, ours.deltas),
+    ):
         a.load_state_dict(b.state_dict())
-    rpn = RegionProposalNetwork(generator(Anchors, args.anchor_scale), head, 0.7, 0.3, args.rpn_batch, 0.5,
-                                {"training": 2 * n, "testing": n}, {"training": n, "testing": n}, 0.7)
+    rpn = RegionProposalNetwork(
+        generator(Anchors, args.anchor_scale),
+        head,
+        0.7,
+        0.3,
+        args.rpn_batch,
+        0.5,
+        {"training": 2 * n, "testing": n},
+        {"training": n, "testing": n},
+        0.7,
+    )
     return ours.train(training), rpn.train(training)
 
 
@@ -228,9 +301,14 @@ def test_proposals_are_torchvisions(training):
     maps, images = pyramid_of(128, 8, 2), ImageList(torch.zeros(2, 3, 128, 128), [(128, 128)] * 2)
     with torch.no_grad():
         objectness, deltas = ours(maps)
-        raw = [x.permute(0, 2, 3, 1).reshape(2, -1, k) for k, xs in zip((1, 4), rpn.head(maps), strict=True)
-               for x in xs]
-        assert torch.equal(objectness, torch.cat(raw[:5], 1)[..., 0]) and torch.equal(deltas, torch.cat(raw[5:], 1))
+        raw = [
+            x.permute(0, 2, 3, 1).reshape(2, -1, k)
+            for k, xs in zip((1, 4), rpn.head(maps), strict=True)
+            for x in xs
+        ]
+        assert torch.equal(objectness, torch.cat(raw[:5], 1)[..., 0]) and torch.equal(
+            deltas, torch.cat(raw[5:], 1)
+        )
         rpn.compute_loss = lambda *_: (None, None)
         want, _ = rpn(images, dict(enumerate(maps)), [{"boxes": torch.zeros(0, 4)}] * 2)
         got = ours.propose(objectness, deltas)
@@ -263,31 +341,50 @@ def test_rpn_losses_are_torchvisions(monkeypatch):
     ours, rpn = rpns(args, True)
     maps, drawn, draw = pyramid_of(64, 8, 3), [], regions.sample
     objects = [objects_at(some_boxes(n, 64, 8), 64) for n in (3, 0, 1)]
-    monkeypatch.setattr(regions, "sample", lambda *a: drawn.append((a[0], draw(*a))) or drawn[-1][1])
+    monkeypatch.setattr(
+        regions, "sample", lambda *a: drawn.append((a[0], draw(*a))) or drawn[-1][1]
+    )
     got = ours.losses(*ours(maps), objects, [torch.Generator()] * 3)
 
     def fixed(labels):
         for label, (matches, taken) in zip(labels, drawn, strict=True):
-            assert torch.equal(label, torch.where(matches >= 0, 1.0, torch.where(matches == -1, 0.0, -1.0)))
+            assert torch.equal(
+                label, torch.where(matches >= 0, 1.0, torch.where(matches == -1, 0.0, -1.0))
+            )
             assert len(taken) == args.rpn_batch == len(taken.unique()) and (label[taken] >= 0).all()
             assert (label[taken] == 1).sum() == min((label == 1).sum(), 16)
-        chosen = [torch.zeros_like(x).index_fill(0, taken, 1) for x, (_, taken) in zip(labels, drawn, strict=True)]
-        return [(x == 1) & (c > 0) for x, c in zip(labels, chosen, strict=True)], \
-            [(x == 0) & (c > 0) for x, c in zip(labels, chosen, strict=True)]
+        chosen = [
+            torch.zeros_like(x).index_fill(0, taken, 1)
+            for x, (_, taken) in zip(labels, drawn, strict=True)
+        ]
+        return [(x == 1) & (c > 0) for x, c in zip(labels, chosen, strict=True)], [
+            (x == 0) & (c > 0) for x, c in zip(labels, chosen, strict=True)
+        ]
 
     rpn.fg_bg_sampler, smooth = fixed, F.smooth_l1_loss
-    monkeypatch.setattr(F, "smooth_l1_loss", lambda a, b, beta, reduction: smooth(a, b, beta=0.0, reduction=reduction))
+    monkeypatch.setattr(
+        F,
+        "smooth_l1_loss",
+        lambda a, b, beta, reduction: smooth(a, b, beta=0.0, reduction=reduction),
+    )
     images = ImageList(torch.zeros(3, 3, 64, 64), [(64, 64)] * 3)
     _, want = rpn(images, dict(enumerate(maps)), [{"boxes": o.boxes} for o in objects])
     pairs = (("rpn", "loss_objectness"), ("rpn_box", "loss_rpn_box_reg"))
     for a, b in pairs:
         assert got[a].item() == pytest.approx(want[b].item(), rel=1e-5) and got[a] > 0
-    mine, other = ([convs[0], convs[1], x, y] for convs, x, y in (
-        (ours.convs[::2], ours.objectness, ours.deltas),
-        ([c[0] for c in rpn.head.conv], rpn.head.cls_logits, rpn.head.bbox_pred)))
+    mine, other = (
+        [convs[0], convs[1], x, y]
+        for convs, x, y in (
+            (ours.convs[::2], ours.objectness, ours.deltas),
+            ([c[0] for c in rpn.head.conv], rpn.head.cls_logits, rpn.head.bbox_pred),
+        )
+    )
     sum(got.values()).backward(), sum(want.values()).backward()
     for a, b in zip(mine, other, strict=True):
-        assert torch.allclose(a.weight.grad, b.weight.grad, atol=1e-6) and a.weight.grad.abs().sum() > 0
+        assert (
+            torch.allclose(a.weight.grad, b.weight.grad, atol=1e-6)
+            and a.weight.grad.abs().sum() > 0
+        )
 
 
 # ------------------------------------------------------------------------------------------ pooling
@@ -296,10 +393,17 @@ def test_rpn_losses_are_torchvisions(monkeypatch):
 def test_levels_are_torchvisions():
     """Told by maps that are 2, 3, 4, 5 everywhere. 224 pixels a side are pooled from stride 16, 112
     from 8."""
-    maps = [torch.full((2, 1, 1536 // s, 1536 // s), float(i)) for i, s in enumerate(STRIDES, start=2)]
+    maps = [
+        torch.full((2, 1, 1536 // s, 1536 // s), float(i)) for i, s in enumerate(STRIDES, start=2)
+    ]
     boxes = [some_boxes(400, 1536, 4), some_boxes(300, 1536, 90, 900)]
     levels = bpl.roi_pool(maps, boxes, 1).flatten()
-    assert torch.equal(levels, LevelMapper(2, 5)(boxes).float() + 2) and {*levels.tolist()} == {2, 3, 4, 5}
+    assert torch.equal(levels, LevelMapper(2, 5)(boxes).float() + 2) and {*levels.tolist()} == {
+        2,
+        3,
+        4,
+        5,
+    }
     sides = torch.tensor([10, 111.9, 112, 223.9, 224, 447.9, 448, 1000])
     squares = torch.stack([0 * sides, 0 * sides, sides, sides], dim=1)
     assert bpl.roi_pool(maps, [squares], 1).flatten().tolist() == [2, 2, 3, 3, 4, 4, 5, 5]
@@ -312,7 +416,9 @@ def test_pooling_is_torchvisions(size):
     """Half a pixel of the level aside, which `aligned` is, as by torchvision's own pooler, also
     along the borders."""
     maps, boxes = pyramid_of(512, 3, 2), [some_boxes(60, 512, 64), some_boxes(50, 512, 40)]
-    boxes[0][:4] = torch.tensor([[0.0, 0, 512, 512], [0, 0, 100, 100], [448, 448, 512, 512], [0, 400, 300, 512]])
+    boxes[0][:4] = torch.tensor(
+        [[0.0, 0, 512, 512], [0, 0, 100, 100], [448, 448, 512, 512], [0, 400, 300, 512]]
+    )
     got, parts = bpl.roi_pool(maps, boxes, size), []
     levels = LevelMapper(2, 5)(boxes).split([60, 50])
     for b, level in zip(boxes, levels, strict=True):
@@ -343,9 +449,14 @@ def surprise(logits: Tensor, target: Tensor) -> Tensor:
     return -(target * F.logsigmoid(logits) + (1 - target) * F.logsigmoid(-logits))
 
 
-def cascade_by_loops(heads: bpl.CascadeHeads, pyramid, sampled, objects, known) -> dict[str, Tensor]:
+def cascade_by_loops(
+    heads: bpl.CascadeHeads, pyramid, sampled, objects, known
+) -> dict[str, Tensor]:
     """Region by region, without the third of the gradient."""
-    size, loss = heads.args.image_size, dict.fromkeys(("mask", "class1", "box1", "class2", "box2", "class3", "box3"), 0)
+    size, loss = (
+        heads.args.image_size,
+        dict.fromkeys(("mask", "class1", "box1", "class2", "box2", "class3", "box3"), 0),
+    )
     for i, (boxes, o) in enumerate(zip(sampled, objects, strict=True)):
         masks = []
         for box in boxes:
@@ -354,7 +465,9 @@ def cascade_by_loops(heads: bpl.CascadeHeads, pyramid, sampled, objects, known) 
                 goal = regions.mask_targets(o.masks, torch.tensor([n]), box[None])[0]
                 masks.append(surprise(heads.mask.masks(x)[0, o.labels[n]], goal).mean())
         loss["mask"] += sum(masks) / max(len(masks), 1) / len(objects)
-        for stage, (head, (least, weights)) in enumerate(zip(heads.boxes, STAGES, strict=True), start=1):
+        for stage, (head, (least, weights)) in enumerate(
+            zip(heads.boxes, STAGES, strict=True), start=1
+        ):
             coder, after, share = coding.BoxCoder(weights), [], 1 / len(boxes) / len(objects)
             for box in boxes:
                 (logits,), (deltas,) = head(pooled(pyramid, i, box, 7))
@@ -364,7 +477,9 @@ def cascade_by_loops(heads: bpl.CascadeHeads, pyramid, sampled, objects, known) 
                 if n is not None:
                     off = deltas - coder.encode_single(o.boxes[n][None], box[None])[0]
                     loss[f"box{stage}"] += share * off.abs().sum()
-                x0, y0, x1, y1 = coder.decode_single(deltas.detach()[None], box[None])[0].clamp(0, size)
+                x0, y0, x1, y1 = coder.decode_single(deltas.detach()[None], box[None])[0].clamp(
+                    0, size
+                )
                 if x1 > x0 and y1 > y0:
                     after.append(torch.stack([x0, y0, x1, y1]))
             boxes = after
@@ -387,11 +502,17 @@ def cascade(monkeypatch):
     args = small(image_size=512, roi_batch=40)
     heads, drawn, draw = lively(bpl.CascadeHeads(args, 5)).double(), [], regions.sample
     pyramid = [x.requires_grad_() for x in pyramid_of(512, 8, 3, torch.float64)]
-    boxes = torch.tensor([[200, 30, 270, 90], [10, 300, 150, 450.5], [220, 180, 500, 470]]), torch.zeros(0, 4), \
-        torch.tensor([[10, 20, 490, 500.0], [300, 100, 460, 300]])  # of all levels
+    boxes = (
+        torch.tensor([[200, 30, 270, 90], [10, 300, 150, 450.5], [220, 180, 500, 470]]),
+        torch.zeros(0, 4),
+        torch.tensor([[10, 20, 490, 500.0], [300, 100, 460, 300]]),
+    )  # of all levels
     objects = [objects_at(b, 512) for b in boxes]
     objects = [o._replace(boxes=o.boxes.double(), probs=o.probs.double()) for o in objects]
-    near = [torch.cat([jittered(o.boxes.repeat(3, 1), 0.12, 512), some_boxes(20, 512).double()]) for o in objects]
+    near = [
+        torch.cat([jittered(o.boxes.repeat(3, 1), 0.12, 512), some_boxes(20, 512).double()])
+        for o in objects
+    ]
     near[1][3] = torch.tensor([512, 100, 512, 130.0])
     known = torch.rand(3, 5) < 0.6
     known[:, 3] = False
@@ -418,11 +539,13 @@ def test_shared_features_get_a_third_of_the_gradient(cascade):
     heads, pyramid, got, want = cascade
     boxes = [k for k in got if k != "mask"]
     parameters, maps = [*heads.boxes.parameters()], pyramid[:4]
-    mine, plain = (torch.autograd.grad(sum(x[k] for k in boxes), parameters + maps, retain_graph=True)
-                   for x in (got, want))
-    for a, b in zip(mine[:len(parameters)], plain[:len(parameters)], strict=True):
+    mine, plain = (
+        torch.autograd.grad(sum(x[k] for k in boxes), parameters + maps, retain_graph=True)
+        for x in (got, want)
+    )
+    for a, b in zip(mine[: len(parameters)], plain[: len(parameters)], strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-8)
-    for a, b in zip(mine[len(parameters):], plain[len(parameters):], strict=True):
+    for a, b in zip(mine[len(parameters) :], plain[len(parameters) :], strict=True):
         assert torch.allclose(3 * a, b, rtol=1e-4, atol=1e-8) and b.abs().sum() > 0
     for a, b in zip(*(torch.autograd.grad(x["mask"], maps) for x in (got, want)), strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-8)  # of the mask head: the whole
@@ -433,7 +556,10 @@ def test_no_gradient_leads_from_a_head_to_the_one_before(cascade):
     for stage, before in ((1, 0), (2, 0), (2, 1)):
         inputs = [*heads.boxes[before].parameters()]
         loss = got[f"class{stage + 1}"] + got[f"box{stage + 1}"]
-        assert not any(g is not None for g in torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True))
+        assert not any(
+            g is not None
+            for g in torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True)
+        )
 
 
 def test_scores_are_the_mean_of_three_sigmoids_at_successive_boxes():
@@ -450,10 +576,16 @@ def test_scores_are_the_mean_of_three_sigmoids_at_successive_boxes():
                 for head, (_, weights) in zip(heads.boxes, STAGES, strict=True):
                     (logits,), deltas = head(pooled(pyramid, i, moved, 7))
                     total = total + 1 / (1 + (-logits).exp())
-                    moved = coding.BoxCoder(weights).decode_single(deltas, moved[None])[0].clamp(0, 512)
-                assert close(box, moved, 2e-2) and close(got, total / 3 * torch.tensor([1, 1, 0, 1]), 1e-4)
+                    moved = (
+                        coding.BoxCoder(weights).decode_single(deltas, moved[None])[0].clamp(0, 512)
+                    )
+                assert close(box, moved, 2e-2) and close(
+                    got, total / 3 * torch.tensor([1, 1, 0, 1]), 1e-4
+                )
     boxes, probs = (torch.cat(x) for x in zip(*found, strict=True))
-    assert (boxes - torch.cat(proposals)).abs().amax(1)[1:].min() > 0.1 and probs[1:, [0, 1, 3]].std() > 0.01
+    assert (boxes - torch.cat(proposals)).abs().amax(1)[1:].min() > 0.1 and probs[
+        1:, [0, 1, 3]
+    ].std() > 0.01
 
 
 # ---------------------------------------------------------------------------------------- detection
@@ -476,19 +608,34 @@ def survivors(boxes: Tensor, probs: Tensor, overlap: float) -> list[tuple[float,
 def test_detections_by_loops(overlap, most):
     """Threshold 0.02, suppression within a class, the best 300 of the image; boxes in its own
     pixels."""
-    boxes, probs = some_boxes(40, 120, 20).repeat(3, 1), (torch.randperm(3600).view(120, 30) / 3600) ** 5
+    boxes, probs = (
+        some_boxes(40, 120, 20).repeat(3, 1),
+        (torch.randperm(3600).view(120, 30) / 3600) ** 5,
+    )
     image, factors = torch.zeros(3, 48, 64, dtype=torch.uint8), torch.tensor([2.0, 2.5] * 2)
     boxes = torch.minimum(jittered(boxes, 0.1, 128), torch.tensor([128.0, 120] * 2))
-    seen, args = bpl.Seen(factors, [], boxes, probs), small(image_size=128, nms=overlap, detections=most)
-    net = SimpleNamespace(masks=lambda pyramid, i, b, labels: torch.ones(len(b), 28, 28) * (labels != 7)[:, None, None])
+    seen, args = (
+        bpl.Seen(factors, [], boxes, probs),
+        small(image_size=128, nms=overlap, detections=most),
+    )
+    net = SimpleNamespace(
+        masks=lambda pyramid, i, b, labels: (
+            torch.ones(len(b), 28, 28) * (labels != 7)[:, None, None]
+        )
+    )
     want = survivors(boxes, probs, overlap)
     labels, scores, masks, found = bpl.detect(net, image, seen, args)
     n = min(most, len(want))
     assert 300 < len(want) < (probs > 0.02).sum() < probs.numel() and masks.shape == (n, 48, 64)
-    assert [(s, c) for s, c, _ in want[:n]] == list(zip(scores.tolist(), labels.tolist(), strict=True))
+    assert [(s, c) for s, c, _ in want[:n]] == list(
+        zip(scores.tolist(), labels.tolist(), strict=True)
+    )
     assert torch.equal(found, torch.stack([boxes[i] / factors for *_, i in want[:n]]))
     empty = (labels == 7) | ~regions.sided(found, 1)
-    assert torch.equal(masks.flatten(1).any(1) | empty, torch.ones(n, dtype=torch.bool)) and (labels == 7).any()
+    assert (
+        torch.equal(masks.flatten(1).any(1) | empty, torch.ones(n, dtype=torch.bool))
+        and (labels == 7).any()
+    )
     known = torch.arange(30) % 3 == 0  # after the cut
     some = bpl.detect(net, image, seen, args, known)
     assert torch.equal(some[1], scores[known[labels]]) and len(some[0]) < n
@@ -497,8 +644,13 @@ def test_detections_by_loops(overlap, most):
 def test_boxes_end_with_the_image():
     """Not with the square that it is padded to; its sides are whole pixels, so each has a factor of
     its own."""
-    found, image = torch.tensor([[3, 5, 128, 128], [10, 90, 20, 128.0]]), torch.zeros(3, 33, 50, dtype=torch.uint8)
-    net = SimpleNamespace(parameters=lambda: iter([found]), infer=lambda x: ([], [(found, torch.rand(2, 3))]))
+    found, image = (
+        torch.tensor([[3, 5, 128, 128], [10, 90, 20, 128.0]]),
+        torch.zeros(3, 33, 50, dtype=torch.uint8),
+    )
+    net = SimpleNamespace(
+        parameters=lambda: iter([found]), infer=lambda x: ([], [(found, torch.rand(2, 3))])
+    )
     seen = bpl.look(net, image, small(image_size=128))
     assert seen.factors.tolist() == pytest.approx([128 / 50, 84 / 33] * 2)  # 84.48 pixels are 84
     assert seen.boxes.tolist() == [[3, 5, 128, 84], [10, 84, 20, 84]]
@@ -514,7 +666,9 @@ def doubles(classes: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     return torch.cat([boxes, moved]), torch.rand(2 * n), torch.tensor(classes).repeat(2)
 
 
-@pytest.mark.parametrize("classes", [[7, 1202] * 20, [1202] * 500, [*range(703, 1203)]], ids=["two", "one", "many"])
+@pytest.mark.parametrize(
+    "classes", [[7, 1202] * 20, [1202] * 500, [*range(703, 1203)]], ids=["two", "one", "many"]
+)
 def test_suppression_is_exact_for_classes_of_high_number(classes):
     """1,202 times 1,500 pixels leaves float32 an eighth of a pixel; classes apart are suppressed
     apart."""
@@ -541,7 +695,9 @@ def test_soft_suppression_by_loops():
             if labels[i] == labels[best] and shared[i, best] > 0.6:
                 left[i] *= 1 - shared[i, best].item()
     keep, found = regions.suppress(boxes, scores, labels, 0.5, True)
-    assert keep.tolist() == [i for i, _ in kept] and found.tolist() == pytest.approx([s for _, s in kept], rel=1e-4)
+    assert keep.tolist() == [i for i, _ in kept] and found.tolist() == pytest.approx(
+        [s for _, s in kept], rel=1e-4
+    )
     assert 3 < (found < 0.99 * scores[keep]).sum() < 30
 
 
@@ -550,12 +706,21 @@ def test_soft_suppression_by_loops():
 
 def test_only_the_wanted_channel_is_computed():
     """The last convolution in full and its channel picked: same masks, same gradients."""
-    head, labels, found = shaken(bpl.MaskHead(small(), 20), 0.1).double(), torch.tensor([3, 19, 3, 0, 7, 1]), []
+    head, labels, found = (
+        shaken(bpl.MaskHead(small(), 20), 0.1).double(),
+        torch.tensor([3, 19, 3, 0, 7, 1]),
+        [],
+    )
     x, way = torch.randn(6, 8, 14, 14).double().requires_grad_(), torch.randn(6, 28, 28).double()
-    for masks in (head(x, labels), head.masks(F.relu(head.up(head.convs(x))))[torch.arange(6), labels]):
+    for masks in (
+        head(x, labels),
+        head.masks(F.relu(head.up(head.convs(x))))[torch.arange(6), labels],
+    ):
         found.append([masks.detach(), *torch.autograd.grad(masks, [x, *head.parameters()], way)])
     for a, b in zip(*found, strict=True):
-        assert a.shape == b.shape and (a - b).abs().max() <= 1e-9 * b.abs().max() and b.abs().sum() > 0
+        assert (
+            a.shape == b.shape and (a - b).abs().max() <= 1e-9 * b.abs().max() and b.abs().sum() > 0
+        )
 
 
 def test_masks_of_many_boxes_are_made_in_parts():
@@ -566,12 +731,13 @@ def test_masks_of_many_boxes_are_made_in_parts():
         masks = net.masks(pyramid, 1, boxes, labels)
         for i in (0, 127, 128, 129):
             x = pooled(pyramid, 1, boxes[i], 14)
-            assert close(masks[i], net.heads.mask(x, labels[i:i + 1])[0].sigmoid(), 1e-5)
+            assert close(masks[i], net.heads.mask(x, labels[i : i + 1])[0].sigmoid(), 1e-5)
         assert net.masks(pyramid, 0, boxes[:0], labels[:0]).shape == (0, 28, 28)
 
 
 def mean_in_cells(mask: np.ndarray, box: list[float], cells: int) -> np.ndarray:
     """Bilinear samples, as many to a cell as it has pixels a side, rounded up; averaged."""
+
     def weights(low: float, high: float, length: int) -> np.ndarray:
         n = math.ceil((high - low) / cells)
         out = np.zeros((cells, length))
@@ -589,14 +755,19 @@ def mean_in_cells(mask: np.ndarray, box: list[float], cells: int) -> np.ndarray:
 def star(size: int, g: np.random.Generator) -> np.ndarray:
     """A polygon x, y, x, y, ..., not convex."""
     n = int(g.integers(3, 12))
-    angle, radius, middle = np.sort(g.uniform(0, 2 * np.pi, n)), g.uniform(size / 16, size / 3, n), \
-        g.uniform(size / 4, 3 * size / 4, 2)
+    angle, radius, middle = (
+        np.sort(g.uniform(0, 2 * np.pi, n)),
+        g.uniform(size / 16, size / 3, n),
+        g.uniform(size / 4, 3 * size / 4, 2),
+    )
     points = middle + radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
     return points.clip(0, size).reshape(-1)
 
 
 def raster(polygon: np.ndarray, size: int) -> Tensor:
-    return torch.from_numpy(coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects([polygon.tolist()], size, size))))
+    return torch.from_numpy(
+        coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects([polygon.tolist()], size, size)))
+    )
 
 
 def stars(number: int, size: int) -> list[tuple[np.ndarray, Tensor, Tensor]]:
@@ -628,10 +799,16 @@ def test_mask_targets_of_whole_cells_are_the_mask_itself():
     mask = (torch.rand(1, 40, 50) < 0.5).to(torch.uint8)
     for k, (x, y) in itertools.product((1,), ((0, 0), (5, 3), (22, 12))):
         box = torch.tensor([[x, y, x + 28 * k, y + 28 * k]]).float()
-        assert torch.equal(regions.mask_targets(mask, torch.tensor([0]), box)[0], mask[0, y:y + 28, x:x + 28].float())
+        assert torch.equal(
+            regions.mask_targets(mask, torch.tensor([0]), box)[0],
+            mask[0, y : y + 28, x : x + 28].float(),
+        )
     blocks = (torch.rand(1, 28, 28) < 0.5).to(torch.uint8)
     large = blocks.repeat_interleave(2, 1).repeat_interleave(2, 2)
-    assert torch.equal(regions.mask_targets(large, torch.tensor([0]), torch.tensor([[0.0, 0, 56, 56]])), blocks.float())
+    assert torch.equal(
+        regions.mask_targets(large, torch.tensor([0]), torch.tensor([[0.0, 0, 56, 56]])),
+        blocks.float(),
+    )
 
 
 def test_mask_targets_are_nearly_detectron2s_polygons():
@@ -657,19 +834,39 @@ def test_mask_loss_is_torchvisions_with_our_targets(monkeypatch):
     """The same number of objects on each image, so that a mean of means is the mean."""
     args, masks = small(image_size=96), stars(6, 96)
     heads, pyramid = shaken(bpl.CascadeHeads(args, 5), 0.1), pyramid_of(96, 8, 2)
-    objects = [Objects(torch.randint(5, (3,)), torch.stack([b for *_, b in part]),
-                       torch.stack([m for _, m, _ in part]), torch.zeros(3, 5), torch.ones(3, 5).bool())
-               for part in (masks[:3], masks[3:])]
+    objects = [
+        Objects(
+            torch.randint(5, (3,)),
+            torch.stack([b for *_, b in part]),
+            torch.stack([m for _, m, _ in part]),
+            torch.zeros(3, 5),
+            torch.ones(3, 5).bool(),
+        )
+        for part in (masks[:3], masks[3:])
+    ]
     boxes = [jittered(o.boxes.repeat(2, 1), 0.02, 96) for o in objects]
     matches = [torch.tensor([0, 1, 2, -1, 1, -1]), torch.tensor([2, 1, -1, 0, -1, 0])]
     got = heads.mask_loss(pyramid, boxes, matches, objects)
     real = [m >= 0 for m in matches]
     boxes, matches = ([x[r] for x, r in zip(xs, real, strict=True)] for xs in (boxes, matches))
-    logits = heads.mask.masks(F.relu(heads.mask.up(heads.mask.convs(bpl.roi_pool(pyramid, boxes, 14)))))
-    monkeypatch.setattr(theirs, "project_masks_on_boxes", lambda masks, b, i, size: torch.from_numpy(np.stack([
-        mean_in_cells(masks[k].numpy().astype(float), box, size) >= 0.5
-        for k, box in zip(i.tolist(), b.double().tolist(), strict=True)])).float())
-    want = theirs.maskrcnn_loss(logits, boxes, [o.masks for o in objects], [o.labels for o in objects], matches)
+    logits = heads.mask.masks(
+        F.relu(heads.mask.up(heads.mask.convs(bpl.roi_pool(pyramid, boxes, 14))))
+    )
+    monkeypatch.setattr(
+        theirs,
+        "project_masks_on_boxes",
+        lambda masks, b, i, size: torch.from_numpy(
+            np.stack(
+                [
+                    mean_in_cells(masks[k].numpy().astype(float), box, size) >= 0.5
+                    for k, box in zip(i.tolist(), b.double().tolist(), strict=True)
+                ]
+            )
+        ).float(),
+    )
+    want = theirs.maskrcnn_loss(
+        logits, boxes, [o.masks for o in objects], [o.labels for o in objects], matches
+    )
     assert got.item() == pytest.approx(want.item(), rel=1e-4)
     none = heads.mask_loss(pyramid, boxes, [torch.full((4,), -1)] * 2, objects)
     assert none == 0 and none.requires_grad
@@ -709,9 +906,16 @@ def test_paste_moves_a_mask_of_its_own_size():
     assert close(regions.paste(many, boxes[:1].expand(130, 4), (40, 36))[:, 6:34, 4:32], many, 1e-5)
 
 
-@pytest.mark.parametrize("box, want", [
-    ((10, 20, 38, 48), (10, 20, 38, 48)), ((10, 20, 24, 34), (10, 20, 24, 34)),
-    ((10.4, 20.4, 23.4, 33.4), (10, 20, 23, 33)), ((10.6, 20.6, 23.6, 33.6), (11, 21, 24, 34))], ids=str)
+@pytest.mark.parametrize(
+    "box, want",
+    [
+        ((10, 20, 38, 48), (10, 20, 38, 48)),
+        ((10, 20, 24, 34), (10, 20, 24, 34)),
+        ((10.4, 20.4, 23.4, 33.4), (10, 20, 23, 33)),
+        ((10.6, 20.6, 23.6, 33.6), (11, 21, 24, 34)),
+    ],
+    ids=str,
+)
 def test_a_full_mask_covers_the_pixels_whose_centres_are_in_its_box(box, want):
     got = regions.paste(torch.ones(1, 28, 28), torch.tensor([box]).float(), (64, 64))[0] > 0.5
     x0, y0, x1, y1 = want
@@ -726,22 +930,30 @@ def test_a_full_mask_in_a_large_box_loses_its_corners_as_in_detectron2():
     got = regions.paste(torch.ones(1, 28, 28), torch.tensor([[4.0, 8, 116, 120]]), (128, 128))[0]
     inside = got[8:120, 4:116]
     assert inside[0, :3].tolist() == pytest.approx([25 / 64, 35 / 64, 40 / 64], rel=1e-5)
-    assert (inside <= 0.5).sum() == 4 and ((got > 0.5).sum() == 112**2 - 4) and got.max() == pytest.approx(1)
+    assert (
+        (inside <= 0.5).sum() == 4
+        and ((got > 0.5).sum() == 112**2 - 4)
+        and got.max() == pytest.approx(1)
+    )
 
 
 # ------------------------------------------------------------------------------------------- EVA-02
 
 
-def timms(ours: bpl.EVA02, name: str, tokens: int, window: tuple[int, int, int] | None = None) -> nn.Module:
+def timms(
+    ours: bpl.EVA02, name: str, tokens: int, window: tuple[int, int, int] | None = None
+) -> nn.Module:
     """timm's own network of `tokens` a side, patch 16 and no class token, with the weights of ours.
     All its blocks are global. `window`: first row and column of a window of a grid, whose positions
     it takes, and the grid's side."""
-    net = timm.create_model(name, patch_size=16, img_size=16 * tokens, class_token=False, num_classes=0).eval()
+    net = timm.create_model(
+        name, patch_size=16, img_size=16 * tokens, class_token=False, num_classes=0
+    ).eval()
     net.patch_embed.proj.load_state_dict(ours.proj.state_dict())
     net.blocks.load_state_dict(ours.blocks.state_dict())
     row, column, grid = window or (0, 0, tokens)
     places = F.interpolate(ours.pos_embed, (grid, grid), mode="bicubic", align_corners=False)
-    places = places[:, :, row:row + tokens, column:column + tokens]
+    places = places[:, :, row : row + tokens, column : column + tokens]
     net.pos_embed.data = places.detach().flatten(2).transpose(1, 2).contiguous()
     return net
 
@@ -762,14 +974,19 @@ def test_blocks_are_timms_when_one_window_covers_the_image(slim, name, tokens, b
     """A tiny one with q, k, v in one; a base one with norms. Every block, from the patches on."""
     slim(embed_dim=128, depth=blocks)
     args = eva(backbone=name, window=tokens, image_size=16 * tokens)
-    net, images = shaken(bpl.EVA02(args, "none"), 0.1).eval(), torch.randn(2, 3, 16 * tokens, 16 * tokens)
+    net, images = (
+        shaken(bpl.EVA02(args, "none"), 0.1).eval(),
+        torch.randn(2, 3, 16 * tokens, 16 * tokens),
+    )
     other, found = timms(net, name, tokens), of_blocks(net, images, *range(1, blocks + 1))
     with torch.no_grad():
         want = other.forward_intermediates(images, norm=False, intermediates_only=True)
         assert len(found) == len(want) == blocks
         for a, b in zip(found, want, strict=True):
             assert torch.allclose(a, b, rtol=1e-4, atol=1e-4)
-        other.rope.get_embed = lambda: torch.cat([torch.zeros(tokens**2, 64), torch.ones(tokens**2, 64)], dim=1)
+        other.rope.get_embed = lambda: torch.cat(
+            [torch.zeros(tokens**2, 64), torch.ones(tokens**2, 64)], dim=1
+        )
         plain = other.forward_intermediates(images, norm=False, intermediates_only=True)[-1]
     assert (plain - found[-1]).abs().max() > 0.1, "rotary positions change nothing"
 
@@ -783,9 +1000,11 @@ def test_windows_are_images_of_their_own(slim):
     assert net.whole == [False, False, True]
     with torch.no_grad():
         for row, column in itertools.product((0, 4), (0, 4)):
-            part = images[:, :, 16 * row:16 * row + 64, 16 * column:16 * column + 64]
-            seen = timms(net, EVA, 4, (row, column, 8)).forward_intermediates(part, norm=False, intermediates_only=True)
-            tokens[:, :, row:row + 4, column:column + 4] = seen[1]
+            part = images[:, :, 16 * row : 16 * row + 64, 16 * column : 16 * column + 64]
+            seen = timms(net, EVA, 4, (row, column, 8)).forward_intermediates(
+                part, norm=False, intermediates_only=True
+            )
+            tokens[:, :, row : row + 4, column : column + 4] = seen[1]
         across = timms(net, EVA, 8)
         want = across.blocks[2](tokens.flatten(2).transpose(1, 2), rope=across.rope.get_embed())
         out = net(images)
@@ -794,23 +1013,42 @@ def test_windows_are_images_of_their_own(slim):
     images[:, :, :16, :16] += 1.0  # a patch of the first window
     inside = torch.zeros(8, 8, dtype=torch.bool)
     inside[:4, :4] = True
-    changed = [(a - b)[0].abs().amax(0) > 1e-5 for a, b in zip(found, of_blocks(net, images, 1, 2, 3), strict=True)]
+    changed = [
+        (a - b)[0].abs().amax(0) > 1e-5
+        for a, b in zip(found, of_blocks(net, images, 1, 2, 3), strict=True)
+    ]
     assert torch.equal(changed[0], inside) and torch.equal(changed[1], inside) and changed[2].all()
 
 
 def test_windows_by_loops():
     x = torch.randn(2, 4, 6, 5)
     parts = features.windows(x, 2)
-    want = [x[b, i:i + 2, j:j + 2].reshape(4, 5) for b in range(2) for i in (0, 2) for j in (0, 2, 4)]
-    assert torch.equal(parts, torch.stack(want)) and torch.equal(features.unwindows(parts, 2, (4, 6)), x)
+    want = [
+        x[b, i : i + 2, j : j + 2].reshape(4, 5)
+        for b in range(2)
+        for i in (0, 2)
+        for j in (0, 2, 4)
+    ]
+    assert torch.equal(parts, torch.stack(want)) and torch.equal(
+        features.unwindows(parts, 2, (4, 6)), x
+    )
 
 
-@pytest.mark.parametrize("depth, number, want", [
-    (24, 4, [5, 11, 17, 23]), (24, 8, [2, 5, 8, 11, 14, 17, 20, 23]), (12, 4, [2, 5, 8, 11]), (4, 4, [0, 1, 2, 3]),
-    (24, 1, [23])])
+@pytest.mark.parametrize(
+    "depth, number, want",
+    [
+        (24, 4, [5, 11, 17, 23]),
+        (24, 8, [2, 5, 8, 11, 14, 17, 20, 23]),
+        (12, 4, [2, 5, 8, 11]),
+        (4, 4, [0, 1, 2, 3]),
+        (24, 1, [23]),
+    ],
+)
 def test_which_blocks_are_global(slim, depth, number, want):
     slim(depth=depth)
-    assert [i for i, whole in enumerate(bpl.EVA02(eva(global_blocks=number), "none").whole) if whole] == want
+    assert [
+        i for i, whole in enumerate(bpl.EVA02(eva(global_blocks=number), "none").whole) if whole
+    ] == want
 
 
 @pytest.mark.parametrize("depth", [24, 4])
@@ -845,9 +1083,16 @@ def test_rotary_table_is_the_definition(slim, tokens):
 def cubic(old: int, new: int) -> np.ndarray:
     """(new, old): bicubic weights with a = -0.75, edges repeated, corners not aligned, no
     antialiasing."""
+
     def kernel(t: float) -> float:
         t, a = abs(t), -0.75
-        return (a + 2) * t**3 - (a + 3) * t**2 + 1 if t <= 1 else a * (t**3 - 5 * t**2 + 8 * t - 4) if t < 2 else 0.0
+        return (
+            (a + 2) * t**3 - (a + 3) * t**2 + 1
+            if t <= 1
+            else a * (t**3 - 5 * t**2 + 8 * t - 4)
+            if t < 2
+            else 0.0
+        )
 
     out = np.zeros((new, old))
     for i in range(new):
@@ -874,7 +1119,11 @@ def test_there_is_no_class_token_and_no_final_norm(slim):
     slim()
     body, net = timm.create_model(EVA, num_classes=0), bpl.EVA02(eva(), "none")
     blocks = {f"blocks.{n}" for n, _ in body.blocks.named_parameters()}
-    assert {n for n, _ in net.named_parameters()} == blocks | {"pos_embed", "proj.weight", "proj.bias"}
+    assert {n for n, _ in net.named_parameters()} == blocks | {
+        "pos_embed",
+        "proj.weight",
+        "proj.bias",
+    }
     assert net.pos_embed.shape == (1, 32, 16, 16) and body.pos_embed.shape == (1, 257, 32)
     assert all(block.attn.num_prefix_tokens == 0 for block in net.blocks)
 
@@ -889,14 +1138,22 @@ def test_patches_are_resized_so_that_answers_stay():
     assert torch.allclose(got, answer, rtol=1e-3, atol=1e-2) and answer.abs().max() > 10
     ones = torch.ones(1, 3, 16, 16)
     constant = F.conv2d(ones[:, :, :14, :14], kernel)
-    assert torch.allclose(F.conv2d(ones, features.resize_patch(kernel, 16, "timm")), constant, rtol=1e-3, atol=1e-2)
+    assert torch.allclose(
+        F.conv2d(ones, features.resize_patch(kernel, 16, "timm")), constant, rtol=1e-3, atol=1e-2
+    )
     smooth = F.interpolate(torch.randn(6, 3, 3, 3), (14, 14), mode="bicubic") + 3
-    ratio = F.conv2d(ones, features.resize_patch(smooth, 16, "bicubic")) / F.conv2d(ones[:, :, :14, :14], smooth)
+    ratio = F.conv2d(ones, features.resize_patch(smooth, 16, "bicubic")) / F.conv2d(
+        ones[:, :, :14, :14], smooth
+    )
     assert ratio.flatten().tolist() == pytest.approx([(16 / 14) ** 2] * 6, rel=2e-2)
     flat = features.resize_patch(torch.ones(1, 3, 14, 14), 16, "bicubic").sum() / (3 * 14**2)
     assert flat == pytest.approx(1.306, abs=1e-3) == (16 / 14) ** 2
     m = torch.from_numpy(cubic(14, 16)).float()
-    assert close(features.resize_patch(kernel, 16, "bicubic"), torch.einsum("ip,jq,ocpq->ocij", m, m, kernel), 1e-4)
+    assert close(
+        features.resize_patch(kernel, 16, "bicubic"),
+        torch.einsum("ip,jq,ocpq->ocij", m, m, kernel),
+        1e-4,
+    )
     same = torch.randn(2, 3, 16, 16)
     assert all(features.resize_patch(same, 16, how) is same for how in ("timm", "bicubic"))
 
@@ -905,10 +1162,14 @@ def test_patches_are_resized_so_that_answers_stay():
 def test_the_patches_of_the_backbone_are_resized(slim, how, monkeypatch):
     slim()
     bodies, create = [], bpl.features.create
-    monkeypatch.setattr(bpl.features, "create", lambda *a, **k: bodies.append(create(*a, **k)) or bodies[-1])
+    monkeypatch.setattr(
+        bpl.features, "create", lambda *a, **k: bodies.append(create(*a, **k)) or bodies[-1]
+    )
     net = bpl.EVA02(eva(patch_resize=how), "none")
     [body] = bodies
-    assert torch.equal(net.proj.weight, features.resize_patch(body.patch_embed.proj.weight, 16, how))
+    assert torch.equal(
+        net.proj.weight, features.resize_patch(body.patch_embed.proj.weight, 16, how)
+    )
     assert net.proj.stride == (16, 16) and net.proj.bias is body.patch_embed.proj.bias
     table = body.pos_embed[0, 1:].view(16, 16, 32).permute(2, 0, 1)
     assert torch.equal(net.pos_embed[0], table)
@@ -935,7 +1196,10 @@ def test_checkpointing_gives_the_same_gradients(slim):
 def test_a_dropped_block_is_dropped_for_the_whole_image(slim):
     """Not for some of its windows."""
     slim(depth=4)
-    net, images = bpl.EVA02(eva(image_size=128, drop_path=0.8), "none").train(), torch.randn(16, 3, 128, 128)
+    net, images = (
+        bpl.EVA02(eva(image_size=128, drop_path=0.8), "none").train(),
+        torch.randn(16, 3, 128, 128),
+    )
     net.blocks, net.whole = net.blocks[2:3], [False]  # 16 windows of 2 x 2 tokens an image
     nn.init.zeros_(net.blocks[0].mlp.fc2.weight)
     tokens, out = of_blocks(net, images, 0, 1)
@@ -971,9 +1235,16 @@ def test_the_papers_network_has_its_parameters(large):
     box = convs + 49 * w * 1024 + 1024 + 1025 * c + 1025 * 4
     mask = convs + 4 * w * w + w + (w + 1) * c
     _, net = large
-    assert [count(m) for m in (net.backbone, net.neck, net.rpn, *net.heads.boxes, net.heads.mask)] == [
-        backbone, neck, rpn, box, box, box, mask]
-    assert [round(n / 1e6, 1) for n in (backbone, neck, rpn, box, mask)] == [303.4, 7.8, 1.2, 16.4, 2.9]
+    assert [
+        count(m) for m in (net.backbone, net.neck, net.rpn, *net.heads.boxes, net.heads.mask)
+    ] == [backbone, neck, rpn, box, box, box, mask]
+    assert [round(n / 1e6, 1) for n in (backbone, neck, rpn, box, mask)] == [
+        303.4,
+        7.8,
+        1.2,
+        16.4,
+        2.9,
+    ]
     assert count(net) == backbone + neck + rpn + 3 * box + mask == 364_704_935
 
 
@@ -985,7 +1256,9 @@ def test_the_backbone_is_timms_less_class_token_and_norm(large):
     assert count(large[1].backbone) == count(body) - less + 3 * (16**2 - 14**2) * 1024
     block = {n: tuple(p.shape) for n, p in large[1].backbone.blocks[0].named_parameters()}
     assert block["mlp.fc1_g.weight"] == (2730, 1024) and block["mlp.norm.weight"] == (2730,)
-    assert "attn.k_proj.bias" not in block and large[1].backbone.whole == [i in (5, 11, 17, 23) for i in range(24)]
+    assert "attn.k_proj.bias" not in block and large[1].backbone.whole == [
+        i in (5, 11, 17, 23) for i in range(24)
+    ]
 
 
 def test_layer_decay_of_the_papers_network(large):
@@ -995,15 +1268,20 @@ def test_layer_decay_of_the_papers_network(large):
     groups = bpl.adamw(net, args, World()).param_groups
     names, rates = {p: n for n, p in net.named_parameters()}, {}
     for group in groups:
-        assert group["lr"] == group["initial_lr"] and group["betas"] == (0.9, 0.999) and group["weight_decay"] == 0.1
+        assert (
+            group["lr"] == group["initial_lr"]
+            and group["betas"] == (0.9, 0.999)
+            and group["weight_decay"] == 0.1
+        )
         rates |= {names[p]: group["lr"] / 4e-5 for p in group["params"]}
     assert len(groups) == 26 and rates.keys() == {*names.values()}
     for name, rate in rates.items():
         parts = name.split(".")
         power = 0 if parts[0] != "backbone" else 24 - int(parts[2]) if parts[1] == "blocks" else 25
         assert rate == pytest.approx(0.8**power), name
-    assert rates["backbone.pos_embed"] == pytest.approx(0.8**25) and rates["backbone.blocks.23.norm1.bias"] == \
-        pytest.approx(0.8)
+    assert rates["backbone.pos_embed"] == pytest.approx(0.8**25) and rates[
+        "backbone.blocks.23.norm1.bias"
+    ] == pytest.approx(0.8)
 
 
 # --------------------------------------------------------------------------------- released weights
@@ -1036,7 +1314,11 @@ def released() -> dict[str, Tensor]:
         put(f"{b}.mlp.ffn_ln", HIDDEN, bias=HIDDEN)
         put(f"{b}.mlp.w3", D, HIDDEN, bias=D)
         shapes |= {f"{b}.attn.rope.freqs_{kind}": (16, 16) for kind in ("cos", "sin")}
-    shapes |= {f"backbone.net.rope_{x}.freqs_{kind}": (4, 16) for x in ("win", "glb") for kind in ("cos", "sin")}
+    shapes |= {
+        f"backbone.net.rope_{x}.freqs_{kind}": (4, 16)
+        for x in ("win", "glb")
+        for kind in ("cos", "sin")
+    }
     put("backbone.simfp_2.0", D, D // 2, 2, 2, bias=D // 2)
     put("backbone.simfp_2.1", D // 2, bias=D // 2)
     put("backbone.simfp_2.3", D // 2, D // 4, 2, 2, bias=D // 4)
@@ -1060,7 +1342,10 @@ def released() -> dict[str, Tensor]:
     put("roi_heads.mask_head.deconv", W, W, 2, 2, bias=W)
     put("roi_heads.mask_head.predictor", C, W, 1, 1, bias=C)
     g = torch.Generator().manual_seed(0)
-    values = {n: torch.randn(x, generator=g) / math.sqrt(max(math.prod(x[1:]), 4)) for n, x in shapes.items()}
+    values = {
+        n: torch.randn(x, generator=g) / math.sqrt(max(math.prod(x[1:]), 4))
+        for n, x in shapes.items()
+    }
     for name in values:  # scales of norms, so that signals live
         if len(shapes[name]) == 1 and name.endswith("weight"):
             values[name] += 1
@@ -1078,7 +1363,9 @@ def own_place(name: str) -> str:
             return f"backbone.proj.{last}"
         if last in ("q_bias", "v_bias"):
             return f"backbone.{'.'.join(path)}.{last[0]}_proj.bias"
-        path[-1] = {"w1": "fc1_g", "w2": "fc1_x", "w3": "fc2", "ffn_ln": "norm"}.get(path[-1], path[-1])
+        path[-1] = {"w1": "fc1_g", "w2": "fc1_x", "w3": "fc2", "ffn_ln": "norm"}.get(
+            path[-1], path[-1]
+        )
         return f"backbone.{'.'.join(path)}.{last}"
     if path[0] == "backbone":  # deconvolutions, then 1x1, norm, 3x3, norm
         level, layer, norm = int(path[1][-1]), int(path[2]), path[-1] == "norm"
@@ -1086,16 +1373,21 @@ def own_place(name: str) -> str:
         at = layer if layer < first else first + 2 * (layer - first) + norm
         return f"neck.levels.{level - 2}.{at}.{last}"
     if path[0] == "proposal_generator":
-        part = {"conv0": "convs.0", "conv1": "convs.2", "objectness_logits": "objectness", "anchor_deltas": "deltas"}
+        part = {
+            "conv0": "convs.0",
+            "conv1": "convs.2",
+            "objectness_logits": "objectness",
+            "anchor_deltas": "deltas",
+        }
         return f"rpn.{part[path[-1]]}.{last}"
     if path[1] == "mask_head":
         if "mask_fcn" in path[2]:
             return f"heads.mask.convs.{3 * (int(path[2][-1]) - 1) + (path[-1] == 'norm')}.{last}"
-        return f"heads.mask.{ {'deconv': 'up', 'predictor': 'masks'}[path[2]]}.{last}"
+        return f"heads.mask.{ {'deconv': 'up', 'predictor': 'masks'}[path[2]] }.{last}"
     k, part = path[2], path[3]
     if part.startswith("conv"):
         return f"heads.boxes.{k}.convs.{3 * (int(part[-1]) - 1) + (path[-1] == 'norm')}.{last}"
-    return f"heads.boxes.{k}.{ {'fc1': 'fc', 'cls_score': 'classes', 'bbox_pred': 'deltas'}[part]}.{last}"
+    return f"heads.boxes.{k}.{ {'fc1': 'fc', 'cls_score': 'classes', 'bbox_pred': 'deltas'}[part] }.{last}"
 
 
 @pytest.fixture
@@ -1149,11 +1441,17 @@ def released_attention(x: Tensor, file: dict, b: str, tokens: int) -> Tensor:
     """(B, tokens^2, D), two heads of 16 channels."""
     sines, cosines = (torch.from_numpy(t).float() for t in rotary(tokens, D // 2))
     q = F.linear(x, file[f"{b}.q_proj.weight"], file[f"{b}.q_bias"])
-    k, v = x @ file[f"{b}.k_proj.weight"].T, F.linear(x, file[f"{b}.v_proj.weight"], file[f"{b}.v_bias"])
+    k, v = (
+        x @ file[f"{b}.k_proj.weight"].T,
+        F.linear(x, file[f"{b}.v_proj.weight"], file[f"{b}.v_bias"]),
+    )
     out = []
     for head in range(2):
-        q_, k_, v_ = (t[..., head * 16:head * 16 + 16] for t in (q, k, v))
-        q_, k_ = (t * cosines + torch.stack([-t[..., 1::2], t[..., ::2]], dim=-1).flatten(-2) * sines for t in (q_, k_))
+        q_, k_, v_ = (t[..., head * 16 : head * 16 + 16] for t in (q, k, v))
+        q_, k_ = (
+            t * cosines + torch.stack([-t[..., 1::2], t[..., ::2]], dim=-1).flatten(-2) * sines
+            for t in (q_, k_)
+        )
         out.append((q_ @ k_.transpose(1, 2) / 4).softmax(-1) @ v_)
     return F.linear(torch.cat(out, dim=-1), *both(file, f"{b}.proj"))
 
@@ -1162,19 +1460,23 @@ def released_backbone(images: Tensor, file: dict) -> Tensor:
     """EVA-02's ViT of 4 x 4 tokens: block 0 within windows of 2 x 2, block 1 over all."""
     x = F.conv2d(images, *both(file, "backbone.net.patch_embed.proj"), stride=16)
     m = torch.from_numpy(cubic(14, 4)).float()
-    x = x + torch.einsum("ip,jq,pqd->dij", m, m, file["backbone.net.pos_embed"][0, 1:].view(14, 14, D))
+    x = x + torch.einsum(
+        "ip,jq,pqd->dij", m, m, file["backbone.net.pos_embed"][0, 1:].view(14, 14, D)
+    )
     x = x.permute(0, 2, 3, 1)
     for i in range(DEPTH):
         b = f"backbone.net.blocks.{i}"
         y, z = normed(x, file, f"{b}.norm1"), torch.zeros_like(x)
         side = 4 if i else 2
         for row, column in itertools.product(range(0, 4, side), range(0, 4, side)):
-            part = y[:, row:row + side, column:column + side].flatten(1, 2)
+            part = y[:, row : row + side, column : column + side].flatten(1, 2)
             part = released_attention(part, file, f"{b}.attn", side)
-            z[:, row:row + side, column:column + side] = part.unflatten(1, (side, side))
+            z[:, row : row + side, column : column + side] = part.unflatten(1, (side, side))
         x = x + z
         y = normed(x, file, f"{b}.norm2")
-        y = F.silu(F.linear(y, *both(file, f"{b}.mlp.w1"))) * F.linear(y, *both(file, f"{b}.mlp.w2"))
+        y = F.silu(F.linear(y, *both(file, f"{b}.mlp.w1"))) * F.linear(
+            y, *both(file, f"{b}.mlp.w2")
+        )
         x = x + F.linear(normed(y, file, f"{b}.mlp.ffn_ln"), *both(file, f"{b}.mlp.w3"))
     return x.permute(0, 3, 1, 2)
 
@@ -1182,18 +1484,31 @@ def released_backbone(images: Tensor, file: dict) -> Tensor:
 def released_pyramid(x: Tensor, file: dict) -> list[Tensor]:
     up = F.conv_transpose2d(x, *both(file, "backbone.simfp_2.0"), stride=2)
     up = F.gelu(normed(up.movedim(1, -1), file, "backbone.simfp_2.1").movedim(-1, 1))
-    starts = ((2, 4, F.conv_transpose2d(up, *both(file, "backbone.simfp_2.3"), stride=2)),
-              (3, 1, F.conv_transpose2d(x, *both(file, "backbone.simfp_3.0"), stride=2)), (4, 0, x),
-              (5, 1, F.max_pool2d(x, 2)))
-    maps = [conv_norm(conv_norm(y, file, f"backbone.simfp_{level}.{i}"), file, f"backbone.simfp_{level}.{i + 1}")
-            for level, i, y in starts]
+    starts = (
+        (2, 4, F.conv_transpose2d(up, *both(file, "backbone.simfp_2.3"), stride=2)),
+        (3, 1, F.conv_transpose2d(x, *both(file, "backbone.simfp_3.0"), stride=2)),
+        (4, 0, x),
+        (5, 1, F.max_pool2d(x, 2)),
+    )
+    maps = [
+        conv_norm(
+            conv_norm(y, file, f"backbone.simfp_{level}.{i}"),
+            file,
+            f"backbone.simfp_{level}.{i + 1}",
+        )
+        for level, i, y in starts
+    ]
     return [*maps, maps[-1][:, :, ::2, ::2]]
 
 
 def test_a_loaded_detector_computes_what_the_released_one_does(loaded):
     """By the released names alone: backbone, pyramid, proposals' scores, three heads and masks."""
     file, net, _ = loaded
-    images, boxes, labels = torch.randn(2, 3, 64, 64), some_boxes(7, 64, 12), torch.tensor([4, 0, 1, 1, 3, 2, 0])
+    images, boxes, labels = (
+        torch.randn(2, 3, 64, 64),
+        some_boxes(7, 64, 12),
+        torch.tensor([4, 0, 1, 1, 3, 2, 0]),
+    )
     with torch.no_grad():
         tokens = released_backbone(images, file)
         assert close(net.eval().backbone(images), tokens, 1e-4) and tokens.std() > 0.3
@@ -1205,10 +1520,14 @@ def test_a_loaded_detector_computes_what_the_released_one_does(loaded):
         for x in pyramid:
             for i in range(2):
                 x = F.relu(F.conv2d(x, *both(file, f"{head}.conv.conv{i}"), padding=1))
-            scores.append(F.conv2d(x, *both(file, f"{head}.objectness_logits")).permute(0, 2, 3, 1).flatten(1))
+            scores.append(
+                F.conv2d(x, *both(file, f"{head}.objectness_logits")).permute(0, 2, 3, 1).flatten(1)
+            )
             x = F.conv2d(x, *both(file, f"{head}.anchor_deltas"))
             deltas.append(x.view(2, 3, 4, *x.shape[2:]).permute(0, 3, 4, 1, 2).flatten(1, 3))
-        for a, b in zip(net.rpn(pyramid), (torch.cat(scores, 1), torch.cat(deltas, 1)), strict=True):
+        for a, b in zip(
+            net.rpn(pyramid), (torch.cat(scores, 1), torch.cat(deltas, 1)), strict=True
+        ):
             assert close(a, b, 1e-4) and b.std() > 0.1
 
         moved, total = boxes, 0
@@ -1217,18 +1536,32 @@ def test_a_loaded_detector_computes_what_the_released_one_does(loaded):
             for i in range(1, 5):
                 x = F.relu(conv_norm(x, file, f"roi_heads.box_head.{k}.conv{i}"))
             x = F.relu(F.linear(x.flatten(1), *both(file, f"roi_heads.box_head.{k}.fc1")))
-            total = total + F.linear(x, *both(file, f"roi_heads.box_predictor.{k}.cls_score")).sigmoid()[:, :C] / 3
+            total = (
+                total
+                + F.linear(x, *both(file, f"roi_heads.box_predictor.{k}.cls_score")).sigmoid()[
+                    :, :C
+                ]
+                / 3
+            )
             steps = F.linear(x, *both(file, f"roi_heads.box_predictor.{k}.bbox_pred"))
-            moved = clip_boxes_to_image(coding.BoxCoder(weights).decode_single(steps, moved), (64, 64))
+            moved = clip_boxes_to_image(
+                coding.BoxCoder(weights).decode_single(steps, moved), (64, 64)
+            )
         _, (found, probs) = net.heads.scores(pyramid, [boxes[:0], boxes])
-        assert close(probs, total, 1e-3) and close(found, moved, 1e-2) and (moved - boxes).abs().max() > 1
+        assert (
+            close(probs, total, 1e-3)
+            and close(found, moved, 1e-2)
+            and (moved - boxes).abs().max() > 1
+        )
         assert probs.std() > 0.05
 
         x = torch.cat([pooled(pyramid, 1, b, 14) for b in boxes])
         for i in range(1, 5):
             x = F.relu(conv_norm(x, file, f"roi_heads.mask_head.mask_fcn{i}"))
         x = F.relu(F.conv_transpose2d(x, *both(file, "roi_heads.mask_head.deconv"), stride=2))
-        x = F.conv2d(x, *both(file, "roi_heads.mask_head.predictor")).sigmoid()[torch.arange(7), labels]
+        x = F.conv2d(x, *both(file, "roi_heads.mask_head.predictor")).sigmoid()[
+            torch.arange(7), labels
+        ]
         assert close(net.masks(pyramid, 1, boxes, labels), x, 1e-3) and x.std() > 0.1
 
 

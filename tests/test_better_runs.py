@@ -22,7 +22,18 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from helpers import TEST_DATA, Ran, apart, argv, differences, log_of, state, tensors, torchrun, until
+from helpers import (
+    TEST_DATA,
+    Ran,
+    apart,
+    argv,
+    differences,
+    log_of,
+    state,
+    tensors,
+    torchrun,
+    until,
+)
 from PIL import Image
 from pycocotools import mask as coco_mask
 
@@ -38,11 +49,37 @@ HERE = ["--workers", "0", "--device", "cpu"]  # beside a checkpoint, which does 
 
 # 8 labeled pictures, 2 of them held out; 2 steps of each network that learns from labels, 3 of the
 # student
-TINY = dict(split="8", frequency="subset", backbone="test_resnet", weights="none", norm="frozen", image_size=64,
-            width=32, fc=64, head_convs=1, anchor_scale=4.0, proposals=20, rpn_batch=32, roi_batch=16, embed_size=32,
-            batch_size=2, teacher_batch_size=2, teacher_steps=2, steps=3, lr=1e-3, layer_decay=0.5, eval_every=2,
-            log_every=1, workers=0, device="cpu", scale=(0.7, 1.4), ema=0.9, holdout=0.25, threshold=0.2,
-            calib_min_score=0.1)
+TINY = dict(
+    split="8",
+    frequency="subset",
+    backbone="test_resnet",
+    weights="none",
+    norm="frozen",
+    image_size=64,
+    width=32,
+    fc=64,
+    head_convs=1,
+    anchor_scale=4.0,
+    proposals=20,
+    rpn_batch=32,
+    roi_batch=16,
+    embed_size=32,
+    batch_size=2,
+    teacher_batch_size=2,
+    teacher_steps=2,
+    steps=3,
+    lr=1e-3,
+    layer_decay=0.5,
+    eval_every=2,
+    log_every=1,
+    workers=0,
+    device="cpu",
+    scale=(0.7, 1.4),
+    ema=0.9,
+    holdout=0.25,
+    threshold=0.2,
+    calib_min_score=0.1,
+)
 LATE = dict(eval_every=99)  # evaluated at the ends alone
 
 
@@ -50,14 +87,20 @@ LATE = dict(eval_every=99)  # evaluated at the ends alone
 def quick(*more: Callable, put: Callable = setattr) -> None:
     """No pictures, no TensorBoard, no git and no flushing, which take most of a tiny run's time;
     then `more`."""
+
     def touch(*args, **keywords) -> None:
         path = next(a for a in args if isinstance(a, Path))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
 
-    for owner, name, value in ((runs, "commit", str), (os, "fsync", lambda number: None), (plots, "strip", touch),
-                               (plots, "curves", touch), (calibration, "diagram", touch),
-                               (calibration, "scatter", touch)):
+    for owner, name, value in (
+        (runs, "commit", str),
+        (os, "fsync", lambda number: None),
+        (plots, "strip", touch),
+        (plots, "curves", touch),
+        (calibration, "diagram", touch),
+        (calibration, "scatter", touch),
+    ):
         put(owner, name, value)
     no_tensorboard()
     for change in more:
@@ -72,7 +115,10 @@ def no_tensorboard() -> None:
 def quiet(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     quick(put=monkeypatch.setattr)
-    handlers, threads = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}, torch.get_num_threads()
+    handlers, threads = (
+        {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)},
+        torch.get_num_threads(),
+    )
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
@@ -104,9 +150,26 @@ def trained(tail, tmp_path_factory) -> Path:
         quick(put=patch.setattr)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
-        bp.main(bp.preset(**tiny(tail, folder / "run", split="all", stage="teacher", norm="live", layer_decay=1.0,
-                                 lr=6e-3, teacher_steps=60, teacher_batch_size=4, scale=(1, 1), val="train",
-                                 init_detector="", weights=folder / "body.pth", **LATE)))
+        bp.main(
+            bp.preset(
+                **tiny(
+                    tail,
+                    folder / "run",
+                    split="all",
+                    stage="teacher",
+                    norm="live",
+                    layer_decay=1.0,
+                    lr=6e-3,
+                    teacher_steps=60,
+                    teacher_batch_size=4,
+                    scale=(1, 1),
+                    val="train",
+                    init_detector="",
+                    weights=folder / "body.pth",
+                    **LATE,
+                )
+            )
+        )
         torch.set_num_threads(threads)
     STARTS.update(weights=folder / "body.pth", init_detector=folder / "run" / "teacher.pt")
     return folder / "run"
@@ -145,7 +208,9 @@ def as_line(**flags) -> list[str]:
 @pytest.fixture
 def line(trained, tail, tmp_path):
     """line(...) -> the command line of a tiny run into tmp_path/out, on `tail`."""
-    return lambda out=None, data=None, **flags: as_line(**tiny(data or tail, out or tmp_path / "out", **flags))
+    return lambda out=None, data=None, **flags: as_line(
+        **tiny(data or tail, out or tmp_path / "out", **flags)
+    )
 
 
 def forked(flags: list[str], folder: Path, *setup: Callable, **more) -> Ran:
@@ -161,6 +226,7 @@ def on_ranks(n: int, flags: list[str], folder: Path, *setup: Callable) -> list[R
 def typed(monkeypatch, capsys):
     """typed(LINE) -> exit code and output of `python better_pseudo_labels.py LINE`, run in this
     process."""
+
     def enter(flags: list[str]) -> Ran:
         capsys.readouterr()
         with monkeypatch.context() as patch:
@@ -170,6 +236,7 @@ def typed(monkeypatch, capsys):
             except SystemExit as left:
                 return Ran(left.code or 0, *capsys.readouterr())
         return Ran(0, *capsys.readouterr())
+
     return enter
 
 
@@ -186,6 +253,7 @@ def finished(trained, tail, tmp_path_factory):
             if flags.get("stage") not in ("calibrate", "prototypes", "retrieve"):
                 assert returned == json.loads((made[key] / "results.json").read_text())
         return made[key]
+
     return make
 
 
@@ -193,12 +261,14 @@ def finished(trained, tail, tmp_path_factory):
 def short(trained, tail, tmp_path, monkeypatch):
     """short(...) -> the State after each phase of a run of few steps that is not scored, and its
     `args`."""
+
     def run(**flags) -> SimpleNamespace:
         found = {}
 
         def begin(phase, *args, real=bp.begin):
             found[phase], notes = real(phase, *args)
             return found[phase], notes
+
         with monkeypatch.context() as patch:
             patch.setattr(bp, "begin", begin)
             patch.setattr(bp, "score_networks", lambda *args: None)
@@ -206,6 +276,7 @@ def short(trained, tail, tmp_path, monkeypatch):
             settings = tiny(tail, out, **flags)
             bp.main(bp.preset(**settings))
         return SimpleNamespace(**found, out=out, args=bp.preset(**settings))
+
     return run
 
 
@@ -229,7 +300,11 @@ def found_by(out: Path, name: str) -> list[dict]:
 
 
 def files(out: Path) -> set[str]:
-    return {str(p.relative_to(out)) for p in out.rglob("*") if not p.name.startswith(("events.", ".lock"))}
+    return {
+        str(p.relative_to(out))
+        for p in out.rglob("*")
+        if not p.name.startswith(("events.", ".lock"))
+    }
 
 
 def weights(path: Path) -> dict[str, dict[str, torch.Tensor]]:
@@ -252,7 +327,11 @@ def assert_equal_runs(out: Path, reference: Path) -> None:
         assert not wrong, f"{name}: {wrong[:5]}"
     a, b = ([r | {"images_per_second": 0} for r in log_of(folder)] for folder in (out, reference))
     assert a == b
-    for path in (*reference.glob("*.segm.json"), *reference.glob("*.reliability.json"), *reference.glob("calib*.json")):
+    for path in (
+        *reference.glob("*.segm.json"),
+        *reference.glob("*.reliability.json"),
+        *reference.glob("calib*.json"),
+    ):
         assert (out / path.name).read_text() == path.read_text(), path.name
 
 
@@ -290,9 +369,19 @@ def whole(trained, tmp_path_factory) -> tuple[Path, Ran]:
     said."""
     folder = tmp_path_factory.mktemp("whole")
     flags = {k: v for k, v in TINY.items() if k not in ("frequency", "backbone", "weights", "norm")}
-    flags = flags | dict(out=folder / "run", root=folder / "data", init_detector=STARTS["init_detector"], stratify=True)
-    done = helpers.run(["--dataset", "shapes", *argv(**flags)], folder, partial(no_tensorboard_and, small_shapes),
-                       env={"BODY": str(STARTS["weights"])}, name=NAME)
+    flags = flags | dict(
+        out=folder / "run",
+        root=folder / "data",
+        init_detector=STARTS["init_detector"],
+        stratify=True,
+    )
+    done = helpers.run(
+        ["--dataset", "shapes", *argv(**flags)],
+        folder,
+        partial(no_tensorboard_and, small_shapes),
+        env={"BODY": str(STARTS["weights"])},
+        name=NAME,
+    )
     return folder / "run", done.ok()
 
 
@@ -301,60 +390,145 @@ def no_tensorboard_and(more: Callable) -> None:
     more()
 
 
-SCORES = ("ap", "ap50", "ap75", "ap_s", "ap_m", "ap_l", "apr", "apc", "apf", "ar300", "ar_s", "ar_m", "ar_l", "ece",
-          "box_ap", "box_apr", "box_apc", "box_apf", "per_class", "step")
+SCORES = (
+    "ap",
+    "ap50",
+    "ap75",
+    "ap_s",
+    "ap_m",
+    "ap_l",
+    "apr",
+    "apc",
+    "apf",
+    "ar300",
+    "ar_s",
+    "ar_m",
+    "ar_l",
+    "ece",
+    "box_ap",
+    "box_apr",
+    "box_apc",
+    "box_apf",
+    "per_class",
+    "step",
+)
 
 
 def test_results_of_a_run(whole):
     out, said = whole
     read, classes = json.loads((out / "results.json").read_text()), list(shapes.TAIL_CLASSES)
     for name, steps in {"supervised": (4,), "student": (6, 7), "teacher": (6, 7)}.items():
-        assert read[name].keys() == {"last", "best"} and read[name]["best"]["ap"] >= read[name]["last"]["ap"]
+        assert (
+            read[name].keys() == {"last", "best"}
+            and read[name]["best"]["ap"] >= read[name]["last"]["ap"]
+        )
         for record in read[name].values():
             assert record.keys() == set(SCORES) and record["step"] in steps
-            numbers = [v for k, v in record.items() if k not in ("step", "per_class", "ap_l", "ar_l")]
+            numbers = [
+                v for k, v in record.items() if k not in ("step", "per_class", "ap_l", "ar_l")
+            ]
             assert all(np.isfinite(v) and 0 <= v <= 100 for v in numbers if v is not None), record
-            assert None not in [record[k] for k in ("ap", "ap50", "box_ap", "ece", "ar300")] and record["ece"] <= 1
+            assert (
+                None not in [record[k] for k in ("ap", "ap50", "box_ap", "ece", "ar300")]
+                and record["ece"] <= 1
+            )
             present = [v for v in record["per_class"].values() if v is not None]
             assert list(record["per_class"]) == classes
             assert present and np.mean(present) == pytest.approx(record["ap"], abs=1e-9)
         assert read[name]["last"]["step"] == steps[-1]
     assert read["supervised"]["last"]["box_ap"] > 1  # it finds something
-    assert read["dataset"] == "shapes" and read["split"] == "8" and (read["split_seed"], read["seed"]) == (0, 0)
+    assert (
+        read["dataset"] == "shapes"
+        and read["split"] == "8"
+        and (read["split_seed"], read["seed"]) == (0, 0)
+    )
     assert read["stage"] == "all" and read["val"] == "val"
-    assert re.fullmatch("[0-9a-f]{64}", read["split_fingerprint"]) and read["seconds"] > 0 < read["images_per_second"]
+    assert (
+        re.fullmatch("[0-9a-f]{64}", read["split_fingerprint"])
+        and read["seconds"] > 0 < read["images_per_second"]
+    )
     assert f"ap: teacher {read['teacher']['last']['ap']:.2f}" in said.out and str(out) in said.out
-    assert "8 labeled images" in said.out and "4 unlabeled" in said.out and "scored on 5" in said.out
-    assert "heldout (2 steps), teacher (2 steps), student (3 steps)" in said.out and "2 held-out images" in said.out
+    assert (
+        "8 labeled images" in said.out and "4 unlabeled" in said.out and "scored on 5" in said.out
+    )
+    assert (
+        "heldout (2 steps), teacher (2 steps), student (3 steps)" in said.out
+        and "2 held-out images" in said.out
+    )
 
 
 def test_folder_and_pictures_of_a_run(whole):
     out, _ = whole
-    pictures = {"curves.png", "calibration.png", "per_class.png", "reliability_teacher.png", "reliability_student.png",
-                *(f"previews/000000{step}.png" for step in (4, 6, 7))}
-    assert files(out) == {"config.json", "log.jsonl", "last.pt", "best.pt", "heldout.pt", "teacher.pt", "prototypes.pt",
-                          "calibration.json", "results.json", "previews", *pictures,
-                          *(f"{name}.{kind}.json" for name in ("supervised", "student", "teacher")
-                            for kind in ("segm", "reliability"))}
+    pictures = {
+        "curves.png",
+        "calibration.png",
+        "per_class.png",
+        "reliability_teacher.png",
+        "reliability_student.png",
+        *(f"previews/000000{step}.png" for step in (4, 6, 7)),
+    }
+    assert files(out) == {
+        "config.json",
+        "log.jsonl",
+        "last.pt",
+        "best.pt",
+        "heldout.pt",
+        "teacher.pt",
+        "prototypes.pt",
+        "calibration.json",
+        "results.json",
+        "previews",
+        *pictures,
+        *(
+            f"{name}.{kind}.json"
+            for name in ("supervised", "student", "teacher")
+            for kind in ("segm", "reliability")
+        ),
+    }
     for name in pictures:
         with Image.open(out / name) as picture:
             assert np.array(picture.convert("L")).std() > 10 and min(picture.size) > 100, name
     config = json.loads((out / "config.json").read_text())
-    assert config["script"] == "better_pseudo_labels.py" and config["classes"] == list(shapes.TAIL_CLASSES)
-    assert config["settings"]["proposals"] == 20 and config["settings"]["norm"] == "live" and config["processes"] == 1
-    assert config["fingerprint"] == results(out)["split_fingerprint"] and "8 labeled" in config["images"]
-    assert len(config["held_out"]) == 2 and {"commit", "torch", "python", "device", "command"} <= config.keys()
+    assert config["script"] == "better_pseudo_labels.py" and config["classes"] == list(
+        shapes.TAIL_CLASSES
+    )
+    assert (
+        config["settings"]["proposals"] == 20
+        and config["settings"]["norm"] == "live"
+        and config["processes"] == 1
+    )
+    assert (
+        config["fingerprint"] == results(out)["split_fingerprint"]
+        and "8 labeled" in config["images"]
+    )
+    assert (
+        len(config["held_out"]) == 2
+        and {"commit", "torch", "python", "device", "command"} <= config.keys()
+    )
 
 
 def test_checkpoints_of_a_run(whole):
     out, _ = whole
-    last, best, heldout, teacher = (content(out / f"{name}.pt") for name in ("last", "best", "heldout", "teacher"))
-    assert last["step"] == 7 and last.keys() - best.keys() == {"optimizer"} and "optimizer" not in teacher
+    last, best, heldout, teacher = (
+        content(out / f"{name}.pt") for name in ("last", "best", "heldout", "teacher")
+    )
+    assert (
+        last["step"] == 7
+        and last.keys() - best.keys() == {"optimizer"}
+        and "optimizer" not in teacher
+    )
     assert last["networks"].keys() == best["networks"].keys() == {"student", "teacher"}
     assert teacher["networks"].keys() == heldout["networks"].keys() == {"supervised"}
-    assert (heldout["step"], teacher["step"], best["step"]) == (2, 4, results(out)["teacher"]["best"]["step"])
+    assert (heldout["step"], teacher["step"], best["step"]) == (
+        2,
+        4,
+        results(out)["teacher"]["best"]["step"],
+    )
     assert apart(heldout["networks"], teacher["networks"]) > 1e-4
-    made, train_json = content(out / "prototypes.pt"), part(out.parent / "data" / "tail", "train").read_text()
+    made, train_json = (
+        content(out / "prototypes.pt"),
+        part(out.parent / "data" / "tail", "train").read_text(),
+    )
     assert made["prototypes"].shape == (12, 96) and made["classes"] == list(shapes.TAIL_CLASSES)
     assert ((made["prototypes"].abs().sum(1) > 0) == (made["embedded"] > 0)).all()
     # of the labeled ones alone
@@ -363,25 +537,47 @@ def test_checkpoints_of_a_run(whole):
 
 def test_calibration_of_a_run(whole):
     read = json.loads((whole[0] / "calibration.json").read_text())
-    assert read.keys() == {"classes", "delta", "raw_delta", "samples", "images", "reliability"} and read["images"] == 2
-    assert read["classes"] == list(shapes.TAIL_CLASSES) and sum(read["samples"]) == read["reliability"]["n"] > 0
+    assert (
+        read.keys() == {"classes", "delta", "raw_delta", "samples", "images", "reliability"}
+        and read["images"] == 2
+    )
+    assert (
+        read["classes"] == list(shapes.TAIL_CLASSES)
+        and sum(read["samples"]) == read["reliability"]["n"] > 0
+    )
     assert all(-1 <= d <= 1 for d in read["delta"] + read["raw_delta"]) and any(read["delta"])
     assert all(d == 0 for d, n in zip(read["raw_delta"], read["samples"], strict=True) if n == 0)
     delta = content(whole[0] / "last.pt")["delta"]
-    assert delta.tolist() == pytest.approx(read["delta"]) and content(whole[0] / "teacher.pt")["delta"] is None
+    assert (
+        delta.tolist() == pytest.approx(read["delta"])
+        and content(whole[0] / "teacher.pt")["delta"] is None
+    )
 
 
-PARTS = ("loss", "rpn", "rpn_box", "mask", *(f"{what}{i}" for what in ("class", "box") for i in (1, 2, 3)))
+PARTS = (
+    "loss",
+    "rpn",
+    "rpn_box",
+    "mask",
+    *(f"{what}{i}" for what in ("class", "box") for i in (1, 2, 3)),
+)
 LABELED = {f"{name}_l" for name in PARTS} | {"step", "lr", "images_per_second"}
-BOTH = LABELED | {f"{name}_u" for name in PARTS} | {"pseudo_per_image", "pseudo_none", "conf", "mass"}
+BOTH = (
+    LABELED | {f"{name}_u" for name in PARTS} | {"pseudo_per_image", "pseudo_none", "conf", "mass"}
+)
 
 
 def test_log_of_a_run(whole):
     steps, scores = steps_of(whole[0]), [r for r in log_of(whole[0]) if "loss_l" not in r]
-    assert [r["step"] for r in steps] == list(range(1, 8)) and [r["step"] for r in scores] == [4, 6, 7]
+    assert [r["step"] for r in steps] == list(range(1, 8)) and [r["step"] for r in scores] == [
+        4,
+        6,
+        7,
+    ]
     assert [set(r) for r in steps] == [LABELED] * 4 + [BOTH] * 3
-    assert [set(r) - {"step"} for r in scores] == [{"ap_supervised", "apr_supervised", "ece_supervised"}] + [
-        {f"{k}_{name}" for k in ("ap", "apr", "ece") for name in ("student", "teacher")}] * 2
+    assert [set(r) - {"step"} for r in scores] == [
+        {"ap_supervised", "apr_supervised", "ece_supervised"}
+    ] + [{f"{k}_{name}" for k in ("ap", "apr", "ece") for name in ("student", "teacher")}] * 2
     assert max(r["pseudo_per_image"] for r in steps[4:]) > 0 < max(r["mask_u"] for r in steps[4:])
     lengths, begun = (2, 2, 2, 2, 3, 3, 3), (0, 0, 2, 2, 4, 4, 4)
     for r, length, first in zip(steps, lengths, begun, strict=True):
@@ -389,7 +585,9 @@ def test_log_of_a_run(whole):
             total = sum(r[f"{name}_{x}"] for name in PARTS[1:])
             assert r[f"loss_{x}"] == pytest.approx(total, rel=1e-5) and np.isfinite(total)
         args = bp.preset("shapes")  # each phase has a schedule of its own
-        assert r["lr"] == pytest.approx(1e-3 * 0.5 ** 0 * bp.schedule(r["step"] - 1 - first, length, args))
+        assert r["lr"] == pytest.approx(
+            1e-3 * 0.5**0 * bp.schedule(r["step"] - 1 - first, length, args)
+        )
 
 
 # ------------------------------------------------------------------------------------------- stages
@@ -402,9 +600,16 @@ def test_stage_prototypes(finished):
 def test_stage_teacher(finished):
     """The network of a run of two stages; no student's, no Delta."""
     out, both = finished(stage="teacher"), finished(pseudo="soft")
-    assert networks(out) == {"supervised"} and not {"heldout.pt", "calibration.json", "per_class.png"} & files(out)
+    assert networks(out) == {"supervised"} and not {
+        "heldout.pt",
+        "calibration.json",
+        "per_class.png",
+    } & files(out)
     assert not differences(weights(out / "teacher.pt"), weights(both / "teacher.pt"))
-    assert results(out)["supervised"] == results(both)["supervised"] and state(out / "last.pt")["step"] == 2
+    assert (
+        results(out)["supervised"] == results(both)["supervised"]
+        and state(out / "last.pt")["step"] == 2
+    )
 
 
 def test_stage_calibrate(finished):
@@ -414,7 +619,9 @@ def test_stage_calibrate(finished):
     assert {"heldout.pt", "calibration.json", "calibration.png"} <= files(out)
     assert not {"teacher.pt", "results.json", "supervised.segm.json"} & files(out)
     for reference in (finished(), finished(stage="calibrate", teacher=out / "heldout.pt")):
-        assert (reference / "calibration.json").read_text() == (out / "calibration.json").read_text()
+        assert (reference / "calibration.json").read_text() == (
+            out / "calibration.json"
+        ).read_text()
     # it trains nothing
     assert not {p for p in files(reference) if p.endswith(".pt")} - {"prototypes.pt"}
     mine, whole_run = weights(out / "heldout.pt"), weights(finished() / "heldout.pt")
@@ -425,7 +632,9 @@ def test_stage_calibrate(finished):
 def test_calibration_of_the_teacher_itself(finished, flags):
     """It is trained and measured, and no network beside it."""
     out = finished(stage="calibrate", **flags)
-    assert {"teacher.pt", "calibration.json", "results.json"} <= files(out) and "heldout.pt" not in files(out)
+    assert {"teacher.pt", "calibration.json", "results.json"} <= files(
+        out
+    ) and "heldout.pt" not in files(out)
     alone = finished(stage="calibrate", teacher=out / "teacher.pt", **flags)
     assert (alone / "calibration.json").read_text() == (out / "calibration.json").read_text()
 
@@ -437,12 +646,18 @@ def test_stage_student_with_teacher_and_calibration(finished, tail):
     out = finished(stage="student", **both)
     assert networks(out) == {"student", "teacher"} and state(out / "last.pt")["step"] == 3
     assert not {"teacher.pt", "heldout.pt", "calibration.json", "per_class.png"} & files(out)
-    assert state(out / "last.pt")["delta"].tolist() == json.loads(both["calibration"].read_text())["delta"]
+    assert (
+        state(out / "last.pt")["delta"].tolist()
+        == json.loads(both["calibration"].read_text())["delta"]
+    )
     again = finished(stage="all", **both)  # nothing else is left to do
     assert not differences(weights(again / "last.pt"), weights(out / "last.pt"))
     last = weights(out / "last.pt")
-    assert apart(last["student"], last["teacher"]) > 1e-5 < apart(
-        last["teacher"], weights(both["teacher"])["supervised"])
+    assert (
+        apart(last["student"], last["teacher"])
+        > 1e-5
+        < apart(last["teacher"], weights(both["teacher"])["supervised"])
+    )
 
 
 @pytest.mark.parametrize("name", ["best.pt", "last.pt"])
@@ -461,14 +676,27 @@ def test_pseudo_labels_of_each_kind(short, monkeypatch, trained, finished):
         found = real(teacher, weak, delta, args)
         made.setdefault(args.pseudo, []).append((found[0], delta))
         return found
+
     monkeypatch.setattr(bp, "pseudo_labels", seen)
     for pseudo in ("onehot", "soft", "calibrated"):
         more = dict(calibration=finished() / "calibration.json") if pseudo == "calibrated" else {}
-        run = short(stage="student", teacher=trained / "teacher.pt", pseudo=pseudo, steps=2, batch_size=4, lr=0.0,
-                    **more)
-        assert not (run.out / "calibration.json").exists() and (run.student.delta is None) == (not more)
+        run = short(
+            stage="student",
+            teacher=trained / "teacher.pt",
+            pseudo=pseudo,
+            steps=2,
+            batch_size=4,
+            lr=0.0,
+            **more,
+        )
+        assert not (run.out / "calibration.json").exists() and (run.student.delta is None) == (
+            not more
+        )
         found, delta = [o for some, _ in made[pseudo] for o in some], made[pseudo][0][1]
-        made[pseudo] = bp.Objects(*(torch.cat([getattr(o, k) for o in found]) for k in bp.Objects._fields)), delta
+        made[pseudo] = (
+            bp.Objects(*(torch.cat([getattr(o, k) for o in found]) for k in bp.Objects._fields)),
+            delta,
+        )
     (hard, _), (soft, none), (right, delta) = (made[k] for k in ("onehot", "soft", "calibrated"))
     assert none is None and delta.abs().max() > 0 and len(soft.labels) > 0
     # filtered on raw scores
@@ -494,6 +722,7 @@ def spied_lists(monkeypatch) -> dict[str, set[str]]:
     def calibrate(net, data, *args, real=bp.calibrate):
         lists["measured"] = named(data.val)
         return real(net, data, *args)
+
     monkeypatch.setattr(instances, "Views", views)
     monkeypatch.setattr(bp, "evaluate", evaluate)
     monkeypatch.setattr(bp, "calibrate", calibrate)
@@ -508,7 +737,9 @@ def test_who_learns_from_what(finished, trained, tail, tmp_path, monkeypatch):
     the two others."""
     lists = spied_lists(monkeypatch)
     train(tail, tmp_path / "out", **LATE)
-    held = {Path(p).stem for p in json.loads((tmp_path / "out" / "config.json").read_text())["held_out"]}
+    held = {
+        Path(p).stem for p in json.loads((tmp_path / "out" / "config.json").read_text())["held_out"]
+    }
     assert len(held) == 2 and lists["measured"] == held and len(lists["scored"]) == 5
     assert lists["heldout labeled"] | held == lists["teacher labeled"] == lists["student labeled"]
     assert not lists["heldout labeled"] & held and len(lists["teacher labeled"]) == 8
@@ -521,9 +752,15 @@ def test_labels_that_teach_no_one(trained, tail, tmp_path, monkeypatch, flags):
     nothing learns from them, not the teacher either, and they are no unlabeled pictures."""
     lists = spied_lists(monkeypatch)
     train(tail, tmp_path / "out", **LATE, **flags)
-    held = {Path(p).stem for p in json.loads((tmp_path / "out" / "config.json").read_text())["held_out"]}
+    held = {
+        Path(p).stem for p in json.loads((tmp_path / "out" / "config.json").read_text())["held_out"]
+    }
     assert len(held) == 2 and lists["measured"] == held
-    assert (lists["scored"] == held) == ("tune" in flags) == (results(tmp_path / "out")["val"] == "held out")
+    assert (
+        (lists["scored"] == held)
+        == ("tune" in flags)
+        == (results(tmp_path / "out")["val"] == "held out")
+    )
     for name in {"teacher labeled", "student labeled", "unlabeled"}:
         assert lists[name] and not lists[name] & held, name
     # nor do prototypes speak of them
@@ -535,15 +772,23 @@ def test_labels_that_teach_no_one(trained, tail, tmp_path, monkeypatch, flags):
 
 def test_grid(line, typed, tmp_path, monkeypatch):
     """One run for each pair, on labels held out; the second call trains nothing."""
-    monkeypatch.setattr(bp, "GRIDS", {"teacher": {"eps": (0.05, 0.2), "gamma": (0.0,)}, "student": bp.GRIDS["student"]})
+    monkeypatch.setattr(
+        bp,
+        "GRIDS",
+        {"teacher": {"eps": (0.05, 0.2), "gamma": (0.0,)}, "student": bp.GRIDS["student"]},
+    )
     trainings = []
-    monkeypatch.setattr(bp, "train_step", lambda *args, real=bp.train_step: (trainings.append(1), real(*args))[1])
+    monkeypatch.setattr(
+        bp, "train_step", lambda *args, real=bp.train_step: (trainings.append(1), real(*args))[1]
+    )
     flags = [f for f in line(tune=True, stage="teacher")] + ["--grid", "teacher"]
     at = flags.index("--stage")
-    flags = flags[:at] + flags[at + 2:]
+    flags = flags[:at] + flags[at + 2 :]
     said = typed(flags).ok().out
     out, table = tmp_path / "out", json.loads((tmp_path / "out" / "grid.json").read_text())
-    assert [(r["eps"], r["gamma"]) for r in table["runs"]] == [(0.05, 0.0), (0.2, 0.0)] and len(trainings) == 4
+    assert [(r["eps"], r["gamma"]) for r in table["runs"]] == [(0.05, 0.0), (0.2, 0.0)] and len(
+        trainings
+    ) == 4
     for r, folder in zip(table["runs"], ("eps-0.05_gamma-0", "eps-0.2_gamma-0"), strict=True):
         read = results(out / folder)
         assert read["val"] == "held out" and read["supervised"]["last"]["ap"] == r["ap"]
@@ -561,10 +806,12 @@ def test_grid_of_the_student_on_two_processes(finished, line, tmp_path):
     given = finished(stage="teacher", tune=True) / "teacher.pt"
     flags = line(tune=True, stage="student", teacher=given, steps=1, **LATE) + ["--grid", "student"]
     at = flags.index("--stage")
-    every = on_ranks(2, flags[:at] + flags[at + 2:], tmp_path, small_grid)
+    every = on_ranks(2, flags[:at] + flags[at + 2 :], tmp_path, small_grid)
     assert [done.code for done in every] == [0, 0], every[0].err[-2000:] + every[1].err[-2000:]
     table = json.loads((tmp_path / "out" / "grid.json").read_text())
-    assert [r["lambda_calib"] for r in table["runs"]] == [0.0, 2.0] and table["best"] in table["runs"]
+    assert [r["lambda_calib"] for r in table["runs"]] == [0.0, 2.0] and table["best"] in table[
+        "runs"
+    ]
     # PyTorch 2.9's own
     said = [line for line in every[1].out.splitlines() if not line.startswith("[Gloo]")]
     assert every[0].out.count("lambda_calib 0") == 1 and not said
@@ -601,8 +848,12 @@ def two_frequent(read: dict) -> None:
 @pytest.fixture(scope="module")
 def searched(trained, tail, pool, tmp_path_factory) -> dict:
     """Flags of a search for neighbours of rare objects, of all classes but two."""
-    return dict(pool=pool, retrieval_weights=STARTS["weights"], **SEARCH,
-                **altered(tail, tmp_path_factory.mktemp("frequencies"), two_frequent))
+    return dict(
+        pool=pool,
+        retrieval_weights=STARTS["weights"],
+        **SEARCH,
+        **altered(tail, tmp_path_factory.mktemp("frequencies"), two_frequent),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -619,29 +870,52 @@ def test_stage_retrieve(retrieved, pool):
     assert {"retrieved.txt", "retrieved.json", "retrieved.png", "embedded/pool"} <= files(retrieved)
     assert not list(retrieved.glob("*.pt"))
     listed = (retrieved / "retrieved.txt").read_text().splitlines()
-    assert 3 <= len(listed) == len(set(listed)) and all(Path(p).is_file() and pool in Path(p).parents for p in listed)
+    assert 3 <= len(listed) == len(set(listed)) and all(
+        Path(p).is_file() and pool in Path(p).parents for p in listed
+    )
     stems = [Path(p).stem.replace("again_", f"{0:011d}") for p in listed]
     assert len(set(stems)) == len(stems) and not any(s.startswith(("known", "torn")) for s in stems)
     report = json.loads((retrieved / "retrieved.json").read_text())
-    assert (report["pool"], report["unreadable"], report["neighbours"], report["kept"]) == (13, 1, 3, len(listed))
-    assert report["classes"] and report["queries"] == sum(c["queries"] for c in report["classes"].values())
+    assert (report["pool"], report["unreadable"], report["neighbours"], report["kept"]) == (
+        13,
+        1,
+        3,
+        len(listed),
+    )
+    assert report["classes"] and report["queries"] == sum(
+        c["queries"] for c in report["classes"].values()
+    )
     with Image.open(retrieved / "retrieved.png") as sheet:
         assert sheet.height == 16 + 164 * len(report["classes"])
 
 
 def test_queries_are_all_objects_of_rare_classes(retrieved, tail):
-    chosen = instances.choose(instances.find("lvis", tail), "8", 0, "", "remaining", False, balanced=False).labeled
-    names, rare = list(shapes.TAIL_CLASSES), [t.category for p in chosen for t in p.things if t.category > 1]
+    chosen = instances.choose(
+        instances.find("lvis", tail), "8", 0, "", "remaining", False, balanced=False
+    ).labeled
+    names, rare = (
+        list(shapes.TAIL_CLASSES),
+        [t.category for p in chosen for t in p.things if t.category > 1],
+    )
     report = json.loads((retrieved / "retrieved.json").read_text())
-    assert {k: c["queries"] for k, c in report["classes"].items()} == {names[c]: rare.count(c) for c in rare}
+    assert {k: c["queries"] for k, c in report["classes"].items()} == {
+        names[c]: rare.count(c) for c in rare
+    }
 
 
-def test_retrieved_list_is_what_a_student_learns_from(retrieved, finished, trained, tail, tmp_path, monkeypatch):
+def test_retrieved_list_is_what_a_student_learns_from(
+    retrieved, finished, trained, tail, tmp_path, monkeypatch
+):
     """With --unlabeled."""
     lists = spied_lists(monkeypatch)
-    file, flags = retrieved / "retrieved.txt", dict(stage="student", pseudo="soft", teacher=trained / "teacher.pt")
+    file, flags = (
+        retrieved / "retrieved.txt",
+        dict(stage="student", pseudo="soft", teacher=trained / "teacher.pt"),
+    )
     train(tail, tmp_path / "out", unlabeled=file, **flags, **LATE)
-    assert lists["unlabeled"] == named([SimpleNamespace(name=p) for p in file.read_text().splitlines()])
+    assert lists["unlabeled"] == named(
+        [SimpleNamespace(name=p) for p in file.read_text().splitlines()]
+    )
     a, b = weights(tmp_path / "out" / "last.pt"), weights(finished(**flags, **LATE) / "last.pt")
     assert apart(a["student"], b["student"]) > 1e-5
 
@@ -656,7 +930,10 @@ def test_pool_inside_a_run(retrieved, searched, tmp_path, monkeypatch, line, typ
     out, listed = tmp_path / "out", (retrieved / "retrieved.txt").read_text()
     assert (out / "retrieved.txt").read_text() == listed
     assert lists["unlabeled"] == {Path(p).stem for p in listed.splitlines()} and networks(out) == {
-        "supervised", "student", "teacher"}
+        "supervised",
+        "student",
+        "teacher",
+    }
     assert f"{len(listed.splitlines())} images of 13" in said
     monkeypatch.setattr(bp, "retrieve", lambda *args: pytest.fail("it searches again"))
     typed(line(resume=True, **flags)).ok()
@@ -676,8 +953,13 @@ def die(at: int | str) -> None:
     def opened(path, mode="r", **more):
         file = open(path, mode, **more)
         if mode == "wb" and isinstance(at, str) and at in path.name:  # also a temporary name
-            file.write = lambda data, half=file.write: (half(bytes(data)[:len(data) // 2]), file.flush(), kill())
+            file.write = lambda data, half=file.write: (
+                half(bytes(data)[: len(data) // 2]),
+                file.flush(),
+                kill(),
+            )
         return file
+
     runs.Run.tally = lambda self, step, *args: kill() if step == at else tally(self, step, *args)
     bp.begin = lambda phase, *args: kill() if at == f"begin {phase}" else made(phase, *args)
     if at == "embed":
@@ -690,16 +972,36 @@ def die(at: int | str) -> None:
 def graded() -> None:
     """AP is a hash of the detections, another one in each evaluation."""
     real = lvis_ap.lvis_ap
-    lvis_ap.lvis_ap = lambda truth, found, *more: real(truth, found, *more) | {
-        "ap": zlib.crc32(repr(found).encode()) % 9999 / 99}
+    lvis_ap.lvis_ap = lambda truth, found, *more: (
+        real(truth, found, *more) | {"ap": zlib.crc32(repr(found).encode()) % 9999 / 99}
+    )
 
 
 # where it is killed, each time in the run that the one before left; the step that is then saved
 MOMENTS = [
-    ("embed", 0), ("prototypes.pt", 0), ("begin heldout", 0), (0, 0), (1, 1), ("heldout.pt", 1), ("last.pt", 1),
-    ("begin teacher", 2), (2, 2), (3, 3), ("teacher.pt", 3), ("last.pt", 3), ("measure", 4), ("calibration.json", 4),
-    ("begin student", 4), (4, 4), ("last.pt", 4), (5, 5), ("student.segm.json", 5), (6, 6), ("last.pt", 6),
-    ("results.json", 7)]
+    ("embed", 0),
+    ("prototypes.pt", 0),
+    ("begin heldout", 0),
+    (0, 0),
+    (1, 1),
+    ("heldout.pt", 1),
+    ("last.pt", 1),
+    ("begin teacher", 2),
+    (2, 2),
+    (3, 3),
+    ("teacher.pt", 3),
+    ("last.pt", 3),
+    ("measure", 4),
+    ("calibration.json", 4),
+    ("begin student", 4),
+    (4, 4),
+    ("last.pt", 4),
+    (5, 5),
+    ("student.segm.json", 5),
+    (6, 6),
+    ("last.pt", 6),
+    ("results.json", 7),
+]
 
 
 def test_killed_at_chosen_moments_and_resumed_is_bit_equal(line, tmp_path):
@@ -709,7 +1011,11 @@ def test_killed_at_chosen_moments_and_resumed_is_bit_equal(line, tmp_path):
         done = forked(flags, tmp_path, graded, partial(die, at))
         assert done.code == -signal.SIGKILL and "Traceback" not in done.err, f"{at}: {done}"
         assert (state(out / "last.pt")["step"] if (out / "last.pt").exists() else 0) == saved, at
-        assert at != "measure" or not (out / "calibration.json").exists() and (out / "teacher.pt").exists()
+        assert (
+            at != "measure"
+            or not (out / "calibration.json").exists()
+            and (out / "teacher.pt").exists()
+        )
     for each in (flags, line(tmp_path / "reference")):
         forked(each, tmp_path, graded).ok()
     assert_equal_runs(out, tmp_path / "reference")
@@ -722,9 +1028,14 @@ def test_killed_at_random_moments_and_resumed_is_bit_equal(line, tmp_path):
     rng, out, at, kills = random.Random(0), tmp_path / "out", [0], int(os.environ.get("KILLS", 4))
     settings = dict(teacher_steps=2 * kills, steps=2 * kills, save_every=2, eval_every=6)
     while len(at) <= kills:
-        started = helpers.begin(line(resume=True, **settings), tmp_path, partial(quick, graded), name=NAME)
+        started = helpers.begin(
+            line(resume=True, **settings), tmp_path, partial(quick, graded), name=NAME
+        )
         goal = at[-1] + rng.randrange(1, 6)
-        until(lambda goal=goal: (out / "log.jsonl").exists() and len(log_of(out, torn=True)) >= goal, started)
+        until(
+            lambda goal=goal: (out / "log.jsonl").exists() and len(log_of(out, torn=True)) >= goal,
+            started,
+        )
         time.sleep(rng.uniform(0, 0.05))
         assert started.alive(), "the run was over before it could be killed: more steps are needed"
         started.kill(signal.SIGKILL)
@@ -739,20 +1050,37 @@ def test_killed_at_random_moments_and_resumed_is_bit_equal(line, tmp_path):
 # ---------------------------------------------------------------------------------- signals, resume
 def interrupt(patch: pytest.MonkeyPatch, at: int, number: int = signal.SIGTERM) -> None:
     """This process gets the signal in the step `at`."""
+
     def at_step(self, step, *args, tally=runs.Run.tally):
         if step == at:
             os.kill(os.getpid(), number)
         return tally(self, step, *args)
+
     patch.setattr(runs.Run, "tally", at_step)
 
 
-EVA = dict(backbone="eva02_tiny_patch14_224", weights="none", image_size=64, window=2, init_detector="", embed_size=28,
-           norm=None, layer_decay=0.8)
-SETTINGS = {"": {}, "refresh": dict(refresh=2), "tune": dict(tune=True, pseudo="soft"),
-            "fresh": dict(student_init="fresh", burn_in=2, pseudo="onehot"),
-            "frozen": dict(teacher_update="frozen", delta_from="teacher"),
-            "live": dict(norm="live", cls_loss="softmax", smoothing="uniform", schedule="constant", clip=1.0, seed=1),
-            "drop path": EVA | dict(drop_path=0.5, depth=2, pseudo="soft", smoothing="uniform", embed_size=None)}
+EVA = dict(
+    backbone="eva02_tiny_patch14_224",
+    weights="none",
+    image_size=64,
+    window=2,
+    init_detector="",
+    embed_size=28,
+    norm=None,
+    layer_decay=0.8,
+)
+SETTINGS = {
+    "": {},
+    "refresh": dict(refresh=2),
+    "tune": dict(tune=True, pseudo="soft"),
+    "fresh": dict(student_init="fresh", burn_in=2, pseudo="onehot"),
+    "frozen": dict(teacher_update="frozen", delta_from="teacher"),
+    "live": dict(
+        norm="live", cls_loss="softmax", smoothing="uniform", schedule="constant", clip=1.0, seed=1
+    ),
+    "drop path": EVA
+    | dict(drop_path=0.5, depth=2, pseudo="soft", smoothing="uniform", embed_size=None),
+}
 
 
 def shallow(monkeypatch, depth: int, width: int = 48) -> None:
@@ -762,11 +1090,14 @@ def shallow(monkeypatch, depth: int, width: int = 48) -> None:
     def create(name, *args, **more):
         small = dict(depth=depth, embed_dim=width, num_heads=2) if name.startswith("eva02") else {}
         return real(name, *args, **more, **small)
+
     monkeypatch.setattr(timm, "create_model", create)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_stopped_by_sigterm_and_resumed_is_bit_equal(line, typed, tail, tmp_path, monkeypatch, name):
+def test_stopped_by_sigterm_and_resumed_is_bit_equal(
+    line, typed, tail, tmp_path, monkeypatch, name
+):
     """In each phase, and at their borders (the second and the fourth step are the last of
     theirs)."""
     settings = {k: v for k, v in SETTINGS[name].items() if k != "depth"}
@@ -789,7 +1120,10 @@ def test_stopped_by_sigterm_and_resumed_is_bit_equal(line, typed, tail, tmp_path
 
 def test_settings_that_matter_give_other_weights(finished):
     """What the comparisons above would miss if they compared nothing."""
-    found = [weights(finished(**SETTINGS[name]) / "last.pt")["student"] for name in ("", "refresh", "tune", "frozen")]
+    found = [
+        weights(finished(**SETTINGS[name]) / "last.pt")["student"]
+        for name in ("", "refresh", "tune", "frozen")
+    ]
     assert all(apart(a, b) > 1e-5 for i, a in enumerate(found) for b in found[:i])
 
 
@@ -809,8 +1143,11 @@ def test_results_do_not_depend_on_what_the_process_did_before(tail, tmp_path, tr
     assert_equal_runs(tmp_path / "a", tmp_path / "b")
 
 
-@pytest.mark.parametrize("flags", [{}, dict(stage="teacher"), dict(stage="calibrate"), dict(stage="prototypes")],
-                         ids=words)
+@pytest.mark.parametrize(
+    "flags",
+    [{}, dict(stage="teacher"), dict(stage="calibrate"), dict(stage="prototypes")],
+    ids=words,
+)
 def test_finished_run_resumed_changes_nothing(line, typed, finished, tmp_path, flags):
     out = Path(shutil.copytree(finished(**flags), tmp_path / "out"))
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name != "config.json"}
@@ -823,7 +1160,11 @@ def test_used_folder_and_resume_with_other_settings(line, typed, finished, tmp_p
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
     assert "--resume" in (error := typed(line()).error()) and "--out" in error and str(out) in error
     error = typed(line(resume=True, lr=0.2, eps=0.2, pseudo="soft")).error()
-    assert "lr (0.001 then, 0.2 now)" in error and "pseudo (calibrated then, soft now)" in error and "eps (" in error
+    assert (
+        "lr (0.001 then, 0.2 now)" in error
+        and "pseudo (calibrated then, soft now)" in error
+        and "eps (" in error
+    )
     assert "--resume" in error and str(out) in error and "steps" not in error
     assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*")}
     typed(line(resume=True, workers=1, save_every=3, log_every=2)).ok()
@@ -831,15 +1172,25 @@ def test_used_folder_and_resume_with_other_settings(line, typed, finished, tmp_p
 
 def test_folder_of_another_script(line, typed, tmp_path):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "config.json").write_text('{"script": "guided_distillation.py", "settings": {}}')
+    (tmp_path / "out" / "config.json").write_text(
+        '{"script": "guided_distillation.py", "settings": {}}'
+    )
     error = typed(line(resume=True)).error()
     assert "guided_distillation.py" in error and "--out" in error and str(tmp_path / "out") in error
 
 
 def test_run_whose_teacher_file_is_gone_goes_on(line, typed, finished, tmp_path, monkeypatch):
     """last.pt holds the teacher, and Delta."""
-    given = {name: Path(shutil.copy(finished() / name, tmp_path)) for name in ("teacher.pt", "calibration.json")}
-    flags = dict(stage="student", teacher=given["teacher.pt"], calibration=given["calibration.json"], resume=True)
+    given = {
+        name: Path(shutil.copy(finished() / name, tmp_path))
+        for name in ("teacher.pt", "calibration.json")
+    }
+    flags = dict(
+        stage="student",
+        teacher=given["teacher.pt"],
+        calibration=given["calibration.json"],
+        resume=True,
+    )
     with monkeypatch.context() as patch:
         interrupt(patch, 1)
         typed(line(**flags)).ok()
@@ -858,7 +1209,10 @@ def test_as_a_user_types_it(line, tmp_path):
     assert results(tmp_path / "out")["teacher"]["last"]["step"] == 3
     assert json.loads((tmp_path / "out" / "config.json").read_text())["processes"] == 2
     choosers = ", ".join(f'"{name}"' for name in helpers.CHOOSERS[NAME])
-    assert f"runs.cli(Args, settings, main, choosers=({choosers}))" in (helpers.REPO / f"{NAME}.py").read_text()
+    assert (
+        f"runs.cli(Args, settings, main, choosers=({choosers}))"
+        in (helpers.REPO / f"{NAME}.py").read_text()
+    )
 
 
 # Batches of four with frozen BatchNorm, weights that were trained, few steps, and a seed with which
@@ -884,8 +1238,13 @@ def test_steps_are_equal_on_one_and_two_processes(line, typed, finished, tmp_pat
     assert apart(content(one / "prototypes.pt"), content(two / "prototypes.pt")) < 1e-6
     for name in ("heldout.pt", "teacher.pt", "last.pt"):
         assert apart(weights(one / name), weights(two / name)) < 2e-6
-        assert apart(weights(one / name), weights(finished(**FOUR | dict(batch_size=2, teacher_batch_size=2)) / name)
-                     ) > 1e-4
+        assert (
+            apart(
+                weights(one / name),
+                weights(finished(**FOUR | dict(batch_size=2, teacher_batch_size=2)) / name),
+            )
+            > 1e-4
+        )
     for a, b in zip(steps_of(one), steps_of(two), strict=True):
         assert a.keys() == b.keys()
         for name in a.keys() - MEANS:
@@ -898,14 +1257,18 @@ def test_steps_are_equal_on_one_and_two_processes(line, typed, finished, tmp_pat
         assert a.pop("per_class") == pytest.approx(b.pop("per_class"), abs=1e-6)
         assert a == pytest.approx(b, abs=1e-6)
     every = on_ranks(2, line(resume=True, **FOUR), tmp_path, signal_to_one)
-    assert [done.code for done in every] == [0, 0] and not any("Traceback" in done.err for done in every)
+    assert [done.code for done in every] == [0, 0] and not any(
+        "Traceback" in done.err for done in every
+    )
     assert "Stopped by a signal to another process after step 5" in every[0].out
     assert state(out / "last.pt")["step"] == 5
     typed(line(resume=True, **FOUR)).ok()
     assert apart(weights(one / "last.pt"), weights(out / "last.pt")) < 2e-6
 
 
-def test_logged_means_over_pseudo_labels_do_not_depend_on_parts_or_processes(finished, line, trained, tail, tmp_path):
+def test_logged_means_over_pseudo_labels_do_not_depend_on_parts_or_processes(
+    finished, line, trained, tail, tmp_path
+):
     """Of all objects, wherever they were found: a part without one does not pull `conf` to zero."""
     train(tail, tmp_path / "parts", **FOUR, accumulate=4)
     for done in on_ranks(2, line(tmp_path / "two", **FOUR), tmp_path):
@@ -926,11 +1289,15 @@ def test_refresh_and_live_statistics_on_two_processes(line, tmp_path):
 
 def keep_last(folder: Path) -> None:
     """The state of each process before its last evaluation."""
+
     def score(s, *args, real=bp.score_networks):
         if s.phase == "student":
-            torch.save({"delta": s.delta, **{k: v.state_dict() for k, v in s.networks().items()}},
-                       folder / f"kept{os.environ['RANK']}.pt")
+            torch.save(
+                {"delta": s.delta, **{k: v.state_dict() for k, v in s.networks().items()}},
+                folder / f"kept{os.environ['RANK']}.pt",
+            )
         return real(s, *args)
+
     bp.score_networks = score
 
 
@@ -939,36 +1306,62 @@ def copy(trained, tmp_path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "copy"))
 
 
-def test_evaluation_and_prediction_are_equal_on_any_number_of_processes(copy, typed, tail, tmp_path):
+def test_evaluation_and_prediction_are_equal_on_any_number_of_processes(
+    copy, typed, tail, tmp_path
+):
     """12 and 5 pictures, shared out unevenly."""
     found, file = {}, str(copy / "teacher.pt")
     for n in (1, 3):
         for flags in (["--eval", file], ["--predict", file, str(tail / "images" / "val")]):
-            for done in [typed([*flags, *HERE])] if n == 1 else on_ranks(n, [*flags, *HERE], tmp_path):
+            for done in (
+                [typed([*flags, *HERE])] if n == 1 else on_ranks(n, [*flags, *HERE], tmp_path)
+            ):
                 done.ok()
         made = ("supervised.segm.json", "results.json", "predictions/predictions.json")
         found[n] = [(copy / f"teacher.pt.{name}").read_text() for name in made]
     assert found[1] == found[3]
-    assert json.loads(found[1][1])["supervised"]["last"]["ap"] > 2 and len(json.loads(found[1][2])) > 5
+    assert (
+        json.loads(found[1][1])["supervised"]["last"]["ap"] > 2 and len(json.loads(found[1][2])) > 5
+    )
 
 
-@pytest.mark.parametrize("flags", [dict(batch_size=0), dict(batch_size=3), dict(teacher_batch_size=5)], ids=words)
+@pytest.mark.parametrize(
+    "flags", [dict(batch_size=0), dict(batch_size=3), dict(teacher_batch_size=5)], ids=words
+)
 def test_batch_that_does_not_divide_is_said_before_processes_meet(line, tmp_path, flags):
     for rank in "01":  # nobody listens at the address: none may wait
-        env = {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+        env = {
+            "WORLD_SIZE": "2",
+            "RANK": rank,
+            "LOCAL_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "1",
+        }
         error = forked(line(**flags), tmp_path, env=env).error()
-        assert f" {next(iter(flags.values()))}" in error and "2 processes" in error and "batch" in error.lower()
+        assert (
+            f" {next(iter(flags.values()))}" in error
+            and "2 processes" in error
+            and "batch" in error.lower()
+        )
     assert not (tmp_path / "out").exists()
 
 
 def test_an_image_that_one_process_cannot_score_stops_all_with_one_sentence(line, data, tmp_path):
     truncate(data / "images" / "val" / "000000000002.jpg")  # the second of five: process 1 meets it
     every = on_ranks(2, line(data=data, stage="teacher"), tmp_path)
-    assert [done.code for done in every] == [2, 2] and not any("Traceback" in done.err for done in every)
-    assert any("000000000002.jpg" in re.findall("error: .*", done.err)[0] for done in every if "error: " in done.err)
+    assert [done.code for done in every] == [2, 2] and not any(
+        "Traceback" in done.err for done in every
+    )
+    assert any(
+        "000000000002.jpg" in re.findall("error: .*", done.err)[0]
+        for done in every
+        if "error: " in done.err
+    )
 
 
-@pytest.mark.parametrize("flags", [dict(accumulate=2), dict(accumulate=3), dict(accumulate=4)], ids=words)
+@pytest.mark.parametrize(
+    "flags", [dict(accumulate=2), dict(accumulate=3), dict(accumulate=4)], ids=words
+)
 def test_same_steps_in_less_memory(finished, trained, tail, tmp_path, flags):
     """Of four images, three parts are two and two. The pictures have 1 to 4 objects, pseudo labels
     from none on."""
@@ -980,7 +1373,7 @@ def test_same_steps_in_less_memory(finished, trained, tail, tmp_path, flags):
 
 
 def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 @pytest.mark.parametrize("numbers", [(0, 3, 1, 2), (0, 0, 2, 1), (0, 0, 0, 0)], ids=str)
@@ -995,16 +1388,34 @@ def test_parts_with_other_numbers_of_objects_or_none(short, tail, monkeypatch, n
         masks = [torch.zeros(n, 64, 64, dtype=torch.uint8) for n in numbers]
         for mask in (m for some in masks for m in some):
             y, x = g.integers(0, 40, 2)
-            mask[y:y + 20, x:x + 24] = 1
-        batch = instances.Batch(images, None, [instances.Target(torch.arange(len(m)), m) for m in masks],
-                                torch.zeros(4))
+            mask[y : y + 20, x : x + 24] = 1
+        batch = instances.Batch(
+            images, None, [instances.Target(torch.arange(len(m)), m) for m in masks], torch.zeros(4)
+        )
         s.optimizer.step, s.step = lambda: None, 1
-        log = bp.train_step(s, batch, None, bp.preset("lvis", image_size=64, accumulate=parts, roi_batch=16,
-                                                      rpn_batch=32, proposals=20, anchor_scale=4.0), World())
-        found[parts] = ({k: p.grad for k, p in s.student.named_parameters() if p.grad is not None}, log)
+        log = bp.train_step(
+            s,
+            batch,
+            None,
+            bp.preset(
+                "lvis",
+                image_size=64,
+                accumulate=parts,
+                roi_batch=16,
+                rpn_batch=32,
+                proposals=20,
+                anchor_scale=4.0,
+            ),
+            World(),
+        )
+        found[parts] = (
+            {k: p.grad for k, p in s.student.named_parameters() if p.grad is not None},
+            log,
+        )
         assert all(v.isfinite() for v in log.values())
     assert apart(found[1][0], found[2][0]) < 1e-6 and found[1][0].keys() == {
-        k for k, p in s.student.named_parameters() if p.requires_grad}
+        k for k, p in s.student.named_parameters() if p.requires_grad
+    }
     assert found[1][1].keys() == found[2][1].keys()
     for k, v in found[1][1].items():
         assert float(v) == pytest.approx(float(found[2][1][k]), rel=1e-5, abs=1e-7), k
@@ -1022,7 +1433,9 @@ def test_bf16(finished, trained, tail, tmp_path):
 
 
 # ------------------------------------------------------------------------------------ eval, predict
-@pytest.mark.parametrize("name, which", [("last", "last"), ("best", "best"), ("teacher", "last"), ("heldout", None)])
+@pytest.mark.parametrize(
+    "name, which", [("last", "last"), ("best", "best"), ("teacher", "last"), ("heldout", None)]
+)
 def test_eval_gives_the_runs_own_results(finished, typed, tail, tmp_path, name, which):
     run = Path(shutil.copytree(finished(), tmp_path / "copy"))
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
@@ -1038,8 +1451,13 @@ def test_eval_gives_the_runs_own_results(finished, typed, tail, tmp_path, name, 
             assert record == read[network][which]
         assert record["box_ap"] > 1 and f"{network}: ap {record['ap']:.2f}" in said
         found = json.loads((run / f"{name}.pt.{network}.segm.json").read_text())
-        again = lvis_ap.lvis_ap(json.loads(part(tail, "val").read_text()), found, "segm", 300,
-                                state(run / f"{name}.pt")["groups"])
+        again = lvis_ap.lvis_ap(
+            json.loads(part(tail, "val").read_text()),
+            found,
+            "segm",
+            300,
+            state(run / f"{name}.pt")["groups"],
+        )
         assert [again[k] for k in SCORES[:10]] == [record[k] for k in SCORES[:10]]
         if which == "last":
             assert found == found_by(run, network)
@@ -1051,14 +1469,23 @@ def test_eval_gives_the_runs_own_results(finished, typed, tail, tmp_path, name, 
 def test_eval_with_other_flags(copy, typed):
     """Soft-NMS keeps what NMS drops, with lower scores; maskness lowers scores; fewer
     detections."""
+
     def scored(*flags: str) -> list[dict]:
         typed(["--eval", str(copy / "teacher.pt"), *HERE, "--frequency", "subset", *flags]).ok()
         return json.loads((copy / "teacher.pt.supervised.segm.json").read_text())
-    plain, soft, masked, few = (scored(*f) for f in ((), ("--soft-nms",), ("--maskness",), ("--detections", "2")))
-    assert plain == found_by(copy, "supervised") and len(soft) > len(plain) == len(masked) > len(few)
+
+    plain, soft, masked, few = (
+        scored(*f) for f in ((), ("--soft-nms",), ("--maskness",), ("--detections", "2"))
+    )
+    assert plain == found_by(copy, "supervised") and len(soft) > len(plain) == len(masked) > len(
+        few
+    )
     for a, b in zip(plain, masked, strict=True):
         assert b["score"] < a["score"] and {**a, "score": 0} == {**b, "score": 0}
-    best = {i: max(r["score"] for r in plain if r["image_id"] == i) for i in {r["image_id"] for r in plain}}
+    best = {
+        i: max(r["score"] for r in plain if r["image_id"] == i)
+        for i in {r["image_id"] for r in plain}
+    }
     assert best == {i: max(r["score"] for r in soft if r["image_id"] == i) for i in best}
     assert sum(r["score"] for r in soft) < len(soft) / len(plain) * sum(r["score"] for r in plain)
     assert max(sum(r["image_id"] == i for r in few) for i in best) <= 2
@@ -1070,14 +1497,25 @@ def test_predict_writes_overlays_and_predictions(copy, typed, tail, tmp_path):
     best = max(found_by(copy, "supervised"), key=lambda r: r["score"])["image_id"]
     source, alone = (tail / "images" / "train" / f"{i:012d}.jpg" for i in (best, 2))
     source = Image.open(source)
-    made = {"a.jpg": source, "grey.png": source.convert("L"), "odd.png": source.resize((37, 91)),
-            "pixel.bmp": source.resize((1, 1)), "wide.png": source.resize((400, 3)), "x.webp": source.convert("RGBA")}
+    made = {
+        "a.jpg": source,
+        "grey.png": source.convert("L"),
+        "odd.png": source.resize((37, 91)),
+        "pixel.bmp": source.resize((1, 1)),
+        "wide.png": source.resize((400, 3)),
+        "x.webp": source.convert("RGBA"),
+    }
     for name, picture in made.items():
         picture.save(tmp_path / "photos" / name)
     (tmp_path / "photos" / "notes.txt").write_text("no picture")
-    done = typed(["--predict", str(copy / "best.pt"), str(tmp_path / "photos"), str(alone), *HERE]).ok()
+    done = typed(
+        ["--predict", str(copy / "best.pt"), str(tmp_path / "photos"), str(alone), *HERE]
+    ).ok()
     folder = copy / "best.pt.predictions"
-    overlays = {name: folder / f"{i:05d}_{Path(name).stem}_overlay.jpg" for i, name in enumerate([*made, alone.name])}
+    overlays = {
+        name: folder / f"{i:05d}_{Path(name).stem}_overlay.jpg"
+        for i, name in enumerate([*made, alone.name])
+    }
     assert "7 images" in done.out and str(folder) in done.out
     assert set(folder.iterdir()) == {folder / "predictions.json", *overlays.values()}
     found = json.loads((folder / "predictions.json").read_text())
@@ -1085,17 +1523,29 @@ def test_predict_writes_overlays_and_predictions(copy, typed, tail, tmp_path):
         mine = [r for r in found if r["image_id"] == str(tmp_path / "photos" / name)]
         assert (mine or name in ("pixel.bmp", "wide.png")) and len(mine) <= 300
         for r in mine:
-            assert r.keys() == {"image_id", "category_id", "segmentation", "score", "bbox"} and 0.02 < r["score"] <= 1
-            assert r["segmentation"]["size"] == [picture.height, picture.width] and 1 <= r["category_id"] <= 12
+            assert (
+                r.keys() == {"image_id", "category_id", "segmentation", "score", "bbox"}
+                and 0.02 < r["score"] <= 1
+            )
+            assert (
+                r["segmentation"]["size"] == [picture.height, picture.width]
+                and 1 <= r["category_id"] <= 12
+            )
             x, y, w, h = r["bbox"]
-            assert 0 <= min(x, y, w, h) and x + w <= picture.width + 1e-3 and y + h <= picture.height + 1e-3
+            assert (
+                0 <= min(x, y, w, h)
+                and x + w <= picture.width + 1e-3
+                and y + h <= picture.height + 1e-3
+            )
         with Image.open(overlays[name]) as overlay:
             assert overlay.width == picture.width and overlay.height >= picture.height
     best = max((r for r in found if r["image_id"].endswith("a.jpg")), key=lambda r: r["score"])
     assert best["score"] > 0.5  # something is drawn, inside its box
     x, y, w, h = best["bbox"]
     rows, columns = np.nonzero(coco_mask.decode(best["segmentation"]))
-    assert len(rows) > 20 and x - 1 <= columns.min() and columns.max() <= x + w and y - 1 <= rows.min()
+    assert (
+        len(rows) > 20 and x - 1 <= columns.min() and columns.max() <= x + w and y - 1 <= rows.min()
+    )
     drawn = np.array(Image.open(overlays["a.jpg"]))[:96].astype(int)
     assert (abs(drawn - np.array(source)).max(2) > 60).sum() > 20
 
@@ -1113,20 +1563,33 @@ def test_predictions_of_a_scored_picture_are_what_is_evaluated(copy, typed, tail
 def test_broken_image_is_skipped_with_a_warning_and_counted_in_training(trained, data, tmp_path):
     truncate(data / "images" / "train" / "000000000003.jpg")
     with pytest.warns(UserWarning, match="000000000003.jpg .*training goes on without it"):
-        train(data, tmp_path / "out", split="all", stage="teacher", smoothing="uniform", teacher_batch_size=12)
+        train(
+            data,
+            tmp_path / "out",
+            split="all",
+            stage="teacher",
+            smoothing="uniform",
+            teacher_batch_size=12,
+        )
     assert [r["skipped_images"] for r in steps_of(tmp_path / "out")] == [1, 2]
 
 
 def test_images_that_cannot_be_used_are_named(data, line, typed, tmp_path, recwarn):
     flags = dict(data=data, stage="teacher", smoothing="uniform")
     truncate(data / "images" / "val" / "000000000004.jpg")
-    assert "000000000004.jpg" in typed(line(**flags)).error() and not (tmp_path / "out" / "best.pt").exists()
+    assert (
+        "000000000004.jpg" in typed(line(**flags)).error()
+        and not (tmp_path / "out" / "best.pt").exists()
+    )
     Image.new("RGB", (80, 90)).save(data / "images" / "val" / "000000000004.jpg")
     error = typed(line(tmp_path / "b", **flags)).error()
     assert "80x90" in error and "96x96" in error and "images/val" in error
     for path in (data / "images" / "train").iterdir():
         Image.new("RGB", (80, 90)).save(path)
-    assert "80x90" in (error := typed(line(tmp_path / "c", **flags)).error()) and "images/train" in error
+    assert (
+        "80x90" in (error := typed(line(tmp_path / "c", **flags)).error())
+        and "images/train" in error
+    )
     assert "80x90" in typed(line(tmp_path / "d", data, stage="prototypes")).error()
     for path in (data / "images" / "train").iterdir():
         path.write_bytes(b"no picture")
@@ -1150,7 +1613,9 @@ def resized(data: Path) -> None:
             with Image.open(path) as picture:
                 picture.resize(size).save(path)
             for a in (a for a in read["annotations"] if a["image_id"] == record["id"]):
-                a["segmentation"] = [[v * size[i % 2] / 96 for i, v in enumerate(p)] for p in a["segmentation"]]
+                a["segmentation"] = [
+                    [v * size[i % 2] / 96 for i, v in enumerate(p)] for p in a["segmentation"]
+                ]
                 a["bbox"] = [v * size[i % 2] / 96 for i, v in enumerate(a["bbox"])]
                 a["area"] *= size[0] * size[1] / 96 / 96
             record["width"], record["height"] = size
@@ -1171,13 +1636,18 @@ def test_pictures_of_odd_sizes(trained, data, tmp_path, proto):
 def test_images_without_an_object(trained, tail, line, typed, tmp_path):
     """In the training file they are unlabeled, wherever they are listed; in the scored one they
     stay."""
+
     def bare(read: dict) -> None:
         read["annotations"] = [a for a in read["annotations"] if a["image_id"] > 2]
 
     files = altered(tail, tmp_path, bare)
     (tmp_path / "list.txt").write_text("".join(f"{i:012d}.jpg\n" for i in (1, 3, 4, 5)))
     done = typed(line(split=tmp_path / "list.txt", calib_samples="gt", **files)).ok()
-    assert "3 labeled images" in done.out and "and 9 unlabeled" in done.out and "scored on 5" in done.out
+    assert (
+        "3 labeled images" in done.out
+        and "and 9 unlabeled" in done.out
+        and "scored on 5" in done.out
+    )
     assert {r["image_id"] for r in found_by(tmp_path / "out", "teacher")} >= {3, 4, 5}
     (tmp_path / "bare.txt").write_text("1\n2\n")
     error = typed(line(tmp_path / "other", split=tmp_path / "bare.txt", **files)).error()
@@ -1186,14 +1656,22 @@ def test_images_without_an_object(trained, tail, line, typed, tmp_path):
 
 def test_no_object_in_any_crop(trained, tail, tmp_path, monkeypatch):
     """In all phases; nor pseudo labels."""
+
     def empty(photo, data, window=None, crowds=False, real=instances.masks_of):
         labels, masks, crowd = real(photo, data, window, crowds)
         return labels, masks if window is None else torch.zeros_like(masks), crowd
+
     monkeypatch.setattr(instances, "masks_of", empty)
     train(tail, tmp_path / "out", threshold=1.0, **LATE)
     for r in steps_of(tmp_path / "out"):
         for x in "lu" if "loss_u" in r else "l":
-            assert r[f"mask_{x}"] == r[f"rpn_box_{x}"] == r[f"box1_{x}"] == 0 < min(r[f"rpn_{x}"], r[f"class1_{x}"])
+            assert (
+                r[f"mask_{x}"]
+                == r[f"rpn_box_{x}"]
+                == r[f"box1_{x}"]
+                == 0
+                < min(r[f"rpn_{x}"], r[f"class1_{x}"])
+            )
             assert np.isfinite(r[f"loss_{x}"])
     assert all(r["pseudo_none"] == 1 for r in steps_of(tmp_path / "out")[4:])
 
@@ -1203,16 +1681,22 @@ def test_class_never_seen_and_ids_that_are_no_places(trained, tail, tmp_path):
         for record in read["annotations"]:
             record["category_id"] *= 10
         read["categories"] = [{"id": 5, "name": "ghost", "frequency": "r"}] + [
-            {**c, "id": 10 * c["id"]} for c in read["categories"][::-1]]
+            {**c, "id": 10 * c["id"]} for c in read["categories"][::-1]
+        ]
         for image in read["images"]:
             image["neg_category_ids"] = [10 * c for c in image["neg_category_ids"]] + [5]
 
     read = train(tail, tmp_path / "out", **altered(tail, tmp_path, more), **LATE)
     last, found = read["teacher"]["last"], found_by(tmp_path / "out", "teacher")
-    assert list(last["per_class"]) == ["ghost", *shapes.TAIL_CLASSES] and last["per_class"]["ghost"] is None
+    assert (
+        list(last["per_class"]) == ["ghost", *shapes.TAIL_CLASSES]
+        and last["per_class"]["ghost"] is None
+    )
     learned = weights(tmp_path / "out" / "last.pt")["teacher"]["heads.learned"]
     ids = [5, *range(10, 130, 10)]
-    assert not learned[0] and {r["category_id"] for r in found} <= {i for i, x in zip(ids, learned, strict=True) if x}
+    assert not learned[0] and {r["category_id"] for r in found} <= {
+        i for i, x in zip(ids, learned, strict=True) if x
+    }
     targets = content(tmp_path / "out" / "prototypes.pt")
     assert targets["embedded"][0] == 0 and not targets["prototypes"][0].any()
 
@@ -1230,7 +1714,10 @@ def test_one_class_alone(trained, tail, tmp_path):
         last = train(tail, tmp_path / name, **files, **LATE, **flags)["teacher"]["last"]
         assert last["per_class"] == {"thing": last["ap"]}
         assert {r["category_id"] for r in found_by(tmp_path / name, "teacher")} <= {7}
-    assert weights(tmp_path / "b" / "last.pt")["student"]["heads.boxes.0.classes.weight"].shape == (2, 64)
+    assert weights(tmp_path / "b" / "last.pt")["student"]["heads.boxes.0.classes.weight"].shape == (
+        2,
+        64,
+    )
 
 
 def test_one_labeled_picture(trained, tail, line, typed, tmp_path):
@@ -1245,8 +1732,16 @@ def test_one_labeled_picture(trained, tail, line, typed, tmp_path):
 def with_crowds(read: dict) -> None:
     """A COCO file, in which the class 5 has a crowd in each part and no other object."""
     read["annotations"] = [a for a in read["annotations"] if a["category_id"] != 5] + [
-        {"id": 999, "image_id": 3, "category_id": 5, "iscrowd": 1, "area": 400.0, "bbox": [5, 5, 20, 20],
-         "segmentation": [[5, 5, 25, 5, 25, 25, 5, 25]]}]
+        {
+            "id": 999,
+            "image_id": 3,
+            "category_id": 5,
+            "iscrowd": 1,
+            "area": 400.0,
+            "bbox": [5, 5, 20, 20],
+            "segmentation": [[5, 5, 25, 5, 25, 25, 5, 25]],
+        }
+    ]
     for kind in read["categories"]:
         del kind["frequency"]
 
@@ -1269,10 +1764,15 @@ def test_crowd_does_not_count_as_an_object_when_a_class_is_measured(trained, tai
     """Of classes without an object in the held-out pictures the group's mean is taken, not their
     own Delta."""
     data = instances.find("lvis", tail)
-    photos = [p._replace(things=tuple(t._replace(crowd=t.category == 0) for t in p.things)) for p in data.train]
+    photos = [
+        p._replace(things=tuple(t._replace(crowd=t.category == 0) for t in p.things))
+        for p in data.train
+    ]
     data = instances.scored_on(data, photos)
     args = bp.preset("lvis", device="cpu", workers=0, shrink=1.0, calib_min_score=0.0)
-    samples = lvis_ap.Samples(np.array([0] * 9 + [1]), np.array([0.9] * 9 + [0.5]), np.array([False] * 9 + [True]))
+    samples = lvis_ap.Samples(
+        np.array([0] * 9 + [1]), np.array([0.9] * 9 + [0.5]), np.array([False] * 9 + [True])
+    )
     monkeypatch.setattr(bp, "look", lambda *a: None)
     monkeypatch.setattr(bp, "counted", lambda *a: [])
     monkeypatch.setattr(bp, "samples_of", lambda *a: samples)
@@ -1285,8 +1785,19 @@ def test_crowd_does_not_count_as_an_object_when_a_class_is_measured(trained, tai
 def two_steps(trained, typed, tmp_path):
     """two_steps(picture, ...) -> results.json of a run of two small steps a phase, which is then
     evaluated and predicts the picture. The flags that a data set has of its own are its own."""
+
     def do(picture: Callable[[], Path], **flags) -> dict:
-        own = ("lr", "scale", "ema", "layer_decay", "frequency", "split", "norm", "threshold", "calib_min_score")
+        own = (
+            "lr",
+            "scale",
+            "ema",
+            "layer_decay",
+            "frequency",
+            "split",
+            "norm",
+            "threshold",
+            "calib_min_score",
+        )
         small, out = {k: None for k in (*own, "init_detector")}, tmp_path / "out"
         flags = dict(steps=2, eval_every=99, split="4") | flags
         typed(as_line(**tiny(flags.pop("root"), out, **small | flags))).ok()
@@ -1295,7 +1806,9 @@ def two_steps(trained, typed, tmp_path):
         read, scored = results(out), json.loads((out / "last.pt.results.json").read_text())
         for name in ("student", "teacher"):
             assert scored[name]["last"] == read[name]["last"]
-            assert found_by(out, name) == json.loads((out / f"last.pt.{name}.segm.json").read_text())
+            assert found_by(out, name) == json.loads(
+                (out / f"last.pt.{name}.segm.json").read_text()
+            )
         assert [read[name]["last"]["step"] for name in ("supervised", "student")] == [4, 6]
         typed(["--predict", str(out / "best.pt"), str(picture()), *HERE]).ok()
         found = json.loads((out / "best.pt.predictions" / "predictions.json").read_text())
@@ -1303,61 +1816,109 @@ def two_steps(trained, typed, tmp_path):
             assert all(r["segmentation"]["size"] == [image.height, image.width] for r in found)
         assert len(list((out / "best.pt.predictions").glob("*_overlay.jpg"))) == 1
         return read
+
     return do
 
 
 @pytest.fixture
 def few_val(monkeypatch) -> None:
     """Score three pictures, one with a crowd where there are some."""
+
     def find(*args, real=instances.find):
         data = real(*args)
         crowds = [p for p in data.val if any(thing.crowd for thing in p.things)]
         data.val = (crowds[:1] + [p for p in data.val if p not in crowds])[:3]
         return data
+
     monkeypatch.setattr(instances, "find", find)
 
 
-needs = {name: pytest.mark.skipif(not (TEST_DATA / name).exists(), reason=f"no {name} in TEST_DATA ({TEST_DATA})")
-         for name in ("coco_mini", "car_parts", "weights/mobilenet_v2_tf2ptq.pth")}
+needs = {
+    name: pytest.mark.skipif(
+        not (TEST_DATA / name).exists(), reason=f"no {name} in TEST_DATA ({TEST_DATA})"
+    )
+    for name in ("coco_mini", "car_parts", "weights/mobilenet_v2_tf2ptq.pth")
+}
 
 
 def test_preset_lvis_with_an_eva02(two_steps, few_val, tail, tmp_path, monkeypatch):
     """Scaled down: 16 x 16 tokens in windows of 4 x 4, four blocks of which the second and the
     fourth attend to all."""
     shallow(monkeypatch, 4, 96)
-    read = two_steps(lambda: tail / "images" / "val" / "000000000001.jpg", root=tail, image_size=256, window=4,
-                     global_blocks=2, backbone="eva02_tiny_patch14_224", weights="none", checkpointing=True, width=16,
-                     embed_size=28)
+    read = two_steps(
+        lambda: tail / "images" / "val" / "000000000001.jpg",
+        root=tail,
+        image_size=256,
+        window=4,
+        global_blocks=2,
+        backbone="eva02_tiny_patch14_224",
+        weights="none",
+        checkpointing=True,
+        width=16,
+        embed_size=28,
+    )
     settings = json.loads((tmp_path / "out" / "config.json").read_text())["settings"]
-    assert (settings["drop_path"], settings["federated"], settings["lr"], settings["repeat"]) == (0.3, 50, 4e-5, 0.001)
-    assert settings["layer_decay"] == 0.8 and settings["frequency"] == "file" and settings["scale"] == [0.1, 2.0]
+    assert (settings["drop_path"], settings["federated"], settings["lr"], settings["repeat"]) == (
+        0.3,
+        50,
+        4e-5,
+        0.001,
+    )
+    assert (
+        settings["layer_decay"] == 0.8
+        and settings["frequency"] == "file"
+        and settings["scale"] == [0.1, 2.0]
+    )
     assert read["supervised"]["last"].keys() == set(SCORES)
     net = weights(tmp_path / "out" / "last.pt")["teacher"]
-    assert net["backbone.proj.weight"].shape == (96, 3, 16, 16) and net["backbone.pos_embed"].shape == (1, 96, 16, 16)
+    assert net["backbone.proj.weight"].shape == (96, 3, 16, 16) and net[
+        "backbone.pos_embed"
+    ].shape == (1, 96, 16, 16)
     assert content(tmp_path / "out" / "prototypes.pt")["prototypes"].shape == (12, 96)
 
 
 def test_preset_coco_with_crowds(two_steps, few_val, tmp_path):
     """COCO's AP, run lengths, ids that are no places; crowds are no objects."""
     root = shapes.make_coco(tmp_path / "coco", 6, 4)
-    read = two_steps(lambda: next((root / "images" / "val").iterdir()), dataset="coco", root=root, split="all",
-                     unlabeled=root / "images" / "train", backbone="test_resnet", weights=STARTS["weights"])
+    read = two_steps(
+        lambda: next((root / "images" / "val").iterdir()),
+        dataset="coco",
+        root=root,
+        split="all",
+        unlabeled=root / "images" / "train",
+        backbone="test_resnet",
+        weights=STARTS["weights"],
+    )
     record = read["teacher"]["last"]
-    assert record.keys() == {"stats" if k == "stats" else k for k in SCORES} - {"ar_s", "ar_m", "ar_l"}
+    assert record.keys() == {"stats" if k == "stats" else k for k in SCORES} - {
+        "ar_s",
+        "ar_m",
+        "ar_l",
+    }
     assert list(record["per_class"]) == sorted(shapes.INSTANCE_CLASSES)
     settings = json.loads((tmp_path / "out" / "config.json").read_text())["settings"]
     assert settings["federated"] == 0 and settings["frequency"] == "subset"
-    assert {r["category_id"] for r in found_by(tmp_path / "out", "teacher")} <= {1 + 7 * c // 2 for c in range(24)}
+    assert {r["category_id"] for r in found_by(tmp_path / "out", "teacher")} <= {
+        1 + 7 * c // 2 for c in range(24)
+    }
 
 
 @needs["coco_mini"]
 def test_coco_pictures(two_steps, few_val, tmp_path):
     root = TEST_DATA / "coco_mini"
     read = json.loads((root / "annotations" / "instances_train.json").read_text())
-    single, crowd = ({a["image_id"] for a in read["annotations"] if a["iscrowd"] == kind} for kind in (0, 1))
+    single, crowd = (
+        {a["image_id"] for a in read["annotations"] if a["iscrowd"] == kind} for kind in (0, 1)
+    )
     (tmp_path / "list.txt").write_text("".join(f"{i}\n" for i in sorted(single & crowd)[:4]))
-    read = two_steps(lambda: next((root / "images").glob("*.jpg")), dataset="coco", root=root,
-                     split=tmp_path / "list.txt", backbone="test_resnet", weights=STARTS["weights"])
+    read = two_steps(
+        lambda: next((root / "images").glob("*.jpg")),
+        dataset="coco",
+        root=root,
+        split=tmp_path / "list.txt",
+        backbone="test_resnet",
+        weights=STARTS["weights"],
+    )
     found = read["student"]["last"]["per_class"]
     assert len(found) == 80 and None in found.values()
 
@@ -1366,16 +1927,31 @@ def test_coco_pictures(two_steps, few_val, tmp_path):
 @needs["weights/mobilenet_v2_tf2ptq.pth"]
 def test_pictures_in_the_layout_of_lvis_with_imagenet_weights(two_steps, few_val, tmp_path):
     root, file = TEST_DATA / "car_parts", TEST_DATA / "weights" / "mobilenet_v2_tf2ptq.pth"
-    read = two_steps(lambda: next((root / "images").glob("te*.jpg")), root=root, backbone="mobilenet_v2", weights=file)
-    assert len(read["supervised"]["last"]["per_class"]) == 13 and read["supervised"]["last"]["apr"] is None
+    read = two_steps(
+        lambda: next((root / "images").glob("te*.jpg")),
+        root=root,
+        backbone="mobilenet_v2",
+        weights=file,
+    )
+    assert (
+        len(read["supervised"]["last"]["per_class"]) == 13
+        and read["supervised"]["last"]["apr"] is None
+    )
     assert content(tmp_path / "out" / "prototypes.pt")["prototypes"].shape == (13, 1280)
 
 
 # -------------------------------------------------------------------------------------------- flags
 def test_help_shows_every_flag_with_the_presets_numbers(typed):
-    for dataset, number in (("lvis", "15000"), ("coco", "datasets/coco"), ("shapes", "test_resnet")):
+    for dataset, number in (
+        ("lvis", "15000"),
+        ("coco", "datasets/coco"),
+        ("shapes", "test_resnet"),
+    ):
         said = typed(["--dataset", dataset, "--help"]).ok().out
-        assert all(f"--{name.replace('_', '-')}" in said for name in vars(bp.Args())) and number in said
+        assert (
+            all(f"--{name.replace('_', '-')}" in said for name in vars(bp.Args()))
+            and number in said
+        )
 
 
 def targets(short, **flags) -> torch.Tensor:
@@ -1388,25 +1964,47 @@ ONE = torch.eye(12)
 
 def test_smoothing(short):
     """Fig. 2, Eqs. 2 and 3: nothing; all classes alike; similar ones; and rare ones more."""
-    found = {kind: targets(short, smoothing=kind, **({} if kind == "none" else dict(eps=0.2)))
-             for kind in ("none", "uniform", "similarity", "similarity+freq")}
-    counts = short(stage="prototypes").out and short(stage="teacher", teacher_steps=1).teacher.classes.instances
+    found = {
+        kind: targets(short, smoothing=kind, **({} if kind == "none" else dict(eps=0.2)))
+        for kind in ("none", "uniform", "similarity", "similarity+freq")
+    }
+    counts = (
+        short(stage="prototypes").out
+        and short(stage="teacher", teacher_steps=1).teacher.classes.instances
+    )
     there = counts > 0
     assert torch.equal(found["none"], ONE) and 6 < there.sum() < 12
     want = 0.8 * ONE + 0.2 * (there / there.sum())
     assert torch.allclose(found["uniform"][there], want[there])
     for kind in ("uniform", "similarity", "similarity+freq"):
-        assert torch.allclose(found[kind][there].sum(1), torch.ones(int(there.sum()))) and not found[kind][
-            :, ~there][there].any()
-    plain, rare = ((found[k] - 0.8 * ONE)[there][:, there] for k in ("similarity", "similarity+freq"))
-    assert torch.allclose(plain, plain.T, atol=0.01) and (plain - 0.2 / there.sum()).abs().max() > 1e-4
+        assert (
+            torch.allclose(found[kind][there].sum(1), torch.ones(int(there.sum())))
+            and not found[kind][:, ~there][there].any()
+        )
+    plain, rare = (
+        (found[k] - 0.8 * ONE)[there][:, there] for k in ("similarity", "similarity+freq")
+    )
+    assert (
+        torch.allclose(plain, plain.T, atol=0.01) and (plain - 0.2 / there.sum()).abs().max() > 1e-4
+    )
     few, many = counts[there] == counts[there].min(), counts[there] == counts[there].max()
-    assert rare[:, few].mean() > plain[:, few].mean() and rare[:, many].mean() < plain[:, many].mean()
+    assert (
+        rare[:, few].mean() > plain[:, few].mean() and rare[:, many].mean() < plain[:, many].mean()
+    )
 
 
-TARGETS = {"literal": dict(convention="literal"), "tau": dict(sim_tau=0.02), "center": dict(sim_center=True),
-           "self": dict(sim_exclude_self=True), "topk": dict(sim_topk=2), "images": dict(counts="images"),
-           "gamma": dict(gamma=0.2), "eps": dict(eps=0.3), "roi": dict(proto="roi"), "few": dict(proto_per_class=1)}
+TARGETS = {
+    "literal": dict(convention="literal"),
+    "tau": dict(sim_tau=0.02),
+    "center": dict(sim_center=True),
+    "self": dict(sim_exclude_self=True),
+    "topk": dict(sim_topk=2),
+    "images": dict(counts="images"),
+    "gamma": dict(gamma=0.2),
+    "eps": dict(eps=0.3),
+    "roi": dict(proto="roi"),
+    "few": dict(proto_per_class=1),
+}
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -1430,24 +2028,40 @@ def test_prototypes_of_regions_and_of_crops(trained, tail, tmp_path, monkeypatch
     """Of whole pictures' features of stride 16, or of the embedder's; also of an EVA-02; so many of
     a class at most."""
     made = {}
-    for name, flags in {"crop": {}, "roi": dict(proto="roi"), "few": dict(proto_per_class=2)}.items():
+    for name, flags in {
+        "crop": {},
+        "roi": dict(proto="roi"),
+        "few": dict(proto_per_class=2),
+    }.items():
         train(tail, tmp_path / name, stage="prototypes", **flags)
         made[name] = content(tmp_path / name / "prototypes.pt")
-    assert torch.equal(made["crop"]["embedded"], made["roi"]["embedded"]) and made["few"]["embedded"].max() == 2
+    assert (
+        torch.equal(made["crop"]["embedded"], made["roi"]["embedded"])
+        and made["few"]["embedded"].max() == 2
+    )
     assert torch.equal(made["few"]["embedded"], made["crop"]["embedded"].clamp(max=2))
-    assert made["roi"]["prototypes"].shape[1] == features.Strides("test_resnet", True, False).channels[2]
+    assert (
+        made["roi"]["prototypes"].shape[1]
+        == features.Strides("test_resnet", True, False).channels[2]
+    )
     shallow(monkeypatch, 2)
     for proto, size in (("crop", 48), ("roi", 48)):
-        train(tail, tmp_path / f"eva {proto}", stage="prototypes", proto=proto, global_blocks=1, **EVA)
+        train(
+            tail, tmp_path / f"eva {proto}", stage="prototypes", proto=proto, global_blocks=1, **EVA
+        )
         found = content(tmp_path / f"eva {proto}" / "prototypes.pt")
-        assert found["prototypes"].shape == (12, size) and torch.equal(found["embedded"], made["crop"]["embedded"])
+        assert found["prototypes"].shape == (12, size) and torch.equal(
+            found["embedded"], made["crop"]["embedded"]
+        )
         assert found["prototypes"][found["embedded"] > 0].std(0).max() > 1e-4
 
 
 def spied_losses(monkeypatch) -> list[tuple[torch.Tensor, ...]]:
     """What `sigmoid_loss` gets: logits, targets and known classes of the regions."""
     seen = []
-    monkeypatch.setattr(bp, "sigmoid_loss", lambda *args, real=bp.sigmoid_loss: (seen.append(args), real(*args))[1])
+    monkeypatch.setattr(
+        bp, "sigmoid_loss", lambda *args, real=bp.sigmoid_loss: (seen.append(args), real(*args))[1]
+    )
     return seen
 
 
@@ -1460,17 +2074,24 @@ def test_federated_loss_and_soft_labels(short, monkeypatch):
         rows = real(objects, classes, *args)
         known.setdefault(current[0], []).append((rows, [o.labels for o in objects], classes))
         return rows
+
     monkeypatch.setattr(bp, "known_classes", spied)
     shares, current = {}, [""]
     for current[0] in ("mask", "topk", "fg-all"):
         seen.clear()
-        run = short(stage="teacher", teacher_steps=1, teacher_batch_size=4, federated=3, fed_soft=current[0])
+        run = short(
+            stage="teacher", teacher_steps=1, teacher_batch_size=4, federated=3, fed_soft=current[0]
+        )
         there = run.teacher.classes.images > 0
-        (rows, labels, classes), = known[current[0]]
+        ((rows, labels, classes),) = known[current[0]]
         for row, mine in zip(rows, labels, strict=True):
             assert row[mine].all() and not row[~there].any()
             near = classes.similar[mine].any(0)
-            assert row.sum() == (near.sum() if current[0] == "topk" else max(3, len(set(mine.tolist())))) < 12
+            assert (
+                row.sum()
+                == (near.sum() if current[0] == "topk" else max(3, len(set(mine.tolist()))))
+                < 12
+            )
         shares[current[0]] = [k[t.sum(1) > 0].float().mean().item() for _, t, k in seen]
         assert all(0 < k.float().mean() < 1 for _, _, k in seen) or current[0] == "topk"
     assert max(shares["mask"]) < 1 == min(shares["fg-all"])
@@ -1486,31 +2107,61 @@ def test_pseudo_labels_teach_all_classes_that_they_speak_of(short, monkeypatch, 
         rows = real(objects, classes, pseudo, *args)
         seen.extend((row, o, classes) for row, o in zip(rows, objects, strict=True) if pseudo)
         return rows
+
     monkeypatch.setattr(bp, "known_classes", spied)
-    short(stage="student", pseudo="soft", teacher=trained / "teacher.pt", steps=3, batch_size=4, federated=1)
+    short(
+        stage="student",
+        pseudo="soft",
+        teacher=trained / "teacher.pt",
+        steps=3,
+        batch_size=4,
+        federated=1,
+    )
     spoken = [(row, (o.probs > 0).any(0) & (c.images > 0)) for row, o, c in seen if len(o.labels)]
-    assert spoken and all(torch.equal(row, of) for row, of in spoken) and max(of.sum() for _, of in spoken) > 1
+    assert (
+        spoken
+        and all(torch.equal(row, of) for row, of in spoken)
+        and max(of.sum() for _, of in spoken) > 1
+    )
 
 
 def test_softmax(short, trained, tail, tmp_path):
     """A unit for the background, which starts as any other; scores of the classes sum to less than
     1."""
-    run = short(cls_loss="softmax", init_detector="", weights=STARTS["weights"], teacher_steps=1, steps=1)
+    run = short(
+        cls_loss="softmax", init_detector="", weights=STARTS["weights"], teacher_steps=1, steps=1
+    )
     for head in run.student.student.heads.boxes:
         assert head.classes.out_features == 13
     assert not any(h.classes.bias.any() for h in bp.Detector(run.args, 12).heads.boxes)
     image = instances.load(instances.find("lvis", tail).val[0])
     seen = bp.look(run.student.teacher.eval(), image, run.args)
-    assert len(seen.probs) and (seen.probs.sum(1) < 1).all() and (seen.probs[:, run.student.teacher.heads.learned] > 0
-                                                                  ).all()
+    assert (
+        len(seen.probs)
+        and (seen.probs.sum(1) < 1).all()
+        and (seen.probs[:, run.student.teacher.heads.learned] > 0).all()
+    )
 
 
-def test_calibration_counts_objects_or_detections_by_box_or_mask(trained, tail, tmp_path, monkeypatch):
+def test_calibration_counts_objects_or_detections_by_box_or_mask(
+    trained, tail, tmp_path, monkeypatch
+):
     kinds, read = [], {}
-    monkeypatch.setattr(lvis_ap, "samples", lambda truth, entries, kind, real=lvis_ap.samples, **more: (
-        kinds.append((kind, any("segmentation" in e for e in entries))), real(truth, entries, kind, **more))[1])
-    flags = {"detections": {}, "mask": dict(calib_iou="mask"), "gt": dict(calib_samples="gt", calib_min_score=0.0),
-             "high": dict(calib_min_score=0.9, shrink=0.0), "bins": dict(bins=3)}
+    monkeypatch.setattr(
+        lvis_ap,
+        "samples",
+        lambda truth, entries, kind, real=lvis_ap.samples, **more: (
+            kinds.append((kind, any("segmentation" in e for e in entries))),
+            real(truth, entries, kind, **more),
+        )[1],
+    )
+    flags = {
+        "detections": {},
+        "mask": dict(calib_iou="mask"),
+        "gt": dict(calib_samples="gt", calib_min_score=0.0),
+        "high": dict(calib_min_score=0.9, shrink=0.0),
+        "bins": dict(bins=3),
+    }
     for name, more in flags.items():
         train(tail, tmp_path / name, stage="calibrate", teacher=trained / "teacher.pt", **more)
         read[name] = json.loads((tmp_path / name / "calibration.json").read_text())
@@ -1520,9 +2171,13 @@ def test_calibration_counts_objects_or_detections_by_box_or_mask(trained, tail, 
     true = [t.category for p in data.train if p.name in held for t in p.things]
     assert read["gt"]["samples"] == [true.count(c) for c in range(12)] and sum(true) > 0
     plain, high, bins = read["detections"], read["high"], read["bins"]
-    assert sum(high["samples"]) < sum(plain["samples"]) > 3 and high["delta"] == pytest.approx(high["raw_delta"])
+    assert sum(high["samples"]) < sum(plain["samples"]) > 3 and high["delta"] == pytest.approx(
+        high["raw_delta"]
+    )
     assert plain["delta"] != pytest.approx(plain["raw_delta"]) and sum(map(abs, plain["delta"])) > 0
-    assert len(bins["reliability"]["bins"]) == 3 and bins["raw_delta"] == pytest.approx(plain["raw_delta"], abs=1e-6)
+    assert len(bins["reliability"]["bins"]) == 3 and bins["raw_delta"] == pytest.approx(
+        plain["raw_delta"], abs=1e-6
+    )
 
 
 def test_refresh_measures_the_teacher_again(short, monkeypatch):
@@ -1534,21 +2189,32 @@ def test_refresh_measures_the_teacher_again(short, monkeypatch):
         measured.append((net, len(data.val)))
         record = real(net, data, *args)
         return record | {"delta": [len(measured) / 100] * 12}
+
     monkeypatch.setattr(bp, "calibrate", calibrate)
-    monkeypatch.setattr(bp, "pseudo_labels", lambda teacher, weak, delta, args, real=bp.pseudo_labels: (
-        used.append(round(float(delta[0]), 3)), real(teacher, weak, delta, args))[1])
+    monkeypatch.setattr(
+        bp,
+        "pseudo_labels",
+        lambda teacher, weak, delta, args, real=bp.pseudo_labels: (
+            used.append(round(float(delta[0]), 3)),
+            real(teacher, weak, delta, args),
+        )[1],
+    )
     run = short(refresh=2, steps=5)
     assert used == [0.01, 0.01, 0.02, 0.02, 0.03] and [n for _, n in measured] == [2, 2, 2]
-    assert all(net is run.student.teacher for net, _ in measured[1:]) and run.student.delta[0] == pytest.approx(0.03)
+    assert all(net is run.student.teacher for net, _ in measured[1:]) and run.student.delta[
+        0
+    ] == pytest.approx(0.03)
 
 
 def followed(monkeypatch) -> list[float]:
     """How far teacher and student are apart after each step."""
     gaps = []
+
     def step(s, *args, real=bp.train_step):
         log = real(s, *args)
         gaps.append(apart(dict(s.teacher.named_parameters()), dict(s.student.named_parameters())))
         return log
+
     monkeypatch.setattr(bp, "train_step", step)
     return gaps
 
@@ -1560,7 +2226,13 @@ def test_fresh_student_with_burn_in(short, monkeypatch, trained):
     run = short(student_init="fresh", burn_in=2, steps=4, init_detector="", **flags)
     assert gaps[0] > 0.1 and gaps[1] == 0 and 0 < gaps[2] < gaps[0]
     there = weights(trained / "teacher.pt")["supervised"]
-    assert apart({k: there[k] for k in run.student.teacher.state_dict()}, run.student.teacher.state_dict()) > 0.1
+    assert (
+        apart(
+            {k: there[k] for k in run.student.teacher.state_dict()},
+            run.student.teacher.state_dict(),
+        )
+        > 0.1
+    )
     gaps.clear()
     short(steps=1, lr=0.0, **flags)
     assert gaps == [0.0]  # else it begins as the teacher is
@@ -1571,8 +2243,9 @@ def test_teacher_that_is_frozen(finished):
     out = finished(**SETTINGS["frozen"])
     there, last = weights(out / "teacher.pt")["supervised"], weights(out / "last.pt")
     assert apart(there, last["teacher"]) == 0 < apart(there, last["student"])
-    assert ["ap_teacher" in r for r in log_of(out) if "ap_student" in r] == [True, False, False][:len(
-        [r for r in log_of(out) if "ap_student" in r])]
+    assert ["ap_teacher" in r for r in log_of(out) if "ap_student" in r] == [True, False, False][
+        : len([r for r in log_of(out) if "ap_student" in r])
+    ]
     assert results(out)["teacher"]["last"]["ap"] == results(out)["supervised"]["last"]["ap"]
 
 
@@ -1581,11 +2254,22 @@ def test_student_that_knows_a_class_which_its_teacher_did_not(trained, tail, sho
     found."""
     data = instances.find("lvis", tail)
     with_it = [p for p in data.train if 3 in instances.singles(p)]
-    (tmp_path / "without.txt").write_text("".join(f"{p.name}\n" for p in data.train if p not in with_it))
-    first = short(stage="teacher", split=tmp_path / "without.txt", teacher_steps=1, smoothing="uniform")
+    (tmp_path / "without.txt").write_text(
+        "".join(f"{p.name}\n" for p in data.train if p not in with_it)
+    )
+    first = short(
+        stage="teacher", split=tmp_path / "without.txt", teacher_steps=1, smoothing="uniform"
+    )
     assert with_it and not first.teacher.student.heads.learned[3]
-    run = short(stage="student", pseudo="soft", teacher=first.out / "teacher.pt", split="all", smoothing="uniform",
-                steps=1, unlabeled=tail / "images" / "val")
+    run = short(
+        stage="student",
+        pseudo="soft",
+        teacher=first.out / "teacher.pt",
+        split="all",
+        smoothing="uniform",
+        steps=1,
+        unlabeled=tail / "images" / "val",
+    )
     assert run.student.classes.images[3] > 0
     for net in (run.student.student, run.student.teacher):  # which follows it
         assert net.heads.learned[3], "its scores stay zero for ever"
@@ -1593,10 +2277,16 @@ def test_student_that_knows_a_class_which_its_teacher_did_not(trained, tail, sho
 
 def test_frequency_of_the_file_or_of_the_labeled_pictures(finished, tail):
     data = instances.find("lvis", tail)
-    assert state(finished(stage="teacher", frequency="file") / "teacher.pt")["groups"] == data.frequency
+    assert (
+        state(finished(stage="teacher", frequency="file") / "teacher.pt")["groups"]
+        == data.frequency
+    )
     groups = state(finished(stage="teacher") / "teacher.pt")["groups"]
     assert groups != data.frequency and set(groups) == set("rcf")
-    a, b = (results(finished(stage="teacher", **f))["supervised"]["last"] for f in (dict(frequency="file"), {}))
+    a, b = (
+        results(finished(stage="teacher", **f))["supervised"]["last"]
+        for f in (dict(frequency="file"), {})
+    )
     assert a["ap"] == b["ap"] == a["apr"] and a["apf"] is None is not b["apf"]
 
 
@@ -1604,7 +2294,15 @@ def test_frequency_of_the_file_or_of_the_labeled_pictures(finished, tail):
 def test_init_detector_of_a_run(finished, trained, tail, tmp_path, name):
     """All of it; of two networks the teacher's."""
     file = finished() / name
-    train(tail, tmp_path / "out", stage="teacher", init_detector=file, lr=0.0, weight_decay=0.0, **LATE)
+    train(
+        tail,
+        tmp_path / "out",
+        stage="teacher",
+        init_detector=file,
+        lr=0.0,
+        weight_decay=0.0,
+        **LATE,
+    )
     there = weights(file)
     want = there.get("teacher", there.get("supervised"))
     assert apart(weights(tmp_path / "out" / "teacher.pt")["supervised"], want) == 0
@@ -1614,7 +2312,11 @@ def test_init_detector_with_other_classes_says_what_did_not_fit(finished, line, 
     root = shapes.make_coco(tmp_path / "coco", 6, 2)
     said = typed(line(data=root, dataset="coco", stage="teacher", split="all", **LATE)).ok().out
     fresh = re.search(r"weights of another shape, left fresh \((\d+)\): (.*)", said)
-    assert int(fresh[1]) == 9 and "heads.boxes.0.classes.weight" in fresh[2] and "heads.learned" in fresh[2]
+    assert (
+        int(fresh[1]) == 9
+        and "heads.boxes.0.classes.weight" in fresh[2]
+        and "heads.learned" in fresh[2]
+    )
     assert "heads.mask.masks.bias" in fresh[2]
 
 
@@ -1624,11 +2326,19 @@ def test_labels_of_the_student_and_of_the_later_heads(short, monkeypatch, traine
 
     def soft() -> list[bool]:  # of each call, whether a target is between
         return [bool(((t > 0) & (t < 0.99)).any()) for _, t, _ in seen]
+
     for flags, want in (({}, [True] * 3), (dict(smooth_heads="first"), [True, False, False])):
         seen.clear()
         short(stage="teacher", teacher_steps=1, teacher_batch_size=4, federated=0, **flags)
         assert soft() == want
-    student = dict(stage="student", pseudo="onehot", teacher=trained / "teacher.pt", steps=1, batch_size=4, federated=0)
+    student = dict(
+        stage="student",
+        pseudo="onehot",
+        teacher=trained / "teacher.pt",
+        steps=1,
+        batch_size=4,
+        federated=0,
+    )
     for flags, want in (({}, True), (dict(student_labels="onehot"), False)):
         seen.clear()
         short(**student, **flags)
@@ -1643,23 +2353,49 @@ def test_filters_of_pseudo_labels(short, monkeypatch, trained):
         objects, log = real(teacher, weak, delta, args)
         found[name].extend(objects)
         return objects, log
+
     monkeypatch.setattr(bp, "pseudo_labels", seen)
-    base = dict(stage="student", teacher=trained / "teacher.pt", steps=2, batch_size=4, lr=0.0, pseudo="soft")
+    base = dict(
+        stage="student",
+        teacher=trained / "teacher.pt",
+        steps=2,
+        batch_size=4,
+        lr=0.0,
+        pseudo="soft",
+    )
     delta = {"classes": list(shapes.TAIL_CLASSES), "delta": [-0.03] * 12}
     (trained / "minus.json").write_text(json.dumps(delta))
-    flags = {"base": {}, "high": dict(threshold=0.3), "large": dict(size_threshold=300.0), "class": dict(
-        pseudo_nms="class", threshold=0.1), "agnostic": dict(threshold=0.1), "raw": dict(
-        pseudo="calibrated", calibration=trained / "minus.json"), "corrected": dict(
-        pseudo="calibrated", calibration=trained / "minus.json", filter_on="corrected")}
+    flags = {
+        "base": {},
+        "high": dict(threshold=0.3),
+        "large": dict(size_threshold=300.0),
+        "class": dict(pseudo_nms="class", threshold=0.1),
+        "agnostic": dict(threshold=0.1),
+        "raw": dict(pseudo="calibrated", calibration=trained / "minus.json"),
+        "corrected": dict(
+            pseudo="calibrated", calibration=trained / "minus.json", filter_on="corrected"
+        ),
+    }
     for name, more in flags.items():
         found[name] = []
         short(**base | more)
     conf = {k: torch.cat([o.probs.amax(1) for o in v]) for k, v in found.items()}
     area = {k: torch.cat([o.masks.sum((1, 2)) for o in v]) for k, v in found.items()}
-    assert conf["base"].min() >= 0.2 and 0 < len(conf["high"]) < len(conf["base"]) and conf["high"].min() >= 0.3
-    assert area["base"].min() > 5 and len(area["large"]) < len(area["base"]) and (area["large"] > 300).all()
+    assert (
+        conf["base"].min() >= 0.2
+        and 0 < len(conf["high"]) < len(conf["base"])
+        and conf["high"].min() >= 0.3
+    )
+    assert (
+        area["base"].min() > 5
+        and len(area["large"]) < len(area["base"])
+        and (area["large"] > 300).all()
+    )
     assert len(conf["class"]) >= len(conf["agnostic"]) >= len(conf["base"])
-    assert len(conf["raw"]) == len(conf["base"]) > len(conf["corrected"]) > 0 and conf["corrected"].min() >= 0.2
+    assert (
+        len(conf["raw"]) == len(conf["base"]) > len(conf["corrected"]) > 0
+        and conf["corrected"].min() >= 0.2
+    )
     assert conf["raw"].min() < 0.2
 
 
@@ -1667,8 +2403,16 @@ def test_weight_of_the_unlabeled_loss(short, monkeypatch, trained):
     """The gradient is that of the labeled loss, and so much of the other's."""
     gradients = {}
     for weight in (0.0, 1.0, 3.0):
-        run = short(stage="student", pseudo="soft", teacher=trained / "teacher.pt", steps=1, unsup_weight=weight)
-        gradients[weight] = {k: p.grad for k, p in run.student.student.named_parameters() if p.grad is not None}
+        run = short(
+            stage="student",
+            pseudo="soft",
+            teacher=trained / "teacher.pt",
+            steps=1,
+            unsup_weight=weight,
+        )
+        gradients[weight] = {
+            k: p.grad for k, p in run.student.student.named_parameters() if p.grad is not None
+        }
     for k, g in gradients[3.0].items():
         want = gradients[0.0][k] + 3 * (gradients[1.0][k] - gradients[0.0][k])
         assert torch.allclose(g, want, rtol=1e-3, atol=1e-5), k
@@ -1677,13 +2421,22 @@ def test_weight_of_the_unlabeled_loss(short, monkeypatch, trained):
 
 def test_repeat_factors_and_schedules(short, monkeypatch):
     factors, real = [], instances.repeat_factors
-    monkeypatch.setattr(instances, "repeat_factors", lambda *args: (factors.append(real(*args)), factors[-1])[1])
+    monkeypatch.setattr(
+        instances, "repeat_factors", lambda *args: (factors.append(real(*args)), factors[-1])[1]
+    )
     for repeat in (0.0, 0.9):
         short(stage="teacher", teacher_steps=1, repeat=repeat)
     assert (factors[0] == 1).all() and factors[1].max() > 1.5
-    rates = [[g["lr"] for g in short(stage="teacher", teacher_steps=4, **flags).teacher.optimizer.param_groups]
-             for flags in (dict(schedule="constant"), {}, dict(layer_decay=0.1))]
-    assert rates[0] == pytest.approx([1e-3, 5e-4]) and rates[2][1] == pytest.approx(rates[2][0] / 10)
+    rates = [
+        [
+            g["lr"]
+            for g in short(stage="teacher", teacher_steps=4, **flags).teacher.optimizer.param_groups
+        ]
+        for flags in (dict(schedule="constant"), {}, dict(layer_decay=0.1))
+    ]
+    assert rates[0] == pytest.approx([1e-3, 5e-4]) and rates[2][1] == pytest.approx(
+        rates[2][0] / 10
+    )
     assert rates[1][0] == pytest.approx(1e-3 * (0.5 + 0.5 * np.cos(0.75 * np.pi)))
 
 
@@ -1692,78 +2445,238 @@ def test_checkpointing_and_windows_of_an_eva02(short, monkeypatch):
     seen."""
     shallow(monkeypatch, 2)
     found = {}
-    for name, flags in {"plain": {}, "again": dict(checkpointing=True), "window": dict(window=4, global_blocks=1),
-                        "whole": dict(global_blocks=2), "drop": dict(drop_path=0.9),
-                        "bicubic": dict(patch_resize="bicubic")}.items():
-        more = dict(global_blocks=1, drop_path=0.3, stage="teacher", teacher_steps=1, smoothing="none", embed_size=None)
+    for name, flags in {
+        "plain": {},
+        "again": dict(checkpointing=True),
+        "window": dict(window=4, global_blocks=1),
+        "whole": dict(global_blocks=2),
+        "drop": dict(drop_path=0.9),
+        "bicubic": dict(patch_resize="bicubic"),
+    }.items():
+        more = dict(
+            global_blocks=1,
+            drop_path=0.3,
+            stage="teacher",
+            teacher_steps=1,
+            smoothing="none",
+            embed_size=None,
+        )
         run = short(**EVA | more | flags)
-        found[name] = {k: p.grad for k, p in run.teacher.student.named_parameters() if p.grad is not None}
+        found[name] = {
+            k: p.grad for k, p in run.teacher.student.named_parameters() if p.grad is not None
+        }
     assert apart(found["plain"], found["again"]) == 0
-    assert all(apart(found["plain"], found[k]) > 1e-6 for k in ("window", "whole", "drop", "bicubic"))
+    assert all(
+        apart(found["plain"], found[k]) > 1e-6 for k in ("window", "whole", "drop", "bicubic")
+    )
 
 
 # ------------------------------------------------------------------------------------------- errors
 SMALL = dict(pool="x", retrieval_model="test_resnet", retrieval_weights="none")
 REFUSED = [  # flags, what the sentence names
-    *(({k: v}, f"--{k.replace('_', '-')} ") for k, v in dict(
-        eps=1.5, ema=1.5, threshold=-0.1, image_size=16, width=4, fc=4, scale=(2, 1), eval_every=0, log_every=0,
-        save_every=-1, lr="nan", weight_decay=-1, clip=-1, seed=-1, workers=-1, unsup_weight=-1, size_threshold="inf",
-        holdout=0, prior=0.9, nms=0, sim_tau=0, repeat=2, accumulate=0, steps=0, teacher_steps=0, bins=0, proposals=0,
-        roi_batch=0, rpn_batch=0, detections=0, proto_per_class=0, gamma=-1, shrink=-1, layer_decay=2, warmup=-1,
-        federated=-1, lambda_calib=-1, calib_min_score=2, embed_size=3, head_convs=0, anchor_scale=0).items()),
-    (dict(image_size=80), "--image-size 80"), (dict(accumulate=3), "--accumulate 3"), (dict(batch_size=0), "batch"),
-    (dict(accumulate=2, norm="live"), "--norm frozen"), (dict(norm="live", batch_size=1), "batch"),
-    (EVA | dict(window=3), "--image-size 64"), (EVA | dict(norm="live"), "--norm"),
+    *(
+        ({k: v}, f"--{k.replace('_', '-')} ")
+        for k, v in dict(
+            eps=1.5,
+            ema=1.5,
+            threshold=-0.1,
+            image_size=16,
+            width=4,
+            fc=4,
+            scale=(2, 1),
+            eval_every=0,
+            log_every=0,
+            save_every=-1,
+            lr="nan",
+            weight_decay=-1,
+            clip=-1,
+            seed=-1,
+            workers=-1,
+            unsup_weight=-1,
+            size_threshold="inf",
+            holdout=0,
+            prior=0.9,
+            nms=0,
+            sim_tau=0,
+            repeat=2,
+            accumulate=0,
+            steps=0,
+            teacher_steps=0,
+            bins=0,
+            proposals=0,
+            roi_batch=0,
+            rpn_batch=0,
+            detections=0,
+            proto_per_class=0,
+            gamma=-1,
+            shrink=-1,
+            layer_decay=2,
+            warmup=-1,
+            federated=-1,
+            lambda_calib=-1,
+            calib_min_score=2,
+            embed_size=3,
+            head_convs=0,
+            anchor_scale=0,
+        ).items()
+    ),
+    (dict(image_size=80), "--image-size 80"),
+    (dict(accumulate=3), "--accumulate 3"),
+    (dict(batch_size=0), "batch"),
+    (dict(accumulate=2, norm="live"), "--norm frozen"),
+    (dict(norm="live", batch_size=1), "batch"),
+    (EVA | dict(window=3), "--image-size 64"),
+    (EVA | dict(norm="live"), "--norm"),
     (dict(stage="student"), "--teacher"),
-    (dict(stage="student", teacher="x.pt"), "--calibration"), (dict(stage="retrieve"), "--pool"),
-    (dict(student_init="fresh"), "--burn-in"), (dict(refresh=2, tune=True), "--refresh"),
+    (dict(stage="student", teacher="x.pt"), "--calibration"),
+    (dict(stage="retrieve"), "--pool"),
+    (dict(student_init="fresh"), "--burn-in"),
+    (dict(refresh=2, tune=True), "--refresh"),
     (dict(stage="student", teacher="x.pt", pseudo="soft", teacher_steps=4), "--teacher-steps"),
-    (dict(split="1", tune=True, pseudo="soft"), "held out"), (dict(grid="student"), "--teacher"),
+    (dict(split="1", tune=True, pseudo="soft"), "held out"),
+    (dict(grid="student"), "--teacher"),
     (dict(grid="teacher", stage="teacher"), "--stage"),
-    *((dict(stage="teacher") | {k: v}, f"--{k.replace('_', '-')} ") for k, v in dict(
-        pseudo="soft", lambda_calib=1.0, support="all", refresh=5, threshold=0.9, filter_on="corrected",
-        size_threshold=1.0, unsup_weight=2.0, ema=0.5, unlabeled="x", steps=9, teacher_update="frozen", teacher="x.pt",
-        student_init="fresh", burn_in=2, student_labels="onehot", batch_size=4, shrink=1.0, delta_from="teacher",
-        pool="x", calibration="x.json", holdout=0.3, stratify=True).items()),
-    *((dict(stage=stage, **SMALL if stage == "retrieve" else {}) | {k: v}, f"--{k.replace('_', '-')} ")
-      for stage in ("prototypes", "retrieve") for k, v in dict(
-          teacher_steps=9, teacher_batch_size=4, teacher="x.pt", steps=9, calibration="x.json").items()),
-    (dict(stage="calibrate", calibration="x.json"), "--calibration "), (dict(stage="calibrate", steps=9), "--steps "),
-    *((dict(smoothing="none") | {k: v}, f"--{k.replace('_', '-')} ") for k, v in dict(
-        eps=0.2, gamma=1.0, convention="literal", student_labels="onehot", sim_tau=0.1, sim_center=True, sim_topk=3,
-        sim_exclude_self=True, counts="images", proto="roi", proto_per_class=3).items()),
-    (dict(smoothing="similarity", gamma=1.0), "--gamma "), (dict(smoothing="uniform", sim_tau=0.1), "--sim-tau "),
-    *((dict(pseudo="soft") | {k: v}, f"--{k.replace('_', '-')} ") for k, v in dict(
-        lambda_calib=1.0, support="all", refresh=5, calibration="x", shrink=1.0, delta_from="teacher",
-        filter_on="corrected").items()),
-    *((dict(calibration="x.json", stage="all") | {k: v}, f"--{k.replace('_', '-')} ") for k, v in dict(
-        shrink=1.0, delta_from="teacher", holdout=0.3).items()),
-    *(({k: v}, f"--{k.replace('_', '-')} ") for k, v in dict(
-        neighbours=3, retrieval_model="resnet18", retrieval_weights="none", index="Flat", duplicate=0.5, window=8,
-        global_blocks=2, patch_resize="bicubic", drop_path=0.1, checkpointing=True).items()),
-    (dict(federated=0, fed_soft="topk"), "--fed-soft "), (dict(cls_loss="softmax", fed_soft="topk"), "--fed-soft "),
-    (dict(cls_loss="softmax", federated=3), "--federated "), (dict(cls_loss="softmax", prior=0.1), "--prior "),
-    (dict(teacher_update="frozen", ema=0.5), "--ema "), (dict(teacher_update="frozen", burn_in=2), "--burn-in "),
+    *(
+        (dict(stage="teacher") | {k: v}, f"--{k.replace('_', '-')} ")
+        for k, v in dict(
+            pseudo="soft",
+            lambda_calib=1.0,
+            support="all",
+            refresh=5,
+            threshold=0.9,
+            filter_on="corrected",
+            size_threshold=1.0,
+            unsup_weight=2.0,
+            ema=0.5,
+            unlabeled="x",
+            steps=9,
+            teacher_update="frozen",
+            teacher="x.pt",
+            student_init="fresh",
+            burn_in=2,
+            student_labels="onehot",
+            batch_size=4,
+            shrink=1.0,
+            delta_from="teacher",
+            pool="x",
+            calibration="x.json",
+            holdout=0.3,
+            stratify=True,
+        ).items()
+    ),
+    *(
+        (
+            dict(stage=stage, **SMALL if stage == "retrieve" else {}) | {k: v},
+            f"--{k.replace('_', '-')} ",
+        )
+        for stage in ("prototypes", "retrieve")
+        for k, v in dict(
+            teacher_steps=9, teacher_batch_size=4, teacher="x.pt", steps=9, calibration="x.json"
+        ).items()
+    ),
+    (dict(stage="calibrate", calibration="x.json"), "--calibration "),
+    (dict(stage="calibrate", steps=9), "--steps "),
+    *(
+        (dict(smoothing="none") | {k: v}, f"--{k.replace('_', '-')} ")
+        for k, v in dict(
+            eps=0.2,
+            gamma=1.0,
+            convention="literal",
+            student_labels="onehot",
+            sim_tau=0.1,
+            sim_center=True,
+            sim_topk=3,
+            sim_exclude_self=True,
+            counts="images",
+            proto="roi",
+            proto_per_class=3,
+        ).items()
+    ),
+    (dict(smoothing="similarity", gamma=1.0), "--gamma "),
+    (dict(smoothing="uniform", sim_tau=0.1), "--sim-tau "),
+    *(
+        (dict(pseudo="soft") | {k: v}, f"--{k.replace('_', '-')} ")
+        for k, v in dict(
+            lambda_calib=1.0,
+            support="all",
+            refresh=5,
+            calibration="x",
+            shrink=1.0,
+            delta_from="teacher",
+            filter_on="corrected",
+        ).items()
+    ),
+    *(
+        (dict(calibration="x.json", stage="all") | {k: v}, f"--{k.replace('_', '-')} ")
+        for k, v in dict(shrink=1.0, delta_from="teacher", holdout=0.3).items()
+    ),
+    *(
+        ({k: v}, f"--{k.replace('_', '-')} ")
+        for k, v in dict(
+            neighbours=3,
+            retrieval_model="resnet18",
+            retrieval_weights="none",
+            index="Flat",
+            duplicate=0.5,
+            window=8,
+            global_blocks=2,
+            patch_resize="bicubic",
+            drop_path=0.1,
+            checkpointing=True,
+        ).items()
+    ),
+    (dict(federated=0, fed_soft="topk"), "--fed-soft "),
+    (dict(cls_loss="softmax", fed_soft="topk"), "--fed-soft "),
+    (dict(cls_loss="softmax", federated=3), "--federated "),
+    (dict(cls_loss="softmax", prior=0.1), "--prior "),
+    (dict(teacher_update="frozen", ema=0.5), "--ema "),
+    (dict(teacher_update="frozen", burn_in=2), "--burn-in "),
     (dict(calib_samples="gt", calib_iou="mask"), "--calib-iou "),
     (dict(pseudo="onehot", filter_on="corrected"), "--filter-on "),
-    (dict(pool="x", unlabeled="y"), "--pool "), (dict(tune=True, val="tune"), "--val ")]
+    (dict(pool="x", unlabeled="y"), "--pool "),
+    (dict(tune=True, val="tune"), "--val "),
+]
 REFUSED += [  # what is not there, or no good
-    (dict(root="text"), "looked for a folder"), (dict(root="nowhere"), "data/README.md"),
+    (dict(root="text"), "looked for a folder"),
+    (dict(root="nowhere"), "data/README.md"),
     (dict(dataset="shapes", root="text", frequency=None), "text"),
-    (dict(train_json="no.json"), "--train-json no.json"), (dict(val="nonsense"), "nonsense"),
-    (dict(val_json="no.json"), "--val-json no.json"), (dict(images="no"), "--images no"), (dict(out="text"), "--out"),
-    (dict(split="nonsense"), "--split nonsense"), (dict(split="random:0"), "--split random:0"),
-    (dict(split="random:99"), "--split random:99"), (dict(split="list"), "nobody.jpg"),
-    (dict(split="all"), "no unlabeled image"), (dict(unlabeled="no"), "--unlabeled no"),
-    (dict(unlabeled="empty"), "no images"), (dict(device="tpu"), "--device tpu"),
-    (dict(train_json="train.json"), "has no object"), (dict(val_json="val.json"), "has no object"),
-    *(({flag: f"{name}.json"}, said) for flag in ("train_json", "val_json") for name, said in dict(
-        torn="torn.json cannot be read as JSON", numbers="numbers.json is no COCO or LVIS file",
-        lists="lists.json is no COCO or LVIS file: it has no list of categories", other="differ").items())]
-TEXTS = {"text": "x", "list": "nobody.jpg", "torn.json": '{"images": [', "numbers.json": "[1, 2]",
-         "lists.json": '{"images": []}', "empty/notes.txt": "no picture",
-         "other.json": '{"images": [], "categories": [{"id": 1, "name": "a"}], "annotations": []}',
-         "classes.json": '{"classes": ["a"], "delta": [0.1]}', "short.json": '{"classes": ["a", "b"], "delta": [0.1]}'}
+    (dict(train_json="no.json"), "--train-json no.json"),
+    (dict(val="nonsense"), "nonsense"),
+    (dict(val_json="no.json"), "--val-json no.json"),
+    (dict(images="no"), "--images no"),
+    (dict(out="text"), "--out"),
+    (dict(split="nonsense"), "--split nonsense"),
+    (dict(split="random:0"), "--split random:0"),
+    (dict(split="random:99"), "--split random:99"),
+    (dict(split="list"), "nobody.jpg"),
+    (dict(split="all"), "no unlabeled image"),
+    (dict(unlabeled="no"), "--unlabeled no"),
+    (dict(unlabeled="empty"), "no images"),
+    (dict(device="tpu"), "--device tpu"),
+    (dict(train_json="train.json"), "has no object"),
+    (dict(val_json="val.json"), "has no object"),
+    *(
+        ({flag: f"{name}.json"}, said)
+        for flag in ("train_json", "val_json")
+        for name, said in dict(
+            torn="torn.json cannot be read as JSON",
+            numbers="numbers.json is no COCO or LVIS file",
+            lists="lists.json is no COCO or LVIS file: it has no list of categories",
+            other="differ",
+        ).items()
+    ),
+]
+TEXTS = {
+    "text": "x",
+    "list": "nobody.jpg",
+    "torn.json": '{"images": [',
+    "numbers.json": "[1, 2]",
+    "lists.json": '{"images": []}',
+    "empty/notes.txt": "no picture",
+    "other.json": '{"images": [], "categories": [{"id": 1, "name": "a"}], "annotations": []}',
+    "classes.json": '{"classes": ["a"], "delta": [0.1]}',
+    "short.json": '{"classes": ["a", "b"], "delta": [0.1]}',
+}
 
 
 @pytest.fixture
@@ -1785,61 +2698,114 @@ def test_refused_before_any_work(line, typed, texts, tmp_path, flags, said):
 
 
 LATER = [  # what is found when networks, prototypes or labels are needed
-    (dict(backbone="nonsense"), "nonsense"), (EVA | dict(backbone="eva02_nonsense"), "eva02_nonsense"),
-    (dict(backbone="alexnet"), "alexnet"), (dict(weights="no.pth"), "--weights no.pth"),
-    (dict(weights="text"), "--weights text"), (dict(backbone="mobilenet_v2", weights="shapes"), "mobilenet_v2"),
-    (EVA | dict(weights="no.pth"), "no.pth"), (EVA | dict(weights="text"), "text"),
+    (dict(backbone="nonsense"), "nonsense"),
+    (EVA | dict(backbone="eva02_nonsense"), "eva02_nonsense"),
+    (dict(backbone="alexnet"), "alexnet"),
+    (dict(weights="no.pth"), "--weights no.pth"),
+    (dict(weights="text"), "--weights text"),
+    (dict(backbone="mobilenet_v2", weights="shapes"), "mobilenet_v2"),
+    (EVA | dict(weights="no.pth"), "no.pth"),
+    (EVA | dict(weights="text"), "text"),
     (EVA | dict(global_blocks=5), "--global-blocks 5"),
-    (dict(init_detector="no.pth"), "--init-detector no.pth"), (dict(init_detector="text"), "--init-detector text"),
-    *((SMALL | dict(pool=name), said) for name, said in dict(
-        no="--pool no", empty="--pool empty", list="nobody.jpg").items()),
-    *((SMALL | {"pool": "POOL", k: v}, v) for k, v in dict(
-        retrieval_model="nonsense", retrieval_weights="no.pth", index="IVF0").items()),
+    (dict(init_detector="no.pth"), "--init-detector no.pth"),
+    (dict(init_detector="text"), "--init-detector text"),
+    *(
+        (SMALL | dict(pool=name), said)
+        for name, said in dict(no="--pool no", empty="--pool empty", list="nobody.jpg").items()
+    ),
+    *(
+        (SMALL | {"pool": "POOL", k: v}, v)
+        for k, v in dict(
+            retrieval_model="nonsense", retrieval_weights="no.pth", index="IVF0"
+        ).items()
+    ),
     (dict(stage="student", pseudo="soft", teacher="no.pt"), "no.pt"),
     (dict(stage="student", pseudo="soft", teacher="text"), "text"),
-    *((dict(stage="student", teacher="TEACHER", calibration=f"{name}.json"), f"--calibration {name}.json")
-      for name in ("no", "torn", "numbers", "classes", "short")),
+    *(
+        (
+            dict(stage="student", teacher="TEACHER", calibration=f"{name}.json"),
+            f"--calibration {name}.json",
+        )
+        for name in ("no", "torn", "numbers", "classes", "short")
+    ),
     (dict(stage="student", pseudo="soft", teacher="TEACHER", width=16), "--width"),
-    (dict(stage="student", pseudo="soft", teacher="TEACHER", backbone="resnet18", init_detector="", weights="none"),
-     "--backbone")]
+    (
+        dict(
+            stage="student",
+            pseudo="soft",
+            teacher="TEACHER",
+            backbone="resnet18",
+            init_detector="",
+            weights="none",
+        ),
+        "--backbone",
+    ),
+]
 
 
 @pytest.mark.parametrize("flags, said", LATER, ids=words)
 def test_refused_when_it_is_needed(trained, pool, line, typed, texts, tmp_path, flags, said):
     places = {"TEACHER": trained / "teacher.pt", "POOL": pool}
     more = dict(frequency="file", proto="roi") if "pool" in flags else {}
-    error = typed(line(**more, **{k: places.get(v, v) if isinstance(v, str) else v for k, v in flags.items()})).error()
+    error = typed(
+        line(**more, **{k: places.get(v, v) if isinstance(v, str) else v for k, v in flags.items()})
+    ).error()
     assert said in error and {p.name for p in tmp_path.glob("out/*.pt")} <= {"prototypes.pt"}, error
 
 
-@pytest.mark.parametrize("flags", [dict(teacher="no.pt"), dict(calibration="no.json"), dict(calibration="torn.json"),
-                                   dict(calibration="classes.json"), dict(teacher="OTHER", pseudo="soft"),
-                                   dict(init_detector="no.pt", smoothing="none")], ids=words)
-def test_files_are_looked_at_before_a_network_is_trained(trained, line, typed, texts, tmp_path, monkeypatch, flags):
+@pytest.mark.parametrize(
+    "flags",
+    [
+        dict(teacher="no.pt"),
+        dict(calibration="no.json"),
+        dict(calibration="torn.json"),
+        dict(calibration="classes.json"),
+        dict(teacher="OTHER", pseudo="soft"),
+        dict(init_detector="no.pt", smoothing="none"),
+    ],
+    ids=words,
+)
+def test_files_are_looked_at_before_a_network_is_trained(
+    trained, line, typed, texts, tmp_path, monkeypatch, flags
+):
     """Not after the first one has learned for a day."""
     if flags.get("teacher") == "OTHER":
         read = torch.load(trained / "teacher.pt", weights_only=True)
         torch.save(read | {"classes": ["a", "b"]}, tmp_path / "OTHER")
     trainings = []
-    monkeypatch.setattr(bp, "train_step", lambda *args, real=bp.train_step: (trainings.append(1), real(*args))[1])
+    monkeypatch.setattr(
+        bp, "train_step", lambda *args, real=bp.train_step: (trainings.append(1), real(*args))[1]
+    )
     error = typed(line(**flags)).error()
     assert not trainings and str(next(iter(flags.values()))) in error
 
 
-@pytest.mark.parametrize("flags, mended", [
-    (dict(weights="no.pth"), "weights"), (dict(backbone="nonsense"), "backbone"),
-    (dict(stage="student", pseudo="soft", teacher="no.pt"), "teacher")], ids=words)
+@pytest.mark.parametrize(
+    "flags, mended",
+    [
+        (dict(weights="no.pth"), "weights"),
+        (dict(backbone="nonsense"), "backbone"),
+        (dict(stage="student", pseudo="soft", teacher="no.pt"), "teacher"),
+    ],
+    ids=words,
+)
 def test_mended_command_runs_in_the_same_folder(trained, line, typed, texts, flags, mended):
     """What stopped before it trained is no run that --resume must continue."""
     typed(line(**flags, **LATE)).error()
-    good = {"weights": STARTS["weights"], "backbone": "test_resnet", "teacher": trained / "teacher.pt"}
+    good = {
+        "weights": STARTS["weights"],
+        "backbone": "test_resnet",
+        "teacher": trained / "teacher.pt",
+    }
     typed(line(**flags | {mended: good[mended]}, **LATE)).ok()
 
 
 def test_pool_without_a_rare_class_or_without_a_neighbour(line, typed, tail, tmp_path):
     """Nothing to search with; nothing found that is not known already."""
     search = dict(stage="retrieve", retrieval_model="test_resnet", retrieval_weights="none")
-    rich = altered(tail, tmp_path, lambda read: [kind.update(frequency="f") for kind in read["categories"]])
+    rich = altered(
+        tail, tmp_path, lambda read: [kind.update(frequency="f") for kind in read["categories"]]
+    )
     flags = dict(pool=tail / "images" / "val", frequency="file") | rich
     assert "rare" in typed(line(tmp_path / "a", **flags, **search)).error()
     flags = dict(pool=tail / "images" / "train", frequency="file") | search
@@ -1852,8 +2818,17 @@ def test_pool_without_a_rare_class_or_without_a_neighbour(line, typed, tail, tmp
 def test_few_labels_have_rare_classes_to_search_with(line, typed, tail, tmp_path):
     """--frequency subset: a class without a labeled object is none of the rarest third of those
     that have some."""
-    typed(line(pool=tail / "images" / "val", stage="retrieve", retrieval_model="test_resnet", retrieval_weights="none",
-               train_json=part(tail, "train"), val_json=part(tail, "tune"), duplicate=1.0)).ok()
+    typed(
+        line(
+            pool=tail / "images" / "val",
+            stage="retrieve",
+            retrieval_model="test_resnet",
+            retrieval_weights="none",
+            train_json=part(tail, "train"),
+            val_json=part(tail, "tune"),
+            duplicate=1.0,
+        )
+    ).ok()
     assert json.loads((tmp_path / "out" / "retrieved.json").read_text())["classes"]
 
 
@@ -1862,26 +2837,50 @@ def test_checkpoints_and_pictures_that_cannot_be_used(trained, copy, typed, tmp_
     torch.save({**good, "script": "other.py"}, tmp_path / "other.pt")
     torch.save(good["networks"]["supervised"], tmp_path / "weights.pt")
     (tmp_path / "torn.pt").write_bytes((trained / "best.pt").read_bytes()[:9999])
-    for name, said in (("other", "other.py"), ("weights", "--weights"), ("torn", "readable"), ("no", "no checkpoint")):
+    for name, said in (
+        ("other", "other.py"),
+        ("weights", "--weights"),
+        ("torn", "readable"),
+        ("no", "no checkpoint"),
+    ):
         for flag in ("--eval", "--predict"):
-            assert said in (error := typed([flag, str(tmp_path / f"{name}.pt")]).error()) and f"{name}.pt" in error
+            assert (
+                said in (error := typed([flag, str(tmp_path / f"{name}.pt")]).error())
+                and f"{name}.pt" in error
+            )
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.jpg").write_text("x")
-    for name, said in (("", "--predict"), ("empty", "--predict"), ("text.jpg", "text.jpg"), ("no.jpg", "no.jpg")):
+    for name, said in (
+        ("", "--predict"),
+        ("empty", "--predict"),
+        ("text.jpg", "text.jpg"),
+        ("no.jpg", "no.jpg"),
+    ):
         given = [str(tmp_path / name)] if name else []
         assert said in typed(["--predict", str(copy / "best.pt"), *given, *HERE]).error()
     root = shapes.make_coco(tmp_path / "coco", 3, 2)
-    assert "classes" in typed(["--eval", str(copy / "best.pt"), "--root", str(root), "--val", "val", *HERE]).error()
+    assert (
+        "classes"
+        in typed(
+            ["--eval", str(copy / "best.pt"), "--root", str(root), "--val", "val", *HERE]
+        ).error()
+    )
     assert "best.pt" in typed(["--eval", str(copy / "best.pt"), "--width", "16", *HERE]).error()
 
 
 @pytest.mark.parametrize("stage", ["teacher", "student"])
-def test_loss_that_is_not_finite_stops_and_the_last_good_checkpoint_stays(line, typed, trained, tmp_path, stage):
+def test_loss_that_is_not_finite_stops_and_the_last_good_checkpoint_stays(
+    line, typed, trained, tmp_path, stage
+):
     """In the teacher's stage, and in the student's, whose teacher is good."""
     more = dict(teacher=trained / "teacher.pt", pseudo="soft", steps=20)
     more = dict(teacher_steps=20) if stage == "teacher" else more
     error = typed(line(lr=1e14, save_every=1, stage=stage, **more, **LATE)).error()
-    step = int(re.search(r"(?:loss_[lu] is|weights of \w+ are) not finite (?:since|after) step (\d+)", error)[1])
+    step = int(
+        re.search(
+            r"(?:loss_[lu] is|weights of \w+ are) not finite (?:since|after) step (\d+)", error
+        )[1]
+    )
     last = state(tmp_path / "out" / "last.pt")
     assert "--lr" in error and str(tmp_path / "out") in error and 0 < last["step"] <= step + 1 < 20
     assert all(v.isfinite().all() for v in tensors(last["networks"]).values())
@@ -1891,23 +2890,44 @@ def test_loss_that_is_not_finite_stops_and_the_last_good_checkpoint_stays(line, 
 def test_weights_that_cannot_be_had(line, typed, tmp_path, monkeypatch):
     def offline(name, pretrained=False, **more):
         raise OSError("offline") if pretrained else AssertionError("random weights were asked for")
+
     monkeypatch.setattr(timm, "create_model", offline)
-    for n, (backbone, more) in enumerate({"resnet18": {}, "eva02_tiny_patch14_224": dict(norm=None, window=2)}.items()):
+    for n, (backbone, more) in enumerate(
+        {"resnet18": {}, "eva02_tiny_patch14_224": dict(norm=None, window=2)}.items()
+    ):
         for smoothing in ("none", "similarity"):
-            error = typed(line(tmp_path / f"{n}{smoothing}", backbone=backbone, weights="imagenet", init_detector="",
-                               smoothing=smoothing, stage="teacher", **more)).error()
+            error = typed(
+                line(
+                    tmp_path / f"{n}{smoothing}",
+                    backbone=backbone,
+                    weights="imagenet",
+                    init_detector="",
+                    smoothing=smoothing,
+                    stage="teacher",
+                    **more,
+                )
+            ).error()
             assert backbone in error and "file" in error.lower() and "none" in error
 
 
 # -------------------------------------------------------------------------------------------- a GPU
-@pytest.mark.parametrize("flags", [{}, dict(batch_size=4, teacher_batch_size=4, accumulate=2, pseudo="soft"),
-                                   dict(EVA, federated=4, repeat=0.5)], ids=str)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        dict(batch_size=4, teacher_batch_size=4, accumulate=2, pseudo="soft"),
+        dict(EVA, federated=4, repeat=0.5),
+    ],
+    ids=str,
+)
 def test_nothing_mixes_devices(line, tmp_path, flags):
     """On an accelerator that is pretended, with the CPU's values: the same run, but for the order
     of sums in a ViT."""
     for name, setup in (("near", ()), ("far", (partial(pretend.count, NAME, "train_step"),))):
         said = forked(line(out=tmp_path / name, **flags), tmp_path / "io", *setup).ok().out
-    assert 0 < max(pretend.waits(said)) <= 65 * flags.get("batch_size", 2), "waits for the GPU, for each image"
+    assert 0 < max(pretend.waits(said)) <= 65 * flags.get("batch_size", 2), (
+        "waits for the GPU, for each image"
+    )
     if "backbone" in flags:
         # of Adam
         assert apart(*(weights(tmp_path / name / "last.pt") for name in ("far", "near"))) < 2e-3
@@ -1916,14 +2936,25 @@ def test_nothing_mixes_devices(line, tmp_path, flags):
         assert any(r.get("pseudo_per_image") for r in log_of(tmp_path / "far"))
 
 
-def test_retrieval_evaluation_and_prediction_do_not_mix_devices(line, finished, searched, tail, tmp_path):
+def test_retrieval_evaluation_and_prediction_do_not_mix_devices(
+    line, finished, searched, tail, tmp_path
+):
     copy, found = Path(shutil.copytree(finished(), tmp_path / "copy")), []
     for name, setup in (("near", ()), ("far", (pretend.install,))):
-        forked(line(out=tmp_path / name, stage="retrieve", **searched), tmp_path / "io", *setup).ok()
+        forked(
+            line(out=tmp_path / name, stage="retrieve", **searched), tmp_path / "io", *setup
+        ).ok()
         for flags in (["--eval"], ["--predict", str(tail / "images" / "val")]):
-            forked([flags[0], str(copy / "best.pt"), *flags[1:], *HERE], tmp_path / "io", *setup).ok()
-        found.append([(copy / "best.pt.results.json").read_text(), (tmp_path / name / "retrieved.txt").read_text(),
-                      (copy / "best.pt.predictions" / "predictions.json").read_text()])
+            forked(
+                [flags[0], str(copy / "best.pt"), *flags[1:], *HERE], tmp_path / "io", *setup
+            ).ok()
+        found.append(
+            [
+                (copy / "best.pt.results.json").read_text(),
+                (tmp_path / name / "retrieved.txt").read_text(),
+                (copy / "best.pt.predictions" / "predictions.json").read_text(),
+            ]
+        )
     assert found[0] == found[1]
 
 
@@ -1932,5 +2963,7 @@ def test_run_evaluation_and_prediction_on_a_gpu(line, typed, tail, tmp_path):
     out = tmp_path / "out"
     typed(line(device="cuda", batch_size=4)).ok()
     typed(["--eval", str(out / "best.pt"), "--device", "cuda"]).ok()
-    typed(["--predict", str(out / "best.pt"), str(tail / "images" / "val"), "--device", "cuda"]).ok()
+    typed(
+        ["--predict", str(out / "best.pt"), str(tail / "images" / "val"), "--device", "cuda"]
+    ).ok()
     assert results(out)["student"]["last"]["step"] == 7 and "peak_gpu_gib" in log_of(out)[0]

@@ -25,7 +25,9 @@ TWO_GPUS = World(0, 2, 0, torch.device("cuda"))
 
 
 # -------------------------------------------------------------------------------------- distributed
-@pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050", "tf_efficientnet_lite0", "regnetx_002"])
+@pytest.mark.parametrize(
+    "name", ["resnet18", "mobilenetv3_small_050", "tf_efficientnet_lite0", "regnetx_002"]
+)
 def test_synchronised_batchnorm_keeps_what_the_layers_compute(name):
     """timm's BatchNormAct2d applies an activation, too. Without a process group the layers compute
     on CPUs."""
@@ -37,8 +39,13 @@ def test_synchronised_batchnorm_keeps_what_the_layers_compute(name):
         net = distributed.sync_batchnorm(net, TWO_GPUS)
         after = net(x)
     assert sum(isinstance(m, nn.SyncBatchNorm) for m in net.modules()) == layers > 10
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in net.modules()) and list(net.state_dict()) == keys
-    assert len(before) == len(after) and all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert (
+        not any(isinstance(m, nn.BatchNorm2d) for m in net.modules())
+        and list(net.state_dict()) == keys
+    )
+    assert len(before) == len(after) and all(
+        torch.equal(a, b) for a, b in zip(before, after, strict=True)
+    )
 
 
 def test_batchnorm_stays_as_it_is_on_one_process_and_on_cpus():
@@ -50,27 +57,35 @@ def test_one_gpu_for_several_processes_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for here in (True, False):
         monkeypatch.setattr(torch.cuda, "is_available", lambda here=here: here)
-        with pytest.raises(UserError, match="--device cuda:1 .* 2 processes .*CUDA_VISIBLE_DEVICES"):
+        with pytest.raises(
+            UserError, match="--device cuda:1 .* 2 processes .*CUDA_VISIBLE_DEVICES"
+        ):
             distributed.start("cuda:1")
 
 
 def test_auto_takes_bf16_where_the_gpu_computes_in_it(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
+    )
     assert not TWO_GPUS.bf16("auto") and TWO_GPUS.bf16("bf16") and not TWO_GPUS.bf16("fp32")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
     assert TWO_GPUS.bf16("auto") and not TWO_GPUS.bf16("fp32") and not World().bf16("auto")
 
 
 # --------------------------------------------------------------------------------------------- runs
-LOST = ["[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:2046",
-        "[../gloo/transport/tcp/pair.cc:534] Read error [127.0.0.1]:2046: Connection reset by peer",
-        "NCCL error in: NCCLUtils.cpp:77, remote process exited or there was a network error, NCCL version 2.28.3",
-        "socketProgress: Connection closed by remote peer node<47>",
-        "Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?"]
-CAUSES = ["NCCL error in: NCCLUtils.cpp:77, invalid usage, NCCL version 2.28.3\nDuplicate GPU detected",
-          "NCCL error in: NCCLUtils.cpp:77, unhandled system error, NCCL version 2.28.3\nncclSystemError: System call "
-          "(e.g. socket, malloc) or external library call failed or device error.\nError: no socket interface found",
-          "NCCL error in: NCCLUtils.cpp:77, unhandled cuda error, NCCL version 2.28.3\nncclUnhandledCudaError"]
+LOST = [
+    "[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:2046",
+    "[../gloo/transport/tcp/pair.cc:534] Read error [127.0.0.1]:2046: Connection reset by peer",
+    "NCCL error in: NCCLUtils.cpp:77, remote process exited or there was a network error, NCCL version 2.28.3",
+    "socketProgress: Connection closed by remote peer node<47>",
+    "Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?",
+]
+CAUSES = [
+    "NCCL error in: NCCLUtils.cpp:77, invalid usage, NCCL version 2.28.3\nDuplicate GPU detected",
+    "NCCL error in: NCCLUtils.cpp:77, unhandled system error, NCCL version 2.28.3\nncclSystemError: System call "
+    "(e.g. socket, malloc) or external library call failed or device error.\nError: no socket interface found",
+    "NCCL error in: NCCLUtils.cpp:77, unhandled cuda error, NCCL version 2.28.3\nncclUnhandledCudaError",
+]
 
 
 @pytest.mark.parametrize("text", LOST + CAUSES)
@@ -88,16 +103,24 @@ def test_only_a_lost_process_is_said_to_be_one(monkeypatch, text):
 @dataclass
 class Nothing:
     """No settings."""
+
     images: list[str] = field(default_factory=list)
 
 
-@pytest.mark.parametrize("error, said", [
-    (torch.OutOfMemoryError("CUDA out of memory."), "The GPU ran out of memory"),
-    (OSError(errno.ENOSPC, "No space left on device", "last.pt"), "No space left"),
-    (runs.RankError("x.jpg is broken"), "x.jpg is broken"), (UserError("--split 0"), None),
-    (torch.distributed.DistBackendError(LOST[0]), None)], ids=lambda x: type(x).__name__)
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), "The GPU ran out of memory"),
+        (OSError(errno.ENOSPC, "No space left on device", "last.pt"), "No space left"),
+        (runs.RankError("x.jpg is broken"), "x.jpg is broken"),
+        (UserError("--split 0"), None),
+        (torch.distributed.DistBackendError(LOST[0]), None),
+    ],
+    ids=lambda x: type(x).__name__,
+)
 def test_what_one_process_alone_meets_it_says_itself(monkeypatch, capsys, error, said):
     """Process 1 of 2. What all meet, or that another is gone, process 0 says."""
+
     def fail(args):
         raise error
 
@@ -140,10 +163,18 @@ def test_peak_memory_of_a_gpu_is_logged_and_a_cpus_is_not(monkeypatch, tmp_path)
 
 # --------------------------------------------------------------------------------- transforms, data
 def test_normalize_subtracts_and_divides_bit_by_bit():
-    images, valid = torch.randint(0, 256, (2, 3, 9, 7), dtype=torch.uint8), torch.rand(2, 9, 7) < 0.5
-    mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (transforms.IMAGENET_MEAN, transforms.IMAGENET_STD))
+    images, valid = (
+        torch.randint(0, 256, (2, 3, 9, 7), dtype=torch.uint8),
+        torch.rand(2, 9, 7) < 0.5,
+    )
+    mean, std = (
+        torch.tensor(x).view(1, 3, 1, 1)
+        for x in (transforms.IMAGENET_MEAN, transforms.IMAGENET_STD)
+    )
     assert torch.equal(transforms.normalize(images), (images.float() - mean) / std)
-    assert torch.equal(transforms.normalize(images, valid), (images.float() - mean) / std * valid[:, None])
+    assert torch.equal(
+        transforms.normalize(images, valid), (images.float() - mean) / std * valid[:, None]
+    )
 
 
 def test_an_image_that_a_voc_list_names_must_be_there(shapes_root, tmp_path):
@@ -176,8 +207,13 @@ def test_predicting_passes_over_what_is_no_image(tmp_path, capsys):
         Image.new("RGB", (5, 3)).save(tmp_path / name)
     (tmp_path / "b.jpg").write_bytes(b"no image")
     files = sorted(tmp_path.iterdir())
-    found = [[(i, file.name, tuple(image.shape)) for i, file, image in read.readable(files, World(rank, 2))]
-             for rank in range(2)]
+    found = [
+        [
+            (i, file.name, tuple(image.shape))
+            for i, file, image in read.readable(files, World(rank, 2))
+        ]
+        for rank in range(2)
+    ]
     assert found == [[(0, "a.png", (3, 3, 5)), (2, "c.png", (3, 3, 5))], []]
     assert "b.jpg cannot be read as an image" in capsys.readouterr().err
     with pytest.raises(UserError, match="b.jpg"):
@@ -188,7 +224,9 @@ def test_pictures_of_sixteen_bits_keep_their_greys(tmp_path):
     ramp = np.linspace(0, 65535, 256).astype(np.uint16)[None].repeat(3, 0)
     Image.fromarray(ramp).save(tmp_path / "ramp.png")
     image = read.read_image(tmp_path / "ramp.png")
-    assert image.shape == (3, 3, 256) and torch.equal(image[1, 2], torch.arange(256, dtype=torch.uint8))
+    assert image.shape == (3, 3, 256) and torch.equal(
+        image[1, 2], torch.arange(256, dtype=torch.uint8)
+    )
     Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "ramp.tiff")
     with pytest.raises(UserError, match="floating-point"):
         read.read_image(tmp_path / "ramp.tiff")

@@ -24,7 +24,9 @@ from data.download import DownloadError
 
 REPO = Path(__file__).resolve().parents[1]
 LISTS = (REPO / os.environ.get("TEST_DATA", "../shared/data")).resolve() / "splits"
-published = pytest.mark.skipif(not LISTS.is_dir(), reason=f"no published lists in TEST_DATA ({LISTS})")
+published = pytest.mark.skipif(
+    not LISTS.is_dir(), reason=f"no published lists in TEST_DATA ({LISTS})"
+)
 CONTENT = np.random.default_rng(0).bytes(3_000_000)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 MD5 = hashlib.md5(CONTENT).hexdigest()
@@ -173,7 +175,9 @@ def test_fetch_tries_the_next_address(server, tmp_path):
 
 
 def test_fetch_names_what_is_not_found(server, tmp_path):
-    with pytest.raises(DownloadError, match=r"/absent.bin answers HTTP 404 Not Found; .* put it at .*file\.bin"):
+    with pytest.raises(
+        DownloadError, match=r"/absent.bin answers HTTP 404 Not Found; .* put it at .*file\.bin"
+    ):
         download.fetch(server.url("/absent.bin"), tmp_path / "file.bin")
     assert len(server.asked) == 1 and os.listdir(tmp_path) == []
 
@@ -193,7 +197,9 @@ def test_fetch_without_a_network(server, tmp_path):
 
 
 def test_fetch_looks_at_the_disk_space_first(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
+    monkeypatch.setattr(
+        download.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**6)
+    )
     with pytest.raises(DownloadError, match="no disk space"):
         download.fetch(server.url("/file.bin"), tmp_path / "file.bin", SHA256)
     assert os.listdir(tmp_path) == []
@@ -204,19 +210,28 @@ def test_fetch_says_when_the_disk_is_full(server, tmp_path):
     (tmp_path / "file.bin.part").symlink_to("/dev/full")
     with pytest.raises(DownloadError, match="no disk space left while writing"):
         download.fetch(server.url("/file.bin"), tmp_path / "file.bin", SHA256)
-    assert download._disk_error(OSError(errno.EACCES, "Permission denied"), tmp_path).args[0].endswith("denied")
+    assert (
+        download._disk_error(OSError(errno.EACCES, "Permission denied"), tmp_path)
+        .args[0]
+        .endswith("denied")
+    )
 
 
 # ----------------------------------------------------------------------------------------- archives
 
 
-def tar_of(path: Path, *members: tuple[str, bytes | str], kind: bytes = tarfile.REGTYPE, mode: str = "w") -> Path:
+def tar_of(
+    path: Path, *members: tuple[str, bytes | str], kind: bytes = tarfile.REGTYPE, mode: str = "w"
+) -> Path:
     """Members are (name, bytes) or, for links, (name, link target)."""
     with tarfile.open(path, mode) as tar:
         for name, content in members:
             info = tarfile.TarInfo(name)
             if isinstance(content, str):
-                info.type, info.linkname = (kind if kind != tarfile.REGTYPE else tarfile.SYMTYPE), content
+                info.type, info.linkname = (
+                    (kind if kind != tarfile.REGTYPE else tarfile.SYMTYPE),
+                    content,
+                )
                 tar.addfile(info)
             else:
                 info.size = len(content)
@@ -226,12 +241,18 @@ def tar_of(path: Path, *members: tuple[str, bytes | str], kind: bytes = tarfile.
 
 @pytest.mark.parametrize("suffix, mode", [(".tar", "w"), (".tgz", "w:gz")])
 def test_extract_tar(tmp_path, suffix, mode):
-    archive = tar_of(tmp_path / f"a{suffix}", ("top/sub/x.txt", b"x"), ("top/y.txt", b"new"), mode=mode)
+    archive = tar_of(
+        tmp_path / f"a{suffix}", ("top/sub/x.txt", b"x"), ("top/y.txt", b"new"), mode=mode
+    )
     (tmp_path / "out" / "top").mkdir(parents=True)
     (tmp_path / "out" / "top" / "y.txt").write_bytes(b"old")
     (tmp_path / "out" / "top" / "z.txt").write_bytes(b"mine")
     download.extract(archive, tmp_path / "out")
-    found = {str(p.relative_to(tmp_path / "out")): p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    found = {
+        str(p.relative_to(tmp_path / "out")): p.read_bytes()
+        for p in (tmp_path / "out").rglob("*")
+        if p.is_file()
+    }
     assert found == {"top/sub/x.txt": b"x", "top/y.txt": b"new", "top/z.txt": b"mine"}
 
 
@@ -243,11 +264,20 @@ def test_extract_zip(tmp_path):
     assert os.listdir(tmp_path / "out") == ["top"]
 
 
-OUTSIDE = ["../evil.txt", "a/../../evil.txt", "/tmp/evil_of_this_test.txt", "..\\evil.txt", "C:/evil.txt"]
+OUTSIDE = [
+    "../evil.txt",
+    "a/../../evil.txt",
+    "/tmp/evil_of_this_test.txt",
+    "..\\evil.txt",
+    "C:/evil.txt",
+]
 
 
 def nothing_came_out(tmp_path: Path) -> bool:
-    return not any(p.name.startswith("evil") for p in tmp_path.rglob("*")) and os.listdir(tmp_path / "out") == []
+    return (
+        not any(p.name.startswith("evil") for p in tmp_path.rglob("*"))
+        and os.listdir(tmp_path / "out") == []
+    )
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
@@ -332,7 +362,12 @@ def trees(tmp_path) -> tuple[Path, Path]:
     """VOC with palette masks of classes 1, 2, 15 and border 255; SBD with other classes, also for a
     VOC image."""
     voc, sbd = tmp_path / "VOC2012", tmp_path / "sbd"
-    for folder in (voc / "JPEGImages", voc / "SegmentationClass", voc / "ImageSets" / "Segmentation", sbd / "cls"):
+    for folder in (
+        voc / "JPEGImages",
+        voc / "SegmentationClass",
+        voc / "ImageSets" / "Segmentation",
+        sbd / "cls",
+    ):
         folder.mkdir(parents=True)
     palette = np.random.default_rng(1).integers(0, 256, 768).tolist()
     for name in {*TRAIN, *VAL, *SBD_TRAIN, *SBD_VAL}:
@@ -343,9 +378,16 @@ def trees(tmp_path) -> tuple[Path, Path]:
         assert image.mode == "P"
         image.save(voc / "SegmentationClass" / f"{name}.png")
     for name in ["2007_000001", *SBD_TRAIN, *SBD_VAL]:
-        savemat(sbd / "cls" / f"{name}.mat", {"GTcls": {"Segmentation": sbd_mask(), "Boundaries": np.zeros(3)}})
-    for path, names in ((voc / "ImageSets/Segmentation/train.txt", TRAIN), (sbd / "val.txt", SBD_VAL),
-                        (voc / "ImageSets/Segmentation/val.txt", VAL), (sbd / "train.txt", SBD_TRAIN)):
+        savemat(
+            sbd / "cls" / f"{name}.mat",
+            {"GTcls": {"Segmentation": sbd_mask(), "Boundaries": np.zeros(3)}},
+        )
+    for path, names in (
+        (voc / "ImageSets/Segmentation/train.txt", TRAIN),
+        (sbd / "val.txt", SBD_VAL),
+        (voc / "ImageSets/Segmentation/val.txt", VAL),
+        (sbd / "train.txt", SBD_TRAIN),
+    ):
         path.write_text("\n".join(names) + "\n")
     return voc, sbd
 
@@ -368,8 +410,12 @@ def test_masks_keep_indices_and_prefer_vocs_own(trees):
     voc, sbd = trees
     ids = download.augmented_masks(voc, sbd, expected=4, ids_sha256=None)
     assert ids == ["2007_000001", "2007_000002", "2008_000004", "2008_000005"]
-    assert (voc / "ImageSets/Segmentation/train_aug.txt").read_text() == "".join(f"{name}\n" for name in ids)
-    assert sorted(os.listdir(voc / "SegmentationClassAug")) == sorted(f"{name}.png" for name in ids + VAL)
+    assert (voc / "ImageSets/Segmentation/train_aug.txt").read_text() == "".join(
+        f"{name}\n" for name in ids
+    )
+    assert sorted(os.listdir(voc / "SegmentationClassAug")) == sorted(
+        f"{name}.png" for name in ids + VAL
+    )
     for name in TRAIN + VAL:
         np.testing.assert_array_equal(aug(voc, name), own_mask())
     for name in ("2008_000004", "2008_000005"):
@@ -392,7 +438,9 @@ def test_masks_go_on_after_a_stop(trees, monkeypatch):
     assert len(os.listdir(voc / "SegmentationClassAug")) == 2
     assert not (voc / "ImageSets/Segmentation/train_aug.txt").exists()
     first = list(opened)
-    monkeypatch.setattr(download, "_read_mask", lambda own, mat: opened.append(own.stem) or read(own, mat))
+    monkeypatch.setattr(
+        download, "_read_mask", lambda own, mat: opened.append(own.stem) or read(own, mat)
+    )
     download.augmented_masks(voc, sbd, 4, None)
     assert len(opened) == len(set(opened)) == 5 and opened[:2] == first
 
@@ -431,8 +479,10 @@ def test_voc_from_the_archives_to_masks(server, tmp_path, trees, monkeypatch):
     removed."""
     voc, sbd = trees
     (voc / "ImageSets/Segmentation/trainval.txt").write_text("")
-    for source, top, mode, name in ((voc, "VOCdevkit/VOC2012", "w", "voc.tar"),
-                                    (sbd, "benchmark_RELEASE/dataset", "w:gz", "sbd.tgz")):
+    for source, top, mode, name in (
+        (voc, "VOCdevkit/VOC2012", "w", "voc.tar"),
+        (sbd, "benchmark_RELEASE/dataset", "w:gz", "sbd.tgz"),
+    ):
         with tarfile.open(tmp_path / name, mode) as tar:
             tar.add(source, top)
         server.files[f"/{name}"] = (tmp_path / name).read_bytes()
@@ -441,7 +491,9 @@ def test_voc_from_the_archives_to_masks(server, tmp_path, trees, monkeypatch):
     monkeypatch.setattr(download, "SBD_URL", server.url("/sbd.tgz"))
     monkeypatch.setattr(download, "VOC_MD5", hashlib.md5(server.files["/voc.tar"]).hexdigest())
     monkeypatch.setattr(download, "SBD_MD5", hashlib.md5(server.files["/sbd.tgz"]).hexdigest())
-    monkeypatch.setattr(download, "VOC_FILES", {"JPEGImages/*.jpg": 5, "ImageSets/Segmentation/*.txt": 3})
+    monkeypatch.setattr(
+        download, "VOC_FILES", {"JPEGImages/*.jpg": 5, "ImageSets/Segmentation/*.txt": 3}
+    )
     monkeypatch.setattr(download, "SBD_FILES", {"cls/*.mat": 4, "*.txt": 2})
     monkeypatch.setitem(download.TRAIN, "voc", (4, splits.fingerprint(ids)))
     monkeypatch.setattr(download, "splits", lambda root, dataset: None)
@@ -463,11 +515,16 @@ def test_voc_from_the_archives_to_masks(server, tmp_path, trees, monkeypatch):
 @pytest.fixture
 def published_lists(server, monkeypatch):
     """The server stands for raw.githubusercontent.com with the copies in TEST_DATA."""
+
     def local(url):
         path = url.removeprefix("https://raw.githubusercontent.com")
         _, owner, name, _, rest = path.split("/", 4)
-        place = {"GTA-Seg": f"gta_seg/{rest}", "semisup-semseg": f"s4gan/{rest.removeprefix('splits/')}",
-                 "GuidedDistillation": f"guided_distillation/{rest}", "unbiased-teacher": f"unbiased_teacher/{rest}"}
+        place = {
+            "GTA-Seg": f"gta_seg/{rest}",
+            "semisup-semseg": f"s4gan/{rest.removeprefix('splits/')}",
+            "GuidedDistillation": f"guided_distillation/{rest}",
+            "unbiased-teacher": f"unbiased_teacher/{rest}",
+        }
         server.files[path] = (LISTS / place[name]).read_bytes()
         return server.url(path)
 
@@ -486,13 +543,21 @@ def test_splits_for_voc(published_lists, tmp_path):
     folder = tmp_path / "splits"
     for dataset, family, name in splits.PUBLISHED:
         if dataset == "voc" and name != "val":
-            ids = [splits.short_id(image, "voc")
-                   for image, _ in splits.read_list(folder / family / splits.folder_name(name) / "labeled.txt")]
+            ids = [
+                splits.short_id(image, "voc")
+                for image, _ in splits.read_list(
+                    folder / family / splits.folder_name(name) / "labeled.txt"
+                )
+            ]
             assert splits.published_name(ids) == f"voc {family} {name}"
     assert len(splits.read_list(folder / "gta_seg/183/unlabeled.txt")) == 10399
     assert len(splits.read_list(folder / "gta_seg/val.txt")) == 1449
-    assert (folder / "s4gan/train_aug.txt").read_bytes() == (LISTS / "s4gan/voc/train_aug.txt").read_bytes()
-    assert (folder / "s4gan/permutation.txt").read_bytes() == (LISTS / "s4gan/voc/permutation.txt").read_bytes()
+    assert (folder / "s4gan/train_aug.txt").read_bytes() == (
+        LISTS / "s4gan/voc/train_aug.txt"
+    ).read_bytes()
+    assert (folder / "s4gan/permutation.txt").read_bytes() == (
+        LISTS / "s4gan/voc/permutation.txt"
+    ).read_bytes()
     assert not list(folder.rglob("*.part"))
     asked = len(published_lists.asked)
     assert download.main(["splits", "--root", str(tmp_path)]) == 0
@@ -500,9 +565,15 @@ def test_splits_for_voc(published_lists, tmp_path):
 
 
 @published
-@pytest.mark.parametrize("content", [b"<html>\nsign in to the network\n</html>\n", b"2007_000001\n"])
-def test_splits_refuse_a_wrong_unlabeled_list_and_recover(published_lists, tmp_path, capsys, content):
-    path = next(path for path in published_lists.files if path.endswith("/pascal/366/unlabeled.txt"))
+@pytest.mark.parametrize(
+    "content", [b"<html>\nsign in to the network\n</html>\n", b"2007_000001\n"]
+)
+def test_splits_refuse_a_wrong_unlabeled_list_and_recover(
+    published_lists, tmp_path, capsys, content
+):
+    path = next(
+        path for path in published_lists.files if path.endswith("/pascal/366/unlabeled.txt")
+    )
     good, published_lists.files[path] = published_lists.files[path], content
     assert download.main(["splits", "--root", str(tmp_path)]) == 2
     assert "366/unlabeled.txt was not the published list" in capsys.readouterr().err
@@ -515,20 +586,38 @@ def test_splits_refuse_a_wrong_unlabeled_list_and_recover(published_lists, tmp_p
 def test_splits_for_coco(published_lists, tmp_path):
     assert download.main(["splits", "--dataset", "coco", "--root", str(tmp_path)]) == 0
     written = tmp_path / "splits/unbiased_teacher/COCO_supervision.txt"
-    assert written.read_bytes() == (LISTS / "unbiased_teacher/dataseed/COCO_supervision.txt").read_bytes()
+    assert (
+        written.read_bytes()
+        == (LISTS / "unbiased_teacher/dataseed/COCO_supervision.txt").read_bytes()
+    )
 
 
 @published
 def test_cityscapes_says_what_to_do_then_unpacks(published_lists, tmp_path, capsys, monkeypatch):
     assert download.main(["cityscapes", "--root", str(tmp_path)]) == 0
     said = capsys.readouterr().out
-    for part in ("www.cityscapes-dataset.com", "leftImg8bit_trainvaltest.zip (11 GB)",
-                 "gtFine_trainvaltest.zip (241 MB)", str(tmp_path / "leftImg8bit"), str(tmp_path / "gtFine")):
+    for part in (
+        "www.cityscapes-dataset.com",
+        "leftImg8bit_trainvaltest.zip (11 GB)",
+        "gtFine_trainvaltest.zip (241 MB)",
+        str(tmp_path / "leftImg8bit"),
+        str(tmp_path / "gtFine"),
+    ):
         assert part in said
-    lists = sorted(str(p.relative_to(tmp_path / "splits")) for p in (tmp_path / "splits").rglob("*.txt"))
-    assert lists == sorted([*(f"gta_seg/{n}/{kind}.txt" for n in (100, 186, 372, 744, 1488)
-                              for kind in ("labeled", "unlabeled")), "gta_seg/val.txt",
-                            *(f"guided_distillation/{p}pc/labeled.txt" for p in (5, 10, 20, 30))])
+    lists = sorted(
+        str(p.relative_to(tmp_path / "splits")) for p in (tmp_path / "splits").rglob("*.txt")
+    )
+    assert lists == sorted(
+        [
+            *(
+                f"gta_seg/{n}/{kind}.txt"
+                for n in (100, 186, 372, 744, 1488)
+                for kind in ("labeled", "unlabeled")
+            ),
+            "gta_seg/val.txt",
+            *(f"guided_distillation/{p}pc/labeled.txt" for p in (5, 10, 20, 30)),
+        ]
+    )
     monkeypatch.setattr(download, "splits", lambda root, dataset: None)
     monkeypatch.setitem(download.TRAIN, "cityscapes", (1, ""))
     with zipfile.ZipFile(tmp_path / "leftImg8bit_trainvaltest.zip", "w") as file:
@@ -562,11 +651,28 @@ def zip_of(files: dict[str, bytes]) -> bytes:
 
 def annotations(part: str, number: int) -> bytes:
     """A file of LVIS: pictures by coco_url alone."""
-    images = [{"id": i + 100 * (part == "val2017"), "height": 6, "width": 8, "neg_category_ids": [1],
-               "not_exhaustive_category_ids": [], "coco_url": f"http://images.cocodataset.org/{part}/{part}_{i}.jpg"}
-              for i in range(number)]
-    things = [{"id": 1 + i, "image_id": r["id"], "category_id": 2, "area": 9, "bbox": [1, 1, 3, 3],
-               "segmentation": [[1, 1, 4, 1, 4, 4, 1, 4]]} for i, r in enumerate(images)]
+    images = [
+        {
+            "id": i + 100 * (part == "val2017"),
+            "height": 6,
+            "width": 8,
+            "neg_category_ids": [1],
+            "not_exhaustive_category_ids": [],
+            "coco_url": f"http://images.cocodataset.org/{part}/{part}_{i}.jpg",
+        }
+        for i in range(number)
+    ]
+    things = [
+        {
+            "id": 1 + i,
+            "image_id": r["id"],
+            "category_id": 2,
+            "area": 9,
+            "bbox": [1, 1, 3, 3],
+            "segmentation": [[1, 1, 4, 1, 4, 4, 1, 4]],
+        }
+        for i, r in enumerate(images)
+    ]
     categories = [{"id": i, "name": f"k{i}", "frequency": "r"} for i in (1, 2)]
     return json.dumps({"images": images, "annotations": things, "categories": categories}).encode()
 
@@ -578,21 +684,35 @@ def coco_site(server, monkeypatch):
     picture = io.BytesIO()
     Image.fromarray(np.zeros((6, 8, 3), np.uint8)).save(picture, "JPEG")
     for part, number in PICTURES.items():
-        server.files[f"/zips/{part}.zip"] = zip_of({f"{part}/{part}_{i}.jpg": picture.getvalue()
-                                                    for i in range(number)})
+        server.files[f"/zips/{part}.zip"] = zip_of(
+            {f"{part}/{part}_{i}.jpg": picture.getvalue() for i in range(number)}
+        )
     own = {part: annotations(part, PICTURES[part]) for part in ("train2017", "val2017")}
     server.files["/annotations_trainval2017.zip"] = zip_of(
-        {f"annotations/{kind}_{part}.json": text for part, text in own.items() for kind in ("instances", "captions")})
+        {
+            f"annotations/{kind}_{part}.json": text
+            for part, text in own.items()
+            for kind in ("instances", "captions")
+        }
+    )
     for part in ("train", "val"):
-        server.files[f"/lvis_v1_{part}.json.zip"] = zip_of({f"lvis_v1_{part}.json": own[f"{part}2017"]})
-    checks = {Path(path).name: (len(content), hashlib.sha256(content).hexdigest())
-              for path, content in server.files.items() if path not in ("/file.bin", "/zips/unlabeled2017.zip")}
+        server.files[f"/lvis_v1_{part}.json.zip"] = zip_of(
+            {f"lvis_v1_{part}.json": own[f"{part}2017"]}
+        )
+    checks = {
+        Path(path).name: (len(content), hashlib.sha256(content).hexdigest())
+        for path, content in server.files.items()
+        if path not in ("/file.bin", "/zips/unlabeled2017.zip")
+    }
     assert checks.keys() == download.ZIP_CHECKS.keys()
     monkeypatch.setattr(download, "ZIP_CHECKS", checks)
     monkeypatch.setattr(download, "COCO_ZIPS", server.url("/zips/"))
     monkeypatch.setattr(download, "COCO_PICTURES", PICTURES)
     for name in ("COCO_ANNOTATIONS", "LVIS_ANNOTATIONS"):
-        table = {server.url(f"/{Path(url).name}"): files for url, files in getattr(download, name).items()}
+        table = {
+            server.url(f"/{Path(url).name}"): files
+            for url, files in getattr(download, name).items()
+        }
         monkeypatch.setattr(download, name, table)
     monkeypatch.setattr(download, "splits", lambda root, dataset: print(f"lists of {dataset}"))
     return server
@@ -605,9 +725,11 @@ def asked_of(server) -> list[str]:
 
 
 def test_official_addresses_and_numbers():
-    hosts = ["http://images.cocodataset.org/annotations/annotations_trainval2017.zip",
-             "https://dl.fbaipublicfiles.com/LVIS/lvis_v1_train.json.zip",
-             "https://dl.fbaipublicfiles.com/LVIS/lvis_v1_val.json.zip"]
+    hosts = [
+        "http://images.cocodataset.org/annotations/annotations_trainval2017.zip",
+        "https://dl.fbaipublicfiles.com/LVIS/lvis_v1_train.json.zip",
+        "https://dl.fbaipublicfiles.com/LVIS/lvis_v1_val.json.zip",
+    ]
     assert [*download.COCO_ANNOTATIONS, *download.LVIS_ANNOTATIONS] == hosts
     assert download.COCO_ZIPS == "http://images.cocodataset.org/zips/"
     assert download.COCO_PICTURES == {"train2017": 118287, "val2017": 5000, "unlabeled2017": 123403}
@@ -617,13 +739,19 @@ def test_official_addresses_and_numbers():
 @pytest.mark.parametrize("what", ["lvis", "coco"])
 def test_coco_and_lvis_are_ready_to_be_read(what, coco_site, tmp_path, capsys):
     """The readers find what was fetched; a second call asks for nothing, also without the zips."""
-    zips = ["lvis_v1_train.json.zip", "lvis_v1_val.json.zip"] if what == "lvis" else ["annotations_trainval2017.zip"]
+    zips = (
+        ["lvis_v1_train.json.zip", "lvis_v1_val.json.zip"]
+        if what == "lvis"
+        else ["annotations_trainval2017.zip"]
+    )
     zips += ["val2017.zip", "train2017.zip"]
     assert download.main([what, "--root", str(tmp_path)]) == 0
     assert asked_of(coco_site) == zips and not (tmp_path / "unlabeled2017").exists()
     data = instances.find(what, tmp_path)
     assert (len(data.train), len(data.val), data.classes) == (3, 2, ["k1", "k2"])
-    assert data.val[0].image == tmp_path / "val2017" / "val2017_0.jpg" and data.val[0].negative == (0,)
+    assert data.val[0].image == tmp_path / "val2017" / "val2017_0.jpg" and data.val[0].negative == (
+        0,
+    )
     said = capsys.readouterr().out
     assert ("lists of coco" in said) == (what == "coco") and "is complete" in said
     for name in zips:
@@ -633,7 +761,10 @@ def test_coco_and_lvis_are_ready_to_be_read(what, coco_site, tmp_path, capsys):
     assert asked_of(coco_site) == [] and "No longer needed" not in capsys.readouterr().out
     assert sorted(p.name for p in tmp_path.iterdir()) == ["annotations", "train2017", "val2017"]
     assert download.main([what, "--unlabeled", "--root", str(tmp_path)]) == 0
-    assert asked_of(coco_site) == ["unlabeled2017.zip"] and len(list((tmp_path / "unlabeled2017").iterdir())) == 4
+    assert (
+        asked_of(coco_site) == ["unlabeled2017.zip"]
+        and len(list((tmp_path / "unlabeled2017").iterdir())) == 4
+    )
 
 
 def test_lvis_beside_coco_and_without_pictures(coco_site, tmp_path, capsys):
@@ -644,13 +775,26 @@ def test_lvis_beside_coco_and_without_pictures(coco_site, tmp_path, capsys):
     assert asked_of(coco_site) == ["lvis_v1_train.json.zip", "lvis_v1_val.json.zip"]
     assert instances.find("lvis", root).train_json.name == "lvis_v1_train.json"
     assert instances.find("coco", root).train_json.name == "instances_train2017.json"
-    for what, files in (("lvis", ["lvis_v1_train.json", "lvis_v1_val.json"]),
-                        ("coco", [f"{kind}_{part}2017.json" for kind in ("captions", "instances")
-                                  for part in ("train", "val")])):
+    for what, files in (
+        ("lvis", ["lvis_v1_train.json", "lvis_v1_val.json"]),
+        (
+            "coco",
+            [
+                f"{kind}_{part}2017.json"
+                for kind in ("captions", "instances")
+                for part in ("train", "val")
+            ],
+        ),
+    ):
         capsys.readouterr()
-        assert download.main([what, "--without-images", "--root", str(tmp_path / what / "bare")]) == 0
+        assert (
+            download.main([what, "--without-images", "--root", str(tmp_path / what / "bare")]) == 0
+        )
         assert sorted(p.name for p in (tmp_path / what / "bare" / "annotations").iterdir()) == files
-        assert not list((tmp_path / what / "bare").glob("*2017")) and "pictures in" not in capsys.readouterr().out
+        assert (
+            not list((tmp_path / what / "bare").glob("*2017"))
+            and "pictures in" not in capsys.readouterr().out
+        )
     assert all("annotations" in name or "lvis" in name for name in asked_of(coco_site))
 
 
@@ -682,14 +826,26 @@ def test_wrong_zips_of_coco_are_refused(coco_site, tmp_path, capsys):
         assert one_sentence(said) and name in said and not (tmp_path / "val2017").exists()
         assert not list(tmp_path.glob("val2017.zip*"))
     coco_site.files["/zips/val2017.zip"] = good
-    coco_site.files["/zips/unlabeled2017.zip"] = zip_of({"unlabeled2017/0.jpg": b"", "unlabeled2017/1.txt": b""})
+    coco_site.files["/zips/unlabeled2017.zip"] = zip_of(
+        {"unlabeled2017/0.jpg": b"", "unlabeled2017/1.txt": b""}
+    )
     assert download.main(["lvis", "--unlabeled", "--root", str(tmp_path)]) == 2
-    assert "unlabeled2017.zip does not hold what it should (4 unlabeled2017/*.jpg); remove" in capsys.readouterr().err
+    assert (
+        "unlabeled2017.zip does not hold what it should (4 unlabeled2017/*.jpg); remove"
+        in capsys.readouterr().err
+    )
     coco_site.files["/zips/unlabeled2017.zip"] = zip_of({"../0.jpg": b""})
     (tmp_path / "unlabeled2017.zip").unlink()
     assert download.main(["lvis", "--unlabeled", "--root", str(tmp_path)]) == 2
-    assert "outside the target folder" in capsys.readouterr().err and not (tmp_path.parent / "0.jpg").exists()
-    for wrong in (["voc", "--unlabeled"], ["splits", "--without-images"], ["coco", "--unlabeled", "--without-images"]):
+    assert (
+        "outside the target folder" in capsys.readouterr().err
+        and not (tmp_path.parent / "0.jpg").exists()
+    )
+    for wrong in (
+        ["voc", "--unlabeled"],
+        ["splits", "--without-images"],
+        ["coco", "--unlabeled", "--without-images"],
+    ):
         with pytest.raises(SystemExit) as caught:
             download.main([*wrong, "--root", str(tmp_path)])
         assert caught.value.code == 2 and "--unlabeled" in capsys.readouterr().err

@@ -41,12 +41,22 @@ def trained(tiny, tmp_path_factory) -> Path:
 
 
 # ------------------------------------------------------------------------------------- data on disk
-@pytest.mark.parametrize("dataset, way", [("voc", "python -m data.download voc"),
-                                          ("cityscapes", "python -m data.download cityscapes"),
-                                          ("folder", "data/README.md")])
+@pytest.mark.parametrize(
+    "dataset, way",
+    [
+        ("voc", "python -m data.download voc"),
+        ("cityscapes", "python -m data.download cityscapes"),
+        ("folder", "data/README.md"),
+    ],
+)
 def test_missing_data_set_says_what_where_and_two_ways_on(dataset, way, tmp_path, io):
     error = run(argv(dataset=dataset, root=tmp_path / "nowhere", out=tmp_path / "out"), io).error()
-    assert dataset in error and str(tmp_path / "nowhere") in error and way in error and "--root" in error
+    assert (
+        dataset in error
+        and str(tmp_path / "nowhere") in error
+        and way in error
+        and "--root" in error
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -80,7 +90,10 @@ def test_an_image_of_the_val_list_is_missing(folder_root, folder_line, io):
 
 def test_the_root_of_shapes_is_a_file(tiny, tmp_path, io):
     (tmp_path / "file").write_text("x")
-    assert str(tmp_path / "file") in run(tiny(out=tmp_path / "out", root=tmp_path / "file"), io).error()
+    assert (
+        str(tmp_path / "file")
+        in run(tiny(out=tmp_path / "out", root=tmp_path / "file"), io).error()
+    )
 
 
 def test_shapes_draws_nothing_over_a_folder_of_somebody_else(tiny, tmp_path, io):
@@ -99,15 +112,21 @@ def test_unknown_split_lists_those_that_exist(shapes_root, tmp_path, io):
         (root / "splits" / "gta_seg" / name / "labeled.txt").write_text("train_000001\n")
     error = run(argv(dataset="voc", root=root, split="nonsense", out=tmp_path / "out"), io).error()
     there, published = re.search(r"there: ([^;]*); published: ([^)]*)\)", error).groups()
-    assert there.split(", ") == ["1-of-8", "92"] and {"92", "183", "366", "732", "1464"} <= set(published.split(", "))
+    assert there.split(", ") == ["1-of-8", "92"] and {"92", "183", "366", "732", "1464"} <= set(
+        published.split(", ")
+    )
 
 
 def test_published_split_without_its_lists_says_how_to_fetch_them(shapes_root, tmp_path, io):
-    error = run(argv(dataset="voc", root=shapes_root / "voc", split="183", out=tmp_path / "out"), io).error()
+    error = run(
+        argv(dataset="voc", root=shapes_root / "voc", split="183", out=tmp_path / "out"), io
+    ).error()
     assert "python -m data.download splits --dataset voc" in error and "random:183" in error
 
 
-@pytest.mark.parametrize("split", ["nonsense", "random:0", "random:-3", "random:99999", "random:1/0", "random:x", "0%"])
+@pytest.mark.parametrize(
+    "split", ["nonsense", "random:0", "random:-3", "random:99999", "random:1/0", "random:x", "0%"]
+)
 def test_split_that_is_no_number(tiny, tmp_path, io, split):
     assert f"--split {split}" in run(tiny(out=tmp_path / "out", split=split), io).error()
 
@@ -116,8 +135,15 @@ def test_negative_split_seed(tiny, tmp_path, io):
     assert "seed" in run(tiny(out=tmp_path / "out", split="random:4", split_seed=-1), io).error()
 
 
-@pytest.mark.parametrize("text, said", [("", "empty"), ("train_000001\ntrain_000001\n", "twice"), ("a b c\n", "line 1"),
-                                        ("train_000001\nnope_1\nnope_2\n", "nope_1")])
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("", "empty"),
+        ("train_000001\ntrain_000001\n", "twice"),
+        ("a b c\n", "line 1"),
+        ("train_000001\nnope_1\nnope_2\n", "nope_1"),
+    ],
+)
 def test_list_file_that_cannot_be_used(tiny, tmp_path, io, text, said):
     (tmp_path / "list.txt").write_text(text)
     error = run(tiny(out=tmp_path / "out", split=tmp_path / "list.txt"), io).error()
@@ -149,7 +175,9 @@ def test_unlabeled_folder_without_images(tiny, tmp_path, io):
 
 
 def test_unlabeled_that_is_not_there(tiny, tmp_path, io):
-    assert "--unlabeled" in run(tiny(out=tmp_path / "out", unlabeled=tmp_path / "nowhere"), io).error()
+    assert (
+        "--unlabeled" in run(tiny(out=tmp_path / "out", unlabeled=tmp_path / "nowhere"), io).error()
+    )
 
 
 def test_no_unlabeled_image_left(folder_root, folder_line, io):
@@ -161,12 +189,13 @@ def test_no_unlabeled_image_left(folder_root, folder_line, io):
 
 # ----------------------------------------------------------------------------------------- pictures
 def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_truncated_image_is_skipped_with_a_warning_and_counted_in_training(folder_root, folder_line, tmp_path, io,
-                                                                           workers):
+def test_truncated_image_is_skipped_with_a_warning_and_counted_in_training(
+    folder_root, folder_line, tmp_path, io, workers
+):
     truncate(folder_root / "images" / "train" / "train_000001.jpg")
     (tmp_path / "list.txt").write_text("".join(f"train_{i:06d}\n" for i in range(4)))
     done = run(folder_line(split=tmp_path / "list.txt", steps=3, workers=workers), io).ok()
@@ -180,19 +209,23 @@ def test_truncated_image_is_skipped_with_a_warning_and_counted_in_training(folde
 def stop_at(step: int, number: int) -> None:
     """To be run in a process of its own: it gets signal `number` while it takes this step."""
     from common import runs
+
     tally = runs.Run.tally
 
     def with_signal(self, at, *args):
         if at == step:
             os.kill(os.getpid(), number)
         return tally(self, at, *args)
+
     runs.Run.tally = with_signal
 
 
 def test_the_count_of_skipped_images_goes_on_after_resume(folder_root, folder_line, tmp_path, io):
     truncate(folder_root / "images" / "train" / "train_000001.jpg")
     (tmp_path / "list.txt").write_text("".join(f"train_{i:06d}\n" for i in range(4)))
-    line = folder_line(split=tmp_path / "list.txt", steps=4, resume=True, method="suponly", warmup_epochs=None)
+    line = folder_line(
+        split=tmp_path / "list.txt", steps=4, resume=True, method="suponly", warmup_epochs=None
+    )
     run(line, io, partial(stop_at, 1, 15)).ok()
     run(line, io).ok()
     assert [r["skipped_images"] for r in log_of(tmp_path / "run") if "loss_l" in r] == [1, 2, 3, 4]
@@ -207,7 +240,10 @@ def test_truncated_image_stops_the_evaluation_and_is_named(folder_root, folder_l
 def test_no_image_can_be_read(folder_root, folder_line, io):
     for path in (folder_root / "images" / "unlabeled").iterdir():
         path.write_bytes(b"no picture")
-    assert "can be read" in run(folder_line(unlabeled=folder_root / "images" / "unlabeled"), io).error()
+    assert (
+        "can be read"
+        in run(folder_line(unlabeled=folder_root / "images" / "unlabeled"), io).error()
+    )
 
 
 @pytest.mark.parametrize("part", ["train", "val"])
@@ -215,12 +251,19 @@ def test_image_and_label_of_two_sizes(folder_root, folder_line, io, part):
     for path in (folder_root / "labels" / part).iterdir():
         Image.open(path).crop((0, 0, 40, 30)).save(path)
     error = run(folder_line(), io).error()
-    assert "64x64" in error and "40x30" in error and f"images/{part}" in error and f"labels/{part}" in error
+    assert (
+        "64x64" in error
+        and "40x30" in error
+        and f"images/{part}" in error
+        and f"labels/{part}" in error
+    )
 
 
 @pytest.mark.parametrize("part", ["train", "val"])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_label_value_that_is_no_class_names_file_and_value(folder_root, folder_line, io, part, workers):
+def test_label_value_that_is_no_class_names_file_and_value(
+    folder_root, folder_line, io, part, workers
+):
     path = sorted((folder_root / "labels" / part).iterdir())[1]
     image = Image.open(path)
     image.putpixel((5, 6), 77)
@@ -268,33 +311,85 @@ def test_batch_that_does_not_divide(tiny, tmp_path, io, batch_size):
 
 def test_batch_that_does_not_divide_among_processes_is_said_before_they_meet(tiny, tmp_path, io):
     for rank in "01":  # nobody listens at the address: none may wait
-        env = {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+        env = {
+            "WORLD_SIZE": "2",
+            "RANK": rank,
+            "LOCAL_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "1",
+        }
         error = run(tiny(out=tmp_path / "out", batch_size=6), io, env=env).error()
         assert "2 processes" in error and "4 or 8" in error
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("flags", [
-    dict(drop=1.0), dict(drop=-0.1), dict(threshold=1.5), dict(cutmix=2), dict(alpha_gta=1.1), dict(alpha_teacher=-1),
-    dict(lr=-1), dict(lr="nan"), dict(lr="inf"), dict(decoder_lr=-1), dict(weight_decay=-1), dict(mu=-1), dict(tau=-1),
-    dict(steps=-5), dict(eval_every=-1), dict(save_every=-1), dict(log_every=0), dict(workers=-1), dict(seed=-1),
-    dict(crop_size=8), dict(width=2), dict(warmup_epochs=-1), dict(epochs=-1), dict(window=-5), dict(ohem=2),
-    dict(aux=-1), dict(scale=(2, 0.5)), dict(scale=(0, 1)), dict(scale=(-1, 1)), dict(aspp_rates=(0, 1, 2)),
-    dict(aspp_rates=(-1, 1, 2)), dict(steps=0, epochs=0)], ids=lambda f: " ".join(f"{k}={v}" for k, v in f.items()))
+@pytest.mark.parametrize(
+    "flags",
+    [
+        dict(drop=1.0),
+        dict(drop=-0.1),
+        dict(threshold=1.5),
+        dict(cutmix=2),
+        dict(alpha_gta=1.1),
+        dict(alpha_teacher=-1),
+        dict(lr=-1),
+        dict(lr="nan"),
+        dict(lr="inf"),
+        dict(decoder_lr=-1),
+        dict(weight_decay=-1),
+        dict(mu=-1),
+        dict(tau=-1),
+        dict(steps=-5),
+        dict(eval_every=-1),
+        dict(save_every=-1),
+        dict(log_every=0),
+        dict(workers=-1),
+        dict(seed=-1),
+        dict(crop_size=8),
+        dict(width=2),
+        dict(warmup_epochs=-1),
+        dict(epochs=-1),
+        dict(window=-5),
+        dict(ohem=2),
+        dict(aux=-1),
+        dict(scale=(2, 0.5)),
+        dict(scale=(0, 1)),
+        dict(scale=(-1, 1)),
+        dict(aspp_rates=(0, 1, 2)),
+        dict(aspp_rates=(-1, 1, 2)),
+        dict(steps=0, epochs=0),
+    ],
+    ids=lambda f: " ".join(f"{k}={v}" for k, v in f.items()),
+)
 def test_setting_out_of_range(tiny, tmp_path, io, flags):
     name = "epochs" if "epochs" in flags else next(iter(flags))
     assert f"--{name.replace('_', '-')}" in run(tiny(out=tmp_path / "out", **flags), io).error()
 
 
-@pytest.mark.parametrize("flags", [
-    dict(method="suponly", alpha_gta=0.5), dict(method="suponly", drop=0.5), dict(method="suponly", joint_bn=True),
-    dict(method="suponly", warmup_epochs=2), dict(method="mt", transfer="all"), dict(method="mt", gta_data="both"),
-    dict(method="mt", gta_lr="constant"), dict(method="unbiased-st", transfer="none"),
-    dict(recipe="released", gta_data="labeled"), dict(recipe="released", threshold=0.5),
-    dict(reweight="none", tau=2), dict(threshold=0.9, drop=0.5), dict(transfer="none", alpha_gta=0.5)],
-    ids=lambda f: " ".join(f"{k}={v}" for k, v in f.items()))
+@pytest.mark.parametrize(
+    "flags",
+    [
+        dict(method="suponly", alpha_gta=0.5),
+        dict(method="suponly", drop=0.5),
+        dict(method="suponly", joint_bn=True),
+        dict(method="suponly", warmup_epochs=2),
+        dict(method="mt", transfer="all"),
+        dict(method="mt", gta_data="both"),
+        dict(method="mt", gta_lr="constant"),
+        dict(method="unbiased-st", transfer="none"),
+        dict(recipe="released", gta_data="labeled"),
+        dict(recipe="released", threshold=0.5),
+        dict(reweight="none", tau=2),
+        dict(threshold=0.9, drop=0.5),
+        dict(transfer="none", alpha_gta=0.5),
+    ],
+    ids=lambda f: " ".join(f"{k}={v}" for k, v in f.items()),
+)
 def test_flag_without_a_meaning_is_refused(tiny, tmp_path, io, flags):
-    assert f"--{list(flags)[-1].replace('_', '-')}" in run(tiny(out=tmp_path / "out", **flags), io).error()
+    assert (
+        f"--{list(flags)[-1].replace('_', '-')}"
+        in run(tiny(out=tmp_path / "out", **flags), io).error()
+    )
     assert not (tmp_path / "out" / "last.pt").exists()
 
 
@@ -305,20 +400,33 @@ def test_ohem_that_would_keep_every_pixel_is_refused(tiny, tmp_path, io):
         if able:
             gta_seg.check(args, World())
         else:
-            with pytest.raises(UserError, match="--ohem keeps 50,000 pixels .* --crop-size 223; .* --ohem 0"):
+            with pytest.raises(
+                UserError, match="--ohem keeps 50,000 pixels .* --crop-size 223; .* --ohem 0"
+            ):
                 gta_seg.check(args, World())
         gta_seg.check(gta_seg.preset("cityscapes", crop_size=size, ohem=0), World())
 
 
 def test_unknown_flag_and_choice_leave_with_code_2(tiny, tmp_path, io):
-    for flags in (dict(nonsense=3), dict(dataset="nonsense"), dict(method="nonsense"), dict(steps="many")):
+    for flags in (
+        dict(nonsense=3),
+        dict(dataset="nonsense"),
+        dict(method="nonsense"),
+        dict(steps="many"),
+    ):
         done = run(tiny(out=tmp_path / "out", **flags), io)
-        assert done.code == 2 and "Traceback" not in done.err and next(iter(flags.values()), "") is not None
+        assert (
+            done.code == 2
+            and "Traceback" not in done.err
+            and next(iter(flags.values()), "") is not None
+        )
         assert str(list(flags.items())[0][1]) in done.err + done.out
 
 
 # ---------------------------------------------------------------------------------- network, device
-@pytest.mark.parametrize("flags", [dict(weights="none"), dict(weights="imagenet"), dict(weights="shapes")], ids=str)
+@pytest.mark.parametrize(
+    "flags", [dict(weights="none"), dict(weights="imagenet"), dict(weights="shapes")], ids=str
+)
 def test_unknown_backbone(tiny, tmp_path, io, flags):
     error = run(tiny(out=tmp_path / "out", backbone="nonsense", **flags), io).error()
     assert "nonsense" in error and "--backbone" in error
@@ -334,10 +442,19 @@ def test_backbone_that_cannot_be_cut(tiny, tmp_path, io, backbone):
 
 
 def weight_files(folder: Path) -> dict[str, bytes | object]:
-    return {"garbage.pth": b"garbage" * 99, "garbage.safetensors": b"garbage" * 99, "garbage.pkl": b"garbage" * 99,
-            "code.pkl": pickle.dumps(Path("x")), "empty.pth": b"", "foreign.pth": {"a": torch.ones(3, 3)},
-            "none.pth": {}, "list.pth": [1, 2], "tensor.pth": torch.ones(3), "numbers.pth": {"a": 1},
-            "ours.pth": {"script": "gta_seg.py", "networks": {"student": {"a": torch.ones(3)}}}}
+    return {
+        "garbage.pth": b"garbage" * 99,
+        "garbage.safetensors": b"garbage" * 99,
+        "garbage.pkl": b"garbage" * 99,
+        "code.pkl": pickle.dumps(Path("x")),
+        "empty.pth": b"",
+        "foreign.pth": {"a": torch.ones(3, 3)},
+        "none.pth": {},
+        "list.pth": [1, 2],
+        "tensor.pth": torch.ones(3),
+        "numbers.pth": {"a": 1},
+        "ours.pth": {"script": "gta_seg.py", "networks": {"student": {"a": torch.ones(3)}}},
+    }
 
 
 @pytest.mark.parametrize("name", weight_files(Path()))
@@ -359,8 +476,11 @@ def test_file_of_weights_that_is_missing(tiny, tmp_path, io):
 def test_weights_that_cannot_be_fetched_without_a_network(tiny, tmp_path, io):
     """HF_HUB_OFFLINE is set for all processes of these tests."""
     for backbone in ("resnet18.a1_in1k", "resnet101s.gluon_in1k"):
-        done = run(tiny(out=tmp_path / "out", backbone=backbone, weights="imagenet"), io,
-                   env={"HF_HOME": str(tmp_path / "hub"), "TORCH_HOME": str(tmp_path / "hub")})
+        done = run(
+            tiny(out=tmp_path / "out", backbone=backbone, weights="imagenet"),
+            io,
+            env={"HF_HOME": str(tmp_path / "hub"), "TORCH_HOME": str(tmp_path / "hub")},
+        )
         error = done.error()
         assert backbone in error and "--weights FILE" in error and "--weights none" in error
 
@@ -387,7 +507,13 @@ def test_port_in_use(tiny, tmp_path, io):
         taken.bind(("", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        env = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        env = {
+            "WORLD_SIZE": "2",
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
         error = run(tiny(out=tmp_path / "out"), io, env=env).error()
     assert port in error and "--master_port" in error
 
@@ -427,6 +553,7 @@ def full_disk(good: int) -> None:
         if len(done) > good:
             raise OSError(errno.ENOSPC, "No space left on device")
         fsync(number)
+
     os.fsync = failing
 
 
@@ -451,24 +578,32 @@ def over_quota(good: int) -> None:
             failing(number)
         except OSError:
             raise OSError(errno.EDQUOT, "Disk quota exceeded") from None
+
     os.fsync = other_number
 
 
 def test_over_quota_is_a_sentence_too(tiny, tmp_path, io):
     """What clusters give in place of "no space left"."""
-    assert "quota" in run(tiny(out=tmp_path / "out", save_every=1), io, partial(over_quota, 2)).error().lower()
+    assert (
+        "quota"
+        in run(tiny(out=tmp_path / "out", save_every=1), io, partial(over_quota, 2)).error().lower()
+    )
 
 
 def test_a_disk_that_is_really_full(tiny, tmp_path, io):
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=13m", "tmpfs", str(disk)], capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=13m", "tmpfs", str(disk)], capture_output=True
+    )
     if mounted.returncode:
         pytest.skip("a small disk can be mounted by root only")
     try:
         error = run(tiny(out=disk / "out", save_every=1, steps=6), io).error()
         assert "space" in error.lower()
-        assert 0 < state(disk / "out" / "last.pt")["step"] < 6 and not list((disk / "out").glob(".*.tmp"))
+        assert 0 < state(disk / "out" / "last.pt")["step"] < 6 and not list(
+            (disk / "out").glob(".*.tmp")
+        )
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
@@ -478,7 +613,12 @@ def test_loss_that_is_not_finite_stops_with_step_and_term(tiny, tmp_path, io):
     out = tmp_path / "out"
     error = run(tiny(out=out, lr=1e14, decoder_lr=1e14, save_every=1, steps=10), io).error()
     term, step = re.search(r"(loss\w*) is not finite since step (\d+)", error).groups()
-    assert "--lr" in error and str(out) in error and 0 < int(step) < 10 and term in ("loss_l", "loss_u")
+    assert (
+        "--lr" in error
+        and str(out) in error
+        and 0 < int(step) < 10
+        and term in ("loss_l", "loss_u")
+    )
     assert 0 < state(out / "last.pt")["step"] <= int(step)
     assert all(math.isfinite(r["loss_l"]) for r in log_of(out) if "loss_l" in r)
 
@@ -487,10 +627,14 @@ def test_checkpoint_that_stays_after_a_loss_that_is_not_finite_is_good(tiny, tmp
     """An update can spoil the weights whose loss was still finite: they must not replace the last
     good checkpoint."""
     out = tmp_path / "out"
-    run(tiny(out=out, lr=1e15, decoder_lr=1e15, weight_decay=1e15, save_every=1, steps=10), io).error()
+    run(
+        tiny(out=out, lr=1e15, decoder_lr=1e15, weight_decay=1e15, save_every=1, steps=10), io
+    ).error()
     if not (out / "last.pt").exists():
         return
-    bad = [k for k, v in tensors(state(out / "last.pt")["networks"]).items() if not v.isfinite().all()]
+    bad = [
+        k for k, v in tensors(state(out / "last.pt")["networks"]).items() if not v.isfinite().all()
+    ]
     assert not bad, f"{len(bad)} tensors of last.pt are not finite, for example {bad[0]}"
 
 
@@ -501,22 +645,31 @@ def test_checkpoint_that_cannot_be_used(trained, tmp_path, io):
     torch.save(good["networks"]["student"], tmp_path / "weights.pt")
     (tmp_path / "garbage.pt").write_bytes(b"garbage")
     torn = (trained / "best.pt").read_bytes()
-    (tmp_path / "torn.pt").write_bytes(torn[:len(torn) // 2])
-    for name, said in (("other", "other.py"), ("weights", "--weights"), ("garbage", "readable"), ("torn", "readable"),
-                       ("nowhere", "no checkpoint")):
+    (tmp_path / "torn.pt").write_bytes(torn[: len(torn) // 2])
+    for name, said in (
+        ("other", "other.py"),
+        ("weights", "--weights"),
+        ("garbage", "readable"),
+        ("torn", "readable"),
+        ("nowhere", "no checkpoint"),
+    ):
         for flag in ("--eval", "--predict"):
             error = run([flag, str(tmp_path / f"{name}.pt")], io).error()
             assert said in error and f"{name}.pt" in error
 
 
-@pytest.mark.parametrize("flags", [dict(width=16), dict(backbone="resnet18"), dict(aux=0.4)], ids=str)
+@pytest.mark.parametrize(
+    "flags", [dict(width=16), dict(backbone="resnet18"), dict(aux=0.4)], ids=str
+)
 def test_eval_with_another_network_than_the_checkpoint_holds(trained, io, flags):
     assert "best.pt" in run(argv(eval=trained / "best.pt", **flags), io).error()
 
 
 def test_eval_on_other_classes(trained, folder_root, io):
     (folder_root / "classes.txt").write_text("sky\nroad\n")
-    error = run(argv(eval=trained / "best.pt", dataset="folder", root=folder_root, val="val"), io).error()
+    error = run(
+        argv(eval=trained / "best.pt", dataset="folder", root=folder_root, val="val"), io
+    ).error()
     assert "2" in error and "sky" in error and "classes" in error
 
 
@@ -540,7 +693,10 @@ def two_steps_score_predict(line: list[str], out: Path, picture: Path, io: Path)
     for name in ("student", "teacher", "gta"):
         assert scored[name]["last"] == results[name]["best"]
     run(["--predict", str(out / "best.pt"), str(picture)], io).ok()
-    with Image.open(out / "best.pt.predictions" / f"{picture.stem}.png") as label, Image.open(picture) as image:
+    with (
+        Image.open(out / "best.pt.predictions" / f"{picture.stem}.png") as label,
+        Image.open(picture) as image,
+    ):
         assert label.size == image.size and label.mode == "P"
     return said
 
@@ -553,7 +709,12 @@ def voc_root(shapes_root, tmp_path) -> Path:
         pytest.skip(f"no published lists in TEST_DATA ({TEST_DATA})")
     root, source = tmp_path / "voc", shapes_root / "voc"
     base, lists = root / "VOCdevkit" / "VOC2012", root / "splits" / "gta_seg" / "183"
-    for folder in (base / "JPEGImages", base / "SegmentationClassAug", base / "ImageSets" / "Segmentation", lists):
+    for folder in (
+        base / "JPEGImages",
+        base / "SegmentationClassAug",
+        base / "ImageSets" / "Segmentation",
+        lists,
+    ):
         folder.mkdir(parents=True)
     labeled = (LISTS / "183" / "labeled.txt").read_text().split()
     unlabeled = (LISTS / "183" / "unlabeled.txt").read_text().split()[:8]
@@ -562,9 +723,13 @@ def voc_root(shapes_root, tmp_path) -> Path:
         stem = f"train_{i:06d}"
         (base / "JPEGImages" / f"{name}.jpg").symlink_to(source / "JPEGImages" / f"{stem}.jpg")
         if name not in unlabeled:
-            (base / "SegmentationClassAug" / f"{name}.png").symlink_to(source / "SegmentationClass" / f"{stem}.png")
+            (base / "SegmentationClassAug" / f"{name}.png").symlink_to(
+                source / "SegmentationClass" / f"{stem}.png"
+            )
     (base / "ImageSets" / "Segmentation" / "val.txt").write_text("\n".join(val))
-    (base / "ImageSets" / "Segmentation" / "train_aug.txt").write_text("\n".join([*labeled, *unlabeled]))
+    (base / "ImageSets" / "Segmentation" / "train_aug.txt").write_text(
+        "\n".join([*labeled, *unlabeled])
+    )
     shutil.copy(LISTS / "183" / "labeled.txt", lists)
     (lists / "unlabeled.txt").write_text("\n".join(unlabeled))
     return root
@@ -575,7 +740,10 @@ def test_preset_voc_with_the_published_183_labels(voc_root, tmp_path, io):
     line = argv(dataset="voc", root=voc_root, steps=2, warmup_epochs=0.5, out=out, **TINY)
     picture = next((voc_root / "VOCdevkit" / "VOC2012" / "JPEGImages").iterdir())
     said = two_steps_score_predict(line, out, picture, io)
-    assert all(words in said for words in ("183 labeled images", "3b208061a59a", "voc gta_seg 183", "8 unlabeled"))
+    assert all(
+        words in said
+        for words in ("183 labeled images", "3b208061a59a", "voc gta_seg 183", "8 unlabeled")
+    )
     results = json.loads((out / "results.json").read_text())
     assert results["split_fingerprint"].startswith("3b208061a59a42b4954b136d")
     assert len(results["teacher"]["last"]["iou"]) == 21
@@ -589,15 +757,21 @@ def test_published_list_whose_images_are_not_there(voc_root, tmp_path, io):
 
 def test_preset_shapes(tiny, shapes_root, tmp_path, io):
     picture = shapes_root / "voc" / "JPEGImages" / "val_000000.jpg"
-    two_steps_score_predict(tiny(out=tmp_path / "out", steps=2, warmup_epochs=0.5), tmp_path / "out", picture, io)
+    two_steps_score_predict(
+        tiny(out=tmp_path / "out", steps=2, warmup_epochs=0.5), tmp_path / "out", picture, io
+    )
 
 
 def test_preset_folder_needs_no_masks_of_unlabeled_images(folder_root, folder_line, tmp_path, io):
     (tmp_path / "list.txt").write_text("".join(f"train_{i:06d}\n" for i in range(4)))
     for i in range(4, 8):
         (folder_root / "labels" / "train" / f"train_{i:06d}.png").unlink()
-    said = two_steps_score_predict(folder_line(split=tmp_path / "list.txt"), tmp_path / "run",
-                                   folder_root / "images" / "val" / "val_000000.jpg", io)
+    said = two_steps_score_predict(
+        folder_line(split=tmp_path / "list.txt"),
+        tmp_path / "run",
+        folder_root / "images" / "val" / "val_000000.jpg",
+        io,
+    )
     assert "4 labeled images" in said and "8 unlabeled ones" in said
 
 
@@ -609,16 +783,27 @@ def test_a_draw_takes_images_that_have_labels(folder_root, folder_line, tmp_path
     assert "4 labeled images" in said and "8 unlabeled ones" in said
 
 
-@pytest.mark.skipif(not hasattr(shapes, "make_cityscapes"), reason="data.shapes draws no Cityscapes tree yet")
+@pytest.mark.skipif(
+    not hasattr(shapes, "make_cityscapes"), reason="data.shapes draws no Cityscapes tree yet"
+)
 def test_preset_cityscapes(tmp_path, io):
     root = shapes.make_cityscapes(tmp_path / "cityscapes")
-    line = argv(dataset="cityscapes", root=root, split="random:4", steps=2, warmup_epochs=0.001, out=tmp_path / "out",
-                **{**TINY, "crop_size": 64, "ohem": 0})
+    line = argv(
+        dataset="cityscapes",
+        root=root,
+        split="random:4",
+        steps=2,
+        warmup_epochs=0.001,
+        out=tmp_path / "out",
+        **{**TINY, "crop_size": 64, "ohem": 0},
+    )
     picture = next((root / "leftImg8bit" / "val").glob("*/*.png"))
     two_steps_score_predict(line, tmp_path / "out", picture, io)
 
 
-@pytest.mark.skipif(not (TEST_DATA / "camvid").is_dir(), reason=f"no camvid in TEST_DATA ({TEST_DATA})")
+@pytest.mark.skipif(
+    not (TEST_DATA / "camvid").is_dir(), reason=f"no camvid in TEST_DATA ({TEST_DATA})"
+)
 def test_real_pictures_in_a_folder(tmp_path, io):
     camvid = TEST_DATA / "camvid"
     few = tmp_path / "camvid"
@@ -628,12 +813,23 @@ def test_real_pictures_in_a_folder(tmp_path, io):
         for path in sorted((camvid / kind / "val").iterdir())[:3]:
             (few / kind / "val" / path.name).symlink_to(path)
     shutil.copy(camvid / "classes.txt", few)
-    line = argv(dataset="folder", root=few, split=camvid / "splits" / "labelled_23.txt", steps=2, warmup_epochs=0.011,
-                out=tmp_path / "out", unlabeled=camvid / "splits" / "unlabelled_23.txt", **TINY)
+    line = argv(
+        dataset="folder",
+        root=few,
+        split=camvid / "splits" / "labelled_23.txt",
+        steps=2,
+        warmup_epochs=0.011,
+        out=tmp_path / "out",
+        unlabeled=camvid / "splits" / "unlabelled_23.txt",
+        **TINY,
+    )
     picture = sorted((camvid / "images" / "test").iterdir())[0]
     said = two_steps_score_predict(line, tmp_path / "out", picture, io)
     assert "23 labeled images" in said and "344 unlabeled" in said
 
 
 def test_nothing_of_these_tests_asks_the_network():
-    assert environment()["HF_HUB_OFFLINE"] == os.environ["HF_HUB_OFFLINE"] == "1" and (REPO / "gta_seg.py").is_file()
+    assert (
+        environment()["HF_HUB_OFFLINE"] == os.environ["HF_HUB_OFFLINE"] == "1"
+        and (REPO / "gta_seg.py").is_file()
+    )

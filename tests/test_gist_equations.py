@@ -56,7 +56,9 @@ def aligned(length: int, size: int) -> Tensor:
 
 
 def up(z: Tensor, height: int, width: int) -> Tensor:
-    return torch.einsum("yi,bkij,xj->bkyx", aligned(z.shape[2], height), z.double(), aligned(z.shape[3], width))
+    return torch.einsum(
+        "yi,bkij,xj->bkyx", aligned(z.shape[2], height), z.double(), aligned(z.shape[3], width)
+    )
 
 
 def ent(z: Tensor, label: Tensor) -> Tensor:
@@ -77,16 +79,20 @@ def probabilities(logits: Tensor) -> np.ndarray:
     return p
 
 
-def pictures(seed: int, count: int = 3, size: int = SIZE, padding: int = 0, ignored: float = 0.1) -> Batch:
+def pictures(
+    seed: int, count: int = 3, size: int = SIZE, padding: int = 0, ignored: float = 0.1
+) -> Batch:
     """A batch as training steps get it: images in 0..255, int64 labels, the last `padding` columns
     outside."""
     g = torch.Generator().manual_seed(seed)
     label = torch.randint(0, CLASSES, (count, size, size), generator=g)
     label[torch.rand(label.shape, generator=g) < ignored] = IGNORE
     valid = torch.ones(count, size, size, dtype=torch.bool)
-    valid[..., size - padding:] = False
+    valid[..., size - padding :] = False
     images = torch.randint(0, 256, (count, 3, size, size), generator=g).float()
-    return Batch(images * valid[:, None], valid, label.masked_fill(~valid, IGNORE), torch.zeros(count))
+    return Batch(
+        images * valid[:, None], valid, label.masked_fill(~valid, IGNORE), torch.zeros(count)
+    )
 
 
 class Small(nn.Module):
@@ -118,7 +124,9 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def close(a: dict[str, Tensor], b: dict[str, Tensor], atol: float = 1e-6) -> bool:
-    return a.keys() == b.keys() and all(torch.allclose(a[k].double(), b[k].double(), atol=atol, rtol=1e-5) for k in a)
+    return a.keys() == b.keys() and all(
+        torch.allclose(a[k].double(), b[k].double(), atol=atol, rtol=1e-5) for k in a
+    )
 
 
 def pooled_distance(f: Tensor, f_teacher: Tensor) -> Tensor:
@@ -143,7 +151,9 @@ def test_cross_entropy_is_the_mean_over_labeled_pixels_of_the_batch():
         if label[b, y, x] != IGNORE:
             terms.append(-np.log(p[b, label[b, y, x], y, x]))
     assert gist_rist.cross_entropy(logits, label).item() == pytest.approx(np.mean(terms), rel=1e-5)
-    assert ent(logits, label).item() == pytest.approx(np.mean(terms), rel=1e-9), "the tests' own version"
+    assert ent(logits, label).item() == pytest.approx(np.mean(terms), rel=1e-9), (
+        "the tests' own version"
+    )
 
 
 def test_cross_entropy_without_labels_is_zero_with_finite_gradient():
@@ -167,7 +177,9 @@ def test_refine_step_is_equation_2_and_the_consistency_loss(alpha, on):
         z, f = student(batch.images, batch.valid)
         apart = pooled_distance(f, s.teacher(batch.images, batch.valid)[1].detach())
         loss = loss + share * ent(z, batch.label) + 0.7 * apart
-        terms |= {f"cl_{name}": apart.item()} | ({f"loss_{name}": ent(z, batch.label).item()} if share else {})
+        terms |= {f"cl_{name}": apart.item()} | (
+            {f"loss_{name}": ent(z, batch.label).item()} if share else {}
+        )
     loss.backward()
     with torch.no_grad():
         for part, lr in ((student.backbone, 0.01), (student.head, 0.1)):
@@ -178,7 +190,9 @@ def test_refine_step_is_equation_2_and_the_consistency_loss(alpha, on):
     assert log["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
     assert {k: v.item() for k, v in log.items() if k in terms} == pytest.approx(terms, rel=1e-5)
     assert ("loss_l" in log) == (alpha > 0) and ("loss_p" in log) == (alpha < 1)
-    assert ("cl_l" in log) == (alpha > 0 or on == "both") and ("cl_p" in log) == (alpha < 1 or on == "both")
+    assert ("cl_l" in log) == (alpha > 0 or on == "both") and ("cl_p" in log) == (
+        alpha < 1 or on == "both"
+    )
     assert close(values(s.student), values(student))
     after = {k: 0.9 * teacher[k] + 0.1 * values(s.student)[k] for k in teacher}
     assert close(values(s.teacher), after) and not same(values(s.teacher), teacher)
@@ -206,7 +220,10 @@ def test_a_binary_stage_never_uses_the_other_labels(alpha, other, on):
 
 def test_one_source_is_enough_and_without_teacher_there_is_no_consistency_loss():
     args = settings(cl=0.0)
-    for alpha, name, batches in ((1.0, "l", {"labeled": pictures(1)}), (0.0, "p", {"pseudo": pictures(1)})):
+    for alpha, name, batches in (
+        (1.0, "l", {"labeled": pictures(1)}),
+        (0.0, "p", {"pseudo": pictures(1)}),
+    ):
         s = small_state(args, teacher=False)
         want = ent(s.student(pictures(1).images, pictures(1).valid)[0], pictures(1).label).item()
         log = gist_rist.refine_step(s, args, "x", alpha, 0, **batches)
@@ -214,7 +231,9 @@ def test_one_source_is_enough_and_without_teacher_there_is_no_consistency_loss()
         assert set(log) == {"loss", f"loss_{name}"}
     for alpha in (1.0, 0.0, None):
         s = small_state(args, teacher=False)
-        log = gist_rist.refine_step(s, replace(args, cl_on="both"), "B", alpha, 0, pictures(1), pictures(2))
+        log = gist_rist.refine_step(
+            s, replace(args, cl_on="both"), "B", alpha, 0, pictures(1), pictures(2)
+        )
         assert s.student.calls == 1 and len(log) == 2, "images that no loss needs are not looked at"
 
 
@@ -232,14 +251,19 @@ def test_refine_step_drops_features_of_student_and_teacher():
 
 def test_batchwise_draws_one_source_per_iteration():
     """Fig. 6: alpha is 0 or 1 with equal chances, by (seed, path, step) alone."""
+
     def draw(args: Args, path: str, steps: int) -> str:
         s, word = small_state(args), ""
         for step in range(steps):
-            log = gist_rist.refine_step(s, args, path, None, step, pictures(1, 2, 8), pictures(2, 2, 8))
+            log = gist_rist.refine_step(
+                s, args, path, None, step, pictures(1, 2, 8), pictures(2, 2, 8)
+            )
             assert ("loss_l" in log) != ("loss_p" in log)
             alone = log["loss_l" if "loss_l" in log else "loss_p"]
-            assert log["loss"].item() == pytest.approx(alone.item() + args.cl * sum(
-                v.item() for k, v in log.items() if k[:3] == "cl_"), rel=1e-5)
+            assert log["loss"].item() == pytest.approx(
+                alone.item() + args.cl * sum(v.item() for k, v in log.items() if k[:3] == "cl_"),
+                rel=1e-5,
+            )
             word += "L" if "loss_l" in log else "P"
         return word
 
@@ -264,7 +288,9 @@ def test_ema_update_is_equation_3():
         assert torch.allclose(value, want, atol=1e-6), name
     assert same(values(b), source)
     gist_rist.ema_update(a, b, 0.0)
-    assert all(torch.equal(value, source[name]) for name, value in values(a).items() if name != "count")
+    assert all(
+        torch.equal(value, source[name]) for name, value in values(a).items() if name != "count"
+    )
 
 
 # ---------------------------------------------------------------------------------- Eqs. 6, 7, 8, 9
@@ -295,7 +321,10 @@ def test_consistency_of_equal_features_is_two_p_times_their_mean(drop):
 
 def test_consistency_drops_whole_pooled_units_and_scales_the_rest():
     f = torch.rand(1, 1, 7, 7)
-    found = {round(gist_rist.consistency(f, torch.zeros_like(f), 0.5).item() / f.mean().item(), 4) for _ in range(40)}
+    found = {
+        round(gist_rist.consistency(f, torch.zeros_like(f), 0.5).item() / f.mean().item(), 4)
+        for _ in range(40)
+    }
     assert found == {0.0, 2.0}
 
 
@@ -331,11 +360,18 @@ def test_phi_above_one_erases_everything_and_training_stays_finite():
     for _ in range(3):
         log = gist_rist.refine_step(s, args, "P", 0.0, 0, None, images._replace(label=label))
     assert log["loss_p"] == 0 and all(v.isfinite() for v in log.values())
-    assert all(v.isfinite().all() for v in [*values(s.student).values(), *values(s.teacher).values()])
+    assert all(
+        v.isfinite().all() for v in [*values(s.student).values(), *values(s.teacher).values()]
+    )
 
 
-@pytest.mark.parametrize("temp, table", [(0.2, (10.7, 13.0, 15.0, 17.0, 19.2, 21.9, 26.0, 32.0)),
-                                         (1.0, (2.1, 2.6, 3.0, 3.4, 3.8, 4.4, 5.2, 6.4))])
+@pytest.mark.parametrize(
+    "temp, table",
+    [
+        (0.2, (10.7, 13.0, 15.0, 17.0, 19.2, 21.9, 26.0, 32.0)),
+        (1.0, (2.1, 2.6, 3.0, 3.4, 3.8, 4.4, 5.2, 6.4)),
+    ],
+)
 def test_logit_gap_that_passes_label_erase(temp, table):
     """Recipe 3.6: how far the top of 21 logits must stand above a flat rest."""
     gaps = torch.arange(0, 40, 0.01, dtype=torch.float64)
@@ -367,7 +403,9 @@ def test_every_parameter_is_once_in_the_optimizer(frozen):
     listed = [id(p) for group in (body, head) for p in group["params"]]
     assert norms and len(listed) == len(set(listed))
     assert set(listed) == {id(p) for p in net.parameters()} - (norms if frozen else set())
-    assert {id(p) for p in head["params"]} == {id(p) for p in net.head.parameters()} and len(head["params"]) == 8
+    assert {id(p) for p in head["params"]} == {id(p) for p in net.head.parameters()} and len(
+        head["params"]
+    ) == 8
     assert body["lr"] == pytest.approx(0.006) and head["lr"] == pytest.approx(0.02)
     for group in (body, head):
         assert group["momentum"] == 0.9 and group["weight_decay"] == 5e-4 and not group["nesterov"]
@@ -386,7 +424,12 @@ def test_frozen_batchnorm_is_bit_identical_after_training(frozen):
     teacher = copy.deepcopy(net).requires_grad_(False).eval()
     net.eval()
     s = State(net.train(), gist_rist.sgd(net, args), teacher)
-    norm = {f"{name}.{k}" for name, m in net.named_modules() if isinstance(m, nn.BatchNorm2d) for k in m.state_dict()}
+    norm = {
+        f"{name}.{k}"
+        for name, m in net.named_modules()
+        if isinstance(m, nn.BatchNorm2d)
+        for k in m.state_dict()
+    }
     before = values(net)
     for step in range(3):
         gist_rist.refine_step(s, args, "L", 0.5, step, pictures(1, 2, 32), pictures(2, 2, 32))
@@ -412,8 +455,15 @@ def test_fit_is_sgd_with_the_poly_schedule(tmp_path, handlers):
     """K iterations by hand: lr restarts at its base, 10 times as much for the classifier, momentum
     0.9, Eq. 3 after."""
     args = settings(lr=0.01, cl=0.5, cl_drop=0.0, cl_beta=0.6, threads=1)
-    tree = Tree(args, WORLD, Segmentation("x", tmp_path, ["a"] * CLASSES, {}, []), [], [], [],
-                Nodes(tmp_path / "root", tmp_path, gist_rist.parent_of))
+    tree = Tree(
+        args,
+        WORLD,
+        Segmentation("x", tmp_path, ["a"] * CLASSES, {}, []),
+        [],
+        [],
+        [],
+        Nodes(tmp_path / "root", tmp_path, gist_rist.parent_of),
+    )
     (tmp_path / "L").mkdir()
     s, total, seen = small_state(args), 5, []
     student, teacher, momentum = copy.deepcopy(s.student), copy.deepcopy(s.teacher), {}
@@ -421,7 +471,9 @@ def test_fit_is_sgd_with_the_poly_schedule(tmp_path, handlers):
         batch = pictures(10 + j)
         z, f = student(batch.images, batch.valid)
         student.zero_grad()
-        (ent(z, batch.label) + 0.5 * pooled_distance(f, teacher(batch.images, batch.valid)[1])).backward()
+        (
+            ent(z, batch.label) + 0.5 * pooled_distance(f, teacher(batch.images, batch.valid)[1])
+        ).backward()
         with torch.no_grad():
             for part, lr in ((student.backbone, 0.01), (student.head, 0.1)):
                 for p in part.parameters():
@@ -435,10 +487,21 @@ def test_fit_is_sgd_with_the_poly_schedule(tmp_path, handlers):
         seen.append([group["lr"] for group in s.opt.param_groups])
         return gist_rist.refine_step(s, args, "L", 1.0, step, labeled)
 
-    gist_rist.fit(tree, "L", s, step_of, {"labeled": lambda start, stop: map(pictures, range(10, 10 + stop))}, total)
+    gist_rist.fit(
+        tree,
+        "L",
+        s,
+        step_of,
+        {"labeled": lambda start, stop: map(pictures, range(10, 10 + stop))},
+        total,
+    )
     assert [head / body for body, head in seen] == pytest.approx([10] * total)
-    assert [body for body, _ in seen] == pytest.approx([0.01 * (1 - j / total) ** 0.9 for j in range(total)])
-    assert close(values(s.student), values(student), 1e-5) and close(values(s.teacher), values(teacher), 1e-5)
+    assert [body for body, _ in seen] == pytest.approx(
+        [0.01 * (1 - j / total) ** 0.9 for j in range(total)]
+    )
+    assert close(values(s.student), values(student), 1e-5) and close(
+        values(s.teacher), values(teacher), 1e-5
+    )
     assert s.step == total
 
 
@@ -461,13 +524,13 @@ def test_classmix_mask_takes_half_of_the_classes_present():
     label = torch.randint(0, 7, (40, 6, 6))
     for i in range(40):
         label[i] %= 1 + i % 7  # 1 to 7 classes
-        label[i, 0, :i % 4] = IGNORE
+        label[i, 0, : i % 4] = IGNORE
     scores = torch.rand(40, 7)
     given, mask = label.clone(), gist_rist.classmix_mask(label, scores)
     assert mask.dtype == torch.bool and mask.shape == label.shape and torch.equal(label, given)
     for i in range(40):
         present = sorted(set(label[i].flatten().tolist()) - {IGNORE})
-        chosen = sorted(present, key=lambda k, i=i: scores[i, k].item())[:len(present) // 2]
+        chosen = sorted(present, key=lambda k, i=i: scores[i, k].item())[: len(present) // 2]
         want = np.isin(label[i].numpy(), chosen)
         assert (mask[i].numpy() == want).all(), (i, present, chosen)
         assert not mask[i][label[i] == IGNORE].any()
@@ -509,7 +572,7 @@ def mixed(count: int, step: int, gain: float = 14.0, colour: bool = False, **fla
     args = settings(mix_colour=colour, **flags)
     labeled, unlabeled = pictures(1, count), pictures(2, count)
     for i in range(count):  # image i is 20 i + 10, its last i + 1 rows are padding
-        unlabeled.images[i], unlabeled.valid[i, SIZE - 1 - i:] = 20 * i + 10, False
+        unlabeled.images[i], unlabeled.valid[i, SIZE - 1 - i :] = 20 * i + 10, False
     student = Told(torch.randn(count, CLASSES, 4, 4), 2 * torch.randn(count, CLASSES, 4, 4))
     teacher = Told(gain * torch.randn(count, CLASSES, 6, 6)).requires_grad_(False).eval()
     with torch.no_grad():
@@ -534,7 +597,9 @@ def test_classmix_step(count, step):
         seen[~unlabeled.valid[i].numpy()] = IGNORE
         own = (images[i, 0] == 20 * i + 10).numpy()
         if count > 1:
-            assert (images[i, 0].numpy()[~own] == 20 * j + 10).all(), "pasted into the neighbour i + 1"
+            assert (images[i, 0].numpy()[~own] == 20 * j + 10).all(), (
+                "pasted into the neighbour i + 1"
+            )
             present, chosen = set(seen.flatten()) - {IGNORE}, set(seen[own])
             assert IGNORE not in chosen and len(chosen) == len(present) // 2 > 0
             assert (own == np.isin(seen, list(chosen))).all()
@@ -553,29 +618,45 @@ def test_classmix_step(count, step):
     (loss_l + 0.7 * loss_u).backward()
     assert s.student.gain.item() == pytest.approx(1 - 0.1 * student.gain.grad.item(), rel=1e-5)
     decay = min(1 - 1 / (step + 1), 0.99)  # 0, 1/2, 2/3, ..., 0.99
-    assert s.teacher.gain.item() == pytest.approx(decay * 0.9 + (1 - decay) * s.student.gain.item(), rel=1e-6)
+    assert s.teacher.gain.item() == pytest.approx(
+        decay * 0.9 + (1 - decay) * s.student.gain.item(), rel=1e-6
+    )
     if step == 0:
         assert s.teacher.gain.item() == s.student.gain.item()
     assert s.teacher.gain.grad is None
 
 
 def test_classmix_classes_change_with_step_and_seed_and_repeat():
-    shown = [mixed(3, step, seed=seed)[1].student.shown[1][0] for step, seed in ((0, 0), (0, 0), (1, 0), (0, 1))]
+    shown = [
+        mixed(3, step, seed=seed)[1].student.shown[1][0]
+        for step, seed in ((0, 0), (0, 0), (1, 0), (0, 1))
+    ]
     assert torch.equal(shown[0], shown[1])
     assert not torch.equal(shown[0], shown[2]) and not torch.equal(shown[0], shown[3])
 
 
 def test_classmix_colour_changes_what_the_student_sees_and_nothing_else(monkeypatch):
-    noisy, plain = [mixed(3, step, colour=True) for step in range(4)], [mixed(3, step) for step in range(4)]
-    for (_, s, _, _, unlabeled, log), (_, other, _, _, _, other_log) in zip(noisy, plain, strict=True):
+    noisy, plain = (
+        [mixed(3, step, colour=True) for step in range(4)],
+        [mixed(3, step) for step in range(4)],
+    )
+    for (_, s, _, _, unlabeled, log), (_, other, _, _, _, other_log) in zip(
+        noisy, plain, strict=True
+    ):
         assert torch.equal(s.student.shown[1][1], other.student.shown[1][1])
         assert torch.equal(s.teacher.shown[0][0], unlabeled.images)
         assert log["sure"] == other_log["sure"] and log["loss_u"] == other_log["loss_u"]
-    changed = [not torch.equal(a[1].student.shown[1][0], b[1].student.shown[1][0])
-               for a, b in zip(noisy, plain, strict=True)]
+    changed = [
+        not torch.equal(a[1].student.shown[1][0], b[1].student.shown[1][0])
+        for a, b in zip(noisy, plain, strict=True)
+    ]
     assert sum(changed) >= 2  # nine times in ten
-    monkeypatch.setattr(gist_rist.transforms, "jitter_and_blur", lambda images, generator: 255 - images)
-    assert torch.equal(mixed(3, 2, colour=True)[1].student.shown[1][0], 255 - plain[2][1].student.shown[1][0])
+    monkeypatch.setattr(
+        gist_rist.transforms, "jitter_and_blur", lambda images, generator: 255 - images
+    )
+    assert torch.equal(
+        mixed(3, 2, colour=True)[1].student.shown[1][0], 255 - plain[2][1].student.shown[1][0]
+    )
 
 
 def test_classmix_without_a_sure_pixel_learns_from_labels_alone():
@@ -592,7 +673,9 @@ def test_minmax01_stretches_the_whole_batch():
     images = torch.randint(20, 200, (3, 3, 5, 4)).float()
     low, high, found = images.min().item(), images.max().item(), gist_rist.minmax01(images)
     for place in np.ndindex(images.shape):
-        assert found[place].item() == pytest.approx((images[place].item() - low) / (high - low), abs=1e-6)
+        assert found[place].item() == pytest.approx(
+            (images[place].item() - low) / (high - low), abs=1e-6
+        )
     assert found.min() == 0 and found.max() == 1
     assert gist_rist.minmax01(torch.full((1, 3, 2, 2), 7.0)).isfinite().all()
 
@@ -618,7 +701,11 @@ def test_discriminator_by_hand():
         x = torch.where(x > 0, x, 0.2 * x)
     pooled = x.flatten(2).sum(2) / (x.shape[2] * x.shape[3])
     assert torch.allclose(features, pooled, atol=1e-5)
-    assert torch.allclose(score, 1 / (1 + torch.exp(-(pooled @ critic.score.weight[0] + critic.score.bias))), atol=1e-6)
+    assert torch.allclose(
+        score,
+        1 / (1 + torch.exp(-(pooled @ critic.score.weight[0] + critic.score.bias))),
+        atol=1e-6,
+    )
 
 
 def test_discriminator_drops_half_of_the_first_three_layers_maps():
@@ -640,7 +727,11 @@ class Judge(nn.Module):
 
     def __init__(self, *scores: tuple[float, ...]):
         super().__init__()
-        self.scale, self.scores, self.shown = nn.Parameter(torch.tensor(0.5)), torch.tensor(scores).logit(), []
+        self.scale, self.scores, self.shown = (
+            nn.Parameter(torch.tensor(0.5)),
+            torch.tensor(scores).logit(),
+            [],
+        )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         means, scores = x.mean((2, 3)) * self.scale, self.scores[len(self.shown) % len(self.scores)]
@@ -650,7 +741,12 @@ class Judge(nn.Module):
 
 def gan_state(args: Args, critic: nn.Module, opt=torch.optim.SGD) -> State:
     student = Small()
-    return State(student, gist_rist.sgd(student, args), critic=critic, opt_critic=opt(critic.parameters(), lr=1e-4))
+    return State(
+        student,
+        gist_rist.sgd(student, args),
+        critic=critic,
+        opt_critic=opt(critic.parameters(), lr=1e-4),
+    )
 
 
 @pytest.mark.parametrize("step", [0, 1, 9])
@@ -671,13 +767,21 @@ def test_s4gan_step_by_hand(step):
     for b, y, x in np.ndindex(3, SIZE, SIZE):
         if again.label[b, y, x] != IGNORE:
             onehot[b, again.label[b, y, x], y, x] = 1  # all zero where ignored
-    stretched = [(b.images - b.images.min()) / (b.images.max() - b.images.min()) for b in (unlabeled, again)]
+    stretched = [
+        (b.images - b.images.min()) / (b.images.max() - b.images.min()) for b in (unlabeled, again)
+    ]
     # padding shows none
     shown, inside = z.softmax(1) * unlabeled.valid[:, None], unlabeled.valid.numpy()[:, None]
     fm = 0.0
     for k in range(CLASSES + 3):
-        mean = onehot[:, k].mean() if k < CLASSES else stretched[1][:, k - CLASSES].double().mean().item()
-        of_fake = shown[:, k].mean() if k < CLASSES else stretched[0][:, k - CLASSES].double().mean()
+        mean = (
+            onehot[:, k].mean()
+            if k < CLASSES
+            else stretched[1][:, k - CLASSES].double().mean().item()
+        )
+        of_fake = (
+            shown[:, k].mean() if k < CLASSES else stretched[0][:, k - CLASSES].double().mean()
+        )
         fm = fm + (0.5 * mean - 0.5 * of_fake).abs() / (CLASSES + 3)
     label = torch.full((3, SIZE, SIZE), IGNORE)
     for b, y, x in np.ndindex(3, SIZE, SIZE):
@@ -690,8 +794,16 @@ def test_s4gan_step_by_hand(step):
 
     log = gist_rist.s4gan_step(s, args, step, labeled, unlabeled, again)
     found = {k: log[k].item() for k in ("loss", "loss_fm", "loss_st", "loss_d", "trusted")}
-    assert found == pytest.approx({"loss": loss_l.item(), "loss_fm": fm.item(), "loss_st": loss_st.item(),
-                                   "loss_d": loss_d, "trusted": 2 / 3}, rel=1e-4)
+    assert found == pytest.approx(
+        {
+            "loss": loss_l.item(),
+            "loss_fm": fm.item(),
+            "loss_st": loss_st.item(),
+            "loss_d": loss_d,
+            "trusted": 2 / 3,
+        },
+        rel=1e-4,
+    )
     assert (loss_st.item() == 0) == (step == 0)
     for a, b in zip(s.student.parameters(), student.parameters(), strict=True):
         assert torch.allclose(a.grad, b.grad, atol=1e-5)
@@ -699,7 +811,9 @@ def test_s4gan_step_by_hand(step):
     assert torch.equal(fake, fake_again) and torch.equal(real, real_again)
     assert np.abs(fake[:, :CLASSES].numpy() - p * inside).max() < 1e-5
     assert torch.allclose(fake[:, CLASSES:], stretched[0])
-    assert (real[:, :CLASSES].numpy() == onehot).all() and torch.allclose(real[:, CLASSES:], stretched[1])
+    assert (real[:, :CLASSES].numpy() == onehot).all() and torch.allclose(
+        real[:, CLASSES:], stretched[1]
+    )
 
 
 def test_s4gan_selects_strictly_above_gamma():
@@ -718,8 +832,12 @@ def test_s4gan_keeps_the_two_networks_gradients_apart():
     def grads(net: nn.Module) -> list[Tensor | None]:
         return [None if p.grad is None else p.grad.clone() for p in net.parameters()]
 
-    s.opt.register_step_pre_hook(lambda *_: noted.append(("student", grads(s.student), grads(s.critic))))
-    s.opt_critic.register_step_pre_hook(lambda *_: noted.append(("critic", grads(s.student), grads(s.critic))))
+    s.opt.register_step_pre_hook(
+        lambda *_: noted.append(("student", grads(s.student), grads(s.critic)))
+    )
+    s.opt_critic.register_step_pre_hook(
+        lambda *_: noted.append(("critic", grads(s.student), grads(s.critic)))
+    )
     batches = [pictures(i, size=32) for i in (1, 2, 3)]
     for step in range(2):
         stale, weights = grads(s.critic), values(s.critic)
@@ -730,7 +848,9 @@ def test_s4gan_keeps_the_two_networks_gradients_apart():
             assert (new is None or new.abs().sum() == 0) if old is None else torch.equal(old, new)
         assert all(torch.equal(a, b) for a, b in zip(student, student_after, strict=True))
         assert all(g is not None and g.abs().sum() > 0 for g in [*student, *critic_after])
-        assert not same(weights, values(s.critic)) and all(p.requires_grad for p in s.critic.parameters())
+        assert not same(weights, values(s.critic)) and all(
+            p.requires_grad for p in s.critic.parameters()
+        )
 
 
 def test_s4gan_feature_matching_reaches_the_student():
@@ -746,11 +866,16 @@ def test_s4gan_feature_matching_reaches_the_student():
 
 def caught(monkeypatch, run, *args) -> SimpleNamespace:
     """What a function hands to fit(), which is not run."""
+
     class Enough(Exception):
         pass
 
     def fit(tree, path, s, step_of, streams, total):
-        raise Enough(SimpleNamespace(tree=tree, path=path, s=s, step_of=step_of, streams=streams, total=total))
+        raise Enough(
+            SimpleNamespace(
+                tree=tree, path=path, s=s, step_of=step_of, streams=streams, total=total
+            )
+        )
 
     monkeypatch.setattr(gist_rist, "fit", fit)
     with pytest.raises(Enough) as found:
@@ -762,20 +887,44 @@ def planted(args: Args, tmp_path=None, **more) -> Tree:
     """A tree without pictures."""
     folder = tmp_path or helpers.REPO / "absent"
     data = Segmentation("x", folder, [f"class {i}" for i in range(CLASSES)], {}, [])
-    return Tree(args, WORLD, data, [], [], [], Nodes(folder / "root", folder, gist_rist.parent_of), **more)
+    return Tree(
+        args, WORLD, data, [], [], [], Nodes(folder / "root", folder, gist_rist.parent_of), **more
+    )
 
 
 @pytest.mark.parametrize("stage0", ["supervised", "s4gan", "classmix"])
-@pytest.mark.parametrize("bn, weights, frozen", [("auto", "none", False), ("auto", "shapes", True),
-                                                 ("live", "shapes", False), ("frozen", "none", True)])
+@pytest.mark.parametrize(
+    "bn, weights, frozen",
+    [
+        ("auto", "none", False),
+        ("auto", "shapes", True),
+        ("live", "shapes", False),
+        ("frozen", "none", True),
+    ],
+)
 def test_stage_0_begins_with(monkeypatch, stage0, bn, weights, frozen):
     args = settings("voc", stage0=stage0, bn=bn, backbone="test_resnet", gan_lr=3e-5)
     init = SegNet(args, CLASSES).state_dict()
-    it = caught(monkeypatch, gist_rist.train_stage0, planted(replace(args, weights=weights), init=init))
-    assert it.total == 25_000 and it.path == "" and same(values(it.s.student), init) and it.s.student.frozen == frozen
-    assert set(it.streams) == {"supervised": {"labeled"}, "classmix": {"labeled", "unlabeled"},
-                               "s4gan": {"labeled", "unlabeled", "again"}}[stage0]
-    assert (it.s.teacher is not None) == (stage0 == "classmix") and (it.s.critic is not None) == (stage0 == "s4gan")
+    it = caught(
+        monkeypatch, gist_rist.train_stage0, planted(replace(args, weights=weights), init=init)
+    )
+    assert (
+        it.total == 25_000
+        and it.path == ""
+        and same(values(it.s.student), init)
+        and it.s.student.frozen == frozen
+    )
+    assert (
+        set(it.streams)
+        == {
+            "supervised": {"labeled"},
+            "classmix": {"labeled", "unlabeled"},
+            "s4gan": {"labeled", "unlabeled", "again"},
+        }[stage0]
+    )
+    assert (it.s.teacher is not None) == (stage0 == "classmix") and (it.s.critic is not None) == (
+        stage0 == "s4gan"
+    )
     if stage0 == "classmix":
         assert same(values(it.s.teacher), init) and not it.s.teacher.training
         assert not any(p.requires_grad for p in it.s.teacher.parameters())
@@ -789,22 +938,34 @@ def test_stage_0_begins_with(monkeypatch, stage0, bn, weights, frozen):
 # -------------------------------------------------------------------------- a stage from its parent
 
 
-@pytest.mark.parametrize("on, cl, bn", [("both", 1.0, "frozen"), ("active", 1.0, "live"), ("both", 0.0, "auto")])
-@pytest.mark.parametrize("path, alpha", [("PL", 1.0), ("LP", 0.0), ("LF0.75", 0.75), ("BB", None), ("T4L", 1.0)])
+@pytest.mark.parametrize(
+    "on, cl, bn", [("both", 1.0, "frozen"), ("active", 1.0, "live"), ("both", 0.0, "auto")]
+)
+@pytest.mark.parametrize(
+    "path, alpha", [("PL", 1.0), ("LP", 0.0), ("LF0.75", 0.75), ("BB", None), ("T4L", 1.0)]
+)
 def test_a_stage_starts_from_copies_of_its_parent(monkeypatch, path, alpha, on, cl, bn):
     args = settings(cl=cl, cl_on=on, bn=bn, steps=77)
     theta, asked = SegNet(args, CLASSES).state_dict(), []
     before = {k: v.clone() for k, v in theta.items()}
     tree = planted(args)
     monkeypatch.setattr(tree, "weights", lambda parent: asked.append(parent) or theta)
-    monkeypatch.setattr(gist_rist, "label_images", lambda tree, parent: asked.append(f"labels {parent}") or ([], {}))
+    monkeypatch.setattr(
+        gist_rist, "label_images", lambda tree, parent: asked.append(f"labels {parent}") or ([], {})
+    )
     it = caught(monkeypatch, gist_rist.refine, tree, path)
     parent = {"PL": "P", "LP": "L", "LF0.75": "L", "BB": "B", "T4L": ""}[path]
-    assert asked == [parent] + [f"labels {parent}"] * (alpha != 1), "labels from the parent, if any are used"
+    assert asked == [parent] + [f"labels {parent}"] * (alpha != 1), (
+        "labels from the parent, if any are used"
+    )
     assert it.total == 77 and it.s.step == 0 and not it.s.opt.state, "a fresh optimizer"
     assert it.step_of.args[2:] == (path, alpha)
     assert same(values(it.s.student), before) and it.s.student.frozen == (bn != "live")
-    want = {"labeled", "pseudo"} if on == "both" and cl or alpha not in (0, 1) else {"labeled" if alpha else "pseudo"}
+    want = (
+        {"labeled", "pseudo"}
+        if on == "both" and cl or alpha not in (0, 1)
+        else {"labeled" if alpha else "pseudo"}
+    )
     assert set(it.streams) == want
     assert (it.s.teacher is not None) == (cl > 0)
     if cl:
@@ -843,8 +1004,13 @@ def test_parameters_of_deeplab(deeplab):
 
 
 def test_feature_sizes_of_deeplab(deeplab):
-    for size, cells in (((321, 321), (41, 41)), ((505, 505), (64, 64)), ((256, 512), (33, 65)),
-                        ((512, 1024), (65, 129)), ((500, 375), (63, 48))):
+    for size, cells in (
+        ((321, 321), (41, 41)),
+        ((505, 505), (64, 64)),
+        ((256, 512), (33, 65)),
+        ((512, 1024), (65, 129)),
+        ((500, 375), (63, 48)),
+    ):
         f = deeplab.backbone(torch.empty(1, 3, *size, device="meta"))[-1]
         assert f.shape == (1, 2048, *cells), size
         assert all(branch(f).shape == (1, 21, *cells) for branch in deeplab.head)
@@ -852,28 +1018,44 @@ def test_feature_sizes_of_deeplab(deeplab):
 
 def test_strides_and_dilations_of_deeplab(deeplab):
     body = deeplab.backbone
-    assert body.maxpool.ceil_mode and (body.maxpool.kernel_size, body.maxpool.stride, body.maxpool.padding) == (3, 2, 1)
+    assert body.maxpool.ceil_mode and (
+        body.maxpool.kernel_size,
+        body.maxpool.stride,
+        body.maxpool.padding,
+    ) == (3, 2, 1)
     assert body.conv1.stride == (2, 2) and body.conv1.kernel_size == (7, 7)
     assert body.layer4[0].conv2.dilation == (4, 4) and body.layer2[0].conv1.stride == (2, 2)
-    for number, (blocks, stride, dilation) in enumerate(((3, 1, 1), (4, 2, 1), (23, 1, 2), (3, 1, 4)), start=1):
+    for number, (blocks, stride, dilation) in enumerate(
+        ((3, 1, 1), (4, 2, 1), (23, 1, 2), (3, 1, 4)), start=1
+    ):
         layer = getattr(body, f"layer{number}")
         assert len(layer) == blocks
         for i, block in enumerate(layer):
             first = stride if i == 0 else 1
-            assert block.conv1.stride == (first, first) and block.conv2.stride == block.conv3.stride == (1, 1)
+            assert block.conv1.stride == (
+                first,
+                first,
+            ) and block.conv2.stride == block.conv3.stride == (1, 1)
             assert block.conv1.kernel_size == block.conv3.kernel_size == (1, 1)
             assert block.conv2.dilation == block.conv2.padding == (dilation, dilation)
             assert (block.downsample is not None) == (i == 0)
         assert layer[0].downsample[0].stride == (stride, stride)
-    assert [b.dilation[0] for b in deeplab.head] == [b.padding[0] for b in deeplab.head] == [6, 12, 18, 24]
+    assert (
+        [b.dilation[0] for b in deeplab.head]
+        == [b.padding[0] for b in deeplab.head]
+        == [6, 12, 18, 24]
+    )
     assert all(b.kernel_size == (3, 3) and b.stride == (1, 1) for b in deeplab.head)
 
 
 def caffe_resnet(w: dict[str, Tensor], x: Tensor, blocks: tuple[int, ...]) -> Tensor:
     """Layer 4 of the Caffe ResNet at stride 8, straight from its weights."""
+
     def bn(x: Tensor, name: str) -> Tensor:
-        mean, var, gain, bias = (w[f"{name}.{k}"].view(1, -1, 1, 1)
-                                 for k in ("running_mean", "running_var", "weight", "bias"))
+        mean, var, gain, bias = (
+            w[f"{name}.{k}"].view(1, -1, 1, 1)
+            for k in ("running_mean", "running_var", "weight", "bias")
+        )
         return (x - mean) / (var + 1e-5).sqrt() * gain + bias
 
     x = bn(F.conv2d(x, w["conv1.weight"], stride=2, padding=3), "bn1").relu()
@@ -882,10 +1064,15 @@ def caffe_resnet(w: dict[str, Tensor], x: Tensor, blocks: tuple[int, ...]) -> Te
         for b in range(blocks[stage - 1]):
             name, by = f"layer{stage}.{b}", stride if b == 0 else 1
             y = bn(F.conv2d(x, w[f"{name}.conv1.weight"], stride=by), f"{name}.bn1").relu()
-            y = bn(F.conv2d(y, w[f"{name}.conv2.weight"], padding=dilation, dilation=dilation), f"{name}.bn2").relu()
+            y = bn(
+                F.conv2d(y, w[f"{name}.conv2.weight"], padding=dilation, dilation=dilation),
+                f"{name}.bn2",
+            ).relu()
             y = bn(F.conv2d(y, w[f"{name}.conv3.weight"]), f"{name}.bn3")
             if b == 0:
-                x = bn(F.conv2d(x, w[f"{name}.downsample.0.weight"], stride=by), f"{name}.downsample.1")
+                x = bn(
+                    F.conv2d(x, w[f"{name}.downsample.0.weight"], stride=by), f"{name}.downsample.1"
+                )
             x = (x + y).relu()
     return x
 
@@ -909,15 +1096,22 @@ def caffe50() -> SegNet:
 @torch.no_grad()
 def test_deeplab_by_hand(caffe50):
     """Both outputs of the network from pixels, on a size where ceil mode shows."""
-    images, valid = torch.randint(0, 256, (2, 3, 64, 48)).float(), torch.ones(2, 64, 48, dtype=torch.bool)
+    images, valid = (
+        torch.randint(0, 256, (2, 3, 64, 48)).float(),
+        torch.ones(2, 64, 48, dtype=torch.bool),
+    )
     valid[1, 50:], images[1, :, 50:] = False, 0
     x = torch.zeros(2, 3, 64, 48)
     # B, G, R
-    for channel, (source, mean) in enumerate(((2, 104.00698793), (1, 116.66876762), (0, 122.67891434))):
+    for channel, (source, mean) in enumerate(
+        ((2, 104.00698793), (1, 116.66876762), (0, 122.67891434))
+    ):
         x[:, channel] = torch.where(valid, images[:, source] - mean, 0)
     want = caffe_resnet(caffe50.backbone.state_dict(), x, (3, 4, 6, 3))
-    z = sum(F.conv2d(want, caffe50.head[i].weight, caffe50.head[i].bias, padding=rate, dilation=rate)
-            for i, rate in enumerate((6, 12, 18, 24)))
+    z = sum(
+        F.conv2d(want, caffe50.head[i].weight, caffe50.head[i].bias, padding=rate, dilation=rate)
+        for i, rate in enumerate((6, 12, 18, 24))
+    )
     logits, f = caffe50(images, valid)
     assert f.shape == (2, 2048, 9, 7) and logits.shape == (2, 21, 9, 7)
     assert (f - want).abs().max() < 1e-5 * want.abs().max() and want.std() > 0.05 * want.abs().max()
@@ -929,7 +1123,9 @@ def test_head_of_a_fresh_network():
     net = SegNet(settings("voc", backbone="test_resnet", aspp_rates=(6, 12)), 21)
     assert [b.dilation[0] for b in net.head] == [6, 12]
     weights = torch.cat([b.weight.flatten() for b in net.head])
-    assert weights.std().item() == pytest.approx(0.01, rel=0.05) and abs(weights.mean().item()) < 5e-4
+    assert (
+        weights.std().item() == pytest.approx(0.01, rel=0.05) and abs(weights.mean().item()) < 5e-4
+    )
     assert all((b.bias == 0).all() for b in net.head)
 
 
@@ -945,16 +1141,24 @@ def test_bf16_inside_gives_float32_outside():
 
 def test_the_network_does_not_see_padding():
     """Padding is the mean colour, whatever the pixels there hold."""
-    net, batch = SegNet(settings("voc", backbone="test_resnet", pixels="bgr"), CLASSES).eval(), pictures(1, 2, 32, 8)
+    net, batch = (
+        SegNet(settings("voc", backbone="test_resnet", pixels="bgr"), CLASSES).eval(),
+        pictures(1, 2, 32, 8),
+    )
     other = batch.images.clone()
     other[..., -8:] = 99
     assert torch.equal(net(batch.images, batch.valid)[0], net(other, batch.valid)[0])
     assert not torch.equal(net(batch.images, batch.valid)[0], net(batch.images)[0])
 
 
-@pytest.mark.parametrize("dataset, means", [("voc", (122.67891434, 116.66876762, 104.00698793)),
-                                            ("cityscapes", (73.15835921, 82.90891754, 72.39239876)),
-                                            ("shapes", (122.67891434, 116.66876762, 104.00698793))])
+@pytest.mark.parametrize(
+    "dataset, means",
+    [
+        ("voc", (122.67891434, 116.66876762, 104.00698793)),
+        ("cityscapes", (73.15835921, 82.90891754, 72.39239876)),
+        ("shapes", (122.67891434, 116.66876762, 104.00698793)),
+    ],
+)
 def test_scaled_pixels(dataset, means):
     images = torch.randint(0, 256, (2, 3, 5, 6)).float()
     valid = torch.rand(2, 5, 6) < 0.7
@@ -967,7 +1171,9 @@ def test_scaled_pixels(dataset, means):
             if pixels == "imagenet":
                 value = (images[b, c, y, x].item() - (123.675, 116.28, 103.53)[c]) / deviations[c]
             assert everywhere[b, c, y, x].item() == pytest.approx(value, abs=1e-4)
-            assert found[b, c, y, x].item() == (everywhere[b, c, y, x].item() if valid[b, y, x] else 0)
+            assert found[b, c, y, x].item() == (
+                everywhere[b, c, y, x].item() if valid[b, y, x] else 0
+            )
 
 
 # ------------------------------------------------------------------------------------- weight files
@@ -976,12 +1182,28 @@ def test_scaled_pixels(dataset, means):
 def layout(net: SegNet, kind: str) -> dict[str, Tensor]:
     """The network as files name its tensors: A flat, B `Scale.`, C kazuto1011's, D torchvision, E
     ST++."""
-    body = {k: v for k, v in net.backbone.state_dict().items() if kind == "D" or not k.endswith("num_batches_tracked")}
-    head = {f"{i}.{k}": getattr(b, k).detach() for i, b in enumerate(net.head) for k in ("weight", "bias")}
+    body = {
+        k: v
+        for k, v in net.backbone.state_dict().items()
+        if kind == "D" or not k.endswith("num_batches_tracked")
+    }
+    head = {
+        f"{i}.{k}": getattr(b, k).detach()
+        for i, b in enumerate(net.head)
+        for k in ("weight", "bias")
+    }
     if kind == "C":
-        parts = {"conv1": "reduce.conv", "bn1": "reduce.bn", "conv2": "conv3x3.conv", "bn2": "conv3x3.bn",
-                 "conv3": "increase.conv", "bn3": "increase.bn", "downsample.0": "shortcut.conv",
-                 "downsample.1": "shortcut.bn", "": ""}
+        parts = {
+            "conv1": "reduce.conv",
+            "bn1": "reduce.bn",
+            "conv2": "conv3x3.conv",
+            "bn2": "conv3x3.bn",
+            "conv3": "increase.conv",
+            "bn3": "increase.bn",
+            "downsample.0": "shortcut.conv",
+            "downsample.1": "shortcut.bn",
+            "": "",
+        }
         named = {"fc.weight": torch.randn(91, 2048, 1, 1), "fc.bias": torch.randn(91)}
         for name, value in body.items():
             *place, last = name.split(".")
@@ -994,7 +1216,9 @@ def layout(net: SegNet, kind: str) -> dict[str, Tensor]:
     if kind == "D":
         return body | {"fc.weight": torch.randn(1000, 2048), "fc.bias": torch.randn(1000)}
     if kind == "E":
-        return {f"backbone.{k}": v for k, v in body.items()} | {f"classifier.{k}": v for k, v in head.items()}
+        return {f"backbone.{k}": v for k, v in body.items()} | {
+            f"classifier.{k}": v for k, v in head.items()
+        }
     flat = body | {f"layer5.conv2d_list.{k}": v for k, v in head.items()}
     return {f"Scale.{k}": v for k, v in flat.items()} if kind == "B" else flat
 
@@ -1003,12 +1227,22 @@ def test_layout_a_has_528_tensors(deeplab):
     assert len(layout(deeplab, "A")) == 528 and len(deeplab.backbone.state_dict()) - 104 == 520
 
 
-@pytest.mark.parametrize("kind, pixels", [("A", "bgr"), ("B", "bgr"), ("C", "bgr"), ("D", "imagenet"), ("E", "bgr")])
+@pytest.mark.parametrize(
+    "kind, pixels", [("A", "bgr"), ("B", "bgr"), ("C", "bgr"), ("D", "imagenet"), ("E", "bgr")]
+)
 def test_weight_files_of_every_layout_give_the_same_backbone(caffe50, tmp_path, kind, pixels):
     file, head = tmp_path / f"{kind}.pth", kind != "D"
-    torch.save(layout(caffe50, kind) if kind != "A" else {"state_dict": layout(caffe50, kind)}, file)
-    args = settings("voc", backbone="caffe_resnet50", weights=str(file), pixels="auto", init_head=kind in "CE",
-                    cut=-1 if kind == "A" else 0)
+    torch.save(
+        layout(caffe50, kind) if kind != "A" else {"state_dict": layout(caffe50, kind)}, file
+    )
+    args = settings(
+        "voc",
+        backbone="caffe_resnet50",
+        weights=str(file),
+        pixels="auto",
+        init_head=kind in "CE",
+        cut=-1 if kind == "A" else 0,
+    )
     got, tensors, notes = gist_rist.initial(args, 21)
     assert got.pixels == pixels and got.cut == 0
     assert ("COCO, BGR" if pixels == "bgr" else "ImageNet, normalised RGB") in notes[0]
@@ -1016,8 +1250,11 @@ def test_weight_files_of_every_layout_give_the_same_backbone(caffe50, tmp_path, 
     for name, value in caffe50.backbone.state_dict().items():
         if not name.endswith("num_batches_tracked"):
             assert torch.equal(tensors[f"backbone.{name}"], value), name
-    loaded = [torch.equal(tensors[f"head.{i}.{k}"], getattr(caffe50.head[i], k)) for i in range(4)
-              for k in ("weight", "bias")]
+    loaded = [
+        torch.equal(tensors[f"head.{i}.{k}"], getattr(caffe50.head[i], k))
+        for i in range(4)
+        for k in ("weight", "bias")
+    ]
     assert all(loaded) if head and args.init_head else not any(loaded)
     assert tensors.keys() == caffe50.state_dict().keys()
     assert not any("left fresh" in note for note in notes if "num_batches" not in note)
@@ -1025,12 +1262,20 @@ def test_weight_files_of_every_layout_give_the_same_backbone(caffe50, tmp_path, 
 
 def test_the_files_classifier_of_another_number_of_classes_stays_out(caffe50, tmp_path):
     torch.save(layout(caffe50, "A"), tmp_path / "A.pth")
-    args = settings("cityscapes", backbone="caffe_resnet50", weights=str(tmp_path / "A.pth"), pixels="auto", cut=0)
+    args = settings(
+        "cityscapes",
+        backbone="caffe_resnet50",
+        weights=str(tmp_path / "A.pth"),
+        pixels="auto",
+        cut=0,
+    )
     _, tensors, _ = gist_rist.initial(args, 19)
     assert tensors["head.0.weight"].shape == (19, 2048, 3, 3)
     assert tensors["head.0.weight"].std().item() == pytest.approx(0.01, rel=0.05)
     assert tensors["head.2.bias"].abs().sum() == 0
-    assert torch.equal(tensors["backbone.layer4.2.conv3.weight"], caffe50.backbone.layer4[2].conv3.weight)
+    assert torch.equal(
+        tensors["backbone.layer4.2.conv3.weight"], caffe50.backbone.layer4[2].conv3.weight
+    )
 
 
 @pytest.mark.parametrize("lost", ["layer3.5.bn2.running_var", "layer1.0.downsample.0.weight"])
@@ -1038,7 +1283,9 @@ def test_a_file_without_a_backbone_tensor_is_refused(caffe50, tmp_path, lost):
     weights = layout(caffe50, "A")
     del weights[lost]
     torch.save(weights, tmp_path / "A.pth")
-    args = settings("voc", backbone="caffe_resnet50", weights=str(tmp_path / "A.pth"), pixels="auto", cut=0)
+    args = settings(
+        "voc", backbone="caffe_resnet50", weights=str(tmp_path / "A.pth"), pixels="auto", cut=0
+    )
     with pytest.raises(UserError, match=lost.replace(".", r"\.")):
         gist_rist.initial(args, 21)
 
@@ -1047,13 +1294,23 @@ def test_a_file_of_a_layout_that_is_not_read_is_refused(tmp_path):
     """Stages of another program (res2 to res5), and a file that is no ResNet."""
     for name in ("stem.conv1.weight", "res2.0.conv1.weight", "blocks.0.weight"):
         torch.save({name: torch.randn(64, 64, 1, 1)}, tmp_path / "X.pth")
-        args = settings("voc", backbone="caffe_resnet50", weights=str(tmp_path / "X.pth"), pixels="auto", cut=0)
+        args = settings(
+            "voc", backbone="caffe_resnet50", weights=str(tmp_path / "X.pth"), pixels="auto", cut=0
+        )
         with pytest.raises(UserError, match="lacks 265 tensors"):
             gist_rist.initial(args, 21)
 
 
-@pytest.mark.parametrize("kept, phi, hint", [(0.199, 0.5, True), (0.2, 0.5, False), (0.98, 0.5, False),
-                                             (0.99, 0.5, True), (1.0, 0.0, False)])
+@pytest.mark.parametrize(
+    "kept, phi, hint",
+    [
+        (0.199, 0.5, True),
+        (0.2, 0.5, False),
+        (0.98, 0.5, False),
+        (0.99, 0.5, True),
+        (1.0, 0.0, False),
+    ],
+)
 def test_a_share_of_label_erase_that_says_phi_does_not_fit(kept, phi, hint):
     said = gist_report.erased({"kept": kept}, phi)
     assert f"kept {kept:.0%}" in said and ("--phi" in said) == hint
@@ -1064,7 +1321,9 @@ def test_the_paper_needs_a_weight_file():
     for dataset in ("voc", "cityscapes"):
         with pytest.raises(UserError, match="MS-COCO"):
             gist_rist.initial(gist_rist.preset(dataset), 21)
-    args, tensors, notes = gist_rist.initial(settings("voc", backbone="test_resnet", pixels="auto"), 21)
+    args, tensors, notes = gist_rist.initial(
+        settings("voc", backbone="test_resnet", pixels="auto"), 21
+    )
     assert tensors is None and args.pixels == "imagenet" and not notes
 
 
@@ -1077,7 +1336,10 @@ def test_stages_that_a_file_lacks_are_cut():
     assert args.cut == 1 and args.pixels == "imagenet" and not notes
     net = SegNet(args, CLASSES)
     net.load_state_dict(tensors)
-    assert not any(name.startswith("backbone.layer4") for name in tensors) and net.head[0].in_channels == 256
+    assert (
+        not any(name.startswith("backbone.layer4") for name in tensors)
+        and net.head[0].in_channels == 256
+    )
     assert net.eval()(torch.rand(1, 3, 64, 64))[1].shape == (1, 256, 8, 8)
     for name, value in torch.load(file, weights_only=True).items():
         assert torch.equal(tensors[f"backbone.{name}"], value), name
@@ -1100,14 +1362,18 @@ class Records(Nodes):
     """Nodes that lie nowhere: their weights are always there."""
 
     def __init__(self, **records: dict):
-        super().__init__(helpers.REPO / "absent", helpers.REPO / "absent", gist_rist.parent_of, dict(records))
+        super().__init__(
+            helpers.REPO / "absent", helpers.REPO / "absent", gist_rist.parent_of, dict(records)
+        )
 
     def first_to_make(self, path: str) -> str | None:
         return None if path in self.records else self.first_to_make(self.parent_of(path)) or path
 
     def make_if_free(self, path: str, make) -> bool:
         assert path not in self.records, f"{path} was trained twice"
-        assert path == "" or self.parent_of(path) in self.records, f"{path} was trained before its parent"
+        assert path == "" or self.parent_of(path) in self.records, (
+            f"{path} was trained before its parent"
+        )
         make(path)
         return True
 
@@ -1171,7 +1437,9 @@ def test_number_of_trainings_of_gist(beam, trainings):
     scores = toy_scores(9, 0)
     tree = SimpleNamespace(order=lambda path: (-scores[path], path))
     kids = list(gist_rist.gist(tree, settings("voc", beam=beam)))
-    assert len(kids) == 9 and sum(map(len, kids)) == trainings == 2 * sum(min(beam, 2**(s - 1)) for s in range(1, 10))
+    assert len(kids) == 9 and sum(map(len, kids)) == trainings == 2 * sum(
+        min(beam, 2 ** (s - 1)) for s in range(1, 10)
+    )
 
 
 def test_order_is_dev_then_stage_then_name():
@@ -1180,7 +1448,9 @@ def test_order_is_dev_then_stage_then_name():
     for path in records:
         tree.train(path)
     assert sorted(records, key=tree.order) == ["LP", "LPP", "L", "P", "LL", ""]
-    assert tree.best(["", "LL", "P", "PPP"]) == "P", "P before LL, and what is not done does not count"
+    assert tree.best(["", "LL", "P", "PPP"]) == "P", (
+        "P before LL, and what is not done does not count"
+    )
     tree.store.records["P"]["dev"]["10"], tree.store.records["L"]["dev"]["10"] = 2.0, 1.0
     assert tree.best(["P", "L"]) == "L" and tree.best(["P", "L"], 10) == "P"
     assert tree.dev_of("P", 10) == 2.0 and tree.dev_of("P") == 60.0
@@ -1201,7 +1471,9 @@ def test_all_searches_share_nodes_and_train_each_once():
             union |= set(paths)
     assert set(together.trained) == union - {""} and len(together.trained) == len(union) - 1
     assert set(visited) == {"gist", "rist", "batchwise", "path", "fist 0", "fist 1", "fist 0.75"}
-    assert visited["fist 1"] == ["", "L", "LL", "LLL", "LLLL", "LLLLL"], "alpha = 1 is the path of labels"
+    assert visited["fist 1"] == ["", "L", "LL", "LLL", "LLLL", "LLLLL"], (
+        "alpha = 1 is the path of labels"
+    )
     assert visited["fist 0"] == ["", "P", "PP", "PPP", "PPPP", "PPPPP"]
     assert visited["fist 0.75"] == ["F0.75" * n for n in range(6)]
     assert visited["batchwise"] == ["B" * n for n in range(6)]
@@ -1210,7 +1482,9 @@ def test_all_searches_share_nodes_and_train_each_once():
     rist = [gist_rist.rist_path(together.args, trial) for trial in range(4)]
     assert set(visited["rist"]) == {path[:n] for path in rist for n in range(6)}
     trained = list(together.trained)
-    assert gist_rist.search_all(together, together.args) == visited and together.trained == trained, "all was there"
+    assert (
+        gist_rist.search_all(together, together.args) == visited and together.trained == trained
+    ), "all was there"
 
 
 def test_one_alpha_keeps_the_plain_name():
@@ -1226,9 +1500,7 @@ def test_every_alpha_names_a_stage(alpha):
     assert gist_rist.alpha_of(paths[1]) == pytest.approx(alpha, abs=1e-4)
 
 
-@pytest.mark.parametrize("path", [
-    "LPX", "T3LP", "F1", "lp",
-    "F1.5", ""])
+@pytest.mark.parametrize("path", ["LPX", "T3LP", "F1", "lp", "F1.5", ""])
 def test_words_that_are_no_paths_are_refused(path):
     plain = gist_rist.preset("shapes", search=("path",), path=("LPPLLLPPL", "F0.75F0.75", "BB"))
     gist_rist.check(plain)
@@ -1240,14 +1512,24 @@ def test_rist_paths():
     """Algorithm 2: each stage draws alpha = 1 (L) half of the time, apart from the stages before
     it."""
     args = settings("voc", trials=2)
-    paths = [gist_rist.rist_path(replace(args, seed=seed), trial) for seed in range(300) for trial in (0, 1)]
+    paths = [
+        gist_rist.rist_path(replace(args, seed=seed), trial)
+        for seed in range(300)
+        for trial in (0, 1)
+    ]
     assert all(len(path) == 9 and set(path) <= {"L", "P"} for path in paths)
     letters = np.array([[c == "L" for c in path] for path in paths])
     assert abs(letters.mean() - 0.5) < 0.03 and np.abs(letters.mean(0) - 0.5).max() < 0.09
     assert abs((letters[:, 1:] == letters[:, :-1]).mean() - 0.5) < 0.03
-    again = [gist_rist.rist_path(replace(args, seed=seed), trial) for seed in range(300) for trial in (0, 1)]
+    again = [
+        gist_rist.rist_path(replace(args, seed=seed), trial)
+        for seed in range(300)
+        for trial in (0, 1)
+    ]
     assert again == paths
-    assert np.mean([a == b for a, b in zip(paths[::2], paths[1::2], strict=True)]) < 0.02, "trials differ"
+    assert np.mean([a == b for a, b in zip(paths[::2], paths[1::2], strict=True)]) < 0.02, (
+        "trials differ"
+    )
     assert len(set(paths)) > 300
 
 
@@ -1259,7 +1541,9 @@ def test_max_run_draws_again():
     tidy = [gist_rist.rist_path(replace(args, max_run=4), trial) for trial in range(800)]
     runs = ["L" * 5, "P" * 5]
     assert not any(run in path for path in tidy for run in runs)
-    assert any(run in path for path in tidy for run in ("L" * 4, "P" * 4)), "runs of exactly four stay"
+    assert any(run in path for path in tidy for run in ("L" * 4, "P" * 4)), (
+        "runs of exactly four stay"
+    )
     degenerate = [any(run in path for run in runs) for path in plain]
     assert abs(np.mean(degenerate) - 0.1875) < 0.06
     assert [a == b for a, b in zip(plain, tidy, strict=True)] == [not bad for bad in degenerate]
@@ -1270,51 +1554,103 @@ def test_independent_paths_share_no_nodes():
     args = settings("voc", independent=True, search=("rist",), trials=6)
     paths = [gist_rist.rist_path(args, trial) for trial in range(6)]
     assert [path.removeprefix(f"T{trial}") for trial, path in enumerate(paths)] == [
-        gist_rist.rist_path(replace(args, independent=False), trial) for trial in range(6)]
+        gist_rist.rist_path(replace(args, independent=False), trial) for trial in range(6)
+    ]
     toy = Toy(args, lambda path: 0.0)
     gist_rist.search_all(toy, args)
     assert len(toy.trained) == 54 == len(set(toy.trained))
     assert all(len(gist_rist.tokens(path)) == 9 for path in paths)
 
 
-@pytest.mark.parametrize("path, want", [("LPPLL", ["L", "P", "P", "L", "L"]), ("", []), ("BBL", ["B", "B", "L"]),
-                                        ("F0.75F0.5P", ["F0.75", "F0.5", "P"]), ("T3LPL", ["T3L", "P", "L"]),
-                                        ("T12PP", ["T12P", "P"]), ("LF0.125B", ["L", "F0.125", "B"])])
+@pytest.mark.parametrize(
+    "path, want",
+    [
+        ("LPPLL", ["L", "P", "P", "L", "L"]),
+        ("", []),
+        ("BBL", ["B", "B", "L"]),
+        ("F0.75F0.5P", ["F0.75", "F0.5", "P"]),
+        ("T3LPL", ["T3L", "P", "L"]),
+        ("T12PP", ["T12P", "P"]),
+        ("LF0.125B", ["L", "F0.125", "B"]),
+    ],
+)
 def test_paths_and_their_tokens(path, want):
     tokens = gist_rist.tokens(path)
     assert tokens == want and "".join(tokens) == path
     heads = gist_rist.prefixes(path)
     assert heads == ["".join(want[:n]) for n in range(1, len(want) + 1)]
-    assert [gist_rist.parent_of(head) for head in heads] == ["", *heads[:-1]][:len(heads)]
+    assert [gist_rist.parent_of(head) for head in heads] == ["", *heads[:-1]][: len(heads)]
     assert gist_rist.parent_of("") == ""
 
 
 def test_alpha_of_a_token():
     assert {t: gist_rist.alpha_of(t) for t in ("L", "P", "B", "F0.75", "F0.5", "T3L", "T12P")} == {
-        "L": 1.0, "P": 0.0, "B": None, "F0.75": 0.75, "F0.5": 0.5, "T3L": 1.0, "T12P": 0.0}
+        "L": 1.0,
+        "P": 0.0,
+        "B": None,
+        "F0.75": 0.75,
+        "F0.5": 0.5,
+        "T3L": 1.0,
+        "T12P": 0.0,
+    }
 
 
 def test_node_folders_are_named_by_what_shapes_weights():
     """Recipe 8.1: what only selects is left out of the key; refinement does not touch the name of
     stage 0."""
+
     def keys(**flags) -> tuple[str, str]:
         tree = planted(settings("voc", **flags))
-        return tuple(gist_rist.key_of(tree, rest, "w") for rest in (gist_rist.REFINE_ONLY, gist_rist.STAGE0_ONLY))
+        return tuple(
+            gist_rist.key_of(tree, rest, "w")
+            for rest in (gist_rist.REFINE_ONLY, gist_rist.STAGE0_ONLY)
+        )
 
     plain = keys()
     assert len(set(plain)) == 2 and keys() == plain
-    for flags in (dict(search=("path",)), dict(beam=5), dict(trials=15), dict(max_run=4), dict(stages=3),
-                  dict(dev_size=9), dict(alpha=(0.5,)), dict(path=("LP",)), dict(workers=7), dict(out="x"),
-                  dict(keep_nodes=True)):
+    for flags in (
+        dict(search=("path",)),
+        dict(beam=5),
+        dict(trials=15),
+        dict(max_run=4),
+        dict(stages=3),
+        dict(dev_size=9),
+        dict(alpha=(0.5,)),
+        dict(path=("LP",)),
+        dict(workers=7),
+        dict(out="x"),
+        dict(keep_nodes=True),
+    ):
         assert keys(**flags) == plain, flags
-    for flags in (dict(cl=0.5), dict(cl_beta=0.9), dict(cl_drop=0.1), dict(cl_on="active"), dict(phi=0.7),
-                  dict(temp=1.0), dict(steps=10)):
+    for flags in (
+        dict(cl=0.5),
+        dict(cl_beta=0.9),
+        dict(cl_drop=0.1),
+        dict(cl_on="active"),
+        dict(phi=0.7),
+        dict(temp=1.0),
+        dict(steps=10),
+    ):
         assert keys(**flags)[0] == plain[0] and keys(**flags)[1] != plain[1], flags
-    for flags in (dict(stage0="s4gan"), dict(stage0_steps=7), dict(gan_lr=1.0), dict(mix_alpha=0.5),
-                  dict(eval_every=3)):
+    for flags in (
+        dict(stage0="s4gan"),
+        dict(stage0_steps=7),
+        dict(gan_lr=1.0),
+        dict(mix_alpha=0.5),
+        dict(eval_every=3),
+    ):
         assert keys(**flags)[0] != plain[0] and keys(**flags)[1] == plain[1], flags
-    for flags in (dict(seed=1), dict(lr=1.0), dict(head_lr=1), dict(batch_size=4), dict(crop_size=(32, 32)),
-                  dict(scale=(1, 1)), dict(weight_decay=0), dict(backbone="resnet18"), dict(precision="bf16")):
+    for flags in (
+        dict(seed=1),
+        dict(lr=1.0),
+        dict(head_lr=1),
+        dict(batch_size=4),
+        dict(crop_size=(32, 32)),
+        dict(scale=(1, 1)),
+        dict(weight_decay=0),
+        dict(backbone="resnet18"),
+        dict(precision="bf16"),
+    ):
         assert keys(**flags)[0] != plain[0] and keys(**flags)[1] != plain[1], flags
 
 
@@ -1329,22 +1665,46 @@ def test_batchnorm_names_refined_nodes_too():
 def test_the_papers_numbers():
     voc, city = gist_rist.preset("voc"), gist_rist.preset("cityscapes")
     for args in (voc, city):
-        assert (args.lr, args.weight_decay, args.stage0_steps, args.stages) == (2.5e-4, 5e-4, 25_000, 9)
+        assert (args.lr, args.weight_decay, args.stage0_steps, args.stages) == (
+            2.5e-4,
+            5e-4,
+            25_000,
+            9,
+        )
         assert (args.head_lr, args.backbone_lr, args.dev_size, args.temp) == (10, 1, 50, 0.2)
         assert tuple(args.scale) == (0.5, 1.5) and tuple(args.aspp_rates) == (6, 12, 18, 24)
         assert (args.cl, args.cl_beta, args.cl_drop, args.cl_on) == (1.0, 0.99, 0.5, "both")
         assert (args.beam, args.trials, args.max_run, args.backbone) == (1, 2, 0, "caffe_resnet101")
         assert (args.gan_fm, args.gan_st) == (0.1, 1)
         assert (args.mix_threshold, args.mix_alpha, args.mix_weight) == (0.968, 0.99, 1)
-    assert (voc.batch_size, voc.crop_size, voc.steps, voc.gan_lr, voc.gan_gamma, voc.mix_colour) == (
-        8, (321, 321), 3000, 1e-4, 0.6, False)
-    assert (city.batch_size, city.crop_size, city.steps, city.gan_lr, city.gan_gamma, city.mix_colour) == (
-        6, (256, 512), 4000, 1e-5, 0.7, True)
+    assert (
+        voc.batch_size,
+        voc.crop_size,
+        voc.steps,
+        voc.gan_lr,
+        voc.gan_gamma,
+        voc.mix_colour,
+    ) == (8, (321, 321), 3000, 1e-4, 0.6, False)
+    assert (
+        city.batch_size,
+        city.crop_size,
+        city.steps,
+        city.gan_lr,
+        city.gan_gamma,
+        city.mix_colour,
+    ) == (6, (256, 512), 4000, 1e-5, 0.7, True)
     assert {k: v for k, v in gist_rist.CITYSCAPES.items()} == {
-        "1/50": "random:59", "1/30": "random:100", "1/20": "random:148", "1/8": "random:371", "1/4": "random:743"}
+        "1/50": "random:59",
+        "1/30": "random:100",
+        "1/20": "random:148",
+        "1/8": "random:371",
+        "1/4": "random:743",
+    }
 
 
-@pytest.mark.parametrize("flags, phi", [({}, 0.5), ({"temp": 1.0}, 0.9), ({"phi": 0.0}, 0.0), ({"phi": 0.7}, 0.7)])
+@pytest.mark.parametrize(
+    "flags, phi", [({}, 0.5), ({"temp": 1.0}, 0.9), ({"phi": 0.0}, 0.0), ({"phi": 0.7}, 0.7)]
+)
 def test_phi_depends_on_temperature_scaling(monkeypatch, tmp_path, flags, phi):
     class Enough(Exception):
         pass
@@ -1390,14 +1750,26 @@ def test_groups_of_table_2():
 
 def test_degenerate_rows_of_table_2():
     longest = [gist_report.longest_run(path) for path in PATHS]
-    assert [i + 1 for i, n in enumerate(longest) if n > 4] == [5, 6] and longest[12] == longest[13] == 4
+    assert [i + 1 for i, n in enumerate(longest) if n > 4] == [5, 6] and longest[12] == longest[
+        13
+    ] == 4
     assert gist_report.longest_run("") == 0 and gist_report.longest_run("LPLP") == 1
     assert gist_report.rejected_share(9, 4) == 96 / 512 == 0.1875
     assert gist_report.rejected_share(3, 1) == 6 / 8 and gist_report.rejected_share(3, 3) == 0
 
 
-@pytest.mark.parametrize("n, mean, deviation", [(1, 66.01, 0.90), (2, 66.27, 0.73), (3, 66.37, 0.61), (4, 66.44, 0.53),
-                                                (5, 66.48, 0.47), (8, 66.55, 0.31), (10, 66.56, 0.23)])
+@pytest.mark.parametrize(
+    "n, mean, deviation",
+    [
+        (1, 66.01, 0.90),
+        (2, 66.27, 0.73),
+        (3, 66.37, 0.61),
+        (4, 66.44, 0.53),
+        (5, 66.48, 0.47),
+        (8, 66.55, 0.31),
+        (10, 66.56, 0.23),
+    ],
+)
 def test_best_of_n_is_the_mean_over_all_subsets(n, mean, deviation):
     """Fig. 7; n = 2 is the expectation over the 105 pairs, and Table I's 66.71 was a lucky one."""
     found = gist_report.best_of(DEV, VAL, n)
@@ -1409,20 +1781,38 @@ def test_best_of_n_is_the_mean_over_all_subsets(n, mean, deviation):
 
 def report_of(rows: list[int], tmp_path) -> str:
     """report.md of a RIST run with some rows of Table II."""
-    tree = Tree(settings("voc"), WORLD, None, [], [], [], Nodes(tmp_path, tmp_path, gist_rist.parent_of))
+    tree = Tree(
+        settings("voc"), WORLD, None, [], [], [], Nodes(tmp_path, tmp_path, gist_rist.parent_of)
+    )
     visited = list(dict.fromkeys(PATHS[i][:n] for i in rows for n in range(len(PATHS[i]) + 1)))
     dev, val = ({PATHS[i]: scores[i] for i in rows} for scores in (DEV, VAL))
     for path in visited:
-        tree.store.records[path] = {"stage": len(path), "seconds": 1.0, "dev": {"50": dev.get(path, 40.0)}}
+        tree.store.records[path] = {
+            "stage": len(path),
+            "seconds": 1.0,
+            "dev": {"50": dev.get(path, 40.0)},
+        }
     scored = {path: val.get(path, 50.0) for path in visited}
-    return "\n".join(gist_report.tables(tree, {"visited": {"rist": visited}}, sorted(visited), scored))
+    return "\n".join(
+        gist_report.tables(tree, {"visited": {"rist": visited}}, sorted(visited), scored)
+    )
 
 
 def test_table_2_through_the_report(tmp_path):
     text = report_of(list(range(15)), tmp_path)
-    assert "val 66.01 ± 0.93 over 15 paths; best on dev in each group of 5: 67.03, 66.63, 66.62" in text
-    assert "| LPPLLLPPL | 9 | 55.05 | 66.71 |" in text and "| LLLLLPPP | 8 | 54.43 | 63.75 |" in text
-    for n, mean, deviation in ((1, "66.01", "0.90"), (2, "66.27", "0.73"), (5, "66.48", "0.47"), (10, "66.56", "0.23")):
+    assert (
+        "val 66.01 ± 0.93 over 15 paths; best on dev in each group of 5: 67.03, 66.63, 66.62"
+        in text
+    )
+    assert (
+        "| LPPLLLPPL | 9 | 55.05 | 66.71 |" in text and "| LLLLLPPP | 8 | 54.43 | 63.75 |" in text
+    )
+    for n, mean, deviation in (
+        (1, "66.01", "0.90"),
+        (2, "66.27", "0.73"),
+        (5, "66.48", "0.47"),
+        (10, "66.56", "0.23"),
+    ):
         assert f"| {n} | {mean} | {deviation} |" in text
     # rows 1 and 2 are Table I's search of cost two; without rows 5 and 6 the spread is 0.52
     assert "| rist | 18 | LPPLLLPPL | 9 | 55.05 | 66.71 |" in report_of([0, 1], tmp_path)
@@ -1433,12 +1823,32 @@ def test_the_report_takes_each_path_at_the_stage_that_dev_chooses(tmp_path):
     """Sec. IV: the best refinement stage, for tables by path and for other numbers of development
     images, too."""
     dev_images = [Picture("x", tmp_path, None)] * 50
-    tree = Tree(settings("voc"), WORLD, None, [], [], dev_images, Nodes(tmp_path, tmp_path, gist_rist.parent_of))
-    scores = {"": (50, 58, 51), "L": (57, 52, 66.5), "LP": (55, 53, 65.25), "P": (51, 59, 60), "PL": (54, 51, 64)}
+    tree = Tree(
+        settings("voc"),
+        WORLD,
+        None,
+        [],
+        [],
+        dev_images,
+        Nodes(tmp_path, tmp_path, gist_rist.parent_of),
+    )
+    scores = {
+        "": (50, 58, 51),
+        "L": (57, 52, 66.5),
+        "LP": (55, 53, 65.25),
+        "P": (51, 59, 60),
+        "PL": (54, 51, 64),
+    }
     for path, (dev, dev_10, _) in scores.items():
-        tree.store.records[path] = {"stage": len(path), "seconds": 1.0, "dev": {"50": dev, "25": dev, "10": dev_10}}
+        tree.store.records[path] = {
+            "stage": len(path),
+            "seconds": 1.0,
+            "dev": {"50": dev, "25": dev, "10": dev_10},
+        }
     val = {path: float(row[2]) for path, row in scores.items()}
-    text = "\n".join(gist_report.tables(tree, {"visited": {"rist": list(scores)}}, list(scores), val))
+    text = "\n".join(
+        gist_report.tables(tree, {"visited": {"rist": list(scores)}}, list(scores), val)
+    )
     assert "| rist | 4 | L | 1 | 57 | 66.50 |" in text
     assert "| LP | 1 | 57 | 66.50 |" in text and "| PL | 2 | 54 | 64.00 |" in text
     assert "val 65.25 ± 1.77 over 2 paths; best on dev in each group of 5: no full group" in text
@@ -1465,14 +1875,18 @@ def test_dev_miou_counts_the_classes_in_the_labels():
         for k in range(5):
             if total[k].sum():
                 found.append(100 * total[k, k] / (total[k].sum() + total[:, k].sum() - total[k, k]))
-        assert len(found) == 3 and gist_rist.dev_miou(counts) == pytest.approx(np.mean(found), abs=1e-4)
+        assert len(found) == 3 and gist_rist.dev_miou(counts) == pytest.approx(
+            np.mean(found), abs=1e-4
+        )
 
 
 def test_cityscapes_is_read_at_half_size():
     """Image bilinear with antialias, as PIL does it; the label nearest, so that no class is
     invented."""
     g = np.random.default_rng(0)
-    image = np.repeat(np.repeat(g.integers(0, 256, (11, 17, 3), dtype=np.uint8), 6, 0), 6, 1)[:64, :100]
+    image = np.repeat(np.repeat(g.integers(0, 256, (11, 17, 3), dtype=np.uint8), 6, 0), 6, 1)[
+        :64, :100
+    ]
     label = torch.from_numpy(g.choice([0, 7, 18, 255], (64, 100)).astype(np.uint8))
     tensor = torch.from_numpy(image.copy()).permute(2, 0, 1)
     half, small = gist_rist.resized(settings("cityscapes"), tensor, label)
@@ -1495,8 +1909,16 @@ def test_augment_scales_flips_and_crops():
     factors, flips = [], 0
     for i in range(400):
         out, cut, valid = gist_rist.augment(args, image, label, np.random.default_rng(i))
-        assert out.shape == (3, 90, 130) and cut.shape == valid.shape == (90, 130) and valid.dtype == torch.bool
-        assert (cut[~valid] == IGNORE).all() and (cut[valid] != IGNORE).all() and (out[:, ~valid] == 0).all()
+        assert (
+            out.shape == (3, 90, 130)
+            and cut.shape == valid.shape == (90, 130)
+            and valid.dtype == torch.bool
+        )
+        assert (
+            (cut[~valid] == IGNORE).all()
+            and (cut[valid] != IGNORE).all()
+            and (out[:, ~valid] == 0).all()
+        )
         assert (out[:, valid] >= 50).all()
         height, width = valid.any(1).sum().item(), valid.any(0).sum().item()
         assert valid.sum() == height * width and abs(height / 60 - width / 80) <= 1 / 60
@@ -1505,7 +1927,10 @@ def test_augment_scales_flips_and_crops():
         assert agree.float().mean() > 0.95, "image and label are moved together"
         flips += int(cut[valid][0] == 3)
     assert 0.49 <= min(factors) < 0.53 and 1.46 < max(factors) <= 1.5
-    assert abs(np.mean(factors) - 1) < 0.06 and np.abs(np.histogram(factors, 4, (0.5, 1.5))[0] - 100).max() < 40
+    assert (
+        abs(np.mean(factors) - 1) < 0.06
+        and np.abs(np.histogram(factors, 4, (0.5, 1.5))[0] - 100).max() < 40
+    )
     assert abs(flips - 200) < 50
     again = [gist_rist.augment(args, image, label, np.random.default_rng(7)) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*again, strict=True))
@@ -1535,7 +1960,11 @@ def test_augment_halves_cityscapes_first():
 def picture_files(folder, sizes) -> list[Picture]:
     g, found = np.random.default_rng(0), []
     for i, (height, width) in enumerate(sizes):
-        image = g.integers(0, 256, (height // 4, width // 4, 3), dtype=np.uint8).repeat(4, 0).repeat(4, 1)
+        image = (
+            g.integers(0, 256, (height // 4, width // 4, 3), dtype=np.uint8)
+            .repeat(4, 0)
+            .repeat(4, 1)
+        )
         label = g.integers(0, CLASSES, (height, width), dtype=np.uint8)
         label[:, :3] = IGNORE
         Image.fromarray(image).save(folder / f"{i}.png")
@@ -1547,7 +1976,9 @@ def picture_files(folder, sizes) -> list[Picture]:
 def pixels_of(picture: Picture, resize: float = 1) -> Tensor:
     with Image.open(picture.image) as file:
         image = file.convert("RGB")
-        image = image.resize((round(image.width * resize), round(image.height * resize)), Image.BILINEAR)
+        image = image.resize(
+            (round(image.width * resize), round(image.height * resize)), Image.BILINEAR
+        )
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
 
 
@@ -1555,7 +1986,9 @@ def pixels_of(picture: Picture, resize: float = 1) -> Tensor:
 def test_pseudo_labels_of_whole_images(tmp_path, monkeypatch, dataset, resize):
     """Equation 9 at the network's full output, as index PNGs of the files' size; unreadable images
     are left out."""
-    args = settings(dataset, phi=0.4, temp=0.2, workers=0, **{"resize": resize} if resize == 0.75 else {})
+    args = settings(
+        dataset, phi=0.4, temp=0.2, workers=0, **{"resize": resize} if resize == 0.75 else {}
+    )
     tree, net, asked = planted(args, tmp_path), Small(), []
     with torch.no_grad():
         net.head[0].weight *= 4
@@ -1581,7 +2014,9 @@ def test_pseudo_labels_of_whole_images(tmp_path, monkeypatch, dataset, resize):
         assert 0.05 < (label == IGNORE).mean() < 0.95
         kept, pixels = kept + (label != IGNORE).sum(), pixels + label.size
         shares += [(label == k).sum() for k in range(CLASSES)]
-    assert facts["kept"] == pytest.approx(kept / pixels) and facts["share"] == pytest.approx((shares / kept).tolist())
+    assert facts["kept"] == pytest.approx(kept / pixels) and facts["share"] == pytest.approx(
+        (shares / kept).tolist()
+    )
     assert facts["dominant"] == pytest.approx(shares.max() / kept)
     assert gist_rist.label_images(tree, "LP") == (found, facts) and asked == ["LP"], "made once"
 
@@ -1592,10 +2027,15 @@ def test_scores_of_whole_images(tmp_path):
     chosen = picture_files(tmp_path, [(48, 32)] * 3 + [(40, 56)] * 2 + [(48, 32)] * 3)
     found = gist_rist.score(tree, net, chosen)
     assert not net.mode, "in eval mode"
-    assert found["counts"].shape == (8, CLASSES, CLASSES) and "mask5" in found and "mask6" not in found
+    assert (
+        found["counts"].shape == (8, CLASSES, CLASSES) and "mask5" in found and "mask6" not in found
+    )
     histogram = np.zeros((2, 50))
     for i, picture in enumerate(chosen):
-        z, counts = up(net(pixels_of(picture))[0], *pixels_of(picture).shape[-2:]), np.zeros((4, 4), int)
+        z, counts = (
+            up(net(pixels_of(picture))[0], *pixels_of(picture).shape[-2:]),
+            np.zeros((4, 4), int),
+        )
         label, guess = np.array(Image.open(picture.label)), z[0].argmax(0).numpy()
         for y, x in np.ndindex(label.shape):
             if label[y, x] != IGNORE:
@@ -1611,7 +2051,10 @@ def test_scores_of_whole_images(tmp_path):
 def test_the_record_of_a_node_holds_development_scores_and_val_is_not_opened(tmp_path):
     args = settings("voc", workers=0, dev_size=2)
     tree = planted(args, tmp_path)
-    tree.dev, tree.data.val = picture_files(tmp_path, [(48, 32)] * 3), [Picture("x", tmp_path / "absent", None)]
+    tree.dev, tree.data.val = (
+        picture_files(tmp_path, [(48, 32)] * 3),
+        [Picture("x", tmp_path / "absent", None)],
+    )
     (tmp_path / "L").mkdir()
     net = SegNet(settings(workers=0, dev_size=2), CLASSES)
     gist_rist.finish(tree, "L", net, {"step": 1, "steps": 1})
@@ -1631,6 +2074,8 @@ def test_a_run_with_another_dev_size_reads_the_same_nodes(tmp_path):
     gist_rist.finish(first, "L", net, {"step": 1, "steps": 1})
     second = planted(settings("voc", workers=0, dev_size=1, dev_reserve=3), tmp_path)
     second.dev = first.dev
-    assert gist_rist.key_of(first, gist_rist.STAGE0_ONLY, "w") == gist_rist.key_of(second, gist_rist.STAGE0_ONLY, "w")
+    assert gist_rist.key_of(first, gist_rist.STAGE0_ONLY, "w") == gist_rist.key_of(
+        second, gist_rist.STAGE0_ONLY, "w"
+    )
     counts = gist_rist.score(first, net, first.dev)["counts"]
     assert second.dev_of("L") == gist_rist.dev_miou(counts[:1])

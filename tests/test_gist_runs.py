@@ -28,9 +28,25 @@ from common.runs import UserError
 from data import shapes
 
 # a few steps after which nodes differ in what they predict, and Label Erase keeps a part of it
-TINY = dict(weights="none", backbone="test_resnet", bn="auto", lr=0.006, phi=0.3, temp=0.5, stage0_steps=6, steps=3,
-            stages=2, eval_every=3, dev_size=4, batch_size=2, crop_size=(32, 32), resize=1, save_every=3, log_every=1,
-            workers=0)
+TINY = dict(
+    weights="none",
+    backbone="test_resnet",
+    bn="auto",
+    lr=0.006,
+    phi=0.3,
+    temp=0.5,
+    stage0_steps=6,
+    steps=3,
+    stages=2,
+    eval_every=3,
+    dev_size=4,
+    batch_size=2,
+    crop_size=(32, 32),
+    resize=1,
+    save_every=3,
+    log_every=1,
+    workers=0,
+)
 S4GAN = TEST_DATA / "splits" / "s4gan" / "voc"
 
 
@@ -49,9 +65,22 @@ def line(shapes_root, tmp_path):
 def on_shapes(data: Path, folder: Path, **flags) -> list[str]:
     # a path has its own number
     flags = ({"stages": None} if flags.get("search") == "path" else {}) | flags
-    return ["--dataset", "shapes", *argv(**{
-        "root": data, "val": "few", "split": data / "labeled.txt", "unlabeled": data / "unlabeled.txt", **TINY,
-        "out": folder / "out", "store": folder / "store", **flags})]
+    return [
+        "--dataset",
+        "shapes",
+        *argv(
+            **{
+                "root": data,
+                "val": "few",
+                "split": data / "labeled.txt",
+                "unlabeled": data / "unlabeled.txt",
+                **TINY,
+                "out": folder / "out",
+                "store": folder / "store",
+                **flags,
+            }
+        ),
+    ]
 
 
 def quick(*more) -> None:
@@ -63,6 +92,7 @@ def quick(*more) -> None:
     def touch(*args) -> None:
         args[-1].parent.mkdir(parents=True, exist_ok=True)
         args[-1].touch()
+
     sys.modules["torch.utils.tensorboard"] = None
     runs.commit, os.fsync = str, lambda number: None
     gist_report.draw_tree = gist_report.draw_curves = gist_report.draw_masks = touch
@@ -132,8 +162,11 @@ def fingerprints(store: Path) -> dict[str, str]:
 def results(out: Path) -> dict:
     """results.json without the clock and the places."""
     read = json.loads((out / "results.json").read_text())
-    return {k: Path(v).name if k in ("stage0_folder", "nodes") else v for k, v in read.items()
-            if k not in ("seconds", "images_per_second")}
+    return {
+        k: Path(v).name if k in ("stage0_folder", "nodes") else v
+        for k, v in read.items()
+        if k not in ("seconds", "images_per_second")
+    }
 
 
 def student(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -142,13 +175,19 @@ def student(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 def kept(store: Path) -> set[str]:
     """The paths whose weights are there."""
-    return {p for p in paths(store) for f in folders(store).values()
-            if (f / "weights.pt").exists() and json.loads((f / "node.json").read_text())["path"] == p}
+    return {
+        p
+        for p in paths(store)
+        for f in folders(store).values()
+        if (f / "weights.pt").exists() and json.loads((f / "node.json").read_text())["path"] == p
+    }
 
 
 def litter(store: Path) -> list[str]:
     """What no finished run should leave behind."""
-    left = [p for p in store.rglob("*") if p.name.endswith(".tmp") or p.name in ("last.pt", "best.pt")]
+    left = [
+        p for p in store.rglob("*") if p.name.endswith(".tmp") or p.name in ("last.pt", "best.pt")
+    ]
     return [str(p.relative_to(store)) for p in left]
 
 
@@ -184,6 +223,7 @@ def at_call(where: str, nth: int, number: int, after: bool = False) -> None:
         if now and after:
             os.kill(os.getpid(), number)
         return value
+
     setattr(owner, last, stopping)
 
 
@@ -203,6 +243,7 @@ def finished(shapes_root, tmp_path_factory):
                 started.append(begin(on_shapes(shapes_root, made[key], **each), made[key] / "io"))
         end(started)
         return made[json.dumps(flags, sort_keys=True, default=str)]
+
     return make
 
 
@@ -218,7 +259,15 @@ def test_a_run_end_to_end(line, tmp_path, io):
     done = helpers.run(line(), io, name="gist_rist").ok()  # with pictures
     assert str(out) in done.out and "miou" in done.out
     assert {p.name for p in out.iterdir() if p.name != ".lock"} == {
-        "config.json", "results.json", "log.jsonl", "report.md", "tree.png", "curves.png", "previews", "best.pt"}
+        "config.json",
+        "results.json",
+        "log.jsonl",
+        "report.md",
+        "tree.png",
+        "curves.png",
+        "previews",
+        "best.pt",
+    }
     for picture in (out / "tree.png", out / "curves.png", *(out / "previews").iterdir()):
         with Image.open(picture) as image:
             assert min(image.size) > 100
@@ -227,19 +276,35 @@ def test_a_run_end_to_end(line, tmp_path, io):
         assert {"path", "stage", "dev", "miou", "iou", "step"} <= found[name].keys()
         assert found[name]["stage"] == len(found[name]["path"])
         present = [v for v in found[name]["iou"].values() if v is not None]
-        assert len(found[name]["iou"]) == 7 and np.mean(present) == pytest.approx(found[name]["miou"], abs=1e-3)
+        assert len(found[name]["iou"]) == 7 and np.mean(present) == pytest.approx(
+            found[name]["miou"], abs=1e-3
+        )
     assert found["stage0"]["path"] == "" and found["stage0"]["step"] in (3, 6)
-    assert {"dataset", "split", "split_seed", "split_fingerprint", "seed", "dev_size", "visited"} <= found.keys()
+    assert {
+        "dataset",
+        "split",
+        "split_seed",
+        "split_fingerprint",
+        "seed",
+        "dev_size",
+        "visited",
+    } <= found.keys()
     assert json.loads((out / "results.json").read_text())["seconds"] > 0
-    assert config["script"] == "gist_rist.py" and config["settings"]["temp"] == 0.5 and "8 labeled" in config["images"]
+    assert (
+        config["script"] == "gist_rist.py"
+        and config["settings"]["temp"] == 0.5
+        and "8 labeled" in config["images"]
+    )
     nodes = records(store)
     logged = [json.loads(text) for text in (out / "log.jsonl").read_text().splitlines()]
     assert {r["path"]: r for r in logged} == nodes and len(logged) == len(nodes)
     assert set(nodes) == set(found["visited"]["gist"]) | set(found["visited"]["rist"])
     report = (out / "report.md").read_text()
     assert all(f"| {path or 'stage 0'} |" in report for path in nodes)
-    best = {name: min(found["visited"][name], key=lambda p: (-nodes[p]["dev"]["4"], len(p), p))
-            for name in ("gist", "rist")}
+    best = {
+        name: min(found["visited"][name], key=lambda p: (-nodes[p]["dev"]["4"], len(p), p))
+        for name in ("gist", "rist")
+    }
     assert best == {name: found[name]["path"] for name in best}
     top = min(best.values(), key=lambda p: (-nodes[p]["dev"]["4"], len(p), p))
     assert gist_rist.fingerprint(student(out / "best.pt")) == nodes[top]["weights"]
@@ -249,19 +314,32 @@ def test_a_run_end_to_end(line, tmp_path, io):
         assert json.loads((folder / "config.json").read_text())["path"] == path
         assert not path or nodes[path]["parent"] == nodes[path[:-1]]["weights"]
     assert len({r["weights"] for r in nodes.values()}) == len(nodes)
-    assert len({r["dev"]["4"] for r in nodes.values()}) > 3, "nodes that predict the same show nothing"
-    assert 0 < nodes["P"]["labels"]["kept"] < 1, "Label Erase that keeps nothing or all shows nothing"
+    assert len({r["dev"]["4"] for r in nodes.values()}) > 3, (
+        "nodes that predict the same show nothing"
+    )
+    assert 0 < nodes["P"]["labels"]["kept"] < 1, (
+        "Label Erase that keeps nothing or all shows nothing"
+    )
 
 
 ALL = dict(search=("gist", "rist", "fist"), beam=2)
 SEARCHES = {
-    "fist, several": (dict(search="fist", alpha=(0, 0.25, 1)),
-                      {"fist 0": ["P", "PP"], "fist 0.25": ["F0.25", "F0.25F0.25"], "fist 1": ["L", "LL"]}),
-    "path": (dict(search="path", path=("PL", "LLP", "F0.5B")),
-             {"path": ["P", "PL", "L", "LL", "LLP", "F0.5", "F0.5B"]}),
-    "beam of two": (ALL, {"gist": ["L", "P", "LL", "LP", "PL", "PP"], "fist": ["F0.75", "F0.75F0.75"]}),
-    "all at once": (dict(search=("fist", "gist", "rist", "batchwise", "path"), path="P", trials=1),
-                    {"fist": ["F0.75", "F0.75F0.75"], "batchwise": ["B", "BB"], "path": ["P"]}),
+    "fist, several": (
+        dict(search="fist", alpha=(0, 0.25, 1)),
+        {"fist 0": ["P", "PP"], "fist 0.25": ["F0.25", "F0.25F0.25"], "fist 1": ["L", "LL"]},
+    ),
+    "path": (
+        dict(search="path", path=("PL", "LLP", "F0.5B")),
+        {"path": ["P", "PL", "L", "LL", "LLP", "F0.5", "F0.5B"]},
+    ),
+    "beam of two": (
+        ALL,
+        {"gist": ["L", "P", "LL", "LP", "PL", "PP"], "fist": ["F0.75", "F0.75F0.75"]},
+    ),
+    "all at once": (
+        dict(search=("fist", "gist", "rist", "batchwise", "path"), path="P", trials=1),
+        {"fist": ["F0.75", "F0.75F0.75"], "batchwise": ["B", "BB"], "path": ["P"]},
+    ),
 }
 
 
@@ -274,7 +352,10 @@ def test_search_visits_its_nodes_and_no_others(finished, name):
         assert sorted(found["visited"][search]) == sorted(["", *visited])
         nodes = {p: records(folder / "store")[p] for p in found["visited"][search]}
         assert found[search]["dev"] == max(r["dev"]["4"] for r in nodes.values())
-        assert found[search]["path"] in nodes and found[search]["stage"] == nodes[found[search]["path"]]["stage"]
+        assert (
+            found[search]["path"] in nodes
+            and found[search]["stage"] == nodes[found[search]["path"]]["stage"]
+        )
     assert paths(folder / "store") == {p for visited in found["visited"].values() for p in visited}
     assert found["trainings"] == len(paths(folder / "store")) - 1
 
@@ -295,17 +376,23 @@ def test_gist_keeps_the_better_child(finished):
 
 def test_rist_draws_its_paths_by_seed_and_trial(finished):
     """Nested in the number of trials; other seeds draw others."""
+
     def drawn(**flags) -> list[str]:
         args = gist_rist.preset("shapes", stages=9, **flags)
         return [gist_rist.rist_path(args, trial) for trial in range(args.trials)]
 
     assert drawn(trials=2) == drawn(trials=20)[:2] and drawn(trials=2) != drawn(trials=2, seed=1)
     assert 0.4 < "".join(drawn(trials=200)).count("L") / 1800 < 0.6
-    longest = [max(len(list(same)) for _, same in itertools.groupby(p)) for p in drawn(trials=200, max_run=3)]
+    longest = [
+        max(len(list(same)) for _, same in itertools.groupby(p))
+        for p in drawn(trials=200, max_run=3)
+    ]
     assert max(longest) == 3
     found = results(finished() / "out")["visited"]["rist"]
     args = gist_rist.preset("shapes", stages=2)
-    assert set(found) == {p[:n] for p in (gist_rist.rist_path(args, t) for t in range(2)) for n in range(3)}
+    assert set(found) == {
+        p[:n] for p in (gist_rist.rist_path(args, t) for t in range(2)) for n in range(3)
+    }
 
 
 def test_independent_trials_share_nothing(finished, tmp_path):
@@ -329,7 +416,9 @@ def test_winning_path_is_replayed_bit_by_bit(finished, line, tmp_path, io):
     assert not wrong, wrong[:5]
     assert paths(tmp_path / "store") == {best[:n] for n in range(len(best) + 1)}
     if found["gist"]["path"]:
-        assert not differences(student(tmp_path / "out" / "best.pt"), student(finished() / "out" / "best.pt"))
+        assert not differences(
+            student(tmp_path / "out" / "best.pt"), student(finished() / "out" / "best.pt")
+        )
 
 
 def test_worker_processes_make_no_difference(finished, line, tmp_path, io):
@@ -339,9 +428,14 @@ def test_worker_processes_make_no_difference(finished, line, tmp_path, io):
 
 
 def test_default_folders(line, tmp_path, io):
-    flags = line(out=None, store=None, split="random:8", split_seed=3, seed=2, search="path", path="L")
+    flags = line(
+        out=None, store=None, split="random:8", split_seed=3, seed=2, search="path", path="L"
+    )
     run(flags, io, cwd=tmp_path).ok()
-    assert {p.name for p in (tmp_path / "runs").iterdir()} == {"gist_rist-shapes-8-d3-s2", "gist_rist-nodes"}
+    assert {p.name for p in (tmp_path / "runs").iterdir()} == {
+        "gist_rist-shapes-8-d3-s2",
+        "gist_rist-nodes",
+    }
 
 
 # ------------------------------------------------------------------------------------------ sharing
@@ -372,8 +466,17 @@ def test_ablations_share_stage_0_but_neither_nodes_nor_pseudo_labels(line, copie
     store = copied(search="path", path="P", keep_nodes=True)
     (stage0,) = (name for name in folders(store) if name.startswith("stage0-"))
     before = stamps(store)
-    end([begin(line(search="path", path="P", keep_nodes=True, out=tmp_path / words(flags), **flags), io)
-         for flags in ABLATIONS])
+    end(
+        [
+            begin(
+                line(
+                    search="path", path="P", keep_nodes=True, out=tmp_path / words(flags), **flags
+                ),
+                io,
+            )
+            for flags in ABLATIONS
+        ]
+    )
     new = stamps(store).keys() - before.keys()
     assert trained(store, before) == {"P"} and len(new) == len(ABLATIONS)
     assert [name for name in folders(store) if name.startswith("stage0-")] == [stage0]
@@ -392,10 +495,21 @@ def test_what_shapes_all_weights_shares_nothing(line, shapes_root, copied, tmp_p
     store = copied(search="path", path="P")
     before = stamps(store)
     for name in ("labeled.txt", "unlabeled.txt"):
-        (tmp_path / name).write_text("".join((shapes_root / name).read_text().splitlines(keepends=True)[1:]))
-    other = [dict(seed=1), dict(batch_size=4), dict(split=tmp_path / "labeled.txt"),
-             dict(unlabeled=tmp_path / "unlabeled.txt")]
-    end([begin(line(search="path", path="P", out=tmp_path / str(i), **flags), io) for i, flags in enumerate(other)])
+        (tmp_path / name).write_text(
+            "".join((shapes_root / name).read_text().splitlines(keepends=True)[1:])
+        )
+    other = [
+        dict(seed=1),
+        dict(batch_size=4),
+        dict(split=tmp_path / "labeled.txt"),
+        dict(unlabeled=tmp_path / "unlabeled.txt"),
+    ]
+    end(
+        [
+            begin(line(search="path", path="P", out=tmp_path / str(i), **flags), io)
+            for i, flags in enumerate(other)
+        ]
+    )
     assert trained(store, before) == {"", "P"} and len(stamps(store).keys() - before.keys()) == 8
     weights = {name: f["weights"] for name, f in facts(store).items()}
     same = {name for name in weights if list(weights.values()).count(weights[name]) > 1}
@@ -403,7 +517,9 @@ def test_what_shapes_all_weights_shares_nothing(line, shapes_root, copied, tmp_p
     assert all(name.startswith("stage0-") for name in same) and len(same) == 2
 
 
-def test_a_smaller_development_set_out_of_one_reserve_trains_no_refinement_again(line, copied, tmp_path, io):
+def test_a_smaller_development_set_out_of_one_reserve_trains_no_refinement_again(
+    line, copied, tmp_path, io
+):
     """The key of nodes holds the reserve and the weights of stage 0; the key of stage 0 also the
     number of images that chose among its evaluations, here one."""
     store = copied(dev_reserve=8, eval_every=6)
@@ -416,7 +532,9 @@ def test_a_smaller_development_set_out_of_one_reserve_trains_no_refinement_again
     # another selection may ask for new ones
     assert not {p for p in again if f"{found['nodes']}/{p}" in before}
     for name in ("gist", "rist"):
-        assert found[name]["dev"] == max(dev_of(nodes[node_name(found, p)], 3) for p in found["visited"][name])
+        assert found[name]["dev"] == max(
+            dev_of(nodes[node_name(found, p)], 3) for p in found["visited"][name]
+        )
 
 
 def node_name(found: dict, path: str) -> str:
@@ -437,23 +555,47 @@ def test_scores_of_other_development_sizes_are_stored(finished):
 
 def test_development_labeled_and_unlabeled_images_are_apart(shapes_root, tmp_path):
     def plant(**flags) -> gist_rist.Tree:
-        return gist_rist.plant(gist_rist.preset("shapes", **TINY | dict(
-            root=str(shapes_root), val="few", split="random:8", store=str(tmp_path)) | flags))[0]
+        return gist_rist.plant(
+            gist_rist.preset(
+                "shapes",
+                **TINY
+                | dict(root=str(shapes_root), val="few", split="random:8", store=str(tmp_path))
+                | flags,
+            )
+        )[0]
 
-    trees = [plant(dev_size=d, dev_reserve=r) for d, r in ((4, 0), (4, 10), (10, 0), (10, 10), (10, 4))]
+    trees = [
+        plant(dev_size=d, dev_reserve=r) for d, r in ((4, 0), (4, 10), (10, 0), (10, 10), (10, 4))
+    ]
     for tree, number in zip(trees, (4, 10, 10, 10, 10), strict=True):
         sets = [{p.image for p in part} for part in (tree.labeled, tree.pool, tree.dev)]
-        assert [len(s) for s in sets] == [8, 1000 - 8 - number, number] and len(set.union(*sets)) == 1000
+        assert [len(s) for s in sets] == [8, 1000 - 8 - number, number] and len(
+            set.union(*sets)
+        ) == 1000
         assert all(p.label is None for p in tree.pool)
-    assert trees[0].dev == trees[1].dev[:4] and trees[1].dev == trees[2].dev == trees[3].dev == trees[4].dev
+    assert (
+        trees[0].dev == trees[1].dev[:4]
+        and trees[1].dev == trees[2].dev == trees[3].dev == trees[4].dev
+    )
     assert len({t.store.root for t in trees}) == 3  # a reserve of 10 for 10 is none
 
 
 def test_two_runs_at_once_share_one_store(line, finished, tmp_path, io):
     """Jobs of their own, not processes of one job. With --keep-nodes, as docs/gist_rist.md asks, no
     node is trained twice."""
-    other = line(out=tmp_path / "other", search=("path", "fist"), path=("PL", "LP"), alpha=(0, 1), keep_nodes=True)
-    end([begin(flags, io, partial(count_trainings, tmp_path)) for flags in (line(keep_nodes=True), other)])
+    other = line(
+        out=tmp_path / "other",
+        search=("path", "fist"),
+        path=("PL", "LP"),
+        alpha=(0, 1),
+        keep_nodes=True,
+    )
+    end(
+        [
+            begin(flags, io, partial(count_trainings, tmp_path))
+            for flags in (line(keep_nodes=True), other)
+        ]
+    )
     assert results(tmp_path / "out") == results(finished() / "out")
     wanted = facts(finished() / "store")
     found = facts(tmp_path / "store")
@@ -470,6 +612,7 @@ def count_trainings(folder: Path) -> None:
         with open(folder / "trainings", "a") as file:
             file.write(f"{path or 'stage0'}\n")
         return fit(tree, path, *args)
+
     gist_rist.fit = noting
 
 
@@ -480,8 +623,14 @@ def test_processes_find_what_one_finds(line, finished, tmp_path, io, n):
     assert_equal_runs(tmp_path, finished(**ALL))
     said = (tmp_path / "trainings").read_text().split()
     assert len(said) == len(set(said)) == 9  # nobody trained what another one had
-    assert sum(done.out.count("labels used") for done in every) == 1 == sum(d.out.count("miou:") for d in every)
-    assert kept(tmp_path / "store") == kept(finished(**ALL) / "store") and not litter(tmp_path / "store")
+    assert (
+        sum(done.out.count("labels used") for done in every)
+        == 1
+        == sum(d.out.count("miou:") for d in every)
+    )
+    assert kept(tmp_path / "store") == kept(finished(**ALL) / "store") and not litter(
+        tmp_path / "store"
+    )
 
 
 def test_as_a_user_types_it(line, finished, tmp_path):
@@ -490,7 +639,10 @@ def test_as_a_user_types_it(line, finished, tmp_path):
     assert done.out.count("miou:") == 1 and str(tmp_path / "out") in done.out
     assert_equal_runs(tmp_path, finished())
     choosers = ", ".join(f'"{name}"' for name in helpers.CHOOSERS["gist_rist"])
-    assert f"runs.cli(Args, settings, main, choosers=({choosers}))" in (REPO / "gist_rist.py").read_text()
+    assert (
+        f"runs.cli(Args, settings, main, choosers=({choosers}))"
+        in (REPO / "gist_rist.py").read_text()
+    )
 
 
 def slow_scores() -> None:
@@ -500,6 +652,7 @@ def slow_scores() -> None:
     def late(*args, **arrays):
         time.sleep(0.3)
         savez(*args, **arrays)
+
     np.savez_compressed = late
 
 
@@ -509,10 +662,17 @@ def test_a_node_has_no_children_before_it_is_scored(line, tmp_path, io):
 
 # -------------------------------------------------------------------------------------------- kills
 MOMENTS = [  # in this order, each in the run that the one before left
-    ("common.runs:Run.tally", 2, False), ("common.runs:save_checkpoint", 3, True), ("gist_rist:finish", 1, False),
-    ("common.nodes:Nodes.finish", 1, False), ("common.nodes:Nodes.finish", 1, True),
-    ("PIL.Image:Image.save", 3, False), ("PIL.Image:Image.save", 8, True), ("common.runs:Run.tally", 1, True),
-    ("numpy:savez_compressed", 1, True), ("docs.gist_report:write", 1, False)]
+    ("common.runs:Run.tally", 2, False),
+    ("common.runs:save_checkpoint", 3, True),
+    ("gist_rist:finish", 1, False),
+    ("common.nodes:Nodes.finish", 1, False),
+    ("common.nodes:Nodes.finish", 1, True),
+    ("PIL.Image:Image.save", 3, False),
+    ("PIL.Image:Image.save", 8, True),
+    ("common.runs:Run.tally", 1, True),
+    ("numpy:savez_compressed", 1, True),
+    ("docs.gist_report:write", 1, False),
+]
 
 
 def test_killed_at_chosen_moments_and_resumed_is_bit_equal(line, finished, tmp_path, io):
@@ -525,13 +685,17 @@ def test_killed_at_chosen_moments_and_resumed_is_bit_equal(line, finished, tmp_p
     assert_equal_runs(tmp_path, finished())
 
 
-@pytest.mark.parametrize("where, nth, after", [
-    ("common.nodes:Nodes.finish", 2, True),
-    ("PIL.Image:Image.save", 3, False)], ids=["after node.json", "pseudo labels"])
+@pytest.mark.parametrize(
+    "where, nth, after",
+    [("common.nodes:Nodes.finish", 2, True), ("PIL.Image:Image.save", 3, False)],
+    ids=["after node.json", "pseudo labels"],
+)
 def test_a_kill_leaves_no_litter_for_ever(line, tmp_path, io, where, nth, after):
     """Checkpoints with teacher and momentum are four times the size of weights."""
     flags = line(search="path", path=("P", "L"), save_every=1, resume=True)
-    assert run(flags, io, partial(at_call, where, nth, signal.SIGKILL, after)).code == -signal.SIGKILL
+    assert (
+        run(flags, io, partial(at_call, where, nth, signal.SIGKILL, after)).code == -signal.SIGKILL
+    )
     run(flags, io).ok()
     assert not litter(tmp_path / "store")
 
@@ -557,7 +721,9 @@ def test_killed_at_random_moments_and_resumed_is_bit_equal(line, finished, tmp_p
     assert_equal_runs(tmp_path, finished())
 
 
-@pytest.mark.skipif(not os.environ.get("KILLS"), reason="takes minutes: KILLS=20 pytest -k many_kills")
+@pytest.mark.skipif(
+    not os.environ.get("KILLS"), reason="takes minutes: KILLS=20 pytest -k many_kills"
+)
 def test_many_kills(line, finished, tmp_path, io):
     flags, rng, reference = dict(**ALL, stages=3, steps=9), random.Random(0), None
     reference = finished(**flags)
@@ -572,12 +738,21 @@ def test_many_kills(line, finished, tmp_path, io):
 
 
 # ------------------------------------------------------------------------------------------ signals
-@pytest.mark.parametrize("where, nth", [("common.runs:Run.tally", 2), ("common.runs:Run.tally", 8),
-                                        ("PIL.Image:Image.save", 3)], ids=["stage 0", "a stage", "pseudo labels"])
-def test_sigterm_saves_and_leaves_with_a_message_and_code_0(line, finished, tmp_path, io, where, nth):
+@pytest.mark.parametrize(
+    "where, nth",
+    [("common.runs:Run.tally", 2), ("common.runs:Run.tally", 8), ("PIL.Image:Image.save", 3)],
+    ids=["stage 0", "a stage", "pseudo labels"],
+)
+def test_sigterm_saves_and_leaves_with_a_message_and_code_0(
+    line, finished, tmp_path, io, where, nth
+):
     flags = line(search="path", path=("L", "P"), resume=True, save_every=1000)
     stopped = run(flags, io, partial(at_call, where, nth, signal.SIGTERM)).ok()
-    assert "SIGTERM" in stopped.out and "--resume" in stopped.out and not (tmp_path / "out" / "results.json").exists()
+    assert (
+        "SIGTERM" in stopped.out
+        and "--resume" in stopped.out
+        and not (tmp_path / "out" / "results.json").exists()
+    )
     (last,) = (tmp_path / "store").rglob("last.pt")
     step = torch.load(last, weights_only=True)["step"]
     assert step == {"common.runs:Run.tally": (nth - 1) % 6 + 1, "PIL.Image:Image.save": 1}[where]
@@ -591,6 +766,7 @@ def slow_steps(only: str) -> None:
     """The process of this rank takes a minute for each step."""
     if os.environ["RANK"] == only:
         from common import runs
+
         runs.Run.tally = lambda *args: time.sleep(60)
 
 
@@ -600,6 +776,7 @@ def note_waits(folder: Path) -> None:
     def noting(tree):
         (folder / f"waits-{os.environ['RANK']}").touch()
         wait(tree)
+
     gist_rist.Tree.wait = noting
 
 
@@ -608,7 +785,12 @@ def test_sigterm_while_a_process_waits_for_another(line, finished, tmp_path, io)
     (folder,) = (finished() / "store").glob("stage0-*")
     shutil.copytree(folder, tmp_path / "store" / folder.name)
     flags = line(search="path", path=("L", "P"))
-    env = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    env = {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+    }
     slow, waiting = ({**env, "RANK": rank, "LOCAL_RANK": rank} for rank in "10")
     first = begin(flags, io, partial(slow_steps, "1"), env=slow)
     try:
@@ -620,7 +802,12 @@ def test_sigterm_while_a_process_waits_for_another(line, finished, tmp_path, io)
     finally:
         first.kill(signal.SIGKILL)
         first.wait()
-    assert done.code == 0 and "SIGTERM" in done.out and "--resume" in done.out and "Traceback" not in done.err
+    assert (
+        done.code == 0
+        and "SIGTERM" in done.out
+        and "--resume" in done.out
+        and "Traceback" not in done.err
+    )
 
 
 def test_resume_in_an_empty_folder_starts_afresh_and_says_so(line, finished, tmp_path, io):
@@ -650,22 +837,48 @@ def note_reads(file: Path) -> None:
             with open(file, "a") as out:
                 out.write(f"{name} {args[1] or 'stage0' if name == 'node' else args[0]}\n")
             return real(*args)
+
         return noted
-    read.read_image, read.read_label = noting(read.read_image, "image"), noting(read.read_label, "label")
+
+    read.read_image, read.read_label = (
+        noting(read.read_image, "image"),
+        noting(read.read_label, "label"),
+    )
     nodes.Nodes.finish = noting(nodes.Nodes.finish, "node")
 
 
-def test_val_is_read_after_the_searches_and_labels_of_the_pool_never(line, shapes_root, tmp_path, io):
-    flags = line(search=("gist", "rist", "fist", "batchwise"), no_val_every_stage=True, stage0="classmix", cl_on="both")
+def test_val_is_read_after_the_searches_and_labels_of_the_pool_never(
+    line, shapes_root, tmp_path, io
+):
+    flags = line(
+        search=("gist", "rist", "fist", "batchwise"),
+        no_val_every_stage=True,
+        stage0="classmix",
+        cl_on="both",
+    )
     run(flags, io, partial(note_reads, tmp_path / "reads")).ok()
     told = [entry.split(" ", 1) for entry in (tmp_path / "reads").read_text().splitlines()]
     last = max(i for i, (what, _) in enumerate(told) if what == "node")
-    stems = {what: [(i, Path(name).stem) for i, (kind, name) in enumerate(told) if kind == what]
-             for what in ("image", "label")}
-    tree = gist_rist.plant(gist_rist.preset("shapes", **TINY | dict(
-        root=str(shapes_root), val="few", split=str(shapes_root / "labeled.txt"), store=str(tmp_path),
-        unlabeled=str(shapes_root / "unlabeled.txt"))))[0]
-    val, pool, dev, labeled = ({p.name for p in part} for part in (tree.data.val, tree.pool, tree.dev, tree.labeled))
+    stems = {
+        what: [(i, Path(name).stem) for i, (kind, name) in enumerate(told) if kind == what]
+        for what in ("image", "label")
+    }
+    tree = gist_rist.plant(
+        gist_rist.preset(
+            "shapes",
+            **TINY
+            | dict(
+                root=str(shapes_root),
+                val="few",
+                split=str(shapes_root / "labeled.txt"),
+                store=str(tmp_path),
+                unlabeled=str(shapes_root / "unlabeled.txt"),
+            ),
+        )
+    )[0]
+    val, pool, dev, labeled = (
+        {p.name for p in part} for part in (tree.data.val, tree.pool, tree.dev, tree.labeled)
+    )
     first = min(i for i, name in stems["image"] + stems["label"] if name in val)
     assert first > last and val <= {name for _, name in stems["image"]}
     ours = {name for i, name in stems["label"] if i <= last and "labels-" not in told[i][1]}
@@ -679,8 +892,15 @@ def test_searches_end_although_val_cannot_be_read(folder_root, tmp_path, io):
     whole = {path: path.read_bytes() for path in val}
     for path in val:
         path.write_bytes(path.read_bytes()[:300])
-    flags = argv(dataset="folder", root=folder_root, split="random:4", **TINY, out=tmp_path / "out",
-                 store=tmp_path / "store", resume=True)
+    flags = argv(
+        dataset="folder",
+        root=folder_root,
+        split="random:4",
+        **TINY,
+        out=tmp_path / "out",
+        store=tmp_path / "store",
+        resume=True,
+    )
     flags[flags.index("--dev-size") + 1] = "2"
     assert val[0].name in run(flags, io).error()
     before = stamps(tmp_path / "store")
@@ -710,18 +930,26 @@ def falling_scores() -> None:
 def test_pseudo_labels_of_the_winner_alone_are_kept(line, tmp_path, io):
     """Stage 0 wins and has labeled the images for P; P has labeled them for PP, and PP for PPL."""
     run(line(search="path", path="PPL"), io, falling_scores).ok()
-    assert results(tmp_path / "out")["path"]["path"] == "" and labeled_by(tmp_path / "store") <= {""}
+    assert results(tmp_path / "out")["path"]["path"] == "" and labeled_by(tmp_path / "store") <= {
+        ""
+    }
 
 
 def test_keep_nodes_keeps_all_weights(finished):
     store = finished(keep_nodes=True) / "store"
     assert kept(store) == paths(store) and len(paths(store)) >= 6
     assert {name: f["weights"] for name, f in facts(store).items()} == {
-        name: gist_rist.fingerprint(student(folder / "weights.pt")) for name, folder in folders(store).items()}
+        name: gist_rist.fingerprint(student(folder / "weights.pt"))
+        for name, folder in folders(store).items()
+    }
 
 
-@pytest.mark.parametrize("old, new", [("LL", "LP"), ("LLL", "LLP")], ids=["a parent", "parent and grandparent"])
-def test_removed_weights_are_trained_again_bit_by_bit(line, finished, copied, tmp_path, io, old, new):
+@pytest.mark.parametrize(
+    "old, new", [("LL", "LP"), ("LLL", "LLP")], ids=["a parent", "parent and grandparent"]
+)
+def test_removed_weights_are_trained_again_bit_by_bit(
+    line, finished, copied, tmp_path, io, old, new
+):
     store = copied(search="path", path=old)
     lost = [name for name, folder in folders(store).items() if not (folder / "weights.pt").exists()]
     first, before = fingerprints(store), stamps(store)
@@ -732,9 +960,12 @@ def test_removed_weights_are_trained_again_bit_by_bit(line, finished, copied, tm
     assert trained(store, before) >= lost | {new}
     again = fingerprints(store)
     assert {p: again[p] for p in first} == first
-    wrong = differences(facts(store)[node_name(results(tmp_path / "out"), new)],
-                        facts(finished(search="path", path=new) / "store")[
-                            node_name(results(finished(search="path", path=new) / "out"), new)])
+    wrong = differences(
+        facts(store)[node_name(results(tmp_path / "out"), new)],
+        facts(finished(search="path", path=new) / "store")[
+            node_name(results(finished(search="path", path=new) / "out"), new)
+        ],
+    )
     assert not wrong, wrong[:5]
 
 
@@ -745,7 +976,10 @@ def test_weights_that_are_not_those_that_were_scored(line, copied, tmp_path, io,
     content = torch.load(folder / "weights.pt", weights_only=True)
     if how == "other values":
         next(iter(content["networks"]["student"].values())).add_(1e-3)
-    torch.save(content | ({"script": "other.py"} if how == "another script's" else {}), folder / "weights.pt")
+    torch.save(
+        content | ({"script": "other.py"} if how == "another script's" else {}),
+        folder / "weights.pt",
+    )
     if how == "torn":
         (folder / "weights.pt").write_bytes((folder / "weights.pt").read_bytes()[:5000])
     error = run(line(search="path", path="PL"), io).error()
@@ -756,30 +990,50 @@ def test_weights_that_are_not_those_that_were_scored(line, copied, tmp_path, io,
 
 
 # ------------------------------------------------------------------------------------------ stage 0
-STAGE0 = {"supervised": {}, "s4gan": dict(gan_gamma=0), "classmix": dict(mix_threshold=0.2, mix_colour=True)}
+STAGE0 = {
+    "supervised": {},
+    "s4gan": dict(gan_gamma=0),
+    "classmix": dict(mix_threshold=0.2, mix_colour=True),
+}
 
 
 @pytest.mark.parametrize("kind", STAGE0)
 def test_stage_0_keeps_its_best_evaluation(finished, kind):
-    kinds = {k: dict(stage0=k, search="path", path="L", eval_every=2, **flags) for k, flags in STAGE0.items()}
+    kinds = {
+        k: dict(stage0=k, search="path", path="L", eval_every=2, **flags)
+        for k, flags in STAGE0.items()
+    }
     folder = finished(beside=kinds.values(), **kinds[kind])
     (stage0,) = (folder / "store").glob("stage0-*")
     log = [json.loads(text) for text in (stage0 / "log.jsonl").read_text().splitlines()]
     scores = {r["step"]: r["dev_miou"] for r in log if "dev_miou" in r}
     record = records(folder / "store")[""]
-    assert list(scores) == [2, 4, 6] and record["step"] == max(scores, key=scores.get) and record["steps"] == 6
+    assert (
+        list(scores) == [2, 4, 6]
+        and record["step"] == max(scores, key=scores.get)
+        and record["steps"] == 6
+    )
     assert record["dev"]["4"] == max(scores.values()) == results(folder / "out")["stage0"]["dev"]
-    expected = {"supervised": set(), "s4gan": {"loss_fm", "loss_st", "loss_d", "trusted"},
-                "classmix": {"loss_u", "sure"}}
+    expected = {
+        "supervised": set(),
+        "s4gan": {"loss_fm", "loss_st", "loss_d", "trusted"},
+        "classmix": {"loss_u", "sure"},
+    }
     losses = [r for r in log if "loss" in r]
     assert len(losses) == 6 and all(expected[kind] <= r.keys() for r in losses)
     if kind != "supervised":
-        assert any(r["loss_st" if kind == "s4gan" else "loss_u"] > 0 for r in losses), "nothing learned from the pool"
+        assert any(r["loss_st" if kind == "s4gan" else "loss_u"] > 0 for r in losses), (
+            "nothing learned from the pool"
+        )
 
 
 def test_kinds_of_stage_0_are_different_nodes(finished):
-    found = [fingerprints(finished(stage0=kind, search="path", path="L", eval_every=2, **flags) / "store")
-             for kind, flags in STAGE0.items()]
+    found = [
+        fingerprints(
+            finished(stage0=kind, search="path", path="L", eval_every=2, **flags) / "store"
+        )
+        for kind, flags in STAGE0.items()
+    ]
     assert len({f[path] for f in found for path in ("", "L")}) == 6
 
 
@@ -802,8 +1056,14 @@ def test_stage_0_from_a_checkpoint(line, finished, copied, tmp_path, io):
     assert found["L"]["parent"] == found[""]["weights"] != found["L"]["weights"]
     assert results(tmp_path / "out")["stage0"]["dev"] == found[""]["dev"]["4"]
     torch.save(student(best), tmp_path / "plain.pth")  # the same weights in a file of their own
-    plain = line(stage0=tmp_path / "plain.pth", stage0_steps=None, search="path", path="L",
-                 out=tmp_path / "out2", store=tmp_path / "store2")
+    plain = line(
+        stage0=tmp_path / "plain.pth",
+        stage0_steps=None,
+        search="path",
+        path="L",
+        out=tmp_path / "out2",
+        store=tmp_path / "store2",
+    )
     run(plain, io).ok()
     assert fingerprints(tmp_path / "store2") == fingerprints(tmp_path / "store")
 
@@ -819,7 +1079,9 @@ def test_stage_0_from_a_file_that_does_not_fit(line, gta, tmp_path, io):
 
 def counting() -> None:
     pretend.count("gist_rist", "refine_step")
-    gist_rist.STAGE0.update({name: pretend.counted(step) for name, step in gist_rist.STAGE0.items()})
+    gist_rist.STAGE0.update(
+        {name: pretend.counted(step) for name, step in gist_rist.STAGE0.items()}
+    )
 
 
 @pytest.mark.parametrize("kind", STAGE0)
@@ -829,14 +1091,36 @@ def test_nothing_mixes_devices(line, shapes_root, tmp_path, io, kind):
     found, photo = [], str(shapes_root / "voc" / "JPEGImages" / "val_000000.jpg")
     for name, setup in (("near", ()), ("far", (counting,))):
         store, out = tmp_path / f"{name}-store", tmp_path / name
-        said = run(line(stage0=kind, search="path", path=("PL", "B", "F0.5"), store=store, out=out, **STAGE0[kind]), io,
-                   *setup).ok().out
-        assert pretend.waits(said) == [0] * (6 + 4 * 3) * (name == "far"), "a step that waits for the GPU"
+        said = (
+            run(
+                line(
+                    stage0=kind,
+                    search="path",
+                    path=("PL", "B", "F0.5"),
+                    store=store,
+                    out=out,
+                    **STAGE0[kind],
+                ),
+                io,
+                *setup,
+            )
+            .ok()
+            .out
+        )
+        assert pretend.waits(said) == [0] * (6 + 4 * 3) * (name == "far"), (
+            "a step that waits for the GPU"
+        )
         run(["--eval", str(out / "best.pt")], io, *setup).ok()
         run(["--predict", str(out / "best.pt"), photo], io, *setup).ok()
         made = sorted((out / "best.pt.predictions").glob("*.png"))
-        found.append((fingerprints(store), results(out), (out / "best.pt.results.json").read_text(),
-                      [p.read_bytes() for p in made]))
+        found.append(
+            (
+                fingerprints(store),
+                results(out),
+                (out / "best.pt.results.json").read_text(),
+                [p.read_bytes() for p in made],
+            )
+        )
     assert found[0] == found[1]
 
 
@@ -849,16 +1133,24 @@ def finished_copy(finished, tmp_path) -> Path:
 
 def test_eval_gives_the_runs_own_results(finished_copy, tmp_path, io):
     found = results(finished_copy)
-    top = min((found[n] for n in ("gist", "rist")), key=lambda r: (-r["dev"], r["stage"], r["path"]))
+    top = min(
+        (found[n] for n in ("gist", "rist")), key=lambda r: (-r["dev"], r["stage"], r["path"])
+    )
     before = {p: p.read_bytes() for p in finished_copy.rglob("*") if p.is_file()}
     said = run(["--eval", str(finished_copy / "best.pt")], io, cwd=tmp_path).ok().out
     scored = json.loads((finished_copy / "best.pt.results.json").read_text())
     record = scored["student"]["last"]
-    assert (record["miou"], record["iou"]) == (top["miou"], top["iou"]) and f"{top['miou']:.2f}" in said
+    assert (record["miou"], record["iou"]) == (
+        top["miou"],
+        top["iou"],
+    ) and f"{top['miou']:.2f}" in said
     counts = np.array(scored["confusion"])
     assert counts.shape == (7, 7) and counts.sum() == 7 * 64 * 64 and (counts.sum(0) > 0).sum() > 1
     assert all(p.read_bytes() == content for p, content in before.items())
-    assert {p.name for p in finished_copy.iterdir()} - {p.name for p in before} <= {"best.pt.results.json", "previews"}
+    assert {p.name for p in finished_copy.iterdir()} - {p.name for p in before} <= {
+        "best.pt.results.json",
+        "previews",
+    }
 
 
 def test_predict_writes_overlays_and_index_pngs(finished_copy, shapes_root, tmp_path, io):
@@ -872,7 +1164,10 @@ def test_predict_writes_overlays_and_index_pngs(finished_copy, shapes_root, tmp_
     assert "3 images" in done.out and len(list(folder.iterdir())) == 6
     for name, image in made.items():
         stem = Path(name).stem
-        with Image.open(folder / f"{stem}.png") as label, Image.open(folder / f"{stem}_overlay.jpg") as overlay:
+        with (
+            Image.open(folder / f"{stem}.png") as label,
+            Image.open(folder / f"{stem}_overlay.jpg") as overlay,
+        ):
             assert label.size == image.size and label.mode == "P" and np.array(label).max() < 7
             assert overlay.width == image.width
 
@@ -882,7 +1177,9 @@ def test_prediction_is_what_the_evaluation_counts(finished_copy, shapes_root, io
     images = [str(shapes_root / "voc" / "JPEGImages" / f"{name}.jpg") for name in names]
     run(["--eval", str(finished_copy / "best.pt")], io).ok()
     run(["--predict", str(finished_copy / "best.pt"), *images], io).ok()
-    expected = np.array(json.loads((finished_copy / "best.pt.results.json").read_text())["confusion"])
+    expected = np.array(
+        json.loads((finished_copy / "best.pt.results.json").read_text())["confusion"]
+    )
     counts = np.zeros_like(expected)
     for name in names:
         label = np.array(Image.open(shapes_root / "voc" / "SegmentationClass" / f"{name}.png"))
@@ -904,7 +1201,9 @@ def test_report_writes_the_same_again(finished, tmp_path, io):
 def test_eval_and_report_of_a_run_whose_nodes_another_run_trained(line, copied, tmp_path, io):
     """The run's own --val and --dev-size, not those of the run that trained its best node."""
     lists, out = line.args[0] / "voc" / "ImageSets" / "Segmentation", tmp_path / "out"
-    (lists / "five.txt").write_text("".join((lists / "val.txt").read_text().splitlines(keepends=True)[20:25]))
+    (lists / "five.txt").write_text(
+        "".join((lists / "val.txt").read_text().splitlines(keepends=True)[20:25])
+    )
     flags = dict(search="path", path=("L", "P"), dev_reserve=8, eval_every=6, keep_nodes=True)
     copied(**flags)
     run(line(val="five", **flags | dict(dev_size=3)), io).ok()
@@ -922,7 +1221,9 @@ def test_val_every_stage_scores_nodes_that_were_there(line, copied, tmp_path, io
     for them."""
     copied(search="path", path=("LL", "PP"), keep_nodes=True, no_val_every_stage=True)
     run(line(search="path", path=("LL", "PP")), io).ok()
-    lost = [str(f) for f in folders(tmp_path / "store").values() if not (f / "val-few.json").exists()]
+    lost = [
+        str(f) for f in folders(tmp_path / "store").values() if not (f / "val-few.json").exists()
+    ]
     assert not lost and "Table II" in (tmp_path / "out" / "report.md").read_text()
 
 
@@ -939,7 +1240,10 @@ def two_steps_score_predict(line: list[str], out: Path, picture: Path, io: Path)
     scored = json.loads((out / "best.pt.results.json").read_text())["student"]["last"]
     assert scored["miou"] in [found[name]["miou"] for name in found["visited"]]
     run(["--predict", str(out / "best.pt"), str(picture)], io).ok()
-    with Image.open(out / "best.pt.predictions" / f"{picture.stem}.png") as label, Image.open(picture) as image:
+    with (
+        Image.open(out / "best.pt.predictions" / f"{picture.stem}.png") as label,
+        Image.open(picture) as image,
+    ):
         assert label.size == image.size and label.mode == "P"
     return said
 
@@ -947,6 +1251,7 @@ def two_steps_score_predict(line: list[str], out: Path, picture: Path, io: Path)
 def shallow() -> None:
     """In a process of its own: ResNets of one block a stage."""
     from common import backbones
+
     backbones.build = partial(backbones.build, layers=(1, 1, 1, 1))
 
 
@@ -955,9 +1260,13 @@ def coco(tmp_path_factory) -> Path:
     """A file in the layout of resnet101COCO-41f33a49.pth, of a shallow ResNet-50 with random
     weights."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gist_rist.backbones, "build", partial(gist_rist.backbones.build, layers=(1, 1, 1, 1)))
+        patch.setattr(
+            gist_rist.backbones, "build", partial(gist_rist.backbones.build, layers=(1, 1, 1, 1))
+        )
         net = gist_rist.SegNet(gist_rist.preset("voc", backbone="caffe_resnet50"), 21)
-    state = {k: v for k, v in net.backbone.state_dict().items() if not k.endswith("num_batches_tracked")}
+    state = {
+        k: v for k, v in net.backbone.state_dict().items() if not k.endswith("num_batches_tracked")
+    }
     state |= {f"layer5.conv2d_list.{k}": v for k, v in net.head.state_dict().items()}
     path = tmp_path_factory.mktemp("coco") / "resnet50COCO.pth"
     torch.save(state, path)
@@ -966,18 +1275,42 @@ def coco(tmp_path_factory) -> Path:
 
 def test_preset_voc_with_coco_weights(shapes_root, coco, tmp_path, io):
     """A small crop; the Caffe-style ResNet, BGR, BatchNorm frozen from stage 0 on."""
-    line = argv(dataset="voc", root=shapes_root / "voc", split=shapes_root / "labeled.txt", val="few", weights=coco,
-                backbone="caffe_resnet50", unlabeled=shapes_root / "unlabeled.txt", out=tmp_path / "out", phi=0,
-                store=tmp_path / "store", stage0_steps=1, steps=1, dev_size=2, batch_size=2, crop_size=(32, 32),
-                search="path", path="P", cl=0, workers=0, keep_nodes=True)
+    line = argv(
+        dataset="voc",
+        root=shapes_root / "voc",
+        split=shapes_root / "labeled.txt",
+        val="few",
+        weights=coco,
+        backbone="caffe_resnet50",
+        unlabeled=shapes_root / "unlabeled.txt",
+        out=tmp_path / "out",
+        phi=0,
+        store=tmp_path / "store",
+        stage0_steps=1,
+        steps=1,
+        dev_size=2,
+        batch_size=2,
+        crop_size=(32, 32),
+        search="path",
+        path="P",
+        cl=0,
+        workers=0,
+        keep_nodes=True,
+    )
     run(line, io, shallow).ok()
     settings = torch.load(tmp_path / "out" / "best.pt", weights_only=True)["settings"]
     assert settings["pixels"] == "bgr" and settings["cut"] == 0
     start = torch.load(coco, weights_only=True)
     for folder in folders(tmp_path / "store").values():
         net = student(folder / "weights.pt")
-        moved = {k for k, v in start.items() if not k.startswith("layer5") and not torch.equal(net[f"backbone.{k}"], v)}
-        assert moved and not any(".bn" in k or k.startswith("bn") or "downsample.1" in k for k in moved)
+        moved = {
+            k
+            for k, v in start.items()
+            if not k.startswith("layer5") and not torch.equal(net[f"backbone.{k}"], v)
+        }
+        assert moved and not any(
+            ".bn" in k or k.startswith("bn") or "downsample.1" in k for k in moved
+        )
 
 
 @pytest.fixture
@@ -988,8 +1321,12 @@ def voc_root(shapes_root, tmp_path) -> Path:
         pytest.skip(f"no published lists in TEST_DATA ({TEST_DATA})")
     root, source = tmp_path / "voc", shapes_root / "voc"
     base, lists = root / "VOCdevkit" / "VOC2012", root / "splits" / "s4gan"
-    for folder in (base / "JPEGImages", base / "SegmentationClassAug", base / "ImageSets" / "Segmentation",
-                   lists / "1-of-50"):
+    for folder in (
+        base / "JPEGImages",
+        base / "SegmentationClassAug",
+        base / "ImageSets" / "Segmentation",
+        lists / "1-of-50",
+    ):
         folder.mkdir(parents=True)
     labeled = (S4GAN / "1-50.txt").read_text().split()
     order = (S4GAN / "permutation.txt").read_text().split()
@@ -999,7 +1336,9 @@ def voc_root(shapes_root, tmp_path) -> Path:
         stem = f"train_{i:06d}"
         (base / "JPEGImages" / f"{name}.jpg").symlink_to(source / "JPEGImages" / f"{stem}.jpg")
         if name not in order[1000:1008]:
-            (base / "SegmentationClassAug" / f"{name}.png").symlink_to(source / "SegmentationClass" / f"{stem}.png")
+            (base / "SegmentationClassAug" / f"{name}.png").symlink_to(
+                source / "SegmentationClass" / f"{stem}.png"
+            )
     (base / "ImageSets" / "Segmentation" / "val.txt").write_text("\n".join(val))
     (base / "ImageSets" / "Segmentation" / "train_aug.txt").write_text("\n".join(train))
     shutil.copy(S4GAN / "1-50.txt", lists / "1-of-50" / "labeled.txt")
@@ -1010,11 +1349,18 @@ def voc_root(shapes_root, tmp_path) -> Path:
 def test_preset_voc_with_the_published_list(voc_root, tmp_path, io):
     """1/50, the default: S4GAN's 211 images; development images are the last of its order."""
     flags = SHORT | dict(dev_size=4)
-    line = argv(dataset="voc", root=voc_root, **flags, out=tmp_path / "out", store=tmp_path / "store")
+    line = argv(
+        dataset="voc", root=voc_root, **flags, out=tmp_path / "out", store=tmp_path / "store"
+    )
     picture = next((voc_root / "VOCdevkit" / "VOC2012" / "JPEGImages").iterdir())
     said = two_steps_score_predict(line, tmp_path / "out", picture, io)
-    assert all(words in said for words in ("211 labeled images", "3a73656340d8", "8 unlabeled", "4 held out", "215"))
-    assert results(tmp_path / "out")["split_fingerprint"].startswith("3a73656340d8f32e63a9c46806c29d")
+    assert all(
+        words in said
+        for words in ("211 labeled images", "3a73656340d8", "8 unlabeled", "4 held out", "215")
+    )
+    assert results(tmp_path / "out")["split_fingerprint"].startswith(
+        "3a73656340d8f32e63a9c46806c29d"
+    )
     assert len(results(tmp_path / "out")["stage0"]["iou"]) == 21
     tree = gist_rist.plant(gist_rist.preset("voc", root=str(voc_root), **flags))[0]
     assert [p.name for p in tree.dev] == (S4GAN / "permutation.txt").read_text().split()[:-5:-1]
@@ -1026,18 +1372,32 @@ def test_preset_cityscapes_at_half_size(tmp_path, io):
     root = shapes.make_cityscapes(tmp_path / "cityscapes")
     flags = ONE | dict(crop_size=(32, 64), phi=0, search=("path",), path=("P",))
     del flags["resize"]  # the preset's own: 0.5
-    line = argv(dataset="cityscapes", root=root, split="random:4", **flags, keep_nodes=True, out=tmp_path / "out",
-                store=tmp_path / "store")
+    line = argv(
+        dataset="cityscapes",
+        root=root,
+        split="random:4",
+        **flags,
+        keep_nodes=True,
+        out=tmp_path / "out",
+        store=tmp_path / "store",
+    )
     picture = next((root / "leftImg8bit" / "val").glob("*/*.png"))
     two_steps_score_predict(line, tmp_path / "out", picture, io)
-    tree = gist_rist.plant(gist_rist.preset("cityscapes", root=str(root), split="random:4", **flags))[0]
-    (stage0,), (labels,) = (tmp_path / "store").glob("stage0-*"), (tmp_path / "store").glob("*/labels-")
+    tree = gist_rist.plant(
+        gist_rist.preset("cityscapes", root=str(root), split="random:4", **flags)
+    )[0]
+    (stage0,), (labels,) = (
+        (tmp_path / "store").glob("stage0-*"),
+        (tmp_path / "store").glob("*/labels-"),
+    )
     net = tree.network(student(stage0 / "weights.pt"))
     for i, _, logits, _ in gist_rist.forward_all(tree, net, tree.pool, labels=False):
         with Image.open(labels / f"{i}.png") as stored, Image.open(tree.pool[i].image) as image:
             assert stored.size == image.size == (256, 128) and logits.shape == (19, 64, 128)
             whole = torch.from_numpy(np.array(stored))
-        assert torch.equal(whole[::2, ::2].long(), logits.argmax(0)) and torch.equal(whole[1::2, 1::2], whole[::2, ::2])
+        assert torch.equal(whole[::2, ::2].long(), logits.argmax(0)) and torch.equal(
+            whole[1::2, 1::2], whole[::2, ::2]
+        )
         half = gist_rist.transforms.resize(torch.zeros(3, 128, 256), whole, (64, 128))[1]
         assert torch.equal(half.long(), logits.argmax(0))
     with np.load(stage0 / "scores.npz") as scores:
@@ -1052,12 +1412,18 @@ def note_sizes(file: Path) -> None:
         with open(file, "a") as out:
             out.write(f"{images.shape[-2]}x{images.shape[-1]}\n")
         return forward(self, images, *args)
+
     gist_rist.SegNet.forward = noting
 
 
-def test_pictures_are_predicted_at_the_size_that_was_trained_and_scored(line, shapes_root, tmp_path, io):
+def test_pictures_are_predicted_at_the_size_that_was_trained_and_scored(
+    line, shapes_root, tmp_path, io
+):
     run(line(search="path", path="L", resize=0.5), io).ok()
-    best, picture = tmp_path / "out" / "best.pt", shapes_root / "voc" / "JPEGImages" / "val_000000.jpg"
+    best, picture = (
+        tmp_path / "out" / "best.pt",
+        shapes_root / "voc" / "JPEGImages" / "val_000000.jpg",
+    )
     for i, flags in enumerate((["--eval", str(best)], ["--predict", str(best), str(picture)])):
         run(flags, io, partial(note_sizes, tmp_path / str(i))).ok()
         assert set((tmp_path / str(i)).read_text().split()) == {"32x32"}
@@ -1069,19 +1435,39 @@ def test_pictures_are_predicted_at_the_size_that_was_trained_and_scored(line, sh
 def folder_flags(folder_root, tmp_path):
     """folder_flags(...) -> a command line on `folder_root`, four labeled images and two to choose
     by."""
+
     def line(**flags) -> list[str]:
-        return argv(**{"dataset": "folder", "root": folder_root, "split": "random:4", **ONE, "search": "path",
-                       "path": "P", "out": tmp_path / "out", "store": tmp_path / "store", **flags})
+        return argv(
+            **{
+                "dataset": "folder",
+                "root": folder_root,
+                "split": "random:4",
+                **ONE,
+                "search": "path",
+                "path": "P",
+                "out": tmp_path / "out",
+                "store": tmp_path / "store",
+                **flags,
+            }
+        )
+
     return line
 
 
 def test_preset_folder(folder_root, folder_flags, tmp_path, io):
     picture = folder_root / "images" / "val" / "val_000000.jpg"
     said = two_steps_score_predict(folder_flags(), tmp_path / "out", picture, io)
-    assert "4 labeled images" in said and "6 unlabeled ones" in said and "2 held out" in said and "6 labels" in said
+    assert (
+        "4 labeled images" in said
+        and "6 unlabeled ones" in said
+        and "2 held out" in said
+        and "6 labels" in said
+    )
 
 
-@pytest.mark.skipif(not (TEST_DATA / "camvid").is_dir(), reason=f"no camvid in TEST_DATA ({TEST_DATA})")
+@pytest.mark.skipif(
+    not (TEST_DATA / "camvid").is_dir(), reason=f"no camvid in TEST_DATA ({TEST_DATA})"
+)
 def test_real_pictures_in_a_folder(tmp_path, io):
     camvid, few = TEST_DATA / "camvid", tmp_path / "camvid"
     for kind in ("images", "labels"):
@@ -1092,38 +1478,76 @@ def test_real_pictures_in_a_folder(tmp_path, io):
     shutil.copy(camvid / "classes.txt", few)
     names = (camvid / "splits" / "unlabelled_23.txt").read_text().splitlines()[:4]
     (few / "unlabeled.txt").write_text("\n".join(names))
-    line = argv(dataset="folder", root=few, split=camvid / "splits" / "labelled_23.txt", **ONE, search="path",
-                path="P", unlabeled=few / "unlabeled.txt", out=tmp_path / "out", store=tmp_path / "store")
-    said = two_steps_score_predict(line, tmp_path / "out", sorted((camvid / "images" / "test").iterdir())[0], io)
+    line = argv(
+        dataset="folder",
+        root=few,
+        split=camvid / "splits" / "labelled_23.txt",
+        **ONE,
+        search="path",
+        path="P",
+        unlabeled=few / "unlabeled.txt",
+        out=tmp_path / "out",
+        store=tmp_path / "store",
+    )
+    said = two_steps_score_predict(
+        line, tmp_path / "out", sorted((camvid / "images" / "test").iterdir())[0], io
+    )
     assert "23 labeled images" in said and "4 unlabeled" in said
 
 
 # ------------------------------------------------------------------------------------------- errors
 def test_the_papers_data_sets_need_weights(shapes_root, tmp_path, io):
     for dataset in ("voc", "cityscapes"):
-        root = shapes_root / "voc" if dataset == "voc" else shapes.make_cityscapes(tmp_path / "cityscapes")
-        error = run(argv(dataset=dataset, root=root, split="random:4", dev_size=2, out=tmp_path / "out"), io).error()
-        assert "--weights FILE" in error and "--weights imagenet" in error and not (tmp_path / "out").exists()
+        root = (
+            shapes_root / "voc"
+            if dataset == "voc"
+            else shapes.make_cityscapes(tmp_path / "cityscapes")
+        )
+        error = run(
+            argv(dataset=dataset, root=root, split="random:4", dev_size=2, out=tmp_path / "out"), io
+        ).error()
+        assert (
+            "--weights FILE" in error
+            and "--weights imagenet" in error
+            and not (tmp_path / "out").exists()
+        )
 
 
 def test_coco_weights_that_do_not_fit(shapes_root, coco, tmp_path, io):
     state = {k: v for k, v in torch.load(coco, weights_only=True).items() if "layer4" not in k}
     torch.save(state, tmp_path / "lost.pth")
     torch.save({"a": torch.ones(3, 3)}, tmp_path / "foreign.pth")
-    line = argv(dataset="voc", root=shapes_root / "voc", split=shapes_root / "labeled.txt", out=tmp_path / "out")
+    line = argv(
+        dataset="voc",
+        root=shapes_root / "voc",
+        split=shapes_root / "labeled.txt",
+        out=tmp_path / "out",
+    )
     for name, backbone, said in (
-            ("lost.pth", "caffe_resnet50", "layer4.0.conv1.weight"), ("foreign.pth", "caffe_resnet50", "foreign.pth"),
-            ("no.pth", "resnet18", "no such file"), ("foreign.pth", "resnet18", "foreign.pth")):
+        ("lost.pth", "caffe_resnet50", "layer4.0.conv1.weight"),
+        ("foreign.pth", "caffe_resnet50", "foreign.pth"),
+        ("no.pth", "resnet18", "no such file"),
+        ("foreign.pth", "resnet18", "foreign.pth"),
+    ):
         setup = [shallow] * (backbone != "resnet18")
-        error = run([*line, "--weights", str(tmp_path / name), "--backbone", backbone], io, *setup).error()
+        error = run(
+            [*line, "--weights", str(tmp_path / name), "--backbone", backbone], io, *setup
+        ).error()
         assert said in error and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("dataset, way", [("voc", "python -m data.download voc"),
-                                          ("cityscapes", "python -m data.download cityscapes"),
-                                          ("folder", "data/README.md")])
+@pytest.mark.parametrize(
+    "dataset, way",
+    [
+        ("voc", "python -m data.download voc"),
+        ("cityscapes", "python -m data.download cityscapes"),
+        ("folder", "data/README.md"),
+    ],
+)
 def test_missing_data_set_says_what_where_and_two_ways_on(dataset, way, tmp_path, io):
-    line = argv(dataset=dataset, root=tmp_path / "nowhere", out=tmp_path / "out", store=tmp_path / "store")
+    line = argv(
+        dataset=dataset, root=tmp_path / "nowhere", out=tmp_path / "out", store=tmp_path / "store"
+    )
     error = run(line, io).error()
     assert str(tmp_path / "nowhere") in error and way in error and "--root" in error
     assert not (tmp_path / "out").exists() and not (tmp_path / "store").exists()
@@ -1133,21 +1557,37 @@ def test_missing_data_set_says_what_where_and_two_ways_on(dataset, way, tmp_path
 def refused(shapes_root, tmp_path):
     """refused(...) -> why these settings, in place of TINY's, are refused before anything is
     written."""
+
     def why(**flags) -> str:
-        args = gist_rist.preset("shapes", **TINY | dict(
-            root=str(shapes_root), val="few", split=str(shapes_root / "labeled.txt"), out=str(tmp_path / "out"),
-            unlabeled=str(shapes_root / "unlabeled.txt"), store=str(tmp_path / "store")) | flags)
+        args = gist_rist.preset(
+            "shapes",
+            **TINY
+            | dict(
+                root=str(shapes_root),
+                val="few",
+                split=str(shapes_root / "labeled.txt"),
+                out=str(tmp_path / "out"),
+                unlabeled=str(shapes_root / "unlabeled.txt"),
+                store=str(tmp_path / "store"),
+            )
+            | flags,
+        )
         with pytest.raises(UserError) as error:
             gist_rist.main(args)
         assert not (tmp_path / "out").exists() and not (tmp_path / "store").exists()
         return str(error.value)
+
     return why
 
 
 def test_refused_as_a_user_types_it(line, tmp_path, io):
-    for flags, said in ((dict(search="path"), "--path"), (dict(search="path", path="X"), "--path"),
-                        (dict(search="rist", beam=2), "--beam"), (dict(dev_size=5000), "--dev-size"),
-                        (dict(lr="nan"), "--lr")):
+    for flags, said in (
+        (dict(search="path"), "--path"),
+        (dict(search="path", path="X"), "--path"),
+        (dict(search="rist", beam=2), "--beam"),
+        (dict(dev_size=5000), "--dev-size"),
+        (dict(lr="nan"), "--lr"),
+    ):
         assert said in run(line(**flags), io).error() and not (tmp_path / "out").exists()
 
 
@@ -1161,25 +1601,68 @@ def test_path_with_an_alpha_that_is_no_share_or_without_a_letter(refused, path):
     assert "--path" in refused(search=("path",), path=(path,), stages=3)
 
 
-@pytest.mark.parametrize("flags", [
-    dict(dev_size=5000), dict(dev_size=0), dict(dev_reserve=-1), dict(dev_reserve=5000), dict(beam=0), dict(trials=0),
-    dict(stages=-1), dict(steps=0), dict(batch_size=1), dict(alpha=(1.5,)), dict(alpha=(-0.5,)), dict(phi=-2),
-    dict(temp=0), dict(cl=-1), dict(cl_beta=1.5), dict(cl_drop=1), dict(lr=float("nan")), dict(crop_size=(8, 8)),
-    dict(scale=(2, 1)), dict(seed=-1), dict(max_run=-1), dict(threads=0), dict(log_every=0), dict(stage0="nonsense"),
-    dict(stage0="no.pt")], ids=words)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        dict(dev_size=5000),
+        dict(dev_size=0),
+        dict(dev_reserve=-1),
+        dict(dev_reserve=5000),
+        dict(beam=0),
+        dict(trials=0),
+        dict(stages=-1),
+        dict(steps=0),
+        dict(batch_size=1),
+        dict(alpha=(1.5,)),
+        dict(alpha=(-0.5,)),
+        dict(phi=-2),
+        dict(temp=0),
+        dict(cl=-1),
+        dict(cl_beta=1.5),
+        dict(cl_drop=1),
+        dict(lr=float("nan")),
+        dict(crop_size=(8, 8)),
+        dict(scale=(2, 1)),
+        dict(seed=-1),
+        dict(max_run=-1),
+        dict(threads=0),
+        dict(log_every=0),
+        dict(stage0="nonsense"),
+        dict(stage0="no.pt"),
+    ],
+    ids=words,
+)
 def test_setting_out_of_range(refused, flags):
     (name,) = flags
     search = ("fist", "gist", "rist")
-    said = refused(**{"search": search, **flags, **({"stage0_steps": 1200} if name == "stage0" else {})})
+    said = refused(
+        **{"search": search, **flags, **({"stage0_steps": 1200} if name == "stage0" else {})}
+    )
     assert f"--{name.replace('_', '-')}" in said
 
 
-@pytest.mark.parametrize("flags", [
-    dict(search=("rist",), beam=2), dict(search=("gist",), trials=3), dict(search=("gist",), max_run=2),
-    dict(search=("gist",), independent=True), dict(search=("gist",), alpha=(0.5,)), dict(path=("LP",)),
-    dict(gan_lr=1e-3), dict(gan_gamma=0.1), dict(mix_weight=2), dict(mix_colour=True),
-    dict(stage0="s4gan", mix_alpha=0.5), dict(stage0="classmix", gan_fm=1), dict(cl=0, cl_beta=0.5),
-    dict(cl=0, cl_drop=0.1), dict(cl=0, cl_on="both"), dict(init_head=True)], ids=words)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        dict(search=("rist",), beam=2),
+        dict(search=("gist",), trials=3),
+        dict(search=("gist",), max_run=2),
+        dict(search=("gist",), independent=True),
+        dict(search=("gist",), alpha=(0.5,)),
+        dict(path=("LP",)),
+        dict(gan_lr=1e-3),
+        dict(gan_gamma=0.1),
+        dict(mix_weight=2),
+        dict(mix_colour=True),
+        dict(stage0="s4gan", mix_alpha=0.5),
+        dict(stage0="classmix", gan_fm=1),
+        dict(cl=0, cl_beta=0.5),
+        dict(cl=0, cl_drop=0.1),
+        dict(cl=0, cl_on="both"),
+        dict(init_head=True),
+    ],
+    ids=words,
+)
 def test_flag_that_would_be_ignored_is_refused(refused, flags):
     assert f"--{list(flags)[-1].replace('_', '-')} " in refused(**flags)
 
@@ -1236,8 +1719,11 @@ def test_out_or_store_is_a_file_or_below_one(line, tmp_path, io, flag):
 
 def test_report_eval_and_predict_of_what_is_no_run(gta, tmp_path, io):
     (tmp_path / "empty").mkdir()
-    for folder, said in ((tmp_path / "empty", "no checkpoint"), (tmp_path / "nowhere", "no checkpoint"),
-                         (gta, "gta_seg.py")):
+    for folder, said in (
+        (tmp_path / "empty", "no checkpoint"),
+        (tmp_path / "nowhere", "no checkpoint"),
+        (gta, "gta_seg.py"),
+    ):
         error = run(["--report", str(folder)], io).error()
         assert str(folder) in error and said in error
     for flag in ("--eval", "--predict"):
@@ -1273,13 +1759,17 @@ def test_network_that_the_checkpoint_does_not_fit(finished_copy, io):
 
 
 def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 @pytest.mark.parametrize("cl_on", ["active", "both"])
-def test_broken_unlabeled_image_is_skipped_with_a_warning(folder_root, folder_flags, tmp_path, io, cl_on):
+def test_broken_unlabeled_image_is_skipped_with_a_warning(
+    folder_root, folder_flags, tmp_path, io, cl_on
+):
     truncate(folder_root / "images" / "unlabeled" / "train_000101.jpg")
-    line = folder_flags(unlabeled=folder_root / "images" / "unlabeled", cl_on=cl_on, keep_nodes=True)
+    line = folder_flags(
+        unlabeled=folder_root / "images" / "unlabeled", cl_on=cl_on, keep_nodes=True
+    )
     done = run(line, io).ok()
     assert "train_000101.jpg" in done.err and "Traceback" not in done.err
     (labels,) = (tmp_path / "store").glob("*/labels-")
@@ -1289,7 +1779,10 @@ def test_broken_unlabeled_image_is_skipped_with_a_warning(folder_root, folder_fl
 def test_no_unlabeled_image_can_be_read(folder_root, folder_flags, io):
     for path in (folder_root / "images" / "unlabeled").iterdir():
         path.write_bytes(b"no picture")
-    assert "can be read" in run(folder_flags(unlabeled=folder_root / "images" / "unlabeled"), io).error()
+    assert (
+        "can be read"
+        in run(folder_flags(unlabeled=folder_root / "images" / "unlabeled"), io).error()
+    )
 
 
 def test_no_unlabeled_image_left(folder_root, folder_flags, io):
@@ -1323,7 +1816,9 @@ def test_broken_label_is_named(folder_root, folder_flags, io, part):
     value = whole.copy()
     value.putpixel((5, 6), 77)
     small = whole.crop((0, 0, 40, 30))
-    for broken in {"labeled": (value, whole.convert("RGB")), "dev": (value,), "val": (small,)}[part]:
+    for broken in {"labeled": (value, whole.convert("RGB")), "dev": (value,), "val": (small,)}[
+        part
+    ]:
         broken.save(label)
         assert label.name in run(line, io).error()
     label.write_bytes(b"no picture")

@@ -52,18 +52,30 @@ def pictures(seed: int, count: int = 4, size: int = SIZE, padding: int = 0) -> B
     """A prepared batch: normalised images, labels with some ignored pixels, the last `padding`
     columns outside."""
     g = torch.Generator().manual_seed(seed)
-    images = torch.randn(count, 3, size, size, generator=g) + 2 * torch.randn(count, 3, 1, 1, generator=g)
+    images = torch.randn(count, 3, size, size, generator=g) + 2 * torch.randn(
+        count, 3, 1, 1, generator=g
+    )
     label = torch.randint(0, CLASSES, (count, size, size), generator=g)
     label[torch.rand(label.shape, generator=g) < 0.1] = IGNORE
     valid = torch.ones(count, size, size, dtype=torch.bool)
     if padding:
         valid[..., -padding:] = False
-    return Batch(images * valid[:, None], valid, label.masked_fill(~valid, IGNORE), torch.zeros(count))
+    return Batch(
+        images * valid[:, None], valid, label.masked_fill(~valid, IGNORE), torch.zeros(count)
+    )
 
 
 def settings(recipe: str = "paper", **flags) -> Args:
     """The paper's method on a network of a few thousand weights."""
-    small = dict(weights="none", width=8, batch_size=4, steps=100, cutmix=0, cutmix_labeled=0, warmup_epochs=1)
+    small = dict(
+        weights="none",
+        width=8,
+        batch_size=4,
+        steps=100,
+        cutmix=0,
+        cutmix_labeled=0,
+        warmup_epochs=1,
+    )
     return gta_seg.preset("shapes", recipe, **small | flags)
 
 
@@ -106,8 +118,12 @@ def parameter_storages(net: nn.Module) -> set[int]:
 
 
 def momenta(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [optimizer.state[p]["momentum_buffer"].clone() for g in optimizer.param_groups for p in g["params"]
-            if "momentum_buffer" in optimizer.state[p]]
+    return [
+        optimizer.state[p]["momentum_buffer"].clone()
+        for g in optimizer.param_groups
+        for p in g["params"]
+        if "momentum_buffer" in optimizer.state[p]
+    ]
 
 
 # ------------------------------------------------------------------------------ Eqs. 1, 2, Sec. 4.2
@@ -152,7 +168,9 @@ def test_threshold_is_numpys_percentile_rule(drop):
         assert n - kept.sum().item() == math.floor(drop * (n - 1) + 1e-9) + 1
 
 
-@pytest.mark.parametrize("values_", [None, [0.3, 0.5, 0.9], [0.4, 1.0]], ids=["random", "ties", "saturated ties"])
+@pytest.mark.parametrize(
+    "values_", [None, [0.3, 0.5, 0.9], [0.4, 1.0]], ids=["random", "ties", "saturated ties"]
+)
 def test_threshold_leaves_padding_out_and_handles_ties(values_):
     for seed in range(30):
         g = torch.Generator().manual_seed(seed)
@@ -160,7 +178,9 @@ def test_threshold_leaves_padding_out_and_handles_ties(values_):
         if values_:
             conf = torch.tensor(values_)[(conf * len(values_)).long()]
         valid = torch.rand(conf.shape, generator=g) < 0.6
-        conf = torch.where(valid, conf, torch.where(torch.rand(conf.shape, generator=g) < 0.5, 0.01, 1.0))
+        conf = torch.where(
+            valid, conf, torch.where(torch.rand(conf.shape, generator=g) < 0.5, 0.01, 1.0)
+        )
         kept = valid & (conf > gta_seg.drop_threshold(conf, valid, 0.2))
         assert (kept.numpy() == kept_by_numpy(conf, valid, 0.2)).all()
 
@@ -168,7 +188,9 @@ def test_threshold_leaves_padding_out_and_handles_ties(values_):
 def test_threshold_without_drop_or_without_valid_pixels():
     conf, every = torch.rand(2, 3, 4), torch.ones(2, 3, 4, dtype=torch.bool)
     conf[0, 0, 0] = 0
-    assert (conf > gta_seg.drop_threshold(conf, every, 0)).all(), "drop 0 keeps every pixel, even one of confidence 0"
+    assert (conf > gta_seg.drop_threshold(conf, every, 0)).all(), (
+        "drop 0 keeps every pixel, even one of confidence 0"
+    )
     gamma = gta_seg.drop_threshold(conf, ~every, 0.2)
     assert torch.isfinite(gamma) and not (~every & (conf > gamma)).any()
 
@@ -240,12 +262,21 @@ def test_supervised_loss_is_equation_10_over_the_labeled():
     label = torch.randint(0, 4, (2, 5, 6))
     label[torch.rand(label.shape) < 0.3] = IGNORE
     p = probabilities(logits)
-    costs = [-math.log(p[b, label[b, y, x], y, x]) for b, y, x in np.ndindex(2, 5, 6) if label[b, y, x] != IGNORE]
-    assert gta_seg.supervised_loss(logits, label).item() == pytest.approx(sum(costs) / len(costs), rel=1e-5)
+    costs = [
+        -math.log(p[b, label[b, y, x], y, x])
+        for b, y, x in np.ndindex(2, 5, 6)
+        if label[b, y, x] != IGNORE
+    ]
+    assert gta_seg.supervised_loss(logits, label).item() == pytest.approx(
+        sum(costs) / len(costs), rel=1e-5
+    )
 
 
-@pytest.mark.parametrize("loss_of", [lambda z, y: gta_seg.unsupervised_loss(z, y, torch.zeros(y.shape)),
-                                     gta_seg.supervised_loss], ids=["Eq. 7", "Eq. 10"])
+@pytest.mark.parametrize(
+    "loss_of",
+    [lambda z, y: gta_seg.unsupervised_loss(z, y, torch.zeros(y.shape)), gta_seg.supervised_loss],
+    ids=["Eq. 7", "Eq. 10"],
+)
 def test_losses_of_nothing_are_zero_with_zero_gradient(loss_of):
     logits = torch.randn(2, 4, 5, 6, requires_grad=True)
     loss = loss_of(logits, torch.full((2, 5, 6), IGNORE))
@@ -259,7 +290,9 @@ def test_losses_of_nothing_are_zero_with_zero_gradient(loss_of):
 def test_ema_decay_ramps_from_a_plain_mean_to_alpha():
     for alpha in (0.0, 0.5, 0.99, 1.0):
         for n in range(300):
-            assert gta_seg.ema_decay(n, alpha) == pytest.approx(min(1 - 1 / (n + 1), alpha), abs=1e-12)
+            assert gta_seg.ema_decay(n, alpha) == pytest.approx(
+                min(1 - 1 / (n + 1), alpha), abs=1e-12
+            )
 
 
 def norm_net(seed: int) -> nn.Module:
@@ -290,7 +323,10 @@ def test_ema_update_is_equations_5_9_12(buffers, frozen):
         for name, tensor in target.state_dict().items():
             assert np.allclose(tensor.numpy(), want[name], atol=1e-6), (n, name)
         if n == 0:
-            assert all(torch.equal(p, q) for p, q in zip(target.parameters(), source.parameters(), strict=True))
+            assert all(
+                torch.equal(p, q)
+                for p, q in zip(target.parameters(), source.parameters(), strict=True)
+            )
     assert [t.data_ptr() for t in target.state_dict().values()] == places, "not in place"
     assert buffers or torch.equal(target[1].running_mean, first["1.running_mean"])
     for p in target.parameters():
@@ -330,15 +366,24 @@ def test_loss_on_both_is_equation_3(aux):
         return net(images)
 
     (z_l, a_l), (z_u, _) = net(labeled.images), net(pseudo.images)
-    want_l = flat_loss(up(z_l, SIZE), labeled.label) + (aux * flat_loss(up(a_l, SIZE), labeled.label) if aux else 0)
+    want_l = flat_loss(up(z_l, SIZE), labeled.label) + (
+        aux * flat_loss(up(a_l, SIZE), labeled.label) if aux else 0
+    )
     want_u = 0.7 * flat_loss(up(z_u, SIZE), pseudo.label, pseudo.weight)
-    for data, want, passes in (("labeled", want_l, [4]), ("pseudo", want_u, [4]), ("both", want_l + want_u, [8])):
+    for data, want, passes in (
+        ("labeled", want_l, [4]),
+        ("pseudo", want_u, [4]),
+        ("both", want_l + want_u, [8]),
+    ):
         calls.clear()
         got = gta_seg.loss_on(data, forward, labeled, pseudo, args, WORLD)
         assert got.item() == pytest.approx(want.item(), rel=1e-5), data
         assert calls == passes, "one forward pass"
-        for a, b in zip(torch.autograd.grad(got, net.features.parameters(), retain_graph=True),
-                        torch.autograd.grad(want, net.features.parameters(), retain_graph=True), strict=True):
+        for a, b in zip(
+            torch.autograd.grad(got, net.features.parameters(), retain_graph=True),
+            torch.autograd.grad(want, net.features.parameters(), retain_graph=True),
+            strict=True,
+        ):
             assert torch.allclose(a, b, atol=1e-5), data
 
 
@@ -348,14 +393,18 @@ def test_joint_passes_learn_each_from_its_own_half():
     labeled.images.mul_(2).add_(1)  # other statistics than the unlabeled ones
     net.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
     z = up(net(torch.cat([labeled.images, pseudo.images]))[0], SIZE)
-    for data, want in (("labeled", flat_loss(z[:4], labeled.label)),
-                       ("pseudo", flat_loss(z[4:], pseudo.label, pseudo.weight))):
+    for data, want in (
+        ("labeled", flat_loss(z[:4], labeled.label)),
+        ("pseudo", flat_loss(z[4:], pseudo.label, pseudo.weight)),
+    ):
         seen.clear()
         got = gta_seg.loss_on(data, net, labeled, pseudo, args, WORLD)
         assert len(seen) == 1 and torch.equal(seen[0], torch.cat([labeled.images, pseudo.images]))
         assert got.item() == pytest.approx(want.item(), rel=1e-4)
         separate = gta_seg.loss_on(data, net, labeled, pseudo, settings(), WORLD)
-        assert separate.item() != pytest.approx(want.item(), rel=1e-4), "BatchNorm does not see the other batch"
+        assert separate.item() != pytest.approx(want.item(), rel=1e-4), (
+            "BatchNorm does not see the other batch"
+        )
 
 
 # ----------------------------------------------------------------------------- OHEM, upsample, poly
@@ -396,8 +445,15 @@ def test_cityscapes_loss_keeps_100000_pixels_or_those_below_the_threshold():
     main, aux = 8 * small + torch.randn(2, 3, 64, 64), torch.randn(2, 3, 64, 64)
 
     def ohem(logits: Tensor) -> float:
-        p = F.interpolate(logits, size=(256, 256), mode="bilinear", align_corners=True).double().softmax(1).numpy()
-        truth = np.take_along_axis(p, label.clamp(max=2).numpy()[:, None], 1)[:, 0][label.numpy() != IGNORE]
+        p = (
+            F.interpolate(logits, size=(256, 256), mode="bilinear", align_corners=True)
+            .double()
+            .softmax(1)
+            .numpy()
+        )
+        truth = np.take_along_axis(p, label.clamp(max=2).numpy()[:, None], 1)[:, 0][
+            label.numpy() != IGNORE
+        ]
         kept = truth[truth <= max(0.7, np.sort(truth)[100000 - 1])]
         return -np.log(kept).mean(), len(kept), len(truth)
 
@@ -438,23 +494,60 @@ def test_decoder_learns_ten_times_faster_at_every_step():
             speed = 0.001 if name.startswith("features.backbone.") else 0.01
             assert rates[p] == pytest.approx(speed * (1 - step / 10) ** 0.9), name
     assert len(rates) == len(list(net.parameters())), "each parameter once"
-    assert all(g["momentum"] == 0.9 and g["weight_decay"] == 1e-4 and not g["nesterov"] and not g["dampening"]
-               for g in optimizer.param_groups), "weight decay on everything, BatchNorm and biases too"
+    assert all(
+        g["momentum"] == 0.9
+        and g["weight_decay"] == 1e-4
+        and not g["nesterov"]
+        and not g["dampening"]
+        for g in optimizer.param_groups
+    ), "weight decay on everything, BatchNorm and biases too"
     gta_seg.set_lr(None, 0.5)
 
 
 def test_presets_have_the_settings_of_section_4_2():
-    voc, city, released = gta_seg.preset("voc"), gta_seg.preset("cityscapes"), gta_seg.preset("voc", "released")
-    assert (voc.lr, voc.decoder_lr, voc.weight_decay, voc.crop_size, voc.epochs) == (0.001, 10, 1e-4, 513, 80)
-    assert (city.lr, city.decoder_lr, city.weight_decay, city.crop_size, city.epochs) == (0.01, 1, 5e-4, 769, 200)
+    voc, city, released = (
+        gta_seg.preset("voc"),
+        gta_seg.preset("cityscapes"),
+        gta_seg.preset("voc", "released"),
+    )
+    assert (voc.lr, voc.decoder_lr, voc.weight_decay, voc.crop_size, voc.epochs) == (
+        0.001,
+        10,
+        1e-4,
+        513,
+        80,
+    )
+    assert (city.lr, city.decoder_lr, city.weight_decay, city.crop_size, city.epochs) == (
+        0.01,
+        1,
+        5e-4,
+        769,
+        200,
+    )
     assert (city.aux, city.ohem, city.window, voc.aux, voc.ohem) == (0.4, 0.7, 769, 0, 0)
     for a in (voc, city):
-        assert (a.mu, a.tau, a.alpha_gta, a.alpha_teacher, a.drop, a.warmup_epochs) == (1, 1, 0.99, 0.99, 0.2, 1)
-        assert (a.gta_data, a.student_data, a.transfer, a.reweight, a.threshold) == ("pseudo", "labeled", "features",
-                                                                                     "laplace", 0)
+        assert (a.mu, a.tau, a.alpha_gta, a.alpha_teacher, a.drop, a.warmup_epochs) == (
+            1,
+            1,
+            0.99,
+            0.99,
+            0.2,
+            1,
+        )
+        assert (a.gta_data, a.student_data, a.transfer, a.reweight, a.threshold) == (
+            "pseudo",
+            "labeled",
+            "features",
+            "laplace",
+            0,
+        )
         assert not a.joint_bn and not a.share_predictor and a.gta_lr == "poly" and a.cutmix == 0.5
-    assert (released.alpha_gta, released.alpha_teacher, released.gta_lr, released.batch_size) == (0.999, 0.999,
-                                                                                                  "constant", 12)
+    assert (released.alpha_gta, released.alpha_teacher, released.gta_lr, released.batch_size) == (
+        0.999,
+        0.999,
+        "constant",
+        12,
+    )
 
 
 # ------------------------------------------------------------------------------------------- CutMix
@@ -469,7 +562,9 @@ def test_boxes_have_half_the_area_and_lie_inside(size):
     for top, bottom, left, right in boxes.tolist():
         assert 0 <= top < bottom <= height and 0 <= left < right <= width
         h, w = bottom - top, right - left
-        assert abs(h * w - height * width / 2) <= max(w, height) / 2, "half the image, up to rounding the height"
+        assert abs(h * w - height * width / 2) <= max(w, height) / 2, (
+            "half the image, up to rounding the height"
+        )
         assert width // 2 <= w <= width - 1
         widths.add(w)
         for side, touched in enumerate((top == 0, bottom == height, left == 0, right == width)):
@@ -495,7 +590,9 @@ def test_cutmix_pastes_unmixed_originals_alike_into_every_map():
             top, bottom, left, right = boxes[i].tolist()
             source = partner[i] if top <= y < bottom and left <= x < right else i
             assert torch.equal(after[i, ..., y, x], before[source, ..., y, x])
-    assert all(torch.equal(a, b) for a, b in zip(given, maps, strict=True)), "the originals were changed"
+    assert all(torch.equal(a, b) for a, b in zip(given, maps, strict=True)), (
+        "the originals were changed"
+    )
 
 
 def provenance(count: int, size: int = 24) -> tuple[Tensor, Tensor]:
@@ -529,23 +626,34 @@ def test_mix_pairs_each_image_with_another_and_one_coin_rules_the_step():
 
 
 def test_mix_depends_on_seed_step_and_sample_alone():
-    def mixed(step: int, world: World, seed: int = 0, name: str = "unlabeled", maps=None, probability=0.5) -> Tensor:
-        return gta_seg.mix(probability, name, settings(seed=seed), step, world, *(maps or provenance(4)))[1]
+    def mixed(
+        step: int, world: World, seed: int = 0, name: str = "unlabeled", maps=None, probability=0.5
+    ) -> Tensor:
+        return gta_seg.mix(
+            probability, name, settings(seed=seed), step, world, *(maps or provenance(4))
+        )[1]
 
     def part(rank: int) -> list[Tensor]:
-        return [m[2 * rank:2 * rank + 2] for m in provenance(4)]
+        return [m[2 * rank : 2 * rank + 2] for m in provenance(4)]
 
     for step in range(12):
         alone = mixed(step, WORLD)
         torch.manual_seed(step)
         np.random.seed(step)
-        assert torch.equal(alone, mixed(step, WORLD)), "the same again, whatever other random numbers were drawn"
+        assert torch.equal(alone, mixed(step, WORLD)), (
+            "the same again, whatever other random numbers were drawn"
+        )
         two = torch.cat([mixed(step, World(rank, 2), maps=part(rank)) for rank in range(2)])
         assert torch.equal(alone, two), "the same on two processes"
     for other in ({"seed": 1}, {"name": "labeled"}):
-        assert any((mixed(t, WORLD) == provenance(4)[1]).all() != (mixed(t, WORLD, **other) == provenance(4)[1]).all()
-                   for t in range(12)), "another coin"
-        assert (mixed(0, WORLD, probability=1) != mixed(0, WORLD, probability=1, **other)).any(), "other boxes"
+        assert any(
+            (mixed(t, WORLD) == provenance(4)[1]).all()
+            != (mixed(t, WORLD, **other) == provenance(4)[1]).all()
+            for t in range(12)
+        ), "another coin"
+        assert (mixed(0, WORLD, probability=1) != mixed(0, WORLD, probability=1, **other)).any(), (
+            "other boxes"
+        )
 
 
 def test_mix_of_the_released_recipe_takes_the_next_image():
@@ -556,9 +664,12 @@ def test_mix_of_the_released_recipe_takes_the_next_image():
 
 def test_prepare_normalises_pads_with_the_mean_and_mixes_labels_too():
     g = torch.Generator().manual_seed(0)
-    raw = Batch(torch.randint(0, 256, (4, 3, 8, 8), generator=g, dtype=torch.uint8),
-                torch.ones(4, 8, 8, dtype=torch.bool),
-                torch.randint(0, 4, (4, 8, 8), generator=g, dtype=torch.uint8), torch.zeros(4))
+    raw = Batch(
+        torch.randint(0, 256, (4, 3, 8, 8), generator=g, dtype=torch.uint8),
+        torch.ones(4, 8, 8, dtype=torch.bool),
+        torch.randint(0, 4, (4, 8, 8), generator=g, dtype=torch.uint8),
+        torch.zeros(4),
+    )
     raw.valid[..., 6:] = False
     raw.label[..., 6:] = IGNORE
     got = gta_seg.prepare(raw, settings(), WORLD, 0)
@@ -569,7 +680,9 @@ def test_prepare_normalises_pads_with_the_mean_and_mixes_labels_too():
     assert got.label.dtype == torch.int64 and torch.equal(got.label, raw.label.long())
     mixed = gta_seg.prepare(raw, settings(), WORLD, 0, 1.0)
     for i, y, x in np.ndindex(4, 8, 8):
-        sources = [j for j in (i, i ^ 1) if torch.equal(mixed.images[i, :, y, x], got.images[j, :, y, x])]
+        sources = [
+            j for j in (i, i ^ 1) if torch.equal(mixed.images[i, :, y, x], got.images[j, :, y, x])
+        ]
         assert any(mixed.label[i, y, x] == got.label[j, y, x] for j in sources)
     assert (mixed.images != got.images).flatten(1).any(1).all()
 
@@ -589,11 +702,17 @@ class Colours(nn.Module):
         return self.gain * images[:, :, ::4, ::4], None
 
 
-def expected_pseudo(origin: np.ndarray, unlabeled: Batch, args: Args) -> tuple[np.ndarray, np.ndarray]:
+def expected_pseudo(
+    origin: np.ndarray, unlabeled: Batch, args: Args
+) -> tuple[np.ndarray, np.ndarray]:
     """Pseudo labels and weights of mixed images, where `origin` (B, H, W) says which image shows at
     a pixel."""
     p = probabilities(up(unlabeled.images[:, :, ::4, ::4], SIZE))
-    conf, best, inside = np.zeros(origin.shape), np.zeros(origin.shape, int), np.zeros(origin.shape, bool)
+    conf, best, inside = (
+        np.zeros(origin.shape),
+        np.zeros(origin.shape, int),
+        np.zeros(origin.shape, bool),
+    )
     for i, y, x in np.ndindex(origin.shape):
         source = origin[i, y, x]
         conf[i, y, x], best[i, y, x] = p[source, :, y, x].max(), p[source, :, y, x].argmax()
@@ -614,8 +733,15 @@ def noise() -> Batch:
     return batch
 
 
-FLAGS = [{}, {"cutmix": 1.0}, {"tau": 0.0}, {"reweight": "none"}, {"tau": 0.3, "cutmix": 1.0},
-         {"threshold": 0.6}, {"drop": 0.5, "cutmix": 1.0}]
+FLAGS = [
+    {},
+    {"cutmix": 1.0},
+    {"tau": 0.0},
+    {"reweight": "none"},
+    {"tau": 0.3, "cutmix": 1.0},
+    {"threshold": 0.6},
+    {"drop": 0.5, "cutmix": 1.0},
+]
 
 
 @pytest.mark.parametrize("flags", FLAGS, ids=str)
@@ -624,7 +750,10 @@ def test_teach_labels_clean_images_and_mixes_everything_alike(flags):
     given = [t.clone() for t in unlabeled]
     pseudo = gta_seg.teach(Colours().eval(), unlabeled, args, 3, WORLD)
     if args.cutmix:
-        own, foreign = ((pseudo.images == unlabeled.images[order]).all(1) for order in ([0, 1, 2, 3], [1, 0, 3, 2]))
+        own, foreign = (
+            (pseudo.images == unlabeled.images[order]).all(1)
+            for order in ([0, 1, 2, 3], [1, 0, 3, 2])
+        )
         assert (own ^ foreign).all() and foreign.flatten(1).any(1).all()
         origin = np.array([np.where(foreign[i], i ^ 1, i) for i in range(4)])
     else:
@@ -633,7 +762,9 @@ def test_teach_labels_clean_images_and_mixes_everything_alike(flags):
     label, weight = expected_pseudo(origin, unlabeled, args)
     assert (pseudo.label.numpy() == label).all()
     assert np.allclose(pseudo.weight.numpy(), weight, atol=1e-4)
-    assert not pseudo.weight.requires_grad and all(torch.equal(a, b) for a, b in zip(given, unlabeled, strict=True))
+    assert not pseudo.weight.requires_grad and all(
+        torch.equal(a, b) for a, b in zip(given, unlabeled, strict=True)
+    )
     assert all(torch.isfinite(torch.as_tensor(value)).all() for value in pseudo.log.values())
 
 
@@ -641,10 +772,13 @@ def test_teach_runs_the_teacher_as_it_is_for_validation():
     args = settings(cutmix=1.0)
     s, seen = tiny(args), []
     s.teacher.register_forward_pre_hook(
-        lambda net, given: seen.append((net.training, torch.is_grad_enabled(), given[0].clone())))
+        lambda net, given: seen.append((net.training, torch.is_grad_enabled(), given[0].clone()))
+    )
     before, unlabeled = values(s.teacher), pictures(3)
     gta_seg.teach(s.teacher, unlabeled, args, 0, WORLD)
-    assert len(seen) == 1 and seen[0][:2] == (False, False), "one pass in eval mode, without a graph"
+    assert len(seen) == 1 and seen[0][:2] == (False, False), (
+        "one pass in eval mode, without a graph"
+    )
     assert torch.equal(seen[0][2], unlabeled.images), "on clean images"
     assert same(before, values(s.teacher)), "the teacher's statistics moved"
 
@@ -676,15 +810,19 @@ class Thread(World):
 def in_two(run) -> list:
     table, meeting = [None, None], threading.Barrier(2, timeout=20)
     with ThreadPoolExecutor(2) as pool:
-        jobs = [pool.submit(run, Thread(rank, 2, table=table, meeting=meeting)) for rank in range(2)]
+        jobs = [
+            pool.submit(run, Thread(rank, 2, table=table, meeting=meeting)) for rank in range(2)
+        ]
         errors = [job.exception() for job in jobs]
-        for error in sorted((e for e in errors if e), key=lambda e: isinstance(e, threading.BrokenBarrierError)):
+        for error in sorted(
+            (e for e in errors if e), key=lambda e: isinstance(e, threading.BrokenBarrierError)
+        ):
             raise error
         return [job.result() for job in jobs]
 
 
 def half(batch: tuple, rank: int) -> tuple:
-    return type(batch)(*(t[2 * rank:2 * rank + 2] if isinstance(t, Tensor) else t for t in batch))
+    return type(batch)(*(t[2 * rank : 2 * rank + 2] if isinstance(t, Tensor) else t for t in batch))
 
 
 @pytest.mark.parametrize("flags", FLAGS, ids=str)
@@ -692,7 +830,9 @@ def test_threshold_and_weights_belong_to_the_global_batch(flags):
     args, unlabeled = settings(**flags), noise()
     unlabeled.images[2:] *= 0.3  # the second process is far less sure
     alone = gta_seg.teach(Colours(), unlabeled, args, 3, WORLD)
-    parts = in_two(lambda world: gta_seg.teach(Colours(), half(unlabeled, world.rank), args, 3, world))
+    parts = in_two(
+        lambda world: gta_seg.teach(Colours(), half(unlabeled, world.rank), args, 3, world)
+    )
     assert torch.equal(alone.images, torch.cat([p.images for p in parts]))
     assert torch.equal(alone.label, torch.cat([p.label for p in parts]))
     assert torch.allclose(alone.weight, torch.cat([p.weight for p in parts]), atol=1e-5)
@@ -703,8 +843,15 @@ def test_hard_pixels_are_those_of_the_global_batch():
     logits[2:] *= 0.1  # the second process has the hard ones
     label[0, :4] = IGNORE
     for min_kept in (10, 50, 200):
-        parts = in_two(lambda world, k=min_kept: gta_seg.hard_pixels(
-            logits[2 * world.rank:2 * world.rank + 2], label[2 * world.rank:2 * world.rank + 2], 0.1, k, world.gather))
+        parts = in_two(
+            lambda world, k=min_kept: gta_seg.hard_pixels(
+                logits[2 * world.rank : 2 * world.rank + 2],
+                label[2 * world.rank : 2 * world.rank + 2],
+                0.1,
+                k,
+                world.gather,
+            )
+        )
         assert (torch.cat(parts).numpy() == hard_by_loop(logits, label, 0.1, min_kept)).all()
 
 
@@ -741,7 +888,9 @@ class Descent:
 
     def __call__(self, loss: Tensor) -> None:
         names, parameters = zip(*self.net.named_parameters(), strict=True)
-        for name, p, slope in zip(names, parameters, torch.autograd.grad(loss, parameters), strict=True):
+        for name, p, slope in zip(
+            names, parameters, torch.autograd.grad(loss, parameters), strict=True
+        ):
             slope = slope + self.args.weight_decay * p.detach()
             self.speed[name] = 0.9 * self.speed[name] + slope if name in self.speed else slope
             factor = 1 if name.startswith("features.backbone.") else self.args.decoder_lr
@@ -753,14 +902,23 @@ class Reference:
 
     def __init__(self, s: State, args: Args):
         self.args, self.n = args, 0
-        self.student, self.teacher, self.gta = (n and copy.deepcopy(n) for n in (s.student, s.teacher, s.gta))
+        self.student, self.teacher, self.gta = (
+            n and copy.deepcopy(n) for n in (s.student, s.teacher, s.gta)
+        )
         if args.share_predictor:
-            for p, q in zip(self.gta.predictor.parameters(), self.student.predictor.parameters(), strict=True):
+            for p, q in zip(
+                self.gta.predictor.parameters(), self.student.predictor.parameters(), strict=True
+            ):
                 p.data = q.data
-        self.learn_student, self.learn_gta = Descent(self.student, args), Descent(self.gta, args) if self.gta else None
+        self.learn_student, self.learn_gta = (
+            Descent(self.student, args),
+            Descent(self.gta, args) if self.gta else None,
+        )
         # of the warm-up step
-        self.learn_student.speed = {name: s.opt_student.state[p]["momentum_buffer"].clone()
-                                    for name, p in s.student.named_parameters()}
+        self.learn_student.speed = {
+            name: s.opt_student.state[p]["momentum_buffer"].clone()
+            for name, p in s.student.named_parameters()
+        }
 
     def logits(self, net: nn.Module, images: Tensor) -> Tensor:
         return up(net(images)[0], SIZE)
@@ -770,13 +928,27 @@ class Reference:
         with torch.no_grad():
             p = self.logits(self.teacher.eval(), unlabeled.images).softmax(1).numpy()
         conf, label, valid = p.max(1), p.argmax(1), unlabeled.valid.numpy()
-        keep = valid & (conf > (args.threshold or np.percentile(conf[valid].astype(float), 100 * args.drop)))
+        keep = valid & (
+            conf > (args.threshold or np.percentile(conf[valid].astype(float), 100 * args.drop))
+        )
         raw = (conf + args.tau if args.reweight == "laplace" else np.ones_like(conf)) * keep
-        return torch.from_numpy(np.where(keep, label, IGNORE)), torch.from_numpy(raw / raw.sum() * keep.sum()).float()
+        return torch.from_numpy(np.where(keep, label, IGNORE)), torch.from_numpy(
+            raw / raw.sum() * keep.sum()
+        ).float()
 
-    def loss(self, net: nn.Module, data: str, labeled: Batch, unlabeled: Batch, label: Tensor, weight: Tensor):
+    def loss(
+        self,
+        net: nn.Module,
+        data: str,
+        labeled: Batch,
+        unlabeled: Batch,
+        label: Tensor,
+        weight: Tensor,
+    ):
         if data == "both" or self.args.joint_bn:
-            z_l, z_u = self.logits(net, torch.cat([labeled.images, unlabeled.images])).split(len(labeled.images))
+            z_l, z_u = self.logits(net, torch.cat([labeled.images, unlabeled.images])).split(
+                len(labeled.images)
+            )
         else:
             z_l = z_u = self.logits(net, labeled.images if data == "labeled" else unlabeled.images)
         total = 0
@@ -790,15 +962,24 @@ class Reference:
         args, batches = self.args, (labeled, unlabeled, *self.pseudo(unlabeled))  # Eqs. 1, 2, 6
         if self.gta is not None:
             self.learn_gta(self.loss(self.gta, args.gta_data, *batches))  # Eqs. 7, 8
-            d, mine = min(1 - 1 / (self.n + 1), args.alpha_gta), dict(self.student.named_parameters())
+            d, mine = (
+                min(1 - 1 / (self.n + 1), args.alpha_gta),
+                dict(self.student.named_parameters()),
+            )
             for name, p in self.gta.named_parameters():  # Eq. 9
-                if args.transfer == "all" or (args.transfer == "features" and name.startswith("features.")):
+                if args.transfer == "all" or (
+                    args.transfer == "features" and name.startswith("features.")
+                ):
                     mine[name].data.copy_(d * mine[name].data + (1 - d) * p.data)
         # 10, 11
-        self.learn_student(self.loss(self.student, args.student_data if self.gta else "both", *batches))
+        self.learn_student(
+            self.loss(self.student, args.student_data if self.gta else "both", *batches)
+        )
         d, theirs = min(1 - 1 / (self.n + 1), args.alpha_teacher), self.student.state_dict()
         for name, tensor in self.teacher.state_dict().items():  # Eq. 12
-            tensor.copy_(d * tensor + (1 - d) * theirs[name] if tensor.is_floating_point() else theirs[name])
+            tensor.copy_(
+                d * tensor + (1 - d) * theirs[name] if tensor.is_floating_point() else theirs[name]
+            )
         self.n += 1
 
     def compare(self, s: State, where: object) -> None:
@@ -807,20 +988,45 @@ class Reference:
         for name, net in s.networks().items():
             mine = getattr(self, name).state_dict()
             for key, tensor in net.state_dict().items():
-                assert torch.allclose(tensor.float(), mine[key].float(), rtol=1e-3, atol=2e-5), (where, name, key)
+                assert torch.allclose(tensor.float(), mine[key].float(), rtol=1e-3, atol=2e-5), (
+                    where,
+                    name,
+                    key,
+                )
             getattr(self, name).load_state_dict(net.state_dict())
         for learn, optimizer in ((self.learn_student, s.opt_student), (self.learn_gta, s.opt_gta)):
-            for name, p in (s.student if learn is self.learn_student else s.gta).named_parameters() if learn else ():
+            for name, p in (
+                (s.student if learn is self.learn_student else s.gta).named_parameters()
+                if learn
+                else ()
+            ):
                 theirs = optimizer.state[p]["momentum_buffer"]
-                assert torch.allclose(learn.speed[name], theirs, rtol=1e-2, atol=1e-3), (where, "momentum", name)
+                assert torch.allclose(learn.speed[name], theirs, rtol=1e-2, atol=1e-3), (
+                    where,
+                    "momentum",
+                    name,
+                )
                 learn.speed[name] = theirs.clone()
 
 
-@pytest.mark.parametrize("flags", [
-    {}, {"mu": 0.5, "tau": 0.3, "drop": 0.5}, {"joint_bn": True}, {"share_predictor": True}, {"transfer": "all"},
-    {"transfer": "none"}, {"gta_data": "labeled", "student_data": "pseudo"}, {"gta_data": "both"},
-    {"student_data": "both", "mu": 2.0}, {"reweight": "none", "threshold": 0.3}, {"method": "mt"},
-    {"alpha_gta": 1.0, "alpha_teacher": 0.0}], ids=str)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"mu": 0.5, "tau": 0.3, "drop": 0.5},
+        {"joint_bn": True},
+        {"share_predictor": True},
+        {"transfer": "all"},
+        {"transfer": "none"},
+        {"gta_data": "labeled", "student_data": "pseudo"},
+        {"gta_data": "both"},
+        {"student_data": "both", "mu": 2.0},
+        {"reweight": "none", "threshold": 0.3},
+        {"method": "mt"},
+        {"alpha_gta": 1.0, "alpha_teacher": 0.0},
+    ],
+    ids=str,
+)
 def test_three_steps_are_algorithm_1(flags):
     args = settings(**dict(alpha_gta=0.3, alpha_teacher=0.6) | flags)
     s = tiny(args)
@@ -840,7 +1046,13 @@ def test_labels_of_unlabeled_images_teach_nothing():
     ends = []
     for shift in (0, 1):
         s, unlabeled = tiny(args), pictures(2)
-        gta_seg.train_step(s, pictures(1), unlabeled._replace(label=(unlabeled.label + shift) % CLASSES), args, WORLD)
+        gta_seg.train_step(
+            s,
+            pictures(1),
+            unlabeled._replace(label=(unlabeled.label + shift) % CLASSES),
+            args,
+            WORLD,
+        )
         ends.append([values(net) for net in s.networks().values()])
     assert all(same(a, b) for a, b in zip(*ends, strict=True))
 
@@ -853,7 +1065,10 @@ class Record:
 
     def __init__(self, monkeypatch, s: State):
         self.s, self.events = s, []
-        self.gradients, self.moving = {"student": set(), "gta": set()}, {"student": set(), "gta": set()}
+        self.gradients, self.moving = (
+            {"student": set(), "gta": set()},
+            {"student": set(), "gta": set()},
+        )
         for name in ("update", "ema_update", "ema_rebind"):
             monkeypatch.setattr(gta_seg, name, self.wrap(name, getattr(gta_seg, name)))
 
@@ -865,8 +1080,12 @@ class Record:
         raise AssertionError("neither network nor part of one")
 
     def state(self) -> dict:
-        return {"networks": {name: values(net) for name, net in self.s.networks().items()},
-                "momenta": {name: momenta(getattr(self.s, f"opt_{name}")) for name in ("student", "gta")}}
+        return {
+            "networks": {name: values(net) for name, net in self.s.networks().items()},
+            "momenta": {
+                name: momenta(getattr(self.s, f"opt_{name}")) for name in ("student", "gta")
+            },
+        }
 
     def wrap(self, kind: str, call):
         def wrapped(*given, **flags):
@@ -884,6 +1103,7 @@ class Record:
                         self.moving[name] |= {key} if p.grad.any() else set()
             self.events.append((what, before, self.state(), given, flags))
             return result
+
         return wrapped
 
 
@@ -896,20 +1116,32 @@ def test_who_learns_from_what(monkeypatch):
         gta_seg.train_step(s, pictures(n), pictures(n + 50), args, WORLD)
         s.step += 1
         assert [event[0] for event in record.events] == [
-            "update gta", "ema student.features <- gta.features", "update student", "ema teacher <- student"]
+            "update gta",
+            "ema student.features <- gta.features",
+            "update student",
+            "ema teacher <- student",
+        ]
         assistant, transfer, student, teacher = record.events
         decays = [(event[3] + tuple(event[4].values()))[2] for event in (transfer, teacher)]
         assert decays == pytest.approx([min(1 - 1 / (n + 1), 0.3), min(1 - 1 / (n + 1), 0.6)])
         _, before, after, _, _ = assistant
         for name in ("student", "teacher"):
-            assert same(before["networks"][name], after["networks"][name]), "not the assistant alone learnt"
+            assert same(before["networks"][name], after["networks"][name]), (
+                "not the assistant alone learnt"
+            )
         assert not same(before["networks"]["gta"], after["networks"]["gta"])
         for event in (assistant, transfer):
             before, after = (state["networks"]["student"] for state in event[1:3])
             predictor = [key for key in before if key.startswith("predictor.")]
-            assert len(predictor) == 16 and all(torch.equal(before[key], after[key]) for key in predictor)
-            assert all(torch.equal(before[key], after[key]) for key, _ in s.student.named_buffers()), "statistics moved"
-            for a, b in zip(event[1]["momenta"]["student"], event[2]["momenta"]["student"], strict=True):
+            assert len(predictor) == 16 and all(
+                torch.equal(before[key], after[key]) for key in predictor
+            )
+            assert all(
+                torch.equal(before[key], after[key]) for key, _ in s.student.named_buffers()
+            ), "statistics moved"
+            for a, b in zip(
+                event[1]["momenta"]["student"], event[2]["momenta"]["student"], strict=True
+            ):
                 assert torch.equal(a, b), "the merge leaves the student's momentum alone"
         d, gta = min(1 - 1 / (n + 1), 0.3), transfer[1]["networks"]["gta"]
         for key, p in s.student.features.named_parameters(prefix="features"):
@@ -937,7 +1169,9 @@ def test_every_trainable_parameter_receives_a_gradient(monkeypatch, aux):
     for name in ("student", "gta"):
         trainable = {key for key, p in getattr(s, name).named_parameters() if p.requires_grad}
         assert trainable == record.gradients[name]
-        assert {key for key in trainable if not key.endswith("bias")} <= record.moving[name], "a dead head"
+        assert {key for key in trainable if not key.endswith("bias")} <= record.moving[name], (
+            "a dead head"
+        )
 
 
 def test_a_parameter_is_of_the_features_or_of_the_predictor():
@@ -963,15 +1197,21 @@ def test_warm_up_trains_one_network_on_labels_and_then_copies_it_by_value():
         gta_seg.warmup_step(s, labeled, args, WORLD)
         learn(flat_loss(up(student(labeled.images)[0], SIZE), labeled.label))
     for key, tensor in student.state_dict().items():
-        assert torch.allclose(tensor.float(), s.student.state_dict()[key].float(), rtol=1e-3, atol=1e-5), key
+        assert torch.allclose(
+            tensor.float(), s.student.state_dict()[key].float(), rtol=1e-3, atol=1e-5
+        ), key
     assert same(others[0], values(s.gta)) and same(others[1], values(s.teacher))
     assert not same(values(s.student), values(s.teacher))
     gta_seg.end_of_warmup(s, args)
     for net in (s.teacher, s.gta):
         assert same(values(s.student), values(net)), "parameters and buffers"
-    assert not storages(s.student) & storages(s.gta) and not storages(s.student) & storages(s.teacher)
+    assert not storages(s.student) & storages(s.gta) and not storages(s.student) & storages(
+        s.teacher
+    )
     assert not storages(s.gta) & storages(s.teacher)
-    assert not momenta(s.opt_gta) and len(momenta(s.opt_student)) == len(list(s.student.parameters()))
+    assert not momenta(s.opt_gta) and len(momenta(s.opt_student)) == len(
+        list(s.student.parameters())
+    )
     assert all(p.requires_grad for p in [*s.student.parameters(), *s.gta.parameters()])
 
 
@@ -982,8 +1222,12 @@ def test_transfer_of_everything_leaves_out_the_auxiliary_head(monkeypatch):
     gta_seg.train_step(s, pictures(1), pictures(2), args, WORLD)
     merged = [e for e in record.events if e[0].startswith("ema student")]
     before, after = merged[0][1]["networks"]["student"], merged[-1][2]["networks"]["student"]
-    moved = {key for key, _ in s.student.named_parameters() if not torch.equal(before[key], after[key])}
-    assert moved == {key for key, _ in s.student.named_parameters() if not key.startswith("predictor.aux")}
+    moved = {
+        key for key, _ in s.student.named_parameters() if not torch.equal(before[key], after[key])
+    }
+    assert moved == {
+        key for key, _ in s.student.named_parameters() if not key.startswith("predictor.aux")
+    }
 
 
 def test_unbiased_st_shares_features_and_keeps_predictors_apart(monkeypatch):
@@ -993,8 +1237,15 @@ def test_unbiased_st_shares_features_and_keeps_predictors_apart(monkeypatch):
     assert not parameter_storages(s.student.predictor) & parameter_storages(s.gta.predictor)
     record = Record(monkeypatch, s)
     gta_seg.train_step(s, pictures(1), pictures(2), args, WORLD)
-    assert [event[0] for event in record.events] == ["update gta", "update student", "ema teacher <- student"]
-    before, after = record.events[0][1]["networks"]["student"], record.events[0][2]["networks"]["student"]
+    assert [event[0] for event in record.events] == [
+        "update gta",
+        "update student",
+        "ema teacher <- student",
+    ]
+    before, after = (
+        record.events[0][1]["networks"]["student"],
+        record.events[0][2]["networks"]["student"],
+    )
     for key, _ in s.student.named_parameters():
         assert torch.equal(before[key], after[key]) is key.startswith("predictor."), key
     assert not storages(s.teacher) & (storages(s.student) | storages(s.gta))
@@ -1035,7 +1286,9 @@ def test_joint_bn_shows_both_batches_to_student_and_assistant():
     args, seen = settings(joint_bn=True), {}
     s = tiny(args)
     for name, net in s.networks().items():
-        net.register_forward_pre_hook(lambda _, given, name=name: seen.setdefault(name, []).append(given[0]))
+        net.register_forward_pre_hook(
+            lambda _, given, name=name: seen.setdefault(name, []).append(given[0])
+        )
     labeled, unlabeled = pictures(1), pictures(2)
     gta_seg.train_step(s, labeled, unlabeled, args, WORLD)
     both = torch.cat([labeled.images, unlabeled.images])
@@ -1056,8 +1309,17 @@ def restored(s: State, args: Args) -> State:
     return other
 
 
-@pytest.mark.parametrize("flags", [{}, {"share_predictor": True}, {"recipe": "released"}, {"method": "unbiased-st"},
-                                   {"aux": 0.4}], ids=str)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"share_predictor": True},
+        {"recipe": "released"},
+        {"method": "unbiased-st"},
+        {"aux": 0.4},
+    ],
+    ids=str,
+)
 def test_a_checkpoint_continues_as_if_nothing_had_happened(flags):
     args = settings(**flags)
     step_of = gta_seg.train_step_released if args.recipe == "released" else gta_seg.train_step
@@ -1069,13 +1331,17 @@ def test_a_checkpoint_continues_as_if_nothing_had_happened(flags):
             for a, b in zip(s.networks().values(), other.networks().values(), strict=True):
                 assert same(values(a), values(b))
             for a, b in ((s.opt_student, other.opt_student), (s.opt_gta, other.opt_gta)):
-                assert momenta(a) and all(torch.equal(v, w) for v, w in zip(momenta(a), momenta(b), strict=True))
+                assert momenta(a) and all(
+                    torch.equal(v, w) for v, w in zip(momenta(a), momenta(b), strict=True)
+                )
         for state in (s, other) if n >= 3 else (s,):
             step_of(state, pictures(n), pictures(n + 50), args, WORLD)
             state.step += 1
     shared = args.share_predictor or args.recipe == "released"
     for state in (s, other):
-        mine, theirs = (parameter_storages(net.predictor.classifier) for net in (state.student, state.gta))
+        mine, theirs = (
+            parameter_storages(net.predictor.classifier) for net in (state.student, state.gta)
+        )
         assert mine == theirs if shared else not mine & theirs
         mine, theirs = (parameter_storages(net.features) for net in (state.student, state.gta))
         assert mine == theirs if args.method == "unbiased-st" else not mine & theirs
@@ -1092,7 +1358,9 @@ def test_released_networks_keep_their_memory_layout():
     s.step += 1
     other = restored(s, args)
     for name, net in s.networks().items():
-        for (key, p), q in zip(net.named_parameters(), other.networks()[name].parameters(), strict=True):
+        for (key, p), q in zip(
+            net.named_parameters(), other.networks()[name].parameters(), strict=True
+        ):
             assert p.stride() == q.stride(), (name, key)
 
 
@@ -1117,16 +1385,25 @@ class ReferenceReleased(Reference):
         images = torch.cat([labeled.images, unlabeled.images])
         with torch.no_grad():
             label = self.logits(self.teacher.eval(), unlabeled.images).argmax(1)
-            conf = self.logits(self.teacher.train(), images)[half_:].softmax(1).max(1).values.numpy()
+            conf = (
+                self.logits(self.teacher.train(), images)[half_:].softmax(1).max(1).values.numpy()
+            )
         self.teacher.eval()
         keep = conf > np.percentile(conf.astype(float), 20)
         weight = (conf + 1) * keep / (((conf + 1) * keep).sum() + (~keep).sum()) * keep.sum()
-        label, weight = label.masked_fill(torch.from_numpy(~keep), IGNORE), torch.from_numpy(weight).float()
+        label, weight = (
+            label.masked_fill(torch.from_numpy(~keep), IGNORE),
+            torch.from_numpy(weight).float(),
+        )
         self.learn_gta(flat_loss(self.logits(self.gta, images)[half_:], label, weight))
-        for d, target, source, only in ((args.alpha_gta, self.student, self.gta, "features."),
-                                        (args.alpha_teacher, self.teacher, self.student, "")):
+        for d, target, source, only in (
+            (args.alpha_gta, self.student, self.gta, "features."),
+            (args.alpha_teacher, self.teacher, self.student, ""),
+        ):
             if target is self.teacher:
-                self.learn_student(flat_loss(self.logits(self.student, images)[:half_], labeled.label))
+                self.learn_student(
+                    flat_loss(self.logits(self.student, images)[:half_], labeled.label)
+                )
             d, theirs = min(1 - 1 / (self.n + 1), d), dict(source.named_parameters())
             for name, p in target.named_parameters():
                 if name.startswith(only):
@@ -1160,7 +1437,10 @@ def test_released_loop_ties_the_predictor_and_nothing_else_for_good():
     gta_seg.set_lr(s.opt_student, 0)  # the student's own optimizer stands still
     gta_seg.train_step_released(s, ignored, pictures(6), args, WORLD)
     after = values(s.student.predictor)
-    assert any(not torch.equal(before[key], after[key]) for key, _ in s.student.predictor.named_parameters())
+    assert any(
+        not torch.equal(before[key], after[key])
+        for key, _ in s.student.predictor.named_parameters()
+    )
 
 
 def test_released_warm_up_moves_the_others_statistics_only():
@@ -1195,13 +1475,21 @@ def millions(*modules: nn.Module) -> float:
 
 def test_full_network_has_the_released_ones_parameters(voc):
     f, g = voc.features, voc.predictor
-    assert [millions(m) for m in (f.backbone, f.aspp, f.head, f.low, g.classifier)] == [42.62, 15.21, 2.95, 0.07, 1.78]
+    assert [millions(m) for m in (f.backbone, f.aspp, f.head, f.low, g.classifier)] == [
+        42.62,
+        15.21,
+        2.95,
+        0.07,
+        1.78,
+    ]
     assert millions(voc) == 62.62, "without the representation head"
     assert len(list(g.parameters())) == 10 and len(list(g.buffers())) == 6 and g.aux is None
     kernels = [tuple(p.shape) for p in g.classifier.parameters() if p.dim() == 4]
     assert kernels == [(256, 512, 3, 3), (256, 256, 3, 3), (21, 256, 1, 1)]
-    biases = [[m.bias is not None for m in part.modules() if isinstance(m, nn.Conv2d)]
-              for part in (f.aspp, f.head, f.low, g)]
+    biases = [
+        [m.bias is not None for m in part.modules() if isinstance(m, nn.Conv2d)]
+        for part in (f.aspp, f.head, f.low, g)
+    ]
     assert biases == [[False] * 5, [False], [True], [True] * 3]
     with torch.device("meta"):
         city = gta_seg.SegNet(gta_seg.preset("cityscapes", weights="none"), 19)
@@ -1210,29 +1498,46 @@ def test_full_network_has_the_released_ones_parameters(voc):
 
 
 def test_full_network_has_the_released_ones_strides_and_dilations(voc):
-    convs = {name: conv for name, conv in voc.features.backbone.named_modules() if isinstance(conv, nn.Conv2d)}
+    convs = {
+        name: conv
+        for name, conv in voc.features.backbone.named_modules()
+        if isinstance(conv, nn.Conv2d)
+    }
     stem = [c for name, c in convs.items() if "layer" not in name]
     stem = [(c.in_channels, c.out_channels, c.kernel_size[0], c.stride[0]) for c in stem]
     assert stem == [(3, 64, 3, 2), (64, 64, 3, 1), (64, 128, 3, 1)], "the deep stem"
     assert all(conv.bias is None for conv in convs.values())
-    wide = {stage: [(c.dilation, c.padding, c.stride) for name, c in convs.items()
-                    if f"layer{stage}." in name and name.endswith("conv2")] for stage in (1, 2, 3, 4)}
+    wide = {
+        stage: [
+            (c.dilation, c.padding, c.stride)
+            for name, c in convs.items()
+            if f"layer{stage}." in name and name.endswith("conv2")
+        ]
+        for stage in (1, 2, 3, 4)
+    }
     assert wide[1] == [((1, 1), (1, 1), (1, 1))] * 3
     assert wide[2] == [((1, 1), (1, 1), (2, 2))] + [((1, 1), (1, 1), (1, 1))] * 3
     assert wide[3] == [((1, 1), (1, 1), (1, 1))] + [((2, 2), (2, 2), (1, 1))] * 22
     assert wide[4] == [((d, d), (d, d), (1, 1)) for d in (4, 8, 16)]
     (pool,) = [m for m in voc.modules() if isinstance(m, nn.MaxPool2d)]
     assert pool.ceil_mode and (pool.kernel_size, pool.stride, pool.padding) == (3, 2, 1)
-    rates = [conv.dilation[0] for conv in voc.features.aspp.modules() if isinstance(conv, nn.Conv2d)]
+    rates = [
+        conv.dilation[0] for conv in voc.features.aspp.modules() if isinstance(conv, nn.Conv2d)
+    ]
     assert rates == [1, 1, 12, 24, 36]
     assert [m.p for m in voc.modules() if isinstance(m, nn.Dropout2d)] == [0.1] * 3
-    assert all(m.momentum == 0.1 and m.eps == 1e-5 for m in voc.modules() if isinstance(m, nn.BatchNorm2d))
+    assert all(
+        m.momentum == 0.1 and m.eps == 1e-5 for m in voc.modules() if isinstance(m, nn.BatchNorm2d)
+    )
 
 
 @pytest.mark.parametrize(("size", "low", "deep"), [(513, 129, 65), (321, 81, 41), (769, 193, 97)])
 def test_full_network_has_the_released_ones_feature_sizes(voc, size, low, deep):
     images, f, seen = torch.zeros(2, 3, size, size, device="meta"), voc.features, []
-    hooks = [part.register_forward_pre_hook(lambda _, given: seen.append(given[0])) for part in (f.low, f.aspp)]
+    hooks = [
+        part.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+        for part in (f.low, f.aspp)
+    ]
     features, third = f(images)
     for hook in hooks:
         hook.remove()
@@ -1261,7 +1566,9 @@ def finite(s: State, losses: dict[str, Tensor]) -> None:
             assert torch.isfinite(tensor).all(), (name, key)
 
 
-@pytest.mark.parametrize("backbone", ["resnet18", "mobilenet_v2", "mobilenetv2_100", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize(
+    "backbone", ["resnet18", "mobilenet_v2", "mobilenetv2_100", "vit_tiny_patch16_224"]
+)
 def test_small_backbones_take_a_step(backbone):
     args = settings(backbone=backbone, cutmix=1.0)
     s, _ = gta_seg.build(args, CLASSES, WORLD)
@@ -1269,14 +1576,25 @@ def test_small_backbones_take_a_step(backbone):
     s.step = s.warmup
     before = values(s.student)
     finite(s, gta_seg.train_step(s, pictures(1, 2), pictures(2, 2), args, WORLD))
-    assert not torch.equal(before["predictor.classifier.0.weight"], s.student.predictor.classifier[0].weight)
+    assert not torch.equal(
+        before["predictor.classifier.0.weight"], s.student.predictor.classifier[0].weight
+    )
     after = values(s.student)
     assert any(not torch.equal(before[key], after[key]) for key in after if "backbone" in key)
 
 
-@pytest.mark.parametrize("backbone, dilations", [
-    ("resnet50", [4, 8, 16]), ("resnetrs50", [4, 8, 16]), ("resnetblur50", [4, 8, 16]), ("resnet26", [2, 4]),
-    ("resnet14t", [2]), ("resnet51q", None), ("resnet33ts", None)])
+@pytest.mark.parametrize(
+    "backbone, dilations",
+    [
+        ("resnet50", [4, 8, 16]),
+        ("resnetrs50", [4, 8, 16]),
+        ("resnetblur50", [4, 8, 16]),
+        ("resnet26", [2, 4]),
+        ("resnet14t", [2]),
+        ("resnet51q", None),
+        ("resnet33ts", None),
+    ],
+)
 def test_every_kind_of_resnet_is_cut(backbone, dilations):
     """Ceil-mode pooling and the released code's dilations where the network has their place, none
     where not."""
@@ -1300,6 +1618,7 @@ def test_scoring_leaves_the_compiled_networks_alone(monkeypatch, flags):
     def backend(graph, inputs):
         graphs.append(graph)
         return graph.forward
+
     torch._dynamo.reset()
     monkeypatch.setattr(gta_seg.SegNet, "compile", lambda net: compiled(net, backend=backend))
     s = tiny(args)
@@ -1320,13 +1639,23 @@ def test_scoring_leaves_the_compiled_networks_alone(monkeypatch, flags):
     torch._dynamo.reset()
 
 
-STEPS = {"gta": gta_seg.train_step, "mt": gta_seg.mean_teacher_step, "released": gta_seg.train_step_released}
+STEPS = {
+    "gta": gta_seg.train_step,
+    "mt": gta_seg.mean_teacher_step,
+    "released": gta_seg.train_step_released,
+}
 
 
 @pytest.mark.parametrize("kind", STEPS)
-@pytest.mark.parametrize("case", ["all ignored", "one class", "unlabeled all padding", "both", "saturated"])
+@pytest.mark.parametrize(
+    "case", ["all ignored", "one class", "unlabeled all padding", "both", "saturated"]
+)
 def test_edge_cases_stay_finite(kind, case):
-    args = settings("released" if kind == "released" else "paper", method="mt" if kind == "mt" else "gta", cutmix=1.0)
+    args = settings(
+        "released" if kind == "released" else "paper",
+        method="mt" if kind == "mt" else "gta",
+        cutmix=1.0,
+    )
     s, labeled, unlabeled = tiny(args), pictures(1), pictures(2)
     if case in ("all ignored", "both"):
         labeled = labeled._replace(label=torch.full_like(labeled.label, IGNORE))

@@ -23,8 +23,16 @@ CLASSES = 5
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 BACKBONES = {
     "resnet50": partial(ResNetConfig, out_features=STAGES),
-    "swin_tiny_patch4_window7_224": partial(SwinConfig, embed_dim=96, depths=[2, 2, 6, 2], num_heads=[3, 6, 12, 24],
-                                            window_size=7, drop_path_rate=0.0, out_features=STAGES)}
+    "swin_tiny_patch4_window7_224": partial(
+        SwinConfig,
+        embed_dim=96,
+        depths=[2, 2, 6, 2],
+        num_heads=[3, 6, 12, 24],
+        window_size=7,
+        drop_path_rate=0.0,
+        out_features=STAGES,
+    ),
+}
 
 
 def close(a: torch.Tensor, b: torch.Tensor, bound: float) -> bool:
@@ -35,8 +43,11 @@ def close(a: torch.Tensor, b: torch.Tensor, bound: float) -> bool:
 def pair(request):
     """transformers' network with random weights, none of them zero, and ours with the same."""
     torch.manual_seed(0)
-    theirs = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(
-        backbone_config=BACKBONES[request.param](), num_labels=CLASSES, num_queries=30)).eval()
+    theirs = Mask2FormerForUniversalSegmentation(
+        Mask2FormerConfig(
+            backbone_config=BACKBONES[request.param](), num_labels=CLASSES, num_queries=30
+        )
+    ).eval()
     with torch.no_grad():
         for name, p in theirs.named_parameters():
             if name.endswith("bias") or "sampling_offsets" in name or "attention_weights" in name:
@@ -45,7 +56,9 @@ def pair(request):
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.running_mean.normal_(0, 0.1)
                 module.running_var.uniform_(0.5, 1.5)
-    ours = gd.Mask2Former(gd.preset("coco", backbone=request.param, queries=30, drop_path=0.0), CLASSES).eval()
+    ours = gd.Mask2Former(
+        gd.preset("coco", backbone=request.param, queries=30, drop_path=0.0), CLASSES
+    ).eval()
     named = gd.our_names(theirs.state_dict())
     own = {k for k in ours.state_dict() if "num_batches" not in k}
     assert named.keys() == own  # every key, both ways
@@ -63,8 +76,13 @@ def test_logits_of_all_heads(pair, size):
         heads = ours(images)
         final = ours(images, last_only=True)
     masks = torch.einsum("lbqc,bchw->lbqhw", heads.mask_embed, heads.mask_features)
-    layers = [*expected.auxiliary_logits, {"class_queries_logits": expected.class_queries_logits,
-                                           "masks_queries_logits": expected.masks_queries_logits}]
+    layers = [
+        *expected.auxiliary_logits,
+        {
+            "class_queries_logits": expected.class_queries_logits,
+            "masks_queries_logits": expected.masks_queries_logits,
+        },
+    ]
     assert len(layers) == len(masks) == 10
     for i, layer in enumerate(layers):
         assert close(heads.class_logits[i], layer["class_queries_logits"], 1e-5)
@@ -81,7 +99,7 @@ def test_losses_with_the_same_points(pair, monkeypatch):
 
     def fixed(*shape, generator=None, device=None, **_):
         shape = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
-        return base[:shape[-2]].expand(*shape).clone()
+        return base[: shape[-2]].expand(*shape).clone()
 
     images = torch.randn(2, 3, 128, 160)
     masks = [(torch.rand(n, 128, 160) > 0.5).float() for n in (4, 0)]
@@ -91,8 +109,13 @@ def test_losses_with_the_same_points(pair, monkeypatch):
     args = gd.preset("coco", queries=30)
     with torch.no_grad():
         expected = theirs(images, mask_labels=masks, class_labels=labels).loss.item()
-        targets = [gd.Target(label, mask.to(torch.uint8)) for label, mask in zip(labels, masks, strict=True)]
+        targets = [
+            gd.Target(label, mask.to(torch.uint8))
+            for label, mask in zip(labels, masks, strict=True)
+        ]
         norms = gd.normalisers(targets, 30, args.no_object, gd.World())
-        got = gd.criterion(ours(images), targets, norms, args, [torch.Generator(), torch.Generator()])
+        got = gd.criterion(
+            ours(images), targets, norms, args, [torch.Generator(), torch.Generator()]
+        )
     assert got["loss"].item() == pytest.approx(expected, rel=1e-5)
     assert got["bad_costs"] == 0

@@ -21,7 +21,18 @@ import pretend
 import pytest
 import timm
 import torch
-from helpers import TEST_DATA, Ran, apart, argv, differences, log_of, state, tensors, torchrun, until
+from helpers import (
+    TEST_DATA,
+    Ran,
+    apart,
+    argv,
+    differences,
+    log_of,
+    state,
+    tensors,
+    torchrun,
+    until,
+)
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -37,23 +48,47 @@ HERE = ["--workers", "0", "--device", "cpu"]  # beside a checkpoint, which does 
 
 # four steps of the teacher, four of the student; a threshold that the class probabilities of a
 # fresh network pass
-TINY = dict(split="random:4", backbone="test_resnet", weights="none", width=64, encoder_layers=1,
-            decoder_layers=2, queries=8, points=64, crop_size=(64, 64), test_size=(96, 96), scale=(0.7, 1.4), lr=1e-3,
-            batch_size=2, steps=4, eval_every=2, log_every=1, workers=0, device="cpu", burn_in_steps=2, ema=0.9,
-            class_threshold=0.2)
+TINY = dict(
+    split="random:4",
+    backbone="test_resnet",
+    weights="none",
+    width=64,
+    encoder_layers=1,
+    decoder_layers=2,
+    queries=8,
+    points=64,
+    crop_size=(64, 64),
+    test_size=(96, 96),
+    scale=(0.7, 1.4),
+    lr=1e-3,
+    batch_size=2,
+    steps=4,
+    eval_every=2,
+    log_every=1,
+    workers=0,
+    device="cpu",
+    burn_in_steps=2,
+    ema=0.9,
+    class_threshold=0.2,
+)
 
 
 # -------------------------------------------------------------------------------------------- tools
 def quick(*more: Callable, put: Callable = setattr) -> None:
     """No pictures, no TensorBoard, no git and no flushing, which take most of a tiny run's time;
     then `more`."""
+
     def touch(*args, **keywords) -> None:
         path = next(a for a in args if isinstance(a, Path))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
 
-    for owner, name, value in ((runs, "commit", str), (os, "fsync", lambda number: None), (plots, "strip", touch),
-                               (plots, "curves", touch)):
+    for owner, name, value in (
+        (runs, "commit", str),
+        (os, "fsync", lambda number: None),
+        (plots, "strip", touch),
+        (plots, "curves", touch),
+    ):
         put(owner, name, value)
     no_tensorboard()
     for change in more:
@@ -68,7 +103,10 @@ def no_tensorboard() -> None:
 def quiet(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     quick(put=monkeypatch.setattr)
-    handlers, threads = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}, torch.get_num_threads()
+    handlers, threads = (
+        {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)},
+        torch.get_num_threads(),
+    )
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
@@ -91,7 +129,9 @@ def data(things, tmp_path) -> Path:
 def tiny(data: Path, out: Path, **flags) -> dict:
     """Settings of a run; those that would be refused beside `flags` are left out."""
     idle = {"teacher": ("burn_in_steps", "ema", "class_threshold")}.get(flags.get("stage"), ())
-    idle += ("burn_in_steps",) * (flags.get("burn_in") in ("fixed", "none") or flags.get("steps") == 1)
+    idle += ("burn_in_steps",) * (
+        flags.get("burn_in") in ("fixed", "none") or flags.get("steps") == 1
+    )
     idle += ("ema",) * (flags.get("burn_in") == "fixed")
     every = {"dataset": "coco", **TINY, "root": data, "out": out}
     every = {k: v for k, v in every.items() if k not in idle} | flags
@@ -110,7 +150,9 @@ def as_line(**flags) -> list[str]:
 @pytest.fixture
 def line(things, tmp_path):
     """line(...) -> the command line of a tiny run into tmp_path/out, on `things`."""
-    return lambda out=None, data=None, **flags: as_line(**tiny(data or things, out or tmp_path / "out", **flags))
+    return lambda out=None, data=None, **flags: as_line(
+        **tiny(data or things, out or tmp_path / "out", **flags)
+    )
 
 
 def forked(flags: list[str], folder: Path, *setup: Callable, **more) -> Ran:
@@ -126,6 +168,7 @@ def on_ranks(n: int, flags: list[str], folder: Path, *setup: Callable) -> list[R
 def typed(monkeypatch, capsys):
     """typed(LINE) -> exit code and output of `python guided_distillation.py LINE`, run in this
     process."""
+
     def enter(flags: list[str]) -> Ran:
         capsys.readouterr()
         with monkeypatch.context() as patch:
@@ -135,6 +178,7 @@ def typed(monkeypatch, capsys):
             except SystemExit as left:
                 return Ran(left.code or 0, *capsys.readouterr())
         return Ran(0, *capsys.readouterr())
+
     return enter
 
 
@@ -150,6 +194,7 @@ def finished(things, tmp_path_factory):
             returned = train(things, made[key], **flags)
             assert returned == json.loads((made[key] / "results.json").read_text())
         return made[key]
+
     return make
 
 
@@ -157,8 +202,16 @@ def finished(things, tmp_path_factory):
 def trained(finished) -> Path:
     """The folder of a run whose three networks find things on the pictures that they learned
     from."""
-    return finished(steps=40, burn_in_steps=20, eval_every=40, val="train", scale=(1, 1), crop_size=(96, 96), lr=3e-3,
-                    ema=0.8)
+    return finished(
+        steps=40,
+        burn_in_steps=20,
+        eval_every=40,
+        val="train",
+        scale=(1, 1),
+        crop_size=(96, 96),
+        lr=3e-3,
+        ema=0.8,
+    )
 
 
 @pytest.fixture
@@ -201,7 +254,9 @@ def assert_equal_runs(out: Path, reference: Path) -> None:
         wrong = differences(state(out / name), state(reference / name))
         assert not wrong, f"{name}: {wrong[:5]}"
     a, b = ([r | {"images_per_second": 0} for r in log_of(folder)] for folder in (out, reference))
-    assert a == b and all((out / p.name).read_text() == p.read_text() for p in reference.glob("*.segm.json"))
+    assert a == b and all(
+        (out / p.name).read_text() == p.read_text() for p in reference.glob("*.segm.json")
+    )
 
 
 def part(data: Path, name: str) -> Path:
@@ -226,7 +281,9 @@ def words(x) -> str:
 def whole(things, tmp_path_factory) -> tuple[Path, Ran]:
     """A run in a process of its own, with its pictures; and what it said."""
     folder = tmp_path_factory.mktemp("whole")
-    return folder / "run", helpers.run(as_line(**tiny(things, folder / "run")), folder, no_tensorboard, name=NAME).ok()
+    return folder / "run", helpers.run(
+        as_line(**tiny(things, folder / "run")), folder, no_tensorboard, name=NAME
+    ).ok()
 
 
 def test_results_of_a_run(whole):
@@ -234,33 +291,91 @@ def test_results_of_a_run(whole):
     read, classes = json.loads((out / "results.json").read_text()), list(shapes.THING_CLASSES)
     for name, steps in {"supervised": (2, 4), "student": (6, 8), "teacher": (6, 8)}.items():
         for record in read[name].values():
-            assert record.keys() == {"step", "ap", "ap50", "ap75", "ap_s", "ap_m", "ap_l", "ar100", "per_class"}
-            assert list(record["per_class"]) == classes and 0 <= record["ap"] <= 100 and record["step"] in steps
+            assert record.keys() == {
+                "step",
+                "ap",
+                "ap50",
+                "ap75",
+                "ap_s",
+                "ap_m",
+                "ap_l",
+                "ar100",
+                "per_class",
+            }
+            assert (
+                list(record["per_class"]) == classes
+                and 0 <= record["ap"] <= 100
+                and record["step"] in steps
+            )
             present = [v for v in record["per_class"].values() if v is not None]
             assert present and np.mean(present) == pytest.approx(record["ap"], abs=1e-9)
-        assert read[name]["last"]["step"] == steps[1] and read[name]["best"]["ap"] >= read[name]["last"]["ap"]
-    assert read["dataset"] == "coco" and read["split"] == "random:4" and (read["split_seed"], read["seed"]) == (1, 0)
+        assert (
+            read[name]["last"]["step"] == steps[1]
+            and read[name]["best"]["ap"] >= read[name]["last"]["ap"]
+        )
+    assert (
+        read["dataset"] == "coco"
+        and read["split"] == "random:4"
+        and (read["split_seed"], read["seed"]) == (1, 0)
+    )
     assert read["stage"] == "all" and read["burn_in"] == "guided" and read["val"] == "val"
-    assert re.fullmatch("[0-9a-f]{64}", read["split_fingerprint"]) and read["seconds"] > 0 < read["images_per_second"]
+    assert (
+        re.fullmatch("[0-9a-f]{64}", read["split_fingerprint"])
+        and read["seconds"] > 0 < read["images_per_second"]
+    )
     assert f"ap: student {read['student']['last']['ap']:.2f}" in said.out and str(out) in said.out
-    assert "4 labeled images" in said.out and "8 unlabeled" in said.out and "scored on 5" in said.out
+    assert (
+        "4 labeled images" in said.out and "8 unlabeled" in said.out and "scored on 5" in said.out
+    )
 
 
 def test_folder_and_pictures_of_a_run(whole):
     out, _ = whole
-    assert files(out) == {"config.json", "log.jsonl", "last.pt", "best.pt", "teacher.pt", "results.json", "curves.png",
-                          "previews", "supervised.segm.json", "student.segm.json", "teacher.segm.json"}
+    assert files(out) == {
+        "config.json",
+        "log.jsonl",
+        "last.pt",
+        "best.pt",
+        "teacher.pt",
+        "results.json",
+        "curves.png",
+        "previews",
+        "supervised.segm.json",
+        "student.segm.json",
+        "teacher.segm.json",
+    }
     config = json.loads((out / "config.json").read_text())
-    assert config["script"] == "guided_distillation.py" and config["classes"] == list(shapes.THING_CLASSES)
-    assert config["settings"]["queries"] == 8 and config["settings"]["burn_in_steps"] == 2 and config["processes"] == 1
-    assert config["fingerprint"] == results(out)["split_fingerprint"] and "4 labeled" in config["images"]
-    assert config["weights_notes"] == [] and {"commit", "torch", "python", "device", "command"} <= config.keys()
+    assert config["script"] == "guided_distillation.py" and config["classes"] == list(
+        shapes.THING_CLASSES
+    )
+    assert (
+        config["settings"]["queries"] == 8
+        and config["settings"]["burn_in_steps"] == 2
+        and config["processes"] == 1
+    )
+    assert (
+        config["fingerprint"] == results(out)["split_fingerprint"]
+        and "4 labeled" in config["images"]
+    )
+    assert (
+        config["weights_notes"] == []
+        and {"commit", "torch", "python", "device", "command"} <= config.keys()
+    )
     last, best, teacher = (state(out / f"{name}.pt") for name in ("last", "best", "teacher"))
-    assert last["step"] == 8 and last.keys() - best.keys() == {"optimizer"} and "optimizer" not in teacher
+    assert (
+        last["step"] == 8
+        and last.keys() - best.keys() == {"optimizer"}
+        and "optimizer" not in teacher
+    )
     assert last["networks"].keys() == best["networks"].keys() == {"student", "teacher"}
-    assert teacher["networks"].keys() == {"supervised"} and best["step"] == results(out)["student"]["best"]["step"]
+    assert (
+        teacher["networks"].keys() == {"supervised"}
+        and best["step"] == results(out)["student"]["best"]["step"]
+    )
     for name in ("supervised", "student", "teacher"):  # all 48 pairs of query and class
-        assert {r["image_id"] for r in segm(out, name)} == {1, 2, 3, 4, 5} and len(segm(out, name)) == 5 * 48
+        assert {r["image_id"] for r in segm(out, name)} == {1, 2, 3, 4, 5} and len(
+            segm(out, name)
+        ) == 5 * 48
     sizes = {}
     for path in [*(out / "previews").iterdir(), out / "curves.png"]:
         with Image.open(path) as picture:
@@ -272,21 +387,36 @@ def test_folder_and_pictures_of_a_run(whole):
     assert sizes["0000006.png"][0] > sizes["0000002.png"][0] + 50  # a column more
 
 
-LOSSES = {f"{what}_{of}" for what in ("loss", "targets", "class", "mask", "dice", "bad_costs") for of in "lu"}
+LOSSES = {
+    f"{what}_{of}"
+    for what in ("loss", "targets", "class", "mask", "dice", "bad_costs")
+    for of in "lu"
+}
 LABELED = {name for name in LOSSES if name.endswith("_l")} | {"step", "lr", "images_per_second"}
 BOTH = LOSSES | LABELED | {"pseudo_per_image", "pseudo_none", "conf"}
 
 
 def test_log_of_a_run(whole):
     steps, scores = steps_of(whole[0]), [r for r in log_of(whole[0]) if "loss_l" not in r]
-    assert [r["step"] for r in steps] == list(range(1, 9)) and [r["step"] for r in scores] == [2, 4, 6, 8]
+    assert [r["step"] for r in steps] == list(range(1, 9)) and [r["step"] for r in scores] == [
+        2,
+        4,
+        6,
+        8,
+    ]
     assert [set(r) for r in steps] == [LABELED] * 4 + [BOTH] * 4
-    assert [set(r) - {"step"} for r in scores] == [{"ap_supervised"}] * 2 + [{"ap_student", "ap_teacher"}] * 2
+    assert [set(r) - {"step"} for r in scores] == [{"ap_supervised"}] * 2 + [
+        {"ap_student", "ap_teacher"}
+    ] * 2
     assert max(r["pseudo_per_image"] for r in steps[4:]) > 0 < max(r["mask_u"] for r in steps[4:])
     for r in steps:
-        assert r["loss_l"] == pytest.approx(2 * r["class_l"] + 5 * r["mask_l"] + 5 * r["dice_l"], rel=1e-5)
+        assert r["loss_l"] == pytest.approx(
+            2 * r["class_l"] + 5 * r["mask_l"] + 5 * r["dice_l"], rel=1e-5
+        )
         t = (r["step"] - 1) % 4  # each stage has a schedule of its own
-        assert r["bad_costs_l"] == 0 and r["lr"] == pytest.approx(1e-3 * gd.schedule(t, gd.Args(steps=4)))
+        assert r["bad_costs_l"] == 0 and r["lr"] == pytest.approx(
+            1e-3 * gd.schedule(t, gd.Args(steps=4))
+        )
 
 
 # ------------------------------------------------------------------------------------------- stages
@@ -294,16 +424,23 @@ def test_log_of_a_run(whole):
 def test_burn_in(finished, burn_in):
     """Table 1: who is trained, what is learned from, what the teacher becomes, when it is
     scored."""
-    out, two = finished(**{} if burn_in == "guided" else dict(burn_in=burn_in)), burn_in in ("guided", "fixed")
+    out, two = (
+        finished(**{} if burn_in == "guided" else dict(burn_in=burn_in)),
+        burn_in in ("guided", "fixed"),
+    )
     assert networks(out) == {"student", "teacher", *["supervised"] * two}
     assert (out / "teacher.pt").exists() == two == (out / "supervised.segm.json").exists()
     assert [r["step"] for r in steps_of(out)] == list(range(1, 9 if two else 5))
     alone = {"none": 0, "standard": 2}.get(burn_in, 4)
-    assert [set(r) for r in steps_of(out)] == [LABELED] * alone + [BOTH] * (2 if burn_in == "standard" else 4)
+    assert [set(r) for r in steps_of(out)] == [LABELED] * alone + [BOTH] * (
+        2 if burn_in == "standard" else 4
+    )
     last = weights(out / "last.pt")
     assert apart(last["student"], last["teacher"]) > 1e-4
     if two:
-        assert (apart(last["teacher"], weights(out / "teacher.pt")["supervised"]) == 0) == (burn_in == "fixed")
+        assert (apart(last["teacher"], weights(out / "teacher.pt")["supervised"]) == 0) == (
+            burn_in == "fixed"
+        )
     scored = ["ap_teacher" in r for r in log_of(out) if "ap_student" in r]
     assert scored == ([True, False] if burn_in == "fixed" else [True, True])
 
@@ -312,20 +449,30 @@ def test_stage_without_the_other(finished, things, tmp_path):
     """The teacher's is that of a run of both; with --burn-in standard the student's alone is the
     whole run."""
     out = finished(stage="teacher")
-    assert networks(out) == {"supervised"} and results(out)["supervised"] == results(finished())["supervised"]
+    assert (
+        networks(out) == {"supervised"}
+        and results(out)["supervised"] == results(finished())["supervised"]
+    )
     assert state(out / "last.pt")["step"] == 4 and not (out / "student.segm.json").exists()
     assert not differences(weights(out / "teacher.pt"), weights(finished() / "teacher.pt"))
     train(things, tmp_path / "out", stage="student", burn_in="standard")
-    assert not differences(weights(tmp_path / "out" / "last.pt"), weights(finished(burn_in="standard") / "last.pt"))
+    assert not differences(
+        weights(tmp_path / "out" / "last.pt"), weights(finished(burn_in="standard") / "last.pt")
+    )
 
 
-@pytest.mark.parametrize("stage, file", [("student", "teacher.pt"), ("all", "teacher.pt"), ("student", "best.pt")])
+@pytest.mark.parametrize(
+    "stage, file", [("student", "teacher.pt"), ("all", "teacher.pt"), ("student", "best.pt")]
+)
 def test_teacher_of_another_run(trained, things, tmp_path, stage, file):
     """No teacher stage; of two networks in a file the teacher teaches."""
     train(things, tmp_path / "out", stage=stage, burn_in="fixed", teacher=trained / file)
     there, name = weights(trained / file), "supervised" if file == "teacher.pt" else "teacher"
     assert apart(weights(tmp_path / "out" / "last.pt")["teacher"], there[name]) == 0
-    assert state(tmp_path / "out" / "last.pt")["step"] == 4 and not (tmp_path / "out" / "teacher.pt").exists()
+    assert (
+        state(tmp_path / "out" / "last.pt")["step"] == 4
+        and not (tmp_path / "out" / "teacher.pt").exists()
+    )
     assert networks(tmp_path / "out") == {"student", "teacher"}
 
 
@@ -333,11 +480,20 @@ def test_teacher_of_another_run(trained, things, tmp_path, stage, file):
 def test_select(things, tmp_path, monkeypatch, select, step):
     """Which weights teach, when the first evaluation is the best."""
     scores = iter([9.0, 5.0, 7.0])
-    monkeypatch.setattr(gd, "evaluate", lambda nets, *args: (
-        {n: {"ap": next(scores)} for n in nets}, {n: [] for n in nets}, []))
+    monkeypatch.setattr(
+        gd,
+        "evaluate",
+        lambda nets, *args: ({n: {"ap": next(scores)} for n in nets}, {n: [] for n in nets}, []),
+    )
     train(things, tmp_path / "out", stage="teacher", select=select, steps=3, eval_every=1)
-    assert state(tmp_path / "out" / "teacher.pt")["step"] == step and state(tmp_path / "out" / "best.pt")["step"] == 1
-    assert results(tmp_path / "out")["supervised"] == {"last": {"step": 3, "ap": 7.0}, "best": {"step": 1, "ap": 9.0}}
+    assert (
+        state(tmp_path / "out" / "teacher.pt")["step"] == step
+        and state(tmp_path / "out" / "best.pt")["step"] == 1
+    )
+    assert results(tmp_path / "out")["supervised"] == {
+        "last": {"step": 3, "ap": 7.0},
+        "best": {"step": 1, "ap": 9.0},
+    }
 
 
 # ------------------------------------------------------------------------------------------ kill -9
@@ -353,10 +509,17 @@ def die(at: int | str) -> None:
     def opened(path, mode="r", **more):
         file = open(path, mode, **more)
         if mode == "wb" and isinstance(at, str) and at in path.name:  # also a temporary name
-            file.write = lambda data, half=file.write: (half(bytes(data)[:len(data) // 2]), file.flush(), kill())
+            file.write = lambda data, half=file.write: (
+                half(bytes(data)[: len(data) // 2]),
+                file.flush(),
+                kill(),
+            )
         return file
+
     runs.Run.tally = lambda self, step, *args: kill() if step == at else tally(self, step, *args)
-    gd.begin = lambda stage, *args: kill() if (at, stage) == ("border", "student") else made(stage, *args)
+    gd.begin = lambda stage, *args: (
+        kill() if (at, stage) == ("border", "student") else made(stage, *args)
+    )
     runs.open = opened
 
 
@@ -364,13 +527,27 @@ def graded() -> None:
     """AP is a hash of the detections, another one in each evaluation: a fresh network's own is
     0."""
     real = gd.ap.coco_ap
-    gd.ap.coco_ap = lambda truth, found: real(truth, found) | {"ap": zlib.crc32(repr(found).encode()) % 9999 / 99}
+    gd.ap.coco_ap = lambda truth, found: (
+        real(truth, found) | {"ap": zlib.crc32(repr(found).encode()) % 9999 / 99}
+    )
 
 
 # where it is killed, each time in the run that the one before left; the step that is then saved
 MOMENTS = [
-    (0, 0), (1, 1), ("teacher.pt", 1), ("last.pt", 1), (3, 3), ("last.pt", 3), ("border", 4), ("border", 4), (4, 4),
-    ("best.pt", 5), (6, 6), ("student.segm.json", 7), ("results.json", 8)]
+    (0, 0),
+    (1, 1),
+    ("teacher.pt", 1),
+    ("last.pt", 1),
+    (3, 3),
+    ("last.pt", 3),
+    ("border", 4),
+    ("border", 4),
+    (4, 4),
+    ("best.pt", 5),
+    (6, 6),
+    ("student.segm.json", 7),
+    ("results.json", 8),
+]
 
 
 def test_killed_at_chosen_moments_and_resumed_is_bit_equal(line, tmp_path):
@@ -391,9 +568,14 @@ def test_killed_at_random_moments_and_resumed_is_bit_equal(line, tmp_path):
     rng, out, at, kills = random.Random(0), tmp_path / "out", [0], int(os.environ.get("KILLS", 4))
     settings = dict(steps=3 * kills, burn_in_steps=kills, save_every=2, eval_every=6)
     while len(at) <= kills:
-        started = helpers.begin(line(resume=True, **settings), tmp_path, partial(quick, graded), name=NAME)
+        started = helpers.begin(
+            line(resume=True, **settings), tmp_path, partial(quick, graded), name=NAME
+        )
         goal = at[-1] + rng.randrange(1, 6)
-        until(lambda goal=goal: (out / "log.jsonl").exists() and len(log_of(out, torn=True)) >= goal, started)
+        until(
+            lambda goal=goal: (out / "log.jsonl").exists() and len(log_of(out, torn=True)) >= goal,
+            started,
+        )
         time.sleep(rng.uniform(0, 0.05))
         assert started.alive(), "the run was over before it could be killed: more steps are needed"
         started.kill(signal.SIGKILL)
@@ -408,25 +590,44 @@ def test_killed_at_random_moments_and_resumed_is_bit_equal(line, tmp_path):
 # ---------------------------------------------------------------------------------- signals, resume
 def interrupt(patch: pytest.MonkeyPatch, at: int, number: int = signal.SIGTERM) -> None:
     """This process gets the signal in the step `at`."""
+
     def at_step(self, step, *args, tally=runs.Run.tally):
         if step == at:
             os.kill(os.getpid(), number)
         return tally(self, step, *args)
+
     patch.setattr(runs.Run, "tally", at_step)
 
 
-SETTINGS = {"guided": {}, "standard": dict(burn_in="standard"), "fixed": dict(burn_in="fixed"),
-            "none": dict(burn_in="none"), "drop path": dict(backbone="swin_tiny_patch4_window7_224", drop_path=0.5),
-            "others": dict(norm="live", strong_aug="cutout", select="last", seed=1, labeled_sampling="uniform",
-                           pool="remaining", schedule="poly", keep_empty_targets=True)}
+SETTINGS = {
+    "guided": {},
+    "standard": dict(burn_in="standard"),
+    "fixed": dict(burn_in="fixed"),
+    "none": dict(burn_in="none"),
+    "drop path": dict(backbone="swin_tiny_patch4_window7_224", drop_path=0.5),
+    "others": dict(
+        norm="live",
+        strong_aug="cutout",
+        select="last",
+        seed=1,
+        labeled_sampling="uniform",
+        pool="remaining",
+        schedule="poly",
+        keep_empty_targets=True,
+    ),
+}
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_stopped_by_sigterm_and_resumed_is_bit_equal(line, typed, finished, tmp_path, monkeypatch, name):
+def test_stopped_by_sigterm_and_resumed_is_bit_equal(
+    line, typed, finished, tmp_path, monkeypatch, name
+):
     """In each stage, at their border (the fourth step is its last), and in the step of the copy."""
     out, flags = tmp_path / "out", line(resume=True, **SETTINGS[name])
     if name == "drop path":
-        monkeypatch.setattr(timm, "create_model", partial(timm.create_model, embed_dim=24, depths=(1, 1, 1, 1)))
+        monkeypatch.setattr(
+            timm, "create_model", partial(timm.create_model, embed_dim=24, depths=(1, 1, 1, 1))
+        )
     for at in (0, 2) if name in ("standard", "none") else (1, 3, 4, 6):
         with monkeypatch.context() as patch:
             interrupt(patch, at)
@@ -440,7 +641,11 @@ def test_stopped_by_sigterm_and_resumed_is_bit_equal(line, typed, finished, tmp_
 
 def test_settings_that_matter_give_other_weights(finished):
     """What the comparisons above would miss if they compared nothing."""
-    found = [weights(finished(**flags) / "last.pt")["student"] for flags in SETTINGS.values() if len(flags) < 2]
+    found = [
+        weights(finished(**flags) / "last.pt")["student"]
+        for flags in SETTINGS.values()
+        if len(flags) < 2
+    ]
     assert all(apart(a, b) > 1e-4 for i, a in enumerate(found) for b in found[:i])
 
 
@@ -465,7 +670,11 @@ def test_used_folder_and_resume_with_other_settings(line, typed, finished, tmp_p
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
     assert "--resume" in (error := typed(line()).error()) and "--out" in error and str(out) in error
     error = typed(line(resume=True, lr=0.2, ema=0.5, burn_in="standard")).error()
-    assert "lr (0.001 then, 0.2 now)" in error and "burn_in (guided then, standard now)" in error and "ema (" in error
+    assert (
+        "lr (0.001 then, 0.2 now)" in error
+        and "burn_in (guided then, standard now)" in error
+        and "ema (" in error
+    )
     assert "--resume" in error and str(out) in error and "steps" not in error
     assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*")}
     typed(line(resume=True, workers=1, save_every=3, log_every=2)).ok()
@@ -491,7 +700,10 @@ def test_as_a_user_types_it(line, tmp_path):
     assert results(tmp_path / "out")["teacher"]["last"]["step"] == 4
     assert json.loads((tmp_path / "out" / "config.json").read_text())["processes"] == 2
     choosers = ", ".join(f'"{name}"' for name in helpers.CHOOSERS[NAME])
-    assert f"runs.cli(Args, settings, main, choosers=({choosers}))" in (helpers.REPO / f"{NAME}.py").read_text()
+    assert (
+        f"runs.cli(Args, settings, main, choosers=({choosers}))"
+        in (helpers.REPO / f"{NAME}.py").read_text()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -500,8 +712,15 @@ def four(trained) -> dict:
     ones, since a fresh network samples at the very centres of cells, where the gradient jumps; and
     the threshold is high, since two equal pseudo masks would be matched either way, with other
     points."""
-    return dict(batch_size=4, steps=5, burn_in_steps=2, eval_every=5, lr=3e-4, class_threshold=0.7,
-                weights=trained / "teacher.pt")
+    return dict(
+        batch_size=4,
+        steps=5,
+        burn_in_steps=2,
+        eval_every=5,
+        lr=3e-4,
+        class_threshold=0.7,
+        weights=trained / "teacher.pt",
+    )
 
 
 def signal_to_one() -> None:
@@ -517,15 +736,26 @@ def test_steps_are_equal_on_one_and_two_processes(line, typed, finished, four, t
         done.ok()
     for name in ("teacher.pt", "last.pt"):
         assert apart(weights(one / name), weights(two / name)) < 1e-6
-        assert apart(weights(one / name), weights(finished(**four | dict(batch_size=2)) / name)) > 1e-4
+        assert (
+            apart(weights(one / name), weights(finished(**four | dict(batch_size=2)) / name)) > 1e-4
+        )
     for a, b in zip(steps_of(one), steps_of(two), strict=True):
-        for name in (n for n in a if n.split("_")[0] in ("loss", "class", "mask", "dice", "targets", "pseudo")):
+        for name in (
+            n
+            for n in a
+            if n.split("_")[0] in ("loss", "class", "mask", "dice", "targets", "pseudo")
+        ):
             share = 2 if name.startswith("targets") else 1  # of a process
             assert a[name] == pytest.approx(share * b[name], rel=1e-4), name
     assert min(r["pseudo_per_image"] for r in steps_of(one)[5:]) > 0
     every = on_ranks(2, line(resume=True, **four), tmp_path, signal_to_one)
-    assert [done.code for done in every] == [0, 0] and not any("Traceback" in done.err for done in every)
-    assert "Stopped by a signal to another process after step 5" in every[0].out and state(out / "last.pt")["step"] == 5
+    assert [done.code for done in every] == [0, 0] and not any(
+        "Traceback" in done.err for done in every
+    )
+    assert (
+        "Stopped by a signal to another process after step 5" in every[0].out
+        and state(out / "last.pt")["step"] == 5
+    )
     typed(line(resume=True, **four)).ok()
     assert apart(weights(one / "last.pt"), weights(out / "last.pt")) < 1e-6
 
@@ -537,18 +767,31 @@ def test_evaluation_and_prediction_are_equal_on_any_number_of_processes(copy, th
         for flags in (["--eval", last], ["--predict", last, str(things / "images" / "train")]):
             for done in on_ranks(n, [*flags, *HERE], tmp_path):
                 done.ok()
-        made = [*(f"last.pt.{name}.segm.json" for name in ("student", "teacher")), "last.pt.results.json"]
-        found[n] = [(copy / name).read_text() for name in (*made, "last.pt.predictions/predictions.json")]
+        made = [
+            *(f"last.pt.{name}.segm.json" for name in ("student", "teacher")),
+            "last.pt.results.json",
+        ]
+        found[n] = [
+            (copy / name).read_text() for name in (*made, "last.pt.predictions/predictions.json")
+        ]
     assert found[1] == found[2] == found[3]
     assert all(json.loads(found[1][2])[name]["last"]["ap"] > 5 for name in ("student", "teacher"))
     predicted = json.loads(found[1][3])  # and the student's are what was evaluated
-    assert [{**r, "image_id": int(Path(r["image_id"]).stem)} for r in predicted] == json.loads(found[1][0])
+    assert [{**r, "image_id": int(Path(r["image_id"]).stem)} for r in predicted] == json.loads(
+        found[1][0]
+    )
 
 
 @pytest.mark.parametrize("batch_size", [0, 3, 5])
 def test_batch_that_does_not_divide_is_said_before_processes_meet(line, tmp_path, batch_size):
     for rank in "01":  # nobody listens at the address: none may wait
-        env = {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+        env = {
+            "WORLD_SIZE": "2",
+            "RANK": rank,
+            "LOCAL_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "1",
+        }
         error = forked(line(batch_size=batch_size), tmp_path, env=env).error()
         assert f"--batch-size {batch_size} " in error and "2 processes" in error
     assert not (tmp_path / "out").exists()
@@ -557,18 +800,28 @@ def test_batch_that_does_not_divide_is_said_before_processes_meet(line, tmp_path
 def test_an_image_that_one_process_cannot_score_stops_all_with_one_sentence(line, data, tmp_path):
     truncate(data / "images" / "val" / "000000000002.jpg")  # the second of five: process 1 meets it
     every = on_ranks(2, line(data=data), tmp_path)
-    assert [done.code for done in every] == [2, 2] and not any("Traceback" in done.err for done in every)
-    assert any("000000000002.jpg" in re.findall("error: .*", done.err)[0] for done in every if "error: " in done.err)
+    assert [done.code for done in every] == [2, 2] and not any(
+        "Traceback" in done.err for done in every
+    )
+    assert any(
+        "000000000002.jpg" in re.findall("error: .*", done.err)[0]
+        for done in every
+        if "error: " in done.err
+    )
 
 
-@pytest.mark.parametrize("flags", [dict(accumulate=2), dict(accumulate=3), dict(checkpointing=True)], ids=words)
+@pytest.mark.parametrize(
+    "flags", [dict(accumulate=2), dict(accumulate=3), dict(checkpointing=True)], ids=words
+)
 def test_same_steps_in_less_memory(finished, four, things, tmp_path, flags):
     """Of four images, three parts are two and two."""
     train(things, tmp_path / "out", **four, **flags)
     for name in ("teacher.pt", "last.pt"):
         assert apart(weights(finished(**four) / name), weights(tmp_path / "out" / name)) < 1e-5
     for a, b in zip(steps_of(finished(**four)), steps_of(tmp_path / "out"), strict=True):
-        assert all(b[k] == pytest.approx(a[k], rel=1e-4) for k in a if k[:4] in ("loss", "targ", "pseu"))
+        assert all(
+            b[k] == pytest.approx(a[k], rel=1e-4) for k in a if k[:4] in ("loss", "targ", "pseu")
+        )
 
 
 def test_bf16(finished, things, tmp_path):
@@ -577,7 +830,9 @@ def test_bf16(finished, things, tmp_path):
     a, b = ([r["loss_l"] for r in steps_of(out)] for out in (finished(), tmp_path / "out"))
     last = tensors(weights(tmp_path / "out" / "last.pt")).values()
     assert a[0] != b[0] and a == pytest.approx(b, rel=0.1)
-    assert {v.dtype for v in last} <= {torch.float32, torch.int64} and all(v.isfinite().all() for v in last)
+    assert {v.dtype for v in last} <= {torch.float32, torch.int64} and all(
+        v.isfinite().all() for v in last
+    )
 
 
 # ------------------------------------------------------------------------------------ eval, predict
@@ -589,7 +844,11 @@ def test_eval_gives_the_runs_own_results(trained, copy, typed, things, name, whi
     scored, read = json.loads((copy / f"{name}.pt.results.json").read_text()), results(trained)
     for network in ("supervised",) if name == "teacher" else ("student", "teacher"):
         record = scored[network]["last"]
-        assert record == read[network][which] and record["ap"] > 5 and f"{network}: ap {record['ap']:.2f}" in said
+        assert (
+            record == read[network][which]
+            and record["ap"] > 5
+            and f"{network}: ap {record['ap']:.2f}" in said
+        )
         detections = copy / f"{name}.pt.{network}.segm.json"
         assert detections.read_text() == (trained / f"{network}.segm.json").read_text()
         truth = COCO(str(part(things, "train")))
@@ -597,7 +856,9 @@ def test_eval_gives_the_runs_own_results(trained, copy, typed, things, name, whi
         judge.evaluate()
         judge.accumulate()
         judge.summarize()
-        assert [100 * v for v in judge.stats[:3]] == pytest.approx([record[k] for k in ("ap", "ap50", "ap75")])
+        assert [100 * v for v in judge.stats[:3]] == pytest.approx(
+            [record[k] for k in ("ap", "ap50", "ap75")]
+        )
     assert all(p.read_bytes() == content for p, content in before.items())
 
 
@@ -605,20 +866,33 @@ def test_predict_writes_overlays_and_predictions(copy, typed, things, tmp_path):
     (tmp_path / "photos").mkdir()
     source, alone = (things / "images" / "train" / f"00000000000{i}.jpg" for i in (1, 2))
     source = Image.open(source)
-    made = {"a.jpg": source, "grey.png": source.convert("L"), "odd.png": source.resize((37, 53)),
-            "pixel.bmp": source.resize((1, 1)), "wide.png": source.resize((400, 3)), "x.webp": source.convert("RGBA")}
+    made = {
+        "a.jpg": source,
+        "grey.png": source.convert("L"),
+        "odd.png": source.resize((37, 53)),
+        "pixel.bmp": source.resize((1, 1)),
+        "wide.png": source.resize((400, 3)),
+        "x.webp": source.convert("RGBA"),
+    }
     for name, picture in made.items():
         picture.save(tmp_path / "photos" / name)
     (tmp_path / "photos" / "notes.txt").write_text("no picture")
-    done = typed(["--predict", str(copy / "best.pt"), str(tmp_path / "photos"), str(alone), *HERE]).ok()
+    done = typed(
+        ["--predict", str(copy / "best.pt"), str(tmp_path / "photos"), str(alone), *HERE]
+    ).ok()
     folder = copy / "best.pt.predictions"
-    overlays = {name: folder / f"{i:05d}_{Path(name).stem}_overlay.jpg" for i, name in enumerate([*made, alone.name])}
+    overlays = {
+        name: folder / f"{i:05d}_{Path(name).stem}_overlay.jpg"
+        for i, name in enumerate([*made, alone.name])
+    }
     assert "7 images" in done.out and str(folder) in done.out
     assert set(folder.iterdir()) == {folder / "predictions.json", *overlays.values()}
     found = json.loads((folder / "predictions.json").read_text())
     for name, picture in made.items():
         mine = [r for r in found if r["image_id"] == str(tmp_path / "photos" / name)]
-        assert len(mine) == 48 and all(r["segmentation"]["size"] == [picture.height, picture.width] for r in mine)
+        assert len(mine) == 48 and all(
+            r["segmentation"]["size"] == [picture.height, picture.width] for r in mine
+        )
         assert all(r.keys() == {"image_id", "category_id", "segmentation", "score"} for r in mine)
         with Image.open(overlays[name]) as overlay:
             assert overlay.width == picture.width and overlay.height >= picture.height
@@ -630,7 +904,7 @@ def test_predict_writes_overlays_and_predictions(copy, typed, things, tmp_path):
 
 # --------------------------------------------------------------------------------------------- data
 def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 def test_broken_image_is_skipped_with_a_warning_and_counted_in_training(data, tmp_path):
@@ -643,13 +917,18 @@ def test_broken_image_is_skipped_with_a_warning_and_counted_in_training(data, tm
 
 def test_images_that_cannot_be_used_are_named(data, line, typed, tmp_path, recwarn):
     truncate(data / "images" / "val" / "000000000004.jpg")
-    assert "000000000004.jpg" in typed(line(data=data)).error() and not (tmp_path / "out" / "best.pt").exists()
+    assert (
+        "000000000004.jpg" in typed(line(data=data)).error()
+        and not (tmp_path / "out" / "best.pt").exists()
+    )
     Image.new("RGB", (80, 90)).save(data / "images" / "val" / "000000000004.jpg")
     error = typed(line(tmp_path / "b", data)).error()
     assert "80x90" in error and "96x96" in error and "images/val" in error
     for path in (data / "images" / "train").iterdir():
         Image.new("RGB", (80, 90)).save(path)
-    assert "80x90" in (error := typed(line(tmp_path / "c", data)).error()) and "images/train" in error
+    assert (
+        "80x90" in (error := typed(line(tmp_path / "c", data)).error()) and "images/train" in error
+    )
     for path in (data / "images" / "train").iterdir():
         path.write_bytes(b"no picture")
     assert "can be read" in typed(line(tmp_path / "d", data)).error() and len(recwarn) >= 4
@@ -658,13 +937,18 @@ def test_images_that_cannot_be_used_are_named(data, line, typed, tmp_path, recwa
 def test_images_without_an_object(things, line, typed, tmp_path):
     """In the training file they are unlabeled, wherever they are listed; in the scored one they
     stay."""
+
     def bare(content: dict) -> None:
         content["annotations"] = [a for a in content["annotations"] if a["image_id"] > 2]
 
     files = altered(things, tmp_path, bare)
     (tmp_path / "list.txt").write_text("000000000001.jpg\n000000000004.jpg\n000000000005.jpg\n")
     done = typed(line(split=tmp_path / "list.txt", **files)).ok()
-    assert "2 labeled images" in done.out and "and 8 unlabeled" in done.out and "scored on 5" in done.out
+    assert (
+        "2 labeled images" in done.out
+        and "and 8 unlabeled" in done.out
+        and "scored on 5" in done.out
+    )
     assert {r["image_id"] for r in segm(tmp_path / "out")} == {1, 2, 3, 4, 5}
     (tmp_path / "bare.txt").write_text("1\n2\n")
     error = typed(line(tmp_path / "other", split=tmp_path / "bare.txt", **files)).error()
@@ -676,16 +960,21 @@ def test_no_object_in_any_crop(things, tmp_path, monkeypatch, keep):
     def empty(photo, data, window=None, crowds=False, real=instances.masks_of):
         labels, masks, crowd = real(photo, data, window, crowds)
         return labels, masks if window is None else torch.zeros_like(masks), crowd
+
     monkeypatch.setattr(instances, "masks_of", empty)
     train(things, tmp_path / "out", keep_empty_targets=keep, stage="teacher")
     for r in steps_of(tmp_path / "out"):
-        assert (r["mask_l"] == r["dice_l"] == 0) != keep == (r["targets_l"] > 1) and 0 < r["class_l"] < 100
+        assert (r["mask_l"] == r["dice_l"] == 0) != keep == (r["targets_l"] > 1) and 0 < r[
+            "class_l"
+        ] < 100
 
 
 def test_more_objects_than_queries(things, tmp_path):
     train(things, tmp_path / "out", queries=1, batch_size=4)
     log = steps_of(tmp_path / "out")
-    assert min(r["targets_l"] for r in log) > 4 and all(0 < r["mask_l"] < 100 and r["bad_costs_l"] == 0 for r in log)
+    assert min(r["targets_l"] for r in log) > 4 and all(
+        0 < r["mask_l"] < 100 and r["bad_costs_l"] == 0 for r in log
+    )
     assert len(segm(tmp_path / "out")) == 5 * 6
 
 
@@ -694,10 +983,14 @@ def test_class_never_seen_and_ids_that_are_no_places(things, tmp_path):
         for record in content["annotations"]:
             record["category_id"] *= 10
         content["categories"] = [{"id": 5, "name": "ghost"}] + [
-            {"id": 10 * c["id"], "name": c["name"]} for c in content["categories"][::-1]]
+            {"id": 10 * c["id"], "name": c["name"]} for c in content["categories"][::-1]
+        ]
 
     last = train(things, tmp_path / "out", **altered(things, tmp_path, more))["student"]["last"]
-    assert list(last["per_class"]) == ["ghost", *shapes.THING_CLASSES] and last["per_class"]["ghost"] is None
+    assert (
+        list(last["per_class"]) == ["ghost", *shapes.THING_CLASSES]
+        and last["per_class"]["ghost"] is None
+    )
     assert {r["category_id"] for r in segm(tmp_path / "out")} == {5, *range(10, 70, 10)}
 
 
@@ -707,9 +1000,16 @@ def test_one_class_alone(things, tmp_path):
         for record in content["annotations"]:
             record["category_id"] = 7
 
-    last = train(things, tmp_path / "out", class_threshold=0.5, **altered(things, tmp_path, one))["student"]["last"]
-    assert last["per_class"] == {"thing": last["ap"]} and {r["category_id"] for r in segm(tmp_path / "out")} == {7}
-    assert weights(tmp_path / "out" / "last.pt")["student"]["decoder.class_embed.weight"].shape == (2, 64)
+    last = train(things, tmp_path / "out", class_threshold=0.5, **altered(things, tmp_path, one))[
+        "student"
+    ]["last"]
+    assert last["per_class"] == {"thing": last["ap"]} and {
+        r["category_id"] for r in segm(tmp_path / "out")
+    } == {7}
+    assert weights(tmp_path / "out" / "last.pt")["student"]["decoder.class_embed.weight"].shape == (
+        2,
+        64,
+    )
     assert max(r["pseudo_per_image"] for r in steps_of(tmp_path / "out")[4:]) > 0
 
 
@@ -718,6 +1018,7 @@ def test_one_class_alone(things, tmp_path):
 def two_steps(typed, tmp_path):
     """two_steps(picture, ...) -> results.json of a run of two small steps a stage, which is then
     evaluated and predicts the picture. The flags that a data set has of its own are its own."""
+
     def do(picture: Callable[[], Path], **flags) -> dict:
         small = {k: v for k, v in TINY.items() if k not in ("lr", "scale", "ema")}
         out = tmp_path / "out"
@@ -725,40 +1026,57 @@ def two_steps(typed, tmp_path):
         typed(["--eval", str(out / "last.pt"), *HERE]).ok()
         read, scored = results(out), json.loads((out / "last.pt.results.json").read_text())
         for name in ("student", "teacher"):
-            assert scored[name]["last"] == read[name]["last"] and segm(out, name) == segm(out, f"last.pt.{name}")
+            assert scored[name]["last"] == read[name]["last"] and segm(out, name) == segm(
+                out, f"last.pt.{name}"
+            )
         assert [read[name]["last"]["step"] for name in ("supervised", "student")] == [2, 4]
         typed(["--predict", str(out / "best.pt"), str(picture()), *HERE]).ok()
         found = json.loads((out / "best.pt.predictions" / "predictions.json").read_text())
         with Image.open(picture()) as image:
-            assert found and all(r["segmentation"]["size"] == [image.height, image.width] for r in found)
+            assert found and all(
+                r["segmentation"]["size"] == [image.height, image.width] for r in found
+            )
         assert len(list((out / "best.pt.predictions").glob("*_overlay.jpg"))) == 1
         return read
+
     return do
 
 
 @pytest.fixture
 def few_val(monkeypatch) -> None:
     """Score three pictures, one with a crowd where there are some."""
+
     def find(*args, real=instances.find):
         data = real(*args)
         crowds = [p for p in data.val if any(thing.crowd for thing in p.things)]
         data.val = (crowds[:1] + [p for p in data.val if p not in crowds])[:3]
         return data
+
     monkeypatch.setattr(instances, "find", find)
 
 
-needs = {name: pytest.mark.skipif(not (TEST_DATA / name).is_dir(), reason=f"no {name} in TEST_DATA ({TEST_DATA})")
-         for name in ("coco_mini", "car_parts")}
+needs = {
+    name: pytest.mark.skipif(
+        not (TEST_DATA / name).is_dir(), reason=f"no {name} in TEST_DATA ({TEST_DATA})"
+    )
+    for name in ("coco_mini", "car_parts")
+}
 
 
 @needs["coco_mini"]
 def test_preset_coco_with_crowds(two_steps, few_val, tmp_path):
     root = TEST_DATA / "coco_mini"
     content = json.loads(part(root, "train").read_text())
-    single, crowd = ({a["image_id"] for a in content["annotations"] if a["iscrowd"] == kind} for kind in (0, 1))
+    single, crowd = (
+        {a["image_id"] for a in content["annotations"] if a["iscrowd"] == kind} for kind in (0, 1)
+    )
     (tmp_path / "list.txt").write_text("".join(f"{i}\n" for i in sorted(single & crowd)[:4]))
-    read = two_steps(lambda: next((root / "images").glob("*.jpg")), dataset="coco", root=root,
-                     split=tmp_path / "list.txt")
+    read = two_steps(
+        lambda: next((root / "images").glob("*.jpg")),
+        dataset="coco",
+        root=root,
+        split=tmp_path / "list.txt",
+    )
     found = read["student"]["last"]["per_class"]
     assert len(found) == 80 and None in found.values() and len(segm(tmp_path / "out")) == 3 * 100
     assert max(r["category_id"] for r in segm(tmp_path / "out")) > 80  # COCO's ids, to 90
@@ -767,24 +1085,42 @@ def test_preset_coco_with_crowds(two_steps, few_val, tmp_path):
 @needs["car_parts"]
 def test_own_coco_file(two_steps, few_val):
     root = TEST_DATA / "car_parts"
-    read = two_steps(lambda: next((root / "images").glob("te*.jpg")), dataset="coco", root=root, split="random:5%",
-                     queries=3)
+    read = two_steps(
+        lambda: next((root / "images").glob("te*.jpg")),
+        dataset="coco",
+        root=root,
+        split="random:5%",
+        queries=3,
+    )
     assert len(read["supervised"]["last"]["per_class"]) == 13
 
 
 def test_lvis_files(two_steps, tmp_path):
     root = shapes.make_coco(tmp_path / "lvis", 8, 3)
-    read = two_steps(lambda: next((root / "images" / "val").iterdir()), dataset="coco", root=root,
-                     train_json="lvis_train.json", val_json="lvis_val.json")
+    read = two_steps(
+        lambda: next((root / "images" / "val").iterdir()),
+        dataset="coco",
+        root=root,
+        train_json="lvis_train.json",
+        val_json="lvis_val.json",
+    )
     assert list(read["student"]["last"]["per_class"]) == sorted(shapes.INSTANCE_CLASSES)
 
 
 def test_preset_cityscapes(two_steps, tmp_path):
     root = shapes.make_cityscapes(tmp_path / "cityscapes", 6, 2, 64, 128)
-    read = two_steps(lambda: next((root / "leftImg8bit" / "val").glob("*/*.png")), dataset="cityscapes", root=root,
-                     test_size=(64, 128), crop_size=(32, 64))
+    read = two_steps(
+        lambda: next((root / "leftImg8bit" / "val").glob("*/*.png")),
+        dataset="cityscapes",
+        root=root,
+        test_size=(64, 128),
+        crop_size=(32, 64),
+    )
     record = read["student"]["last"]
-    assert record.keys() == {"step", "coco_ap", "ap", "ap50", "per_class"} and len(record["per_class"]) == 8
+    assert (
+        record.keys() == {"step", "coco_ap", "ap", "ap50", "per_class"}
+        and len(record["per_class"]) == 8
+    )
     settings = json.loads((tmp_path / "out" / "config.json").read_text())["settings"]
     assert (settings["norm"], settings["schedule"], settings["ema"]) == ("live", "poly", 0.9996)
 
@@ -793,58 +1129,114 @@ def test_preset_shapes_starts_from_its_own_weights(two_steps, tmp_path, monkeypa
     file, body = tmp_path / "weights.pth", timm.create_model("test_resnet")
     torch.save(body.state_dict(), file)
     monkeypatch.setattr(shapes, "pretrain", lambda root, backbone: file)
-    monkeypatch.setattr(shapes, "make_things", lambda root, make=shapes.make_things: make(root, 8, 2, 4))
+    monkeypatch.setattr(
+        shapes, "make_things", lambda root, make=shapes.make_things: make(root, 8, 2, 4)
+    )
     monkeypatch.setattr(gd, "update", lambda s, args: None)
     root = tmp_path / "shapes"
-    two_steps(lambda: root / "things/images/val/000000000001.jpg", dataset="shapes", root=root, split="50%",
-              weights="shapes", warmup_epochs=None)
+    two_steps(
+        lambda: root / "things/images/val/000000000001.jpg",
+        dataset="shapes",
+        root=root,
+        split="50%",
+        weights="shapes",
+        warmup_epochs=None,
+    )
     for net in weights(tmp_path / "out" / "last.pt").values():
-        mine = {k.removeprefix("backbone.body."): v for k, v in net.items() if k.startswith("backbone.body.")}
-        assert apart({k: v for k, v in body.named_parameters() if k in mine},
-                     {k: v for k, v in mine.items() if k in dict(body.named_parameters())}) == 0
+        mine = {
+            k.removeprefix("backbone.body."): v
+            for k, v in net.items()
+            if k.startswith("backbone.body.")
+        }
+        assert (
+            apart(
+                {k: v for k, v in body.named_parameters() if k in mine},
+                {k: v for k, v in mine.items() if k in dict(body.named_parameters())},
+            )
+            == 0
+        )
 
 
 # ----------------------------------------------------------------------------------------- networks
-BACKBONES = {"resnet18": {}, "resnet18 live": dict(norm="live"), "mobilenet_v2": {}, "swin_tiny_patch4_window7_224": {},
-             "vit_tiny_patch16_224": dict(freeze_backbone=True), "deit_tiny_patch16_224": dict(vit_resize="nearest")}
+BACKBONES = {
+    "resnet18": {},
+    "resnet18 live": dict(norm="live"),
+    "mobilenet_v2": {},
+    "swin_tiny_patch4_window7_224": {},
+    "vit_tiny_patch16_224": dict(freeze_backbone=True),
+    "deit_tiny_patch16_224": dict(vit_resize="nearest"),
+}
 
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_backbone_takes_a_step_of_both_stages(things, tmp_path, monkeypatch, name):
     """What learns and what does not; nothing is written, for these networks are large."""
     saved, live = {}, name.endswith("live")
-    monkeypatch.setattr(runs, "save_checkpoint", lambda path, script, state: saved.update({path.name: state}))
-    monkeypatch.setattr(runs, "read_weights", lambda path, *_: saved[path.name]["networks"]["supervised"])
-    args = gd.preset(**tiny(things, tmp_path / "out", steps=1, crop_size=(32, 64), val="tune",
-                            backbone=name.split()[0], **BACKBONES[name]))
+    monkeypatch.setattr(
+        runs, "save_checkpoint", lambda path, script, state: saved.update({path.name: state})
+    )
+    monkeypatch.setattr(
+        runs, "read_weights", lambda path, *_: saved[path.name]["networks"]["supervised"]
+    )
+    args = gd.preset(
+        **tiny(
+            things,
+            tmp_path / "out",
+            steps=1,
+            crop_size=(32, 64),
+            val="tune",
+            backbone=name.split()[0],
+            **BACKBONES[name],
+        )
+    )
     gd.main(args)
-    assert saved["last.pt"]["step"] == 2 and saved["last.pt"]["networks"].keys() == {"student", "teacher"}
+    assert saved["last.pt"]["step"] == 2 and saved["last.pt"]["networks"].keys() == {
+        "student",
+        "teacher",
+    }
     for stage, file in (("teacher", "teacher.pt"), ("student", "last.pt")):
-        begun, now = gd.network(args, 6, World(), stage)[0], next(iter(saved[file]["networks"].values()))
+        begun, now = (
+            gd.network(args, 6, World(), stage)[0],
+            next(iter(saved[file]["networks"].values())),
+        )
         moved = {k for k, v in begun.state_dict().items() if not torch.equal(v, now[k])}
-        fixed = {k for k, _ in begun.named_buffers()} | {k for k, p in begun.named_parameters() if not p.requires_grad}
+        fixed = {k for k, _ in begun.named_buffers()} | {
+            k for k, p in begun.named_parameters() if not p.requires_grad
+        }
         for place in ("backbone", "pixel_decoder", "decoder"):
             assert any(k.startswith(place) for k in moved - fixed)
         assert all(live and re.search("running|num_batches", k) for k in moved & fixed)
         assert any("running_mean" in k for k in moved) == live
-        assert any(k.startswith("backbone.body") for k in fixed) == name.startswith(("res", "mob", "vit"))
+        assert any(k.startswith("backbone.body") for k in fixed) == name.startswith(
+            ("res", "mob", "vit")
+        )
 
 
 def official(net: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
     """Our tensors by the names of Mask2Former's files."""
-    pixels, layer, to = "sem_seg_head.pixel_decoder.", r"predictor\.layers\.(\d)\.", "predictor.transformer_"
-    rules = [(r"^backbone\.body\.layer(\d)\.", lambda m: f"backbone.res{int(m[1]) + 1}."),
-             (r"^backbone\.body\.bn1\.", "backbone.stem.conv1.norm."), (r"^backbone\.body\.", "backbone.stem."),
-             (r"(res\d\.\d+\.)bn(\d)\.", r"\1conv\2.norm."), (r"^decoder\.", "sem_seg_head.predictor."),
-             (r"^pixel_decoder\.lateral\.(\d)\.", lambda m: f"{pixels}adapter_1." + "norm." * int(m[1])),
-             (r"^pixel_decoder\.output\.(\d)\.", lambda m: f"{pixels}layer_1." + "norm." * int(m[1])),
-             (r"^pixel_decoder\.layers", f"{pixels}transformer.encoder.layers"),
-             (r"^pixel_decoder\.level", f"{pixels}transformer.level"), (r"^pixel_decoder\.", pixels),
-             (r"predictor\.mask_embed\.(\d)", lambda m: f"predictor.mask_embed.layers.{int(m[1]) // 2}"),
-             (layer + "(cross|self)_norm", to + r"\2_attention_layers.\1.norm"),
-             (layer + "cross_attn", to + r"cross_attention_layers.\1.multihead_attn"),
-             (layer + "self_attn", to + r"self_attention_layers.\1.self_attn"),
-             (layer + "linear", to + r"ffn_layers.\1.linear"), (layer + "ffn_norm", to + r"ffn_layers.\1.norm")]
+    pixels, layer, to = (
+        "sem_seg_head.pixel_decoder.",
+        r"predictor\.layers\.(\d)\.",
+        "predictor.transformer_",
+    )
+    rules = [
+        (r"^backbone\.body\.layer(\d)\.", lambda m: f"backbone.res{int(m[1]) + 1}."),
+        (r"^backbone\.body\.bn1\.", "backbone.stem.conv1.norm."),
+        (r"^backbone\.body\.", "backbone.stem."),
+        (r"(res\d\.\d+\.)bn(\d)\.", r"\1conv\2.norm."),
+        (r"^decoder\.", "sem_seg_head.predictor."),
+        (r"^pixel_decoder\.lateral\.(\d)\.", lambda m: f"{pixels}adapter_1." + "norm." * int(m[1])),
+        (r"^pixel_decoder\.output\.(\d)\.", lambda m: f"{pixels}layer_1." + "norm." * int(m[1])),
+        (r"^pixel_decoder\.layers", f"{pixels}transformer.encoder.layers"),
+        (r"^pixel_decoder\.level", f"{pixels}transformer.level"),
+        (r"^pixel_decoder\.", pixels),
+        (r"predictor\.mask_embed\.(\d)", lambda m: f"predictor.mask_embed.layers.{int(m[1]) // 2}"),
+        (layer + "(cross|self)_norm", to + r"\2_attention_layers.\1.norm"),
+        (layer + "cross_attn", to + r"cross_attention_layers.\1.multihead_attn"),
+        (layer + "self_attn", to + r"self_attention_layers.\1.self_attn"),
+        (layer + "linear", to + r"ffn_layers.\1.linear"),
+        (layer + "ffn_norm", to + r"ffn_layers.\1.norm"),
+    ]
     named = {}
     for key, value in net.items():
         for pattern, new in rules:
@@ -864,7 +1256,10 @@ def test_official_weights(trained, things, tmp_path):
     for found in weights(tmp_path / "a" / "last.pt").values():
         assert apart(found, net) == 0
     assert json.loads((tmp_path / "a" / "config.json").read_text())["weights_notes"] == []
-    torch.save({"model": {f"modelTeacher.{k}": torch.from_numpy(v) for k, v in named.items()}}, tmp_path / "b.pth")
+    torch.save(
+        {"model": {f"modelTeacher.{k}": torch.from_numpy(v) for k, v in named.items()}},
+        tmp_path / "b.pth",
+    )
     for out, teacher in (("b", file), ("c", tmp_path / "b.pth")):
         train(things, tmp_path / out, teacher=teacher, burn_in="fixed", steps=1)
         found = weights(tmp_path / out / "last.pt")
@@ -874,7 +1269,10 @@ def test_official_weights(trained, things, tmp_path):
 def test_tensors_that_do_not_load_are_listed(trained, line, typed, tmp_path):
     net = weights(trained / "teacher.pt")["supervised"]
     del net["decoder.query_feat.weight"]
-    torch.save(net | {"decoder.class_embed.weight": torch.zeros(81, 64), "x": torch.zeros(3)}, tmp_path / "other.pth")
+    torch.save(
+        net | {"decoder.class_embed.weight": torch.zeros(81, 64), "x": torch.zeros(3)},
+        tmp_path / "other.pth",
+    )
     said = typed(line(weights=tmp_path / "other.pth", stage="teacher")).ok().out
     notes = json.loads((tmp_path / "out" / "config.json").read_text())["weights_notes"]
     assert len(notes) == 3 and all(f"weights {note}" in said for note in notes)
@@ -885,47 +1283,126 @@ def test_tensors_that_do_not_load_are_listed(trained, line, typed, tmp_path):
 def test_help_shows_every_flag_with_the_presets_numbers(typed):
     for dataset, number in (("coco", "368750"), ("cityscapes", "90000"), ("shapes", "test_resnet")):
         said = typed(["--dataset", dataset, "--help"]).ok().out
-        assert all(f"--{name.replace('_', '-')}" in said for name in vars(gd.Args())) and number in said
+        assert (
+            all(f"--{name.replace('_', '-')}" in said for name in vars(gd.Args()))
+            and number in said
+        )
 
 
 REFUSED = [  # flags, what the sentence names
-    (dict(crop_size=(48, 64)), "--crop-size 48 64"), (dict(crop_size=(64, 0)), "--crop-size"),
-    (dict(accumulate=3), "--accumulate 3"), (dict(accumulate=0), "--accumulate"), (dict(batch_size=0), "--batch-size"),
-    (dict(accumulate=2, norm="live"), "--norm frozen"), (dict(teacher="x.pt", stage="teacher"), "--teacher"),
-    (dict(teacher="x.pt", burn_in="standard"), "--teacher"), (dict(teacher="x.pt", burn_in="none"), "--teacher"),
-    (dict(stage="student"), "--teacher"), (dict(stage="student", burn_in="fixed"), "--teacher"),
-    (dict(burn_in_steps=4), "--burn-in-steps 4"), (dict(burn_in="fixed", burn_in_steps=2), "--burn-in-steps"),
-    (dict(burn_in="none", burn_in_steps=2), "--burn-in-steps"), (dict(freeze_backbone=True), "--freeze-backbone"),
-    (dict(drop_path=0.1), "--drop-path"), (dict(vit_resize="nearest"), "--vit-resize"),
-    (dict(backbone="swin_tiny_patch4_window7_224", norm="live"), "--norm"), (dict(dataset="cityscapes"), "--scale"),
-    (dict(dataset="cityscapes", scale=None, train_json="x"), "--train-json"), (dict(burn_in="fixed", ema=0.5), "--ema"),
-    (dict(burn_in="none", select="last"), "--select"), (dict(teacher="x.pt", select="last"), "--select"),
-    (dict(split="all", split_seed=3), "--split-seed"), (dict(unlabeled="x", pool="remaining"), "--pool"),
-    *((dict(stage="teacher") | {k: v}, f"--{k.replace('_', '-')}") for k, v in dict(
-        burn_in="standard", burn_in_steps=2, ema=0.9, lambda_u=1.0, class_threshold=0.5, size_threshold=1.0,
-        strong_aug="same", labeled_sampling="uniform", pool="remaining", unlabeled="x").items()),
-    *(({k: v}, f"--{k.replace('_', '-')} ") for k, v in dict(
-        ema=1.5, class_threshold=-0.1, no_object=2, backbone_lr=-1, width=16, encoder_layers=0, decoder_layers=0,
-        points=8, steps=0, test_size=(8, 8), scale=(2, 1), eval_every=0, log_every=0, save_every=-1, lr="nan",
-        weight_decay=-1, clip=-1, seed=-1, queries=-1, workers=-1, lambda_u=-1, size_threshold="inf",
-        burn_in_steps=-1).items())]
+    (dict(crop_size=(48, 64)), "--crop-size 48 64"),
+    (dict(crop_size=(64, 0)), "--crop-size"),
+    (dict(accumulate=3), "--accumulate 3"),
+    (dict(accumulate=0), "--accumulate"),
+    (dict(batch_size=0), "--batch-size"),
+    (dict(accumulate=2, norm="live"), "--norm frozen"),
+    (dict(teacher="x.pt", stage="teacher"), "--teacher"),
+    (dict(teacher="x.pt", burn_in="standard"), "--teacher"),
+    (dict(teacher="x.pt", burn_in="none"), "--teacher"),
+    (dict(stage="student"), "--teacher"),
+    (dict(stage="student", burn_in="fixed"), "--teacher"),
+    (dict(burn_in_steps=4), "--burn-in-steps 4"),
+    (dict(burn_in="fixed", burn_in_steps=2), "--burn-in-steps"),
+    (dict(burn_in="none", burn_in_steps=2), "--burn-in-steps"),
+    (dict(freeze_backbone=True), "--freeze-backbone"),
+    (dict(drop_path=0.1), "--drop-path"),
+    (dict(vit_resize="nearest"), "--vit-resize"),
+    (dict(backbone="swin_tiny_patch4_window7_224", norm="live"), "--norm"),
+    (dict(dataset="cityscapes"), "--scale"),
+    (dict(dataset="cityscapes", scale=None, train_json="x"), "--train-json"),
+    (dict(burn_in="fixed", ema=0.5), "--ema"),
+    (dict(burn_in="none", select="last"), "--select"),
+    (dict(teacher="x.pt", select="last"), "--select"),
+    (dict(split="all", split_seed=3), "--split-seed"),
+    (dict(unlabeled="x", pool="remaining"), "--pool"),
+    *(
+        (dict(stage="teacher") | {k: v}, f"--{k.replace('_', '-')}")
+        for k, v in dict(
+            burn_in="standard",
+            burn_in_steps=2,
+            ema=0.9,
+            lambda_u=1.0,
+            class_threshold=0.5,
+            size_threshold=1.0,
+            strong_aug="same",
+            labeled_sampling="uniform",
+            pool="remaining",
+            unlabeled="x",
+        ).items()
+    ),
+    *(
+        ({k: v}, f"--{k.replace('_', '-')} ")
+        for k, v in dict(
+            ema=1.5,
+            class_threshold=-0.1,
+            no_object=2,
+            backbone_lr=-1,
+            width=16,
+            encoder_layers=0,
+            decoder_layers=0,
+            points=8,
+            steps=0,
+            test_size=(8, 8),
+            scale=(2, 1),
+            eval_every=0,
+            log_every=0,
+            save_every=-1,
+            lr="nan",
+            weight_decay=-1,
+            clip=-1,
+            seed=-1,
+            queries=-1,
+            workers=-1,
+            lambda_u=-1,
+            size_threshold="inf",
+            burn_in_steps=-1,
+        ).items()
+    ),
+]
 REFUSED += [  # what is not there, or no good
-    ({"root": "text"}, "looked for a folder"), ({"train_json": "no.json"}, "--train-json no.json"),
+    ({"root": "text"}, "looked for a folder"),
+    ({"train_json": "no.json"}, "--train-json no.json"),
     ({"val": "nonsense"}, "nonsense"),
-    ({"val_json": "no.json"}, "--val-json no.json"), ({"images": "no"}, "--images no"), ({"out": "text"}, "--out text"),
-    ({"split": "nonsense"}, "--split nonsense"), ({"split": "random:0"}, "--split random:0"),
-    ({"split": "random:99"}, "--split random:99"), ({"split": "list"}, "nobody.jpg"), ({"unlabeled": "no"}, "--unlab"),
-    ({"pool": "remaining", "split": "all"}, "no unlabeled image"), ({"unlabeled": "empty"}, "no images"),
-    ({"backbone": "nonsense"}, "--backbone nonsense"), ({"backbone": "swin_nonsense"}, "--backbone swin_nonsense"),
-    ({"backbone": "vit_nonsense"}, "--backbone vit_nonsense"), ({"backbone": "alexnet"}, "--backbone alexnet"),
-    ({"weights": "no.pth"}, "--weights no.pth"), ({"weights": "text"}, "--weights text"),
-    ({"teacher": "no.pt"}, "--teacher no.pt"), ({"teacher": "text"}, "--teacher text"), ({"device": "tpu"}, "--device"),
-    *(({flag: f"{name}.json"}, said) for flag in ("train_json", "val_json") for name, said in dict(
-        torn="torn.json cannot be read as JSON", numbers="numbers.json is no COCO or LVIS file", bare="has no object",
-        lists="lists.json is no COCO or LVIS file: it has no list of categories", other="differ").items())]
-TEXTS = {"text": "x", "list": "nobody.jpg", "torn.json": '{"images": [', "numbers.json": "[1, 2]",
-         "lists.json": '{"images": []}', "empty/notes.txt": "no picture",
-         "other.json": '{"images": [], "categories": [{"id": 1, "name": "a"}], "annotations": []}'}
+    ({"val_json": "no.json"}, "--val-json no.json"),
+    ({"images": "no"}, "--images no"),
+    ({"out": "text"}, "--out text"),
+    ({"split": "nonsense"}, "--split nonsense"),
+    ({"split": "random:0"}, "--split random:0"),
+    ({"split": "random:99"}, "--split random:99"),
+    ({"split": "list"}, "nobody.jpg"),
+    ({"unlabeled": "no"}, "--unlab"),
+    ({"pool": "remaining", "split": "all"}, "no unlabeled image"),
+    ({"unlabeled": "empty"}, "no images"),
+    ({"backbone": "nonsense"}, "--backbone nonsense"),
+    ({"backbone": "swin_nonsense"}, "--backbone swin_nonsense"),
+    ({"backbone": "vit_nonsense"}, "--backbone vit_nonsense"),
+    ({"backbone": "alexnet"}, "--backbone alexnet"),
+    ({"weights": "no.pth"}, "--weights no.pth"),
+    ({"weights": "text"}, "--weights text"),
+    ({"teacher": "no.pt"}, "--teacher no.pt"),
+    ({"teacher": "text"}, "--teacher text"),
+    ({"device": "tpu"}, "--device"),
+    *(
+        ({flag: f"{name}.json"}, said)
+        for flag in ("train_json", "val_json")
+        for name, said in dict(
+            torn="torn.json cannot be read as JSON",
+            numbers="numbers.json is no COCO or LVIS file",
+            bare="has no object",
+            lists="lists.json is no COCO or LVIS file: it has no list of categories",
+            other="differ",
+        ).items()
+    ),
+]
+TEXTS = {
+    "text": "x",
+    "list": "nobody.jpg",
+    "torn.json": '{"images": [',
+    "numbers.json": "[1, 2]",
+    "lists.json": '{"images": []}',
+    "empty/notes.txt": "no picture",
+    "other.json": '{"images": [], "categories": [{"id": 1, "name": "a"}], "annotations": []}',
+}
 
 
 @pytest.mark.parametrize("flags, said", REFUSED, ids=words)
@@ -940,15 +1417,32 @@ def test_refused_before_any_work(things, line, typed, tmp_path, monkeypatch, fla
     assert said in typed(line(**flags)).error() and not list(tmp_path.glob("out/[!.]*"))
 
 
-@pytest.mark.parametrize("dataset, way, lost", [
-    ("coco", "data/README.md", "annotations/instances_train2017.json"),
-    ("cityscapes", "python -m data.download cityscapes", "leftImg8bit/train")])
+@pytest.mark.parametrize(
+    "dataset, way, lost",
+    [
+        ("coco", "data/README.md", "annotations/instances_train2017.json"),
+        ("cityscapes", "python -m data.download cityscapes", "leftImg8bit/train"),
+    ],
+)
 def test_missing_data_set_says_what_where_and_how_to_go_on(typed, tmp_path, dataset, way, lost):
     (tmp_path / "empty").mkdir()
     for name, what in (("nowhere", "folder"), ("empty", lost)):
-        error = typed(["--dataset", dataset, "--split", "5%", "--out", str(tmp_path / "out"), *HERE, "--root",
-                       str(tmp_path / name)]).error()
-        assert str(tmp_path / name) in error and way in error and "--root" in error and what in error
+        error = typed(
+            [
+                "--dataset",
+                dataset,
+                "--split",
+                "5%",
+                "--out",
+                str(tmp_path / "out"),
+                *HERE,
+                "--root",
+                str(tmp_path / name),
+            ]
+        ).error()
+        assert (
+            str(tmp_path / name) in error and way in error and "--root" in error and what in error
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -969,7 +1463,10 @@ def test_cityscapes_without_an_object_to_score(line, typed, tmp_path):
 def test_teacher_that_does_not_fit(trained, line, typed, tmp_path):
     for flags in (dict(width=128), dict(queries=5), dict(backbone="resnet18")):
         error = typed(line(teacher=trained / "teacher.pt", **flags)).error()
-        assert f"--teacher {trained / 'teacher.pt'} does not fit" in error and f"--{next(iter(flags))}" in error
+        assert (
+            f"--teacher {trained / 'teacher.pt'} does not fit" in error
+            and f"--{next(iter(flags))}" in error
+        )
         assert not (tmp_path / "out" / "config.json").exists()
 
 
@@ -978,12 +1475,25 @@ def test_checkpoints_and_pictures_that_cannot_be_used(trained, copy, typed, tmp_
     torch.save({**good, "script": "other.py"}, tmp_path / "other.pt")
     torch.save(good["networks"]["student"], tmp_path / "weights.pt")
     (tmp_path / "torn.pt").write_bytes((trained / "best.pt").read_bytes()[:9999])
-    for name, said in (("other", "other.py"), ("weights", "--weights"), ("torn", "readable"), ("no", "no checkpoint")):
+    for name, said in (
+        ("other", "other.py"),
+        ("weights", "--weights"),
+        ("torn", "readable"),
+        ("no", "no checkpoint"),
+    ):
         for flag in ("--eval", "--predict"):
-            assert said in (error := typed([flag, str(tmp_path / f"{name}.pt")]).error()) and f"{name}.pt" in error
+            assert (
+                said in (error := typed([flag, str(tmp_path / f"{name}.pt")]).error())
+                and f"{name}.pt" in error
+            )
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.jpg").write_text("x")
-    for name, said in (("", "--predict"), ("empty", "--predict"), ("text.jpg", "text.jpg"), ("no.jpg", "no.jpg")):
+    for name, said in (
+        ("", "--predict"),
+        ("empty", "--predict"),
+        ("text.jpg", "text.jpg"),
+        ("no.jpg", "no.jpg"),
+    ):
         given = [str(tmp_path / name)] if name else []
         assert said in typed(["--predict", str(copy / "best.pt"), *given, *HERE]).error()
     root = shapes.make_coco(tmp_path / "coco", 3, 2)
@@ -992,11 +1502,17 @@ def test_checkpoints_and_pictures_that_cannot_be_used(trained, copy, typed, tmp_
 
 
 @pytest.mark.parametrize("stage", ["teacher", "student"])
-def test_loss_that_is_not_finite_stops_and_the_last_good_checkpoint_stays(line, typed, finished, tmp_path, stage):
+def test_loss_that_is_not_finite_stops_and_the_last_good_checkpoint_stays(
+    line, typed, finished, tmp_path, stage
+):
     """In the teacher's stage, and in the student's, whose teacher is good."""
     more = {} if stage == "teacher" else dict(teacher=finished() / "teacher.pt")
     error = typed(line(lr=1e14, save_every=1, steps=20, eval_every=20, stage=stage, **more)).error()
-    step = int(re.search(r"(?:loss_[lu] is|weights of \w+ are) not finite (?:since|after) step (\d+)", error)[1])
+    step = int(
+        re.search(
+            r"(?:loss_[lu] is|weights of \w+ are) not finite (?:since|after) step (\d+)", error
+        )[1]
+    )
     last = state(tmp_path / "out" / "last.pt")
     assert "--lr" in error and str(tmp_path / "out") in error and 0 < last["step"] <= step < 19
     assert all(v.isfinite().all() for v in tensors(last["networks"]).values())
@@ -1006,6 +1522,7 @@ def test_loss_that_is_not_finite_stops_and_the_last_good_checkpoint_stays(line, 
 def test_weights_that_cannot_be_had(line, typed, tmp_path, monkeypatch):
     def offline(name, pretrained=False, **more):
         raise OSError("offline") if pretrained else AssertionError("random weights were asked for")
+
     monkeypatch.setattr(timm, "create_model", offline)
     for backbone in ("swin_tiny_patch4_window7_224", "vit_tiny_patch16_224", "resnet18"):
         error = typed(line(backbone=backbone, weights="imagenet")).error()
@@ -1018,16 +1535,28 @@ def narrow() -> None:
     real = timm.create_model
 
     def create(name: str, *args, **more):
-        small = dict(depths=(1, 1, 1, 1), embed_dim=24, num_heads=(1, 1, 2, 2)) if name.startswith("swin") else \
-            dict(depth=4, embed_dim=48, num_heads=2) if name.startswith("vit") else {}
+        small = (
+            dict(depths=(1, 1, 1, 1), embed_dim=24, num_heads=(1, 1, 2, 2))
+            if name.startswith("swin")
+            else dict(depth=4, embed_dim=48, num_heads=2)
+            if name.startswith("vit")
+            else {}
+        )
         return real(name, *args, **more, **small)
+
     timm.create_model = create
 
 
-@pytest.mark.parametrize("flags", [
-    {}, dict(burn_in="fixed", batch_size=4, accumulate=2, norm="frozen", checkpointing=True),
-    dict(backbone="swin_tiny_patch4_window7_224", test_size=(64, 80), steps=2, burn_in_steps=1),
-    dict(backbone="vit_small_patch14_dinov2", freeze_backbone=True, steps=2, burn_in_steps=1)], ids=str)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        dict(burn_in="fixed", batch_size=4, accumulate=2, norm="frozen", checkpointing=True),
+        dict(backbone="swin_tiny_patch4_window7_224", test_size=(64, 80), steps=2, burn_in_steps=1),
+        dict(backbone="vit_small_patch14_dinov2", freeze_backbone=True, steps=2, burn_in_steps=1),
+    ],
+    ids=str,
+)
 def test_nothing_mixes_devices(line, tmp_path, flags):
     """On an accelerator that is pretended, with the CPU's values: the same run, but for the order
     of sums."""
@@ -1035,10 +1564,15 @@ def test_nothing_mixes_devices(line, tmp_path, flags):
         said = forked(line(out=tmp_path / name, **flags), tmp_path / "io", narrow, *setup).ok().out
     waited, steps = pretend.waits(said), flags.get("steps", 4)
     parts, images = flags.get("accumulate", 1), flags.get("batch_size", 2)
-    assert waited[1:] == [parts] * (steps - 1) + [2 * parts + 2 * images] * steps, "a criterion; pseudo labels"
+    assert waited[1:] == [parts] * (steps - 1) + [2 * parts + 2 * images] * steps, (
+        "a criterion; pseudo labels"
+    )
     # of Adam
     assert apart(*(weights(tmp_path / name / "last.pt") for name in ("far", "near"))) < 2e-3
-    near, far = ([r["class_l"] for r in log_of(tmp_path / name) if "class_l" in r] for name in ("near", "far"))
+    near, far = (
+        [r["class_l"] for r in log_of(tmp_path / name) if "class_l" in r]
+        for name in ("near", "far")
+    )
     assert len(near) >= 4 and far == pytest.approx(near, rel=1e-3)
 
 
@@ -1046,13 +1580,27 @@ def test_evaluation_and_prediction_do_not_mix_devices(copy, things, tmp_path):
     found = []
     for setup in ((), (pretend.install,)):
         for flags in (["--eval"], ["--predict", str(things / "images" / "val")]):
-            forked([flags[0], str(copy / "best.pt"), *flags[1:], *HERE], tmp_path / "io", *setup).ok()
-        found.append([json.loads((copy / name).read_text()) for name in (
-            "best.pt.results.json", "best.pt.student.segm.json", "best.pt.predictions/predictions.json")])
+            forked(
+                [flags[0], str(copy / "best.pt"), *flags[1:], *HERE], tmp_path / "io", *setup
+            ).ok()
+        found.append(
+            [
+                json.loads((copy / name).read_text())
+                for name in (
+                    "best.pt.results.json",
+                    "best.pt.student.segm.json",
+                    "best.pt.predictions/predictions.json",
+                )
+            ]
+        )
     near, far = found
-    assert far[0]["student"]["last"]["ap"] == pytest.approx(near[0]["student"]["last"]["ap"], abs=0.1)
+    assert far[0]["student"]["last"]["ap"] == pytest.approx(
+        near[0]["student"]["last"]["ap"], abs=0.1
+    )
     for a, b in zip(near[1:], far[1:], strict=True):
-        assert sorted(r["score"] for r in a) == pytest.approx(sorted(r["score"] for r in b), abs=1e-4)
+        assert sorted(r["score"] for r in a) == pytest.approx(
+            sorted(r["score"] for r in b), abs=1e-4
+        )
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -1061,5 +1609,7 @@ def test_run_evaluation_and_prediction_on_a_gpu(line, typed, things, tmp_path):
     out = tmp_path / "out"
     typed(line(device="cuda", test_size=(64, 80), batch_size=4)).ok()
     typed(["--eval", str(out / "best.pt"), "--device", "cuda"]).ok()
-    typed(["--predict", str(out / "best.pt"), str(things / "images" / "val"), "--device", "cuda"]).ok()
+    typed(
+        ["--predict", str(out / "best.pt"), str(things / "images" / "val"), "--device", "cuda"]
+    ).ok()
     assert results(out)["student"]["last"]["step"] == 8 and "peak_gpu_gib" in log_of(out)[0]

@@ -21,11 +21,23 @@ from common import datasets, distributed, transforms
 from common.distributed import World
 from common.runs import RankError, UserError
 from data import instances, shapes, splits
-from data.instances import CITYSCAPES_THINGS, Instances, Photo, Thing, Window, choose, hold_out, masks_of, scored_on
+from data.instances import (
+    CITYSCAPES_THINGS,
+    Instances,
+    Photo,
+    Thing,
+    Window,
+    choose,
+    hold_out,
+    masks_of,
+    scored_on,
+)
 from data.read import BrokenImage
 
 COCO_MINI, CAR_PARTS, LISTS = TEST_DATA / "coco_mini", TEST_DATA / "car_parts", TEST_DATA / "splits"
-real = pytest.mark.skipif(not COCO_MINI.is_dir() or not CAR_PARTS.is_dir(), reason=f"no pictures in {TEST_DATA}")
+real = pytest.mark.skipif(
+    not COCO_MINI.is_dir() or not CAR_PARTS.is_dir(), reason=f"no pictures in {TEST_DATA}"
+)
 published = pytest.mark.skipif(not LISTS.is_dir(), reason=f"no published lists in {LISTS}")
 SQUARE, TALL = [[2, 2, 10, 2, 10, 8, 2, 8]], [[4.5, 3.2, 9.1, 12.7, 3.3, 11.0]]
 
@@ -48,20 +60,37 @@ def mini() -> Instances:
 def content(images: int = 4, first: int = 0) -> dict:
     """A COCO file of pictures of 20x16 pixels, each with one object of the class cat (7) or dog
     (3)."""
-    return {"images": [{"id": first + i, "file_name": f"{first + i}.png", "height": 16, "width": 20}
-                       for i in range(images)],
-            "annotations": [{"id": i, "image_id": first + i, "category_id": (7, 3)[i % 2], "segmentation": SQUARE,
-                             "area": 48, "iscrowd": 0} for i in range(images)],
-            "categories": [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}]}
+    return {
+        "images": [
+            {"id": first + i, "file_name": f"{first + i}.png", "height": 16, "width": 20}
+            for i in range(images)
+        ],
+        "annotations": [
+            {
+                "id": i,
+                "image_id": first + i,
+                "category_id": (7, 3)[i % 2],
+                "segmentation": SQUARE,
+                "area": 48,
+                "iscrowd": 0,
+            }
+            for i in range(images)
+        ],
+        "categories": [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}],
+    }
 
 
-def write(root: Path, train: dict | str | None, val: dict | str | None, images: bool = True) -> Path:
+def write(
+    root: Path, train: dict | str | None, val: dict | str | None, images: bool = True
+) -> Path:
     """A root for --dataset coco; the pictures lie in images/."""
     (root / "annotations").mkdir(parents=True, exist_ok=True)
     (root / "images").mkdir(exist_ok=True)
     for part, data in (("train", train), ("val", val)):
         if data is not None:
-            (root / "annotations" / f"{part}.json").write_text(data if isinstance(data, str) else json.dumps(data))
+            (root / "annotations" / f"{part}.json").write_text(
+                data if isinstance(data, str) else json.dumps(data)
+            )
         for record in data["images"] if images and isinstance(data, dict) else []:
             if isinstance(record, dict) and "file_name" in record:
                 Image.new("RGB", (20, 16)).save(root / "images" / record["file_name"])
@@ -74,12 +103,16 @@ def own(tmp_path) -> Path:
 
 
 def oracle(coco: COCO, photo: Photo, data: Instances) -> list[tuple[int, bytes, bool]]:
-    return sorted((data.ids.index(a["category_id"]), coco.annToMask(a).tobytes(), bool(a.get("iscrowd")))
-                  for a in coco.imgToAnns[photo.id])
+    return sorted(
+        (data.ids.index(a["category_id"]), coco.annToMask(a).tobytes(), bool(a.get("iscrowd")))
+        for a in coco.imgToAnns[photo.id]
+    )
 
 
 def as_list(labels, masks, crowd) -> list[tuple[int, bytes, bool]]:
-    return sorted((int(c), m.numpy().tobytes(), bool(g)) for c, m, g in zip(labels, masks, crowd, strict=True))
+    return sorted(
+        (int(c), m.numpy().tobytes(), bool(g)) for c, m, g in zip(labels, masks, crowd, strict=True)
+    )
 
 
 # ------------------------------------------------------------------------------------------ readers
@@ -88,7 +121,11 @@ def test_coco_with_80_classes_and_crowds(mini):
     # one training picture is empty
     assert (len(mini.train), len(mini.val), len(mini.extra)) == (214, 206, 1)
     assert len(mini.classes) == 80 and mini.ids == sorted(mini.ids) and mini.ids[-1] == 90
-    assert (mini.classes[0], mini.classes[-1], mini.classes[11]) == ("person", "toothbrush", "stop sign")
+    assert (mini.classes[0], mini.classes[-1], mini.classes[11]) == (
+        "person",
+        "toothbrush",
+        "stop sign",
+    )
     assert [p.id for p in mini.train] == sorted(p.id for p in mini.train) and not mini.lvis
     assert sum(t.crowd for p in mini.train + mini.val for t in p.things) == 40
     assert any(not p.things for p in mini.val), "pictures without objects are scored, too"
@@ -116,8 +153,14 @@ def test_super_categories_and_car_parts():
     assert (len(cars.train), len(cars.val), len(cars.classes), len(cars.extra)) == (400, 100, 13, 0)
     assert sum(len(p.things) for p in cars.train) == 3073
     found = instances.find("lvis", CAR_PARTS)
-    assert found.lvis and found.train_json.name == "lvis_train.json" and found.classes == cars.classes
-    assert (found.frequency.count("f"), found.frequency.count("c"), found.frequency.count("r")) == (11, 2, 0)
+    assert (
+        found.lvis and found.train_json.name == "lvis_train.json" and found.classes == cars.classes
+    )
+    assert (found.frequency.count("f"), found.frequency.count("c"), found.frequency.count("r")) == (
+        11,
+        2,
+        0,
+    )
     first = found.val[0]
     assert first.id == 401 and found.negative[401] == [4, 6, 7, 8, 11] and found.partial[401] == []
     assert not set(found.negative[401]) & instances.singles(first)
@@ -128,7 +171,10 @@ def test_super_categories_and_car_parts():
 def test_what_lvis_says_of_absent_classes_comes_with_each_picture():
     data, content = instances.find("lvis", COCO_MINI), {}
     for part in ("train", "val"):
-        content |= {r["id"]: r for r in json.loads((COCO_MINI / f"annotations/lvis_{part}.json").read_text())["images"]}
+        content |= {
+            r["id"]: r
+            for r in json.loads((COCO_MINI / f"annotations/lvis_{part}.json").read_text())["images"]
+        }
     photos = data.train + data.val
     for photo in photos:
         record = content[photo.id]
@@ -147,12 +193,22 @@ def test_scored_on_other_pictures(drawn):
     few = drawn.train[3:9]
     data = scored_on(drawn, few)
     assert (data.val, data.val_json, data.negative, data.partial) == (few, None, {}, {})
-    assert data.train is drawn.train and data.classes is drawn.classes and drawn.val_json and len(drawn.val) == 100
+    assert (
+        data.train is drawn.train
+        and data.classes is drawn.classes
+        and drawn.val_json
+        and len(drawn.val) == 100
+    )
     lvis = instances.find("coco", drawn.root, train_json="annotations/lvis_train.json")
     few = [p for p in lvis.train if p.partial][:2] + lvis.train[:3]
     data = scored_on(lvis, few)
-    assert data.lvis and data.frequency == lvis.frequency and set(data.negative) == {p.id for p in few}
-    assert all(data.negative[p.id] == list(p.negative) and data.partial[p.id] == list(p.partial) for p in few)
+    assert (
+        data.lvis and data.frequency == lvis.frequency and set(data.negative) == {p.id for p in few}
+    )
+    assert all(
+        data.negative[p.id] == list(p.negative) and data.partial[p.id] == list(p.partial)
+        for p in few
+    )
     assert any(data.negative.values()) and any(data.partial.values())
 
 
@@ -161,16 +217,27 @@ def test_shapes_are_drawn_on_first_use(tmp_path, monkeypatch):
     for val, number in (("val", 3), ("tune", 2)):
         data = instances.find("shapes", tmp_path / "shapes", val=val)
         assert (data.name, len(data.train), len(data.val), data.extra) == ("shapes", 5, number, [])
-        assert {p.image.parent.name for p in data.val} == {val} and data.val[0].image.name == data.train[0].image.name
+        assert {p.image.parent.name for p in data.val} == {val} and data.val[
+            0
+        ].image.name == data.train[0].image.name
         assert len(masks_of(data.val[0], data)[0]) == len(data.val[0].things) > 0
     with pytest.raises(UserError, match="knows 2 classes"):
         instances.find("shapes", tmp_path / "shapes", classes=["a", "b"])
 
 
 def test_drawn_scenes_as_coco_and_as_lvis(drawn):
-    assert (len(drawn.train), len(drawn.val), len(drawn.classes)) == (400, 100, 24) and drawn.ids[:3] == [1, 4, 8]
-    again = instances.find("coco", drawn.root, train_json="annotations/lvis_train.json", classes=drawn.classes)
-    assert again.lvis and not drawn.lvis and again.ids == list(range(1, 25)) and set(again.frequency) == {"r", "c", "f"}
+    assert (len(drawn.train), len(drawn.val), len(drawn.classes)) == (400, 100, 24) and drawn.ids[
+        :3
+    ] == [1, 4, 8]
+    again = instances.find(
+        "coco", drawn.root, train_json="annotations/lvis_train.json", classes=drawn.classes
+    )
+    assert (
+        again.lvis
+        and not drawn.lvis
+        and again.ids == list(range(1, 25))
+        and set(again.frequency) == {"r", "c", "f"}
+    )
     for p, q in zip(drawn.val[:30], again.val, strict=False):
         assert (p.image, p.id, p.height, p.width) == (q.image, q.id, q.height, q.width)
         here, there = as_list(*masks_of(p, drawn)), as_list(*masks_of(q, again))
@@ -179,14 +246,25 @@ def test_drawn_scenes_as_coco_and_as_lvis(drawn):
 
 def test_cityscapes_tree(street):
     assert street.ids == [24, 25, 26, 27, 28, 31, 32, 33]
-    assert street.classes == ["person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle"]
+    assert street.classes == [
+        "person",
+        "rider",
+        "car",
+        "truck",
+        "bus",
+        "train",
+        "motorcycle",
+        "bicycle",
+    ]
     assert (len(street.train), len(street.val)) == (16, 4) and street.val_json is None
     seen, crowds = set(), 0
     for photo in street.train:
         ids = np.array(Image.open(photo.label)).astype(int)
         labels, masks, crowd = masks_of(photo, street, crowds=True)
         truth = [v for v in np.unique(ids) if (v // 1000 if v >= 1000 else v) in CITYSCAPES_THINGS]
-        assert [m.sum() for m in masks] == [(ids == v).sum() for v in truth] and photo.things is None
+        assert [m.sum() for m in masks] == [
+            (ids == v).sum() for v in truth
+        ] and photo.things is None
         assert [street.ids[c] for c in labels] == [v // 1000 if v >= 1000 else v for v in truth]
         assert crowd.tolist() == [v < 1000 for v in truth]
         assert len(masks_of(photo, street)[0]) == sum(v >= 1000 for v in truth)
@@ -209,7 +287,10 @@ def test_no_object_and_pictures_without_labels(own, tmp_path):
     assert labels.shape == (0,) and masks.shape == (0, 5, 7) and crowd.shape == (0,)
     assert (labels.dtype, masks.dtype, crowd.dtype) == (torch.int64, torch.uint8, torch.bool)
     assert [p.id for p in data.train] == [0, 1, 3]  # the third holds a crowd alone
-    assert [(p.name, p.id, p.things) for p in data.extra] == [("2.png", 2, None), ("more.png", -1, None)]
+    assert [(p.name, p.id, p.things) for p in data.extra] == [
+        ("2.png", 2, None),
+        ("more.png", -1, None),
+    ]
 
 
 def test_an_uncompressed_crowd_and_a_compressed_one_are_the_same(own):
@@ -220,7 +301,9 @@ def test_an_uncompressed_crowd_and_a_compressed_one_are_the_same(own):
     for runs in (plain, packed, text):
         photo = data.train[0]._replace(things=(Thing(0, runs, True, 20.0),))
         labels, masks, crowd = masks_of(photo, data, crowds=True)
-        assert masks[0].T.flatten().nonzero().flatten().tolist() == list(range(100, 120)) and crowd.tolist() == [True]
+        assert masks[0].T.flatten().nonzero().flatten().tolist() == list(
+            range(100, 120)
+        ) and crowd.tolist() == [True]
         assert len(masks_of(photo, data)[0]) == 0
 
 
@@ -234,14 +317,27 @@ def test_where_files_lie(tmp_path):
         for record in data["images"]:
             record["coco_url"] = f"http://images.cocodataset.org/{part}2017/{record['file_name']}"
             Image.new("RGB", (20, 16)).save(root / f"{part}2017" / record["file_name"])
-    for name, data in (("instances_train2017", train), ("instances_val2017", val), ("instances_tune2017", content(1)),
-                       ("elsewhere", val)):
+    for name, data in (
+        ("instances_train2017", train),
+        ("instances_val2017", val),
+        ("instances_tune2017", content(1)),
+        ("elsewhere", val),
+    ):
         (root / "annotations" / f"{name}.json").write_text(json.dumps(data))
     data = instances.find("coco", root)
-    assert (data.train_json.name, data.val_json.name) == ("instances_train2017.json", "instances_val2017.json")
-    assert data.train[1].image == root / "train2017" / "1.png" and data.val[0].image == root / "val2017" / "100.png"
+    assert (data.train_json.name, data.val_json.name) == (
+        "instances_train2017.json",
+        "instances_val2017.json",
+    )
+    assert (
+        data.train[1].image == root / "train2017" / "1.png"
+        and data.val[0].image == root / "val2017" / "100.png"
+    )
     data = instances.find("coco", root, val="tune")
-    assert data.val[0].image == root / "train2017" / "0.png" and data.val_json.name == "instances_tune2017.json"
+    assert (
+        data.val[0].image == root / "train2017" / "0.png"
+        and data.val_json.name == "instances_tune2017.json"
+    )
     data = instances.find("coco", root, val_json="elsewhere.json")
     assert [p.id for p in data.val] == [100, 101]
     # LVIS has no file_name; some pictures are of train
@@ -257,8 +353,13 @@ def test_where_files_lie(tmp_path):
     (root / "annotations" / "elsewhere.json").write_text(json.dumps(content(2)))
     for i in range(2):
         Image.new("RGB", (20, 16)).save(root / "elsewhere" / f"{i}.png")
-    data = instances.find("coco", root, str(root / "annotations" / "elsewhere.json"),
-                          str(root / "annotations" / "elsewhere.json"), str(root / "elsewhere"))
+    data = instances.find(
+        "coco",
+        root,
+        str(root / "annotations" / "elsewhere.json"),
+        str(root / "annotations" / "elsewhere.json"),
+        str(root / "elsewhere"),
+    )
     assert data.val[0].image == root / "elsewhere" / "0.png"
 
 
@@ -269,35 +370,91 @@ def broken(change) -> dict:
     return data
 
 
-@pytest.mark.parametrize("train, said", [
-    ("{", "cannot be read as JSON"), ("[1]", "no list of images"), ("{}", "no list of images"),
-    ('{"images": [], "categories": {}}', "no list of categories"),
-    (broken(lambda d: d.pop("annotations")), "no list of annotations"),
-    (broken(lambda d: d.update(images=[3])), "each of its images needs"),
-    (broken(lambda d: d["annotations"][1].pop("segmentation")), "needs image_id, category_id and segmentation"),
-    (broken(lambda d: d["annotations"][1].pop("category_id")), "needs image_id, category_id and segmentation"),
-    (broken(lambda d: d["annotations"][1].update(segmentation=4)), "the annotation 1 cannot be read"),
-    (broken(lambda d: d["annotations"][1].update(segmentation={"size": [16, 20]})), "the annotation 1 cannot be read"),
-    (broken(lambda d: d["annotations"][1].update(segmentation=[[1, 2, 3, 4, 5, "x"]])), "annotation 1 cannot be read"),
-    (broken(lambda d: d["annotations"][1].update(area="big")), "the annotation 1 cannot be read"),
-    (broken(lambda d: d["annotations"][1].update(image_id=77)), "of image 77, which the file does not list"),
-    (broken(lambda d: d["annotations"][1].update(category_id=77)), "of category 77, which the file does not list"),
-    (broken(lambda d: d["images"][1].pop("height")), "lacks its id, height, width"),
-    (broken(lambda d: d["images"][1].pop("file_name")), "lacks its id, height, width, or file_name"),
-    (broken(lambda d: d["images"][1].update(height=0)), "without a size"),
-    (broken(lambda d: d["images"][1].update(id=0)), "lists an image twice"),
-    (broken(lambda d: d["images"][1].update(file_name="0.png")), "lists an image twice"),
-    (broken(lambda d: d["images"].append({"id": 9, "file_name": "9.gif", "height": 1, "width": 1})), "9.gif; name the"),
-    (broken(lambda d: d["categories"][1].pop("name")), "categories needs a number as id, and a name"),
-    (broken(lambda d: d["categories"].append({"id": "x", "name": "y"})), "categories needs a number as id"),
-    (broken(lambda d: d["categories"][1].update(id=7)), "ids and names that all differ"),
-    (broken(lambda d: d["categories"][1].update(name="cat")), "ids and names that all differ"),
-    (broken(lambda d: d["categories"][1].update(name="cow")), "differ (first (3, 'cow') and (3, 'dog'))"),
-    (broken(lambda d: d["categories"].append({"id": 1, "name": "pig"})), "differ (first (1, 'pig')"),
-    (broken(lambda d: d.update(annotations=[])), "no object with a mask"),
-    (broken(lambda d: [a.update(iscrowd=1) for a in d["annotations"]]), "no object with a mask"),
-    (broken(lambda d: d.update(images=[], annotations=[])), "no object with a mask"), (None, "--train-json")],
-    ids=lambda x: "" if not isinstance(x, str) else x[:30])
+@pytest.mark.parametrize(
+    "train, said",
+    [
+        ("{", "cannot be read as JSON"),
+        ("[1]", "no list of images"),
+        ("{}", "no list of images"),
+        ('{"images": [], "categories": {}}', "no list of categories"),
+        (broken(lambda d: d.pop("annotations")), "no list of annotations"),
+        (broken(lambda d: d.update(images=[3])), "each of its images needs"),
+        (
+            broken(lambda d: d["annotations"][1].pop("segmentation")),
+            "needs image_id, category_id and segmentation",
+        ),
+        (
+            broken(lambda d: d["annotations"][1].pop("category_id")),
+            "needs image_id, category_id and segmentation",
+        ),
+        (
+            broken(lambda d: d["annotations"][1].update(segmentation=4)),
+            "the annotation 1 cannot be read",
+        ),
+        (
+            broken(lambda d: d["annotations"][1].update(segmentation={"size": [16, 20]})),
+            "the annotation 1 cannot be read",
+        ),
+        (
+            broken(lambda d: d["annotations"][1].update(segmentation=[[1, 2, 3, 4, 5, "x"]])),
+            "annotation 1 cannot be read",
+        ),
+        (
+            broken(lambda d: d["annotations"][1].update(area="big")),
+            "the annotation 1 cannot be read",
+        ),
+        (
+            broken(lambda d: d["annotations"][1].update(image_id=77)),
+            "of image 77, which the file does not list",
+        ),
+        (
+            broken(lambda d: d["annotations"][1].update(category_id=77)),
+            "of category 77, which the file does not list",
+        ),
+        (broken(lambda d: d["images"][1].pop("height")), "lacks its id, height, width"),
+        (
+            broken(lambda d: d["images"][1].pop("file_name")),
+            "lacks its id, height, width, or file_name",
+        ),
+        (broken(lambda d: d["images"][1].update(height=0)), "without a size"),
+        (broken(lambda d: d["images"][1].update(id=0)), "lists an image twice"),
+        (broken(lambda d: d["images"][1].update(file_name="0.png")), "lists an image twice"),
+        (
+            broken(
+                lambda d: d["images"].append(
+                    {"id": 9, "file_name": "9.gif", "height": 1, "width": 1}
+                )
+            ),
+            "9.gif; name the",
+        ),
+        (
+            broken(lambda d: d["categories"][1].pop("name")),
+            "categories needs a number as id, and a name",
+        ),
+        (
+            broken(lambda d: d["categories"].append({"id": "x", "name": "y"})),
+            "categories needs a number as id",
+        ),
+        (broken(lambda d: d["categories"][1].update(id=7)), "ids and names that all differ"),
+        (broken(lambda d: d["categories"][1].update(name="cat")), "ids and names that all differ"),
+        (
+            broken(lambda d: d["categories"][1].update(name="cow")),
+            "differ (first (3, 'cow') and (3, 'dog'))",
+        ),
+        (
+            broken(lambda d: d["categories"].append({"id": 1, "name": "pig"})),
+            "differ (first (1, 'pig')",
+        ),
+        (broken(lambda d: d.update(annotations=[])), "no object with a mask"),
+        (
+            broken(lambda d: [a.update(iscrowd=1) for a in d["annotations"]]),
+            "no object with a mask",
+        ),
+        (broken(lambda d: d.update(images=[], annotations=[])), "no object with a mask"),
+        (None, "--train-json"),
+    ],
+    ids=lambda x: "" if not isinstance(x, str) else x[:30],
+)
 def test_a_wrong_file_is_one_sentence(train, said, tmp_path):
     root = write(tmp_path / "own", content(4), content(2, first=100))
     if train is None:
@@ -308,20 +465,24 @@ def test_a_wrong_file_is_one_sentence(train, said, tmp_path):
         (root / "annotations" / "train.json").write_text(train)
     with pytest.raises(UserError) as error:
         instances.find("coco", root)
-    assert said in str(error.value) and str(root) in str(error.value) and "\n" not in str(error.value)
+    assert (
+        said in str(error.value) and str(root) in str(error.value) and "\n" not in str(error.value)
+    )
 
 
 def test_wrong_roots_and_flags(own, street, tmp_path):
     (tmp_path / "file").write_text("")
-    for arguments, said in ((("coco", tmp_path / "nowhere"), "looked for the folder itself"),
-                            (("coco", tmp_path / "file"), "looked for a folder"),
-                            (("coco", own, "nope.json"), "--train-json nope.json"),
-                            (("coco", own, "", "nope.json"), "--val-json nope.json"),
-                            (("coco", own, "", "", "nope"), "--images nope"),
-                            (("coco", own, "", "", "", "tune"), "annotations/tune.json"),
-                            (("lvis", own), "annotations/lvis_train.json"),
-                            (("cityscapes", own), "leftImg8bit/train"),
-                            (("cityscapes", street.root, "", "", "", "nope"), "leftImg8bit/nope")):
+    for arguments, said in (
+        (("coco", tmp_path / "nowhere"), "looked for the folder itself"),
+        (("coco", tmp_path / "file"), "looked for a folder"),
+        (("coco", own, "nope.json"), "--train-json nope.json"),
+        (("coco", own, "", "nope.json"), "--val-json nope.json"),
+        (("coco", own, "", "", "nope"), "--images nope"),
+        (("coco", own, "", "", "", "tune"), "annotations/tune.json"),
+        (("lvis", own), "annotations/lvis_train.json"),
+        (("cityscapes", own), "leftImg8bit/train"),
+        (("cityscapes", street.root, "", "", "", "nope"), "leftImg8bit/nope"),
+    ):
         with pytest.raises(UserError, match="data are missing") as error:
             instances.find(*arguments)
         assert said in str(error.value) and str(arguments[1]) in str(error.value)
@@ -332,7 +493,9 @@ def test_a_cityscapes_label_is_missing_broken_or_of_another_kind(street, tmp_pat
     shutil.copytree(street.root, root)
     data = instances.find("cityscapes", root)
     data.train[0].label.unlink()  # it may be without one, as long as nobody asks
-    assert len(choose(instances.find("cityscapes", root), "random:3", 0, "", "all", True).labeled) == 3
+    assert (
+        len(choose(instances.find("cityscapes", root), "random:3", 0, "", "all", True).labeled) == 3
+    )
     with pytest.raises(UserError, match="instanceIds.png is missing"):
         choose(data, "all", 0, "", "all", True)
     Image.new("RGB", (256, 128)).save(data.train[0].label)
@@ -355,14 +518,24 @@ def test_malformed_polygons_are_left_out_and_counted(own):
     with pytest.warns(UserWarning, match="2 annotations of .*train.json have no polygon"):
         data = instances.find("coco", own)
     assert [len(p.things) for p in data.train] == [1, 1] and [p.id for p in data.extra] == [1, 2]
-    assert len(data.train[0].things[0].segmentation) == 1 and masks_of(data.train[0], data)[1].sum() == 48
+    assert (
+        len(data.train[0].things[0].segmentation) == 1
+        and masks_of(data.train[0], data)[1].sum() == 48
+    )
 
 
-@pytest.mark.parametrize("segmentation, said", [
-    ([np.array([1, 1, 5, float("nan"), 5, 5])], "not finite"), ([np.array([1, 1, 5, 1e9, 5, 5])], "far outside"),
-    ({"size": [9, 9], "counts": [0, 81]}, r"\[9, 9\]"),
-    ({"size": [16, 20], "counts": [0, 5000]}, "cannot be drawn"), ({"size": [16, 20]}, "counts"), ({}, "size")],
-    ids=["nan", "far", "size", "too long", "no counts", "empty"])
+@pytest.mark.parametrize(
+    "segmentation, said",
+    [
+        ([np.array([1, 1, 5, float("nan"), 5, 5])], "not finite"),
+        ([np.array([1, 1, 5, 1e9, 5, 5])], "far outside"),
+        ({"size": [9, 9], "counts": [0, 81]}, r"\[9, 9\]"),
+        ({"size": [16, 20], "counts": [0, 5000]}, "cannot be drawn"),
+        ({"size": [16, 20]}, "counts"),
+        ({}, "size"),
+    ],
+    ids=["nan", "far", "size", "too long", "no counts", "empty"],
+)
 def test_a_mask_that_cannot_be_drawn_names_the_image(segmentation, said, own):
     data = instances.find("coco", own)
     photo = data.train[1]._replace(things=(Thing(1, segmentation, False, 0.0),))
@@ -372,16 +545,25 @@ def test_a_mask_that_cannot_be_drawn_names_the_image(segmentation, said, own):
 
 
 # ----------------------------------------------------------------------------------------- geometry
-WINDOWS = [Window(False, (16, 20), 0, 0, (16, 20)), Window(True, (16, 20), 0, 0, (16, 20)),
-           Window(False, (48, 60), 10, 13, (20, 30)), Window(True, (48, 60), 10, 13, (20, 30)),
-           Window(False, (8, 10), -3, -4, (24, 24)), Window(True, (37, 23), 5, -6, (40, 40)),
-           Window(False, (16, 20), 30, 0, (8, 8)), Window(False, (16, 20), 0, -9, (8, 8)),
-           Window(True, (16, 20), -30, 40, (8, 8)), Window(False, (24, 30), 4, 6, (1, 1))]
+WINDOWS = [
+    Window(False, (16, 20), 0, 0, (16, 20)),
+    Window(True, (16, 20), 0, 0, (16, 20)),
+    Window(False, (48, 60), 10, 13, (20, 30)),
+    Window(True, (48, 60), 10, 13, (20, 30)),
+    Window(False, (8, 10), -3, -4, (24, 24)),
+    Window(True, (37, 23), 5, -6, (40, 40)),
+    Window(False, (16, 20), 30, 0, (8, 8)),
+    Window(False, (16, 20), 0, -9, (8, 8)),
+    Window(True, (16, 20), -30, 40, (8, 8)),
+    Window(False, (24, 30), 4, 6, (1, 1)),
+]
 
 
 def through_transforms(mask: torch.Tensor, window: Window) -> torch.Tensor:
     """(16, 20) -> (h, w)."""
-    image, label = transforms.resize(torch.zeros(3, 16, 20), mask.flip(-1) if window.flip else mask, window.size)
+    image, label = transforms.resize(
+        torch.zeros(3, 16, 20), mask.flip(-1) if window.flip else mask, window.size
+    )
     return transforms.crop(image, label, window.top, window.left, *window.out, pad_label=0)[1]
 
 
@@ -429,7 +611,7 @@ def test_polygons_on_a_window_have_the_area_of_rasterised_and_sliced_ones(mini):
         window = Window(bool(g.random() < 0.5), size, top, left, (size[0] // 2, size[1] // 2))
         cut = masks_of(photo, mini, window)[1]
         whole = masks_of(photo, mini, Window(window.flip, size, 0, 0, size))[1]
-        truth = whole[:, top:top + window.out[0], left:left + window.out[1]]
+        truth = whole[:, top : top + window.out[0], left : left + window.out[1]]
         areas, other = cut.flatten(1).sum(1), truth.flatten(1).sum(1)
         ratios += [(int(a), int(b)) for a, b in zip(areas, other, strict=True) if b >= 500]
         assert cut.shape == truth.shape
@@ -447,8 +629,16 @@ def test_masks_that_leave_the_window_are_kept_empty(own):
 def synthetic(n: int, root: Path, name: str = "coco") -> Instances:
     things, image = [(Thing(c, [], False, 1.0),) for c in range(3)], Path("x.jpg")
     photos = [Photo(f"{i:012d}.jpg", image, i, 4, 4, things[i % 3]) for i in range(5, n + 5)]
-    return Instances(name, root, ["a", "b", "c"], [1, 2, 3], photos, photos[:2], [Photo("x.jpg", image)],
-                     train_json=Path("train.json"))
+    return Instances(
+        name,
+        root,
+        ["a", "b", "c"],
+        [1, 2, 3],
+        photos,
+        photos[:2],
+        [Photo("x.jpg", image)],
+        train_json=Path("train.json"),
+    )
 
 
 @published
@@ -457,9 +647,20 @@ def test_unbiased_teachers_lists_are_places_among_the_images_with_objects(tmp_pa
     folder.mkdir(parents=True)
     shutil.copy(LISTS / "unbiased_teacher" / "dataseed" / "COCO_supervision.txt", folder)
     text = (folder / "COCO_supervision.txt").read_bytes()
-    assert hashlib.sha256(text).hexdigest() == splits.PUBLISHED["coco", "unbiased_teacher", "COCO_supervision"].sha256
+    assert (
+        hashlib.sha256(text).hexdigest()
+        == splits.PUBLISHED["coco", "unbiased_teacher", "COCO_supervision"].sha256
+    )
     table, data = json.loads(text), synthetic(117266, tmp_path)
-    counts = {"0.01%": 11, "0.1%": 117, "0.5%": 586, "1%": 1172, "2%": 2345, "5%": 5863, "10%": 11726}
+    counts = {
+        "0.01%": 11,
+        "0.1%": 117,
+        "0.5%": 586,
+        "1%": 1172,
+        "2%": 2345,
+        "5%": 5863,
+        "10%": 11726,
+    }
     for split, number in counts.items():
         chosen = choose(data, split, 1, "", "all", True)
         assert len(chosen.labeled) == number and f"unbiased_teacher/{split}, draw 1" in chosen.text
@@ -467,14 +668,23 @@ def test_unbiased_teachers_lists_are_places_among_the_images_with_objects(tmp_pa
         # ids are no places
         assert [p.id for p in chosen.labeled] == [place + 5 for place in places]
     assert choose(data, "1%", 0, "", "all", True).labeled[0].id == table["1.0"]["0"][0] + 5
-    assert choose(data, "1%", 0, "", "all", True).fingerprint != choose(data, "1%", 1, "", "all", True).fingerprint
+    assert (
+        choose(data, "1%", 0, "", "all", True).fingerprint
+        != choose(data, "1%", 1, "", "all", True).fingerprint
+    )
     assert len(choose(data, "random:1%", 0, "", "all", True).labeled) == 1172
-    for split, seed, said in (("3%", 1, "There is no split '3%'"), ("5%", 10, "for --split-seed 0, 1, 2"),
-                              ("183", 1, "there: 0.01%, 0.1%, 0.5%, 1%, 2%, 5%, 10%;")):
+    for split, seed, said in (
+        ("3%", 1, "There is no split '3%'"),
+        ("5%", 10, "for --split-seed 0, 1, 2"),
+        ("183", 1, "there: 0.01%, 0.1%, 0.5%, 1%, 2%, 5%, 10%;"),
+    ):
         with pytest.raises(UserError, match=said):
             choose(data, split, seed, "", "all", True)
     data.train.pop()
-    with pytest.raises(UserError, match="of the 117266 images of train2017 .* has 117265; draw one with --split ran"):
+    with pytest.raises(
+        UserError,
+        match="of the 117266 images of train2017 .* has 117265; draw one with --split ran",
+    ):
         choose(data, "5%", 1, "", "all", True)
     (folder / "COCO_supervision.txt").write_text("[1")
     with pytest.raises(UserError, match="COCO_supervision.txt cannot be read"):
@@ -483,10 +693,14 @@ def test_unbiased_teachers_lists_are_places_among_the_images_with_objects(tmp_pa
 
 def test_published_lists_that_were_not_fetched(tmp_path):
     data = synthetic(40, tmp_path)
-    assert len(choose(data, "10%", 0, "", "all", True).labeled) == 4, "own COCO files have no published lists"
+    assert len(choose(data, "10%", 0, "", "all", True).labeled) == 4, (
+        "own COCO files have no published lists"
+    )
     for name in ("cityscapes", "coco"):
         data = synthetic(40 if name == "cityscapes" else 117266, tmp_path, name)
-        with pytest.raises(UserError, match="There is no split '5%'.*there: none; published: .*5%, 10%") as error:
+        with pytest.raises(
+            UserError, match="There is no split '5%'.*there: none; published: .*5%, 10%"
+        ) as error:
             choose(data, "5%", 1, "", "all", True)
         assert f"python -m data.download splits --dataset {name}" in str(error.value)
 
@@ -502,33 +716,66 @@ def test_guided_distillations_lists(split, number, tmp_path):
     folder.mkdir(parents=True)
     shutil.copy(source / f"perc_{split[:-1]}.txt", folder / "labeled.txt")
     assert hashlib.sha256((folder / "labeled.txt").read_bytes()).hexdigest() == item.sha256
-    names = sorted({splits.short_id(e, "cityscapes") for p in source.glob("*.txt") for e, _ in splits.read_list(p)})
-    photos = [Photo(n, Path(n), i, 9, 9, (Thing(2, 26001, False, 9.0),) if i % 50 else ()) for i, n in enumerate(names)]
-    data = Instances("cityscapes", tmp_path, list(CITYSCAPES_THINGS.values()), list(CITYSCAPES_THINGS), photos, [],
-                     [Photo("more", Path("more"))])
+    names = sorted(
+        {
+            splits.short_id(e, "cityscapes")
+            for p in source.glob("*.txt")
+            for e, _ in splits.read_list(p)
+        }
+    )
+    photos = [
+        Photo(n, Path(n), i, 9, 9, (Thing(2, 26001, False, 9.0),) if i % 50 else ())
+        for i, n in enumerate(names)
+    ]
+    data = Instances(
+        "cityscapes",
+        tmp_path,
+        list(CITYSCAPES_THINGS.values()),
+        list(CITYSCAPES_THINGS),
+        photos,
+        [],
+        [Photo("more", Path("more"))],
+    )
     chosen = choose(data, split, 0, "", "all", True)
     listed = {splits.short_id(e, "cityscapes") for e, _ in splits.read_list(folder / "labeled.txt")}
     empty = {p.name for p in photos if not p.things} & listed
     assert chosen.fingerprint == item.ids_sha256 and len(listed) == number
-    assert {p.name for p in chosen.labeled} == listed - empty and len(chosen.unlabeled) == len(names)
+    assert {p.name for p in chosen.labeled} == listed - empty and len(chosen.unlabeled) == len(
+        names
+    )
     assert f"known as cityscapes guided_distillation {split}" in chosen.text
-    assert (f"{len(empty)} listed ones without an object are left out" in chosen.text) == bool(empty)
-    assert len(choose(data, "all", 0, "", "all", True).unlabeled) == len(names) + 1, "train_extra, with all labels only"
+    assert (f"{len(empty)} listed ones without an object are left out" in chosen.text) == bool(
+        empty
+    )
+    assert len(choose(data, "all", 0, "", "all", True).unlabeled) == len(names) + 1, (
+        "train_extra, with all labels only"
+    )
     with pytest.raises(UserError, match=f"no split '7%' .*there: {splits.folder_name(split)};"):
         choose(data, "7%", 0, "", "all", True)
 
 
 def test_a_draw_is_seeded_nested_and_covers_the_classes(drawn):
-    draws = {(n, seed): [p.name for p in choose(drawn, n, seed, "", "all", True).labeled]
-             for n in ("24", "random:10%", "1/8") for seed in (0, 1)}
+    draws = {
+        (n, seed): [p.name for p in choose(drawn, n, seed, "", "all", True).labeled]
+        for n in ("24", "random:10%", "1/8")
+        for seed in (0, 1)
+    }
     for seed in (0, 1):
         assert draws["24", seed] == draws["random:10%", seed][:24] == draws["1/8", seed][:24]
-        held = {t.category for p in drawn.train if p.name in draws["24", seed] for t in p.things if not t.crowd}
+        held = {
+            t.category
+            for p in drawn.train
+            if p.name in draws["24", seed]
+            for t in p.things
+            if not t.crowd
+        }
         assert held == set(range(24)) and len(draws["1/8", seed]) == 50
     assert set(draws["24", 0]) != set(draws["24", 1])
     chosen = choose(drawn, "24", 0, "", "all", True)
-    assert chosen.text.startswith("24 labeled images (24 drawn with --split-seed 0, fingerprint "
-                                  f"{chosen.fingerprint[:12]}) and 400 unlabeled ones")
+    assert chosen.text.startswith(
+        "24 labeled images (24 drawn with --split-seed 0, fingerprint "
+        f"{chosen.fingerprint[:12]}) and 400 unlabeled ones"
+    )
     for split in ("0", "401", "120%", "x", "random:x"):
         with pytest.raises(UserError, match=f"--split {split}: "):
             choose(drawn, split, 0, "", "all", True)
@@ -536,8 +783,17 @@ def test_a_draw_is_seeded_nested_and_covers_the_classes(drawn):
 
 def holding(*classes: list[int]) -> list[Photo]:
     """Pictures with objects of these classes; a negative number stands for a crowd."""
-    return [Photo(f"{i:03d}.jpg", Path(f"{i:03d}.jpg"), i, 4, 4, tuple(Thing(abs(c), [], c < 0, 1.0) for c in mine))
-            for i, mine in enumerate(classes)]
+    return [
+        Photo(
+            f"{i:03d}.jpg",
+            Path(f"{i:03d}.jpg"),
+            i,
+            4,
+            4,
+            tuple(Thing(abs(c), [], c < 0, 1.0) for c in mine),
+        )
+        for i, mine in enumerate(classes)
+    ]
 
 
 def test_pictures_held_out_are_a_draw_of_names(drawn):
@@ -551,8 +807,14 @@ def test_pictures_held_out_are_a_draw_of_names(drawn):
         learn, held = hold_out(drawn.train, 0.15, 0, stratify, 24)
         mixed, taken = hold_out(shuffled, 0.15, 0, stratify, 24)
         assert {p.name for p in taken} == {p.name for p in held} and len(mixed) == 340
-        assert [p.name for p in taken] == [p.name for p in shuffled if p in taken] != [p.name for p in held]
-        assert {p.name for p in hold_out(drawn.train, 0.15, 1, stratify, 24)[1]} != {p.name for p in held}
+        assert (
+            [p.name for p in taken]
+            == [p.name for p in shuffled if p in taken]
+            != [p.name for p in held]
+        )
+        assert {p.name for p in hold_out(drawn.train, 0.15, 1, stratify, 24)[1]} != {
+            p.name for p in held
+        }
     counts = np.zeros(40, int)  # every picture is as likely as the others
     for seed in range(200):
         for photo in hold_out(holding(*[[0]] * 40), 0.25, seed)[1]:
@@ -560,8 +822,18 @@ def test_pictures_held_out_are_a_draw_of_names(drawn):
     assert counts.sum() == 2000 and 30 < counts.min() and counts.max() < 75
 
 
-@pytest.mark.parametrize("n, share, number", [(2, 0.0, 1), (2, 1.0, 1), (9, 0.0, 1), (9, 1.0, 8), (10, 0.15, 2),
-                                              (100, 0.15, 15), (7, 0.5, 4)])
+@pytest.mark.parametrize(
+    "n, share, number",
+    [
+        (2, 0.0, 1),
+        (2, 1.0, 1),
+        (9, 0.0, 1),
+        (9, 1.0, 8),
+        (10, 0.15, 2),
+        (100, 0.15, 15),
+        (7, 0.5, 4),
+    ],
+)
 def test_how_many_are_held_out(n, share, number):
     for stratify in (False, True):
         learn, held = hold_out(holding(*[[i % 3] for i in range(n)]), share, 0, stratify, 3)
@@ -572,22 +844,31 @@ def test_how_many_are_held_out(n, share, number):
 
 def parts(photos: list[Photo], share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """(4,) in how many pictures to learn from, and held out, each class of four is."""
-    return tuple(np.bincount([c for p in part for c in instances.singles(p)], minlength=4)
-                 for part in hold_out(photos, share, seed, True, 4))
+    return tuple(
+        np.bincount([c for p in part for c in instances.singles(p)], minlength=4)
+        for part in hold_out(photos, share, seed, True, 4)
+    )
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_a_stratified_draw_has_each_class_in_both_parts(seed, drawn):
     """Class 0 in half of 40 pictures, class 1 in two, class 2 in one; class 3 in three, but twice
     as a crowd alone."""
-    photos = holding(*[[0, 0] if i % 2 else [] for i in range(36)], [0, 1], [1, 2], [0, 3, -3], [-3])
+    photos = holding(
+        *[[0, 0] if i % 2 else [] for i in range(36)], [0, 1], [1, 2], [0, 3, -3], [-3]
+    )
     for share in (0.05, 0.1, 0.5):
         learn, held = parts(photos, share, seed)
-        assert learn.tolist() == [19 + 1 - held[0], 1, 1 - held[2], 1] and held[:2].min() > 0 == held[3]
+        assert (
+            learn.tolist() == [19 + 1 - held[0], 1, 1 - held[2], 1]
+            and held[:2].min() > 0 == held[3]
+        )
         if share > 0.05:  # the other picture of class 1 is the better one
             assert learn[2] == 1
-    learn, held = (np.bincount([c for p in part for c in instances.singles(p)], minlength=24)
-                   for part in hold_out(drawn.train, 0.15, seed, True, 24))
+    learn, held = (
+        np.bincount([c for p in part for c in instances.singles(p)], minlength=24)
+        for part in hold_out(drawn.train, 0.15, seed, True, 24)
+    )
     assert learn.min() > 0 and held.min() > 0
 
 
@@ -599,7 +880,10 @@ def test_what_a_stratified_draw_cannot_have():
     for seed in range(9):
         learn, held = parts(holding([0, 1], [0, 2], *[[3]] * 6), 0.25, seed)
         assert (learn[0], held[0], held[3]) == (1, 1, 1)
-        assert [x.tolist() for x in parts(holding(*[[0]] * 5, [1], [1]), 0.1, seed)] == [[5, 1, 0, 0], [0, 1, 0, 0]]
+        assert [x.tolist() for x in parts(holding(*[[0]] * 5, [1], [1]), 0.1, seed)] == [
+            [5, 1, 0, 0],
+            [0, 1, 0, 0],
+        ]
         assert parts(holding(*[[0]] * 3, *[[1]] * 3), 0.34, seed)[1].tolist() == [1, 1, 0, 0]
         assert [x.tolist() for x in parts(holding([0, 1], [0, 1]), 0.5, seed)] == [[1, 1, 0, 0]] * 2
         learn, held = parts(holding([0, 1], [0, 2]), 0.5, seed)
@@ -616,8 +900,12 @@ def test_unlabeled_pools_carry_no_labels(drawn, street):
     every = choose(drawn, "40", 0, "", "all", True)
     rest = choose(drawn, "40", 0, "", "remaining", True)
     labeled = {p.name for p in every.labeled}
-    assert [p.name for p in every.unlabeled] == [p.name for p in drawn.train] and every.fingerprint == rest.fingerprint
-    assert {p.name for p in rest.unlabeled} == {p.name for p in drawn.train} - labeled and len(rest.unlabeled) == 360
+    assert [p.name for p in every.unlabeled] == [
+        p.name for p in drawn.train
+    ] and every.fingerprint == rest.fingerprint
+    assert {p.name for p in rest.unlabeled} == {p.name for p in drawn.train} - labeled and len(
+        rest.unlabeled
+    ) == 360
     for data, split in ((drawn, "40"), (street, "random:4")):
         for pool in ("all", "remaining"):
             chosen = choose(data, split, 0, "", pool, True)
@@ -625,17 +913,25 @@ def test_unlabeled_pools_carry_no_labels(drawn, street):
             assert all(p.things for p in chosen.labeled)
             with pytest.raises(AssertionError, match="no labels"):
                 masks_of(chosen.unlabeled[0], data)
-    assert all(p.height == 128 and p.width == 256 for p in choose(street, "random:4", 0, "", "all", True).labeled)
+    assert all(
+        p.height == 128 and p.width == 256
+        for p in choose(street, "random:4", 0, "", "all", True).labeled
+    )
     assert not choose(drawn, "all", 0, "", "remaining", False).unlabeled
     with pytest.raises(UserError, match="--split all leaves no unlabeled image"):
         choose(drawn, "all", 0, "", "remaining", True)
 
 
-@pytest.mark.parametrize("text", ["1.png\n3.png\n", "1\n3\n", "somewhere/1.jpg\nsomewhere/3.jpg\n", "json", "ids"])
+@pytest.mark.parametrize(
+    "text", ["1.png\n3.png\n", "1\n3\n", "somewhere/1.jpg\nsomewhere/3.jpg\n", "json", "ids"]
+)
 def test_lists_of_labeled_images(text, own, tmp_path):
     """File names, stems, paths, a COCO file of the labeled images, and image ids, where no name
     fits."""
-    data, path = instances.find("coco", own), tmp_path / ("list.json" if text == "json" else "list.txt")
+    data, path = (
+        instances.find("coco", own),
+        tmp_path / ("list.json" if text == "json" else "list.txt"),
+    )
     if text == "json":  # Guided Distillation's instances_train2017_5.json
         part = content(4)
         part["images"] = part["images"][1::2]
@@ -651,9 +947,13 @@ def test_lists_of_labeled_images(text, own, tmp_path):
 
 def test_wrong_lists(own, tmp_path):
     data = instances.find("coco", own)
-    for name, text, said in (("a.txt", "1.png\nnope.png\n", "1 of 2 images listed in .*a.txt .* for example nope.png"),
-                             ("b.txt", "", "is empty"), ("c.txt", "1.png\n1.png\n", "twice"),
-                             ("d.json", "{", "cannot be read as JSON"), ("e.txt", "1 2 3", "expected an id")):
+    for name, text, said in (
+        ("a.txt", "1.png\nnope.png\n", "1 of 2 images listed in .*a.txt .* for example nope.png"),
+        ("b.txt", "", "is empty"),
+        ("c.txt", "1.png\n1.png\n", "twice"),
+        ("d.json", "{", "cannot be read as JSON"),
+        ("e.txt", "1 2 3", "expected an id"),
+    ):
         (tmp_path / name).write_text(text)
         with pytest.raises(UserError, match=said):
             choose(data, str(tmp_path / name), 0, "", "all", True)
@@ -674,10 +974,15 @@ def test_unlabeled_from_a_folder_or_a_list(own, tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (5, 4)).save(path)
     chosen = choose(data, "2", 0, str(tmp_path / "more"), "all", True)
-    assert [p.name for p in chosen.unlabeled] == ["a.png", "city/b.png"] and chosen.unlabeled[0].things is None
+    assert [p.name for p in chosen.unlabeled] == ["a.png", "city/b.png"] and chosen.unlabeled[
+        0
+    ].things is None
     (tmp_path / "list.txt").write_text("2.png\nmore/city/b.png\n")
     chosen = choose(data, "2", 0, str(tmp_path / "list.txt"), "all", True)
-    assert [p.image for p in chosen.unlabeled] == [own / "images" / "2.png", tmp_path / "more" / "city" / "b.png"]
+    assert [p.image for p in chosen.unlabeled] == [
+        own / "images" / "2.png",
+        tmp_path / "more" / "city" / "b.png",
+    ]
     assert all(p.things is None for p in chosen.unlabeled)
 
 
@@ -685,11 +990,24 @@ def test_unlabeled_from_a_folder_or_a_list(own, tmp_path):
 def test_repeat_factors_of_the_recipe():
     """Recipe 4.4, threshold 10: classes in 95, 30 and 5 % of the images; crowds do not count, and
     no object is 1."""
-    photos = [Photo("", Path(), things=tuple(
-        [Thing(0, 0, False, 1.0)] * (i < 95) * 2 + [Thing(1, 0, False, 1.0)] * (i < 30)
-        + [Thing(2, 0, False, 1.0)] * (i < 5) + [Thing(3, 0, True, 1.0)])) for i in range(100)]
+    photos = [
+        Photo(
+            "",
+            Path(),
+            things=tuple(
+                [Thing(0, 0, False, 1.0)] * (i < 95) * 2
+                + [Thing(1, 0, False, 1.0)] * (i < 30)
+                + [Thing(2, 0, False, 1.0)] * (i < 5)
+                + [Thing(3, 0, True, 1.0)]
+            ),
+        )
+        for i in range(100)
+    ]
     factors = instances.repeat_factors(photos, 5, 10.0)
-    assert factors[[94, 29, 4, 0]].round(2).tolist() == [3.24, 5.77, 14.14, 14.14] and factors[95:].tolist() == [1] * 5
+    assert (
+        factors[[94, 29, 4, 0]].round(2).tolist() == [3.24, 5.77, 14.14, 14.14]
+        and factors[95:].tolist() == [1] * 5
+    )
     lvis = instances.repeat_factors(photos, 5, 0.1)
     assert lvis[[94, 29, 4]].round(3).tolist() == [1, 1, 1.414]
     assert instances.repeat_factors(photos[95:], 5, 10.0).tolist() == [1.0] * 5
@@ -700,15 +1018,18 @@ FACTORS = np.array([1.0, 1.5, 3.25, 1.0, 2.0])
 
 @pytest.mark.parametrize("factors", [None, FACTORS], ids=["uniform", "repeated"])
 def test_the_order_depends_neither_on_restarts_nor_on_processes(factors):
-    def keys(start: int, stop: int, world: World = World()) -> list:     # noqa: B008 (frozen)
+    def keys(start: int, stop: int, world: World = World()) -> list:  # noqa: B008 (frozen)
         return list(instances.Stream(5, 4, 3, "labeled", start, stop, world, factors))
 
     whole = keys(0, 40)
     assert [k for k in whole] == keys(0, 17) + keys(17, 40)
     parts = [keys(0, 40, World(rank, 2)) for rank in range(2)]
-    assert whole == [a + b for a, b in zip(*parts, strict=True)] and keys(31, 40, World(1, 4)) == [k[1:2] for k in
-                                                                                                 whole[31:]]
-    assert [[k[1:] for k in batch] for batch in whole] == [[(s, i) for i in range(4)] for s in range(40)]
+    assert whole == [a + b for a, b in zip(*parts, strict=True)] and keys(31, 40, World(1, 4)) == [
+        k[1:2] for k in whole[31:]
+    ]
+    assert [[k[1:] for k in batch] for batch in whole] == [
+        [(s, i) for i in range(4)] for s in range(40)
+    ]
     if factors is None:
         assert whole == list(datasets.Stream(5, 4, 3, "labeled", 0, 40, World()))
     assert whole != list(instances.Stream(5, 4, 4, "labeled", 0, 40, World(), factors))
@@ -751,25 +1072,36 @@ def test_views_pass_over_broken_images_and_say_so(own):
     Image.new("RGB", (16, 20)).save(own / "images" / "0.png")
     with pytest.raises(RankError, match="0.png has 16x20 pixels but its annotations are for 20x16"):
         views[0, 0, 0]
-    assert instances.Views([instances.bare(data.train[0])], augment, 5, "unlabeled")[0, 0, 0][1] == 0
+    assert (
+        instances.Views([instances.bare(data.train[0])], augment, 5, "unlabeled")[0, 0, 0][1] == 0
+    )
     for i in range(4):
         (own / "images" / f"{i}.png").write_bytes(b"")
-    with pytest.warns(UserWarning), pytest.raises(RankError, match="None of the 4 labeled images can be read"):
+    with (
+        pytest.warns(UserWarning),
+        pytest.raises(RankError, match="None of the 4 labeled images can be read"),
+    ):
         views[0, 0, 0]
 
 
 def test_batches_and_scored_pictures(own):
     data = instances.find("coco", own)
-    views = instances.Views(data.train, lambda image, photo, g: (photo.id, g.integers(1000)), 0, "labeled")
+    views = instances.Views(
+        data.train, lambda image, photo, g: (photo.id, g.integers(1000)), 0, "labeled"
+    )
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
     batches = list(instances.stream(views, 2, 0, 6, World(), 0))
     assert torch.equal(torch.rand(3), expected), "torch's own generator was used"
     assert len(batches) == 6 and all(len(b) == 2 and b[0][1] == 0 for b in batches)
-    assert batches[3:] == list(instances.stream(views, 2, 3, 6, World(), 2)), "restart, in two helper processes"
+    assert batches[3:] == list(instances.stream(views, 2, 3, 6, World(), 2)), (
+        "restart, in two helper processes"
+    )
     assert list(instances.stream(views, 2, 6, 6, World(), 0)) == []
-    ids = instances.stream(views, 2, 0, 6, World(), 0, np.full(4, 2.0), collate=lambda batch: [x[0] for x, _ in batch])
+    ids = instances.stream(
+        views, 2, 0, 6, World(), 0, np.full(4, 2.0), collate=lambda batch: [x[0] for x, _ in batch]
+    )
     ids = list(chain(*ids))
     assert len(ids) == 12 and sorted(ids[:8]) == [0, 0, 1, 1, 2, 2, 3, 3]
     for size in (1, 2, 3):
@@ -778,7 +1110,9 @@ def test_batches_and_scored_pictures(own):
         assert sorted(i for i, _ in found) == [0, 1, 2, 3] and found[0][1] == (3, 16, 20)
     assert [i for i, _ in instances.score_loader(data.train, World(1, 2), 1)] == [1, 3]
     torch.manual_seed(0)
-    assert len(list(instances.score_loader(data.train, World(), 0))) == 4 and torch.equal(torch.rand(3), expected)
+    assert len(list(instances.score_loader(data.train, World(), 0))) == 4 and torch.equal(
+        torch.rand(3), expected
+    )
     (own / "images" / "2.png").write_bytes(b"")
     with pytest.raises(BrokenImage, match="2.png cannot be read"):
         list(instances.score_loader(data.train, World(), 0))
@@ -789,7 +1123,11 @@ def test_large_files_are_held_small(tmp_path):
     file by file."""
     data = content(300)
     for a in data["annotations"]:
-        a |= {"segmentation": [np.linspace(0, 15, 200).tolist()], "bbox": [0, 0, 1, 1], "note": "x" * 1000}
+        a |= {
+            "segmentation": [np.linspace(0, 15, 200).tolist()],
+            "bbox": [0, 0, 1, 1],
+            "note": "x" * 1000,
+        }
     root, asked = write(tmp_path / "own", data, content(2, first=1000)), []
     listing = os.listdir
 

@@ -19,15 +19,34 @@ from data import ap, instances, shapes
 from data.instances import Instances
 from data.lvis_ap import Samples, group_by_count, lvis_ap, samples
 
-REAL = {"coco_mini": "coco_mini/annotations/lvis_val.json", "lvis_val_100": "lvis_val_100/lvis_val_100.json",
-        "car_parts": "car_parts/annotations/lvis_val.json"}
-NAMES = ("ap", "ap50", "ap75", "ap_s", "ap_m", "ap_l", "apr", "apc", "apf", "ar300", "ar_s", "ar_m", "ar_l")
+REAL = {
+    "coco_mini": "coco_mini/annotations/lvis_val.json",
+    "lvis_val_100": "lvis_val_100/lvis_val_100.json",
+    "car_parts": "car_parts/annotations/lvis_val.json",
+}
+NAMES = (
+    "ap",
+    "ap50",
+    "ap75",
+    "ap_s",
+    "ap_m",
+    "ap_l",
+    "apr",
+    "apc",
+    "apf",
+    "ar300",
+    "ar_s",
+    "ar_m",
+    "ar_l",
+)
 PARTS = 100 * 51 / 101  # precision 1 up to recall 0.5, then 0
 
 
 @pytest.fixture(scope="module")
 def drawn_set(tmp_path_factory) -> Instances:
-    return instances.find("lvis", shapes.make_coco(tmp_path_factory.mktemp("drawn") / "coco", train=60, val=60))
+    return instances.find(
+        "lvis", shapes.make_coco(tmp_path_factory.mktemp("drawn") / "coco", train=60, val=60)
+    )
 
 
 def same(truth: dict, results: list[dict], kind: str, max_dets: int = 300) -> dict:
@@ -43,7 +62,9 @@ def rectangle(x: float, y: float, w: float, h: float) -> list[float]:
     return [x, y, x, y + h, x + w, y + h, x + w, y]
 
 
-def detection(image: dict, category: int, score: float, polygons: list[list[float]], kind: str) -> dict:
+def detection(
+    image: dict, category: int, score: float, polygons: list[list[float]], kind: str
+) -> dict:
     runs = coco_mask.merge(coco_mask.frPyObjects(polygons, image["height"], image["width"]))
     entry = {"image_id": image["id"], "category_id": category, "score": score}
     if kind == "bbox":
@@ -53,10 +74,14 @@ def detection(image: dict, category: int, score: float, polygons: list[list[floa
 
 def perfect(truth: dict, kind: str) -> list[dict]:
     images = {image["id"]: image for image in truth["images"]}
-    results = [detection(images[a["image_id"]], a["category_id"], 1 - 1e-5 * i, a["segmentation"], kind)
-               for i, a in enumerate(truth["annotations"])]
-    return [r | {"bbox": a["bbox"]} if kind == "bbox" else r
-            for r, a in zip(results, truth["annotations"], strict=True)]
+    results = [
+        detection(images[a["image_id"]], a["category_id"], 1 - 1e-5 * i, a["segmentation"], kind)
+        for i, a in enumerate(truth["annotations"])
+    ]
+    return [
+        r | {"bbox": a["bbox"]} if kind == "bbox" else r
+        for r, a in zip(results, truth["annotations"], strict=True)
+    ]
 
 
 def rough(truth: dict, kind: str, seed: int = 0) -> list[dict]:
@@ -76,12 +101,22 @@ def rough(truth: dict, kind: str, seed: int = 0) -> list[dict]:
             center, extent = np.array(a["bbox"][:2]), np.array(a["bbox"][2:])
             for _ in range(g.integers(0, 4)):
                 scale, shift = np.exp(g.normal(0, 0.1, 2)), g.normal(0, 0.08, 2) * extent
-                moved = [((np.reshape(p, (-1, 2)) - center) * scale + center + shift).clip(0, size).ravel().tolist()
-                         for p in a["segmentation"]]
+                moved = [
+                    ((np.reshape(p, (-1, 2)) - center) * scale + center + shift)
+                    .clip(0, size)
+                    .ravel()
+                    .tolist()
+                    for p in a["segmentation"]
+                ]
                 found.append((a["category_id"] if g.random() < 0.9 else int(g.choice(ids)), moved))
         for _ in range(350 if place == 0 else 10):
             category = int(g.choice(known if g.random() < 0.5 else ids))
-            found.append((category, [rectangle(*(g.random(2) * size).tolist(), *g.uniform(4, 99, 2).tolist())]))
+            found.append(
+                (
+                    category,
+                    [rectangle(*(g.random(2) * size).tolist(), *g.uniform(4, 99, 2).tolist())],
+                )
+            )
         results += [detection(image, c, round(g.random(), 2), p, kind) for c, p in found]
     return [results[i] for i in g.permutation(len(results))]
 
@@ -119,9 +154,15 @@ def test_drawn_annotations(drawn_set, kind):
         part = replace(drawn_set, val=drawn_set.val[:9])
         ids = {photo.id for photo in part.val}
         mine = [r for r in results if r["image_id"] in ids]
-        assert lvis_ap(part, mine) == lvis_ap({key: [x for x in content if x.get("image_id", x["id"]) in ids]
-                                               if key in ("images", "annotations") else content
-                                               for key, content in truth.items()}, mine)
+        assert lvis_ap(part, mine) == lvis_ap(
+            {
+                key: [x for x in content if x.get("image_id", x["id"]) in ids]
+                if key in ("images", "annotations")
+                else content
+                for key, content in truth.items()
+            },
+            mine,
+        )
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -134,27 +175,67 @@ def test_random_rectangles(kind, seed):
     ids, images = g.permutation([2, 3, 5, 8, 13]).tolist(), []
     for number in g.permutation(20)[:7].tolist():
         negative = g.permutation([*ids, 99])[:3].tolist()
-        images.append({"id": number, "height": 256, "width": 256, "neg_category_ids": negative,
-                       "not_exhaustive_category_ids": g.permutation(ids)[:g.integers(0, 2)].tolist()})
-    boxes = [[32 * int(g.integers(0, 3)), 32 * int(g.integers(0, 3)), *(16 * g.integers(1, 9, 2)).tolist()]
-             for _ in range(40)]
+        images.append(
+            {
+                "id": number,
+                "height": 256,
+                "width": 256,
+                "neg_category_ids": negative,
+                "not_exhaustive_category_ids": g.permutation(ids)[: g.integers(0, 2)].tolist(),
+            }
+        )
+    boxes = [
+        [
+            32 * int(g.integers(0, 3)),
+            32 * int(g.integers(0, 3)),
+            *(16 * g.integers(1, 9, 2)).tolist(),
+        ]
+        for _ in range(40)
+    ]
     boxes += [[0, 0, 32, 32], [0, 0, 96, 96], [32, 0, 96, 96], [16, 0, 96, 96]] * 3
-    annotations = [{"id": i + 1, "image_id": images[int(g.integers(7))]["id"], "category_id": ids[int(g.integers(4))],
-                    "bbox": b, "segmentation": [rectangle(*b)], "area": float(g.choice([0, 1, 1, 1, 1]) * b[2] * b[3]),
-                    **({"ignore": int(g.integers(2))} if i % 5 == 0 else {})} for i, b in enumerate(boxes)]
-    annotations += [dict(annotations[3], id=98), dict(annotations[4], id=99), dict(annotations[5], id=97,
-                                                                                  category_id=99)]
-    truth = {"images": images, "annotations": annotations, "categories": [
-        {"id": c, "name": str(c), "frequency": f} for c, f in zip(ids, "rrcfc", strict=True)]}
+    annotations = [
+        {
+            "id": i + 1,
+            "image_id": images[int(g.integers(7))]["id"],
+            "category_id": ids[int(g.integers(4))],
+            "bbox": b,
+            "segmentation": [rectangle(*b)],
+            "area": float(g.choice([0, 1, 1, 1, 1]) * b[2] * b[3]),
+            **({"ignore": int(g.integers(2))} if i % 5 == 0 else {}),
+        }
+        for i, b in enumerate(boxes)
+    ]
+    annotations += [
+        dict(annotations[3], id=98),
+        dict(annotations[4], id=99),
+        dict(annotations[5], id=97, category_id=99),
+    ]
+    truth = {
+        "images": images,
+        "annotations": annotations,
+        "categories": [
+            {"id": c, "name": str(c), "frequency": f} for c, f in zip(ids, "rrcfc", strict=True)
+        ],
+    }
     results = []
     for _ in range(400):
         image, b = images[int(g.integers(7))], boxes[int(g.integers(len(boxes)))]
         b = [b[0] + 8 * int(g.integers(-1, 2)), *b[1:3], b[3] * int(g.random() < 0.9)]
-        results.append({"image_id": image["id"], "category_id": int(g.choice([*ids, 99])),
-                        "score": float(g.integers(1, 5) / 4), "bbox": b})
+        results.append(
+            {
+                "image_id": image["id"],
+                "category_id": int(g.choice([*ids, 99])),
+                "score": float(g.integers(1, 5) / 4),
+                "bbox": b,
+            }
+        )
         if kind == "segm":
-            runs = coco_mask.frPyObjects(np.array([results[-1].pop("bbox")], np.float64), 256, 256)[0]
-            results[-1]["segmentation"] = {**runs, "counts": runs["counts"].decode()} if g.random() < 0.5 else runs
+            runs = coco_mask.frPyObjects(np.array([results[-1].pop("bbox")], np.float64), 256, 256)[
+                0
+            ]
+            results[-1]["segmentation"] = (
+                {**runs, "counts": runs["counts"].decode()} if g.random() < 0.5 else runs
+            )
     before = copy.deepcopy((truth, results))
     lvis_ap(truth, results, kind)
     assert (truth, results) == before, "what it was given has changed"
@@ -171,31 +252,63 @@ def toy(*images: tuple[list[int], list[int], list[int]]) -> dict:
     """An LVIS file with images 10, 11, ..: classes of the objects, absent, and partly annotated.
     The n-th object of an image is a square of 20 pixels at (30 n, 0). Annotation ids start at 0,
     and classes are 1 (r), 2 (c), 3 (f)."""
-    truth = {"images": [], "annotations": [],
-             "categories": [{"id": c, "name": f"k{c}", "frequency": "rcf"[c - 1]} for c in (1, 2, 3)]}
+    truth = {
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": c, "name": f"k{c}", "frequency": "rcf"[c - 1]} for c in (1, 2, 3)],
+    }
     for number, (present, absent, partial) in enumerate(images, start=10):
-        truth["images"].append({"id": number, "height": 60, "width": 240, "neg_category_ids": absent,
-                                "not_exhaustive_category_ids": partial})
-        truth["annotations"] += [{"id": len(truth["annotations"]) + n, "image_id": number, "category_id": c,
-                                  "area": 400.0, "bbox": [30 * n, 0, 20, 20],
-                                  "segmentation": [rectangle(30 * n, 0, 20, 20)]} for n, c in enumerate(present)]
+        truth["images"].append(
+            {
+                "id": number,
+                "height": 60,
+                "width": 240,
+                "neg_category_ids": absent,
+                "not_exhaustive_category_ids": partial,
+            }
+        )
+        truth["annotations"] += [
+            {
+                "id": len(truth["annotations"]) + n,
+                "image_id": number,
+                "category_id": c,
+                "area": 400.0,
+                "bbox": [30 * n, 0, 20, 20],
+                "segmentation": [rectangle(30 * n, 0, 20, 20)],
+            }
+            for n, c in enumerate(present)
+        ]
     return truth
 
 
 def found(*entries: tuple[int, int, float, float]) -> list[dict]:
     """Detections (image, class, score, x): squares of 20 pixels at (x, 0)."""
     image = {"height": 60, "width": 240}
-    return [detection({**image, "id": i}, c, score, [rectangle(x, 0, 20, 20)], "segm") for i, c, score, x in entries]
+    return [
+        detection({**image, "id": i}, c, score, [rectangle(x, 0, 20, 20)], "segm")
+        for i, c, score, x in entries
+    ]
 
 
-@pytest.mark.parametrize("second, expected", [
-    (([], [], []), 100), (([], [1], []), 50), (([], [1], [1]), 100), (([], [], [1]), 100), (([2], [], []), 100)])
+@pytest.mark.parametrize(
+    "second, expected",
+    [
+        (([], [], []), 100),
+        (([], [1], []), 50),
+        (([], [1], [1]), 100),
+        (([], [], [1]), 100),
+        (([2], [], []), 100),
+    ],
+)
 def test_only_known_classes_count(second, expected):
     """A better scored detection of class 1 in a second image is wrong only where that class is
     known to be absent, and not if its annotation is partial."""
     truth = toy(([1], [], []), second)
     score = lvis_ap(truth, found((10, 1, 0.5, 0), (11, 1, 0.9, 0)))
-    assert score["per_class"]["k1"] == pytest.approx(expected) and score["apr"] == score["per_class"]["k1"]
+    assert (
+        score["per_class"]["k1"] == pytest.approx(expected)
+        and score["apr"] == score["per_class"]["k1"]
+    )
 
 
 def test_partly_annotated_classes():
@@ -215,11 +328,18 @@ def test_the_cut_is_per_image_and_before_the_filter():
         score = lvis_ap(truth, results, max_dets=number)
         assert score["ap"] == pytest.approx(PARTS) and score[f"ar{number}"] == score["ar_s"] == 50
     many = found(*((10, 3, 0.9, 0) for _ in range(300)), (10, 1, 0.5, 0), (11, 1, 0.4, 0))
-    assert lvis_ap(truth, many)["ap"] == pytest.approx(PARTS) and lvis_ap(truth, many, max_dets=301)["ap"] > 99
+    assert (
+        lvis_ap(truth, many)["ap"] == pytest.approx(PARTS)
+        and lvis_ap(truth, many, max_dets=301)["ap"] > 99
+    )
     assert lvis_ap(truth, many[:299] + many[300:])["ap"] == pytest.approx(100)
     # of equal ones the first stays
     tied = found((10, 1, 0.5, 90), (10, 1, 0.5, 0), (11, 1, 0.4, 0))
-    assert lvis_ap(truth, tied, max_dets=1)["ar1"] == lvis_ap(truth, tied[::-1], max_dets=1)["ar1"] - 50 == 50
+    assert (
+        lvis_ap(truth, tied, max_dets=1)["ar1"]
+        == lvis_ap(truth, tied[::-1], max_dets=1)["ar1"] - 50
+        == 50
+    )
 
 
 def test_equal_scores_rank_by_image_and_then_as_given():
@@ -228,7 +348,10 @@ def test_equal_scores_rank_by_image_and_then_as_given():
     assert lvis_ap(one, found((10, 1, 0.5, 90), (10, 1, 0.5, 0)))["ap"] == pytest.approx(50)
     for first, expected in ((([1], [], []), 100), (([], [1], []), 50)):
         truth = toy(first, ([1] if first[1] else [], [] if first[1] else [1], []))
-        for results in (found((10, 1, 0.5, 0), (11, 1, 0.5, 0)), found((11, 1, 0.5, 0), (10, 1, 0.5, 0))):
+        for results in (
+            found((10, 1, 0.5, 0), (11, 1, 0.5, 0)),
+            found((11, 1, 0.5, 0), (10, 1, 0.5, 0)),
+        ):
             assert lvis_ap(truth, results)["ap"] == pytest.approx(expected)
 
 
@@ -240,31 +363,44 @@ def test_no_results_no_objects_only_absent_classes():
     for results in ([], found((10, 1, 0.9, 0), (10, 2, 0.9, 0), (10, 3, 0.9, 0))):
         assert lvis_ap(truth, results)["stats"] == [None] * 13
     same(truth, found((10, 1, 0.9, 0), (10, 2, 0.9, 0), (10, 3, 0.9, 0)), "segm")
-    assert lvis_ap(toy(([1], [], [])), found((10, 1, 0.9, 0)))["ap"] == pytest.approx(100), "an object of id 0"
+    assert lvis_ap(toy(([1], [], [])), found((10, 1, 0.9, 0)))["ap"] == pytest.approx(100), (
+        "an object of id 0"
+    )
     with pytest.raises(AssertionError):
         lvis_ap(truth, found((12, 1, 0.9, 0)))
 
 
 # ------------------------------------------------------------------------------------------ samples
-def dumb(truth: dict, results: list[dict], kind: str, overlap: float, max_dets: int, federated: bool) -> list:
+def dumb(
+    truth: dict, results: list[dict], kind: str, overlap: float, max_dets: int, federated: bool
+) -> list:
     """The samples (class, confidence, right), sorted, one detection after the other."""
+
     def area(record: dict) -> float:
         return record["bbox"][2] * record["bbox"][3] if kind == "bbox" else record["mask"].sum()
 
     def shared(a: dict, b: dict) -> float:
         if kind == "segm":
             return float((a["mask"] & b["mask"]).sum())
-        sides = (min(a["bbox"][i] + a["bbox"][i + 2], b["bbox"][i] + b["bbox"][i + 2]) - max(a["bbox"][i], b["bbox"][i])
-                 for i in (0, 1))
+        sides = (
+            min(a["bbox"][i] + a["bbox"][i + 2], b["bbox"][i] + b["bbox"][i + 2])
+            - max(a["bbox"][i], b["bbox"][i])
+            for i in (0, 1)
+        )
         return float(np.prod([max(side, 0) for side in sides]))
 
     found, ids = [], sorted(c["id"] for c in truth["categories"])
     for image in truth["images"]:
         size = image["height"], image["width"]
-        mine = sorted((r for r in results if r["image_id"] == image["id"]), key=lambda r: -r["score"])[:max_dets]
+        mine = sorted(
+            (r for r in results if r["image_id"] == image["id"]), key=lambda r: -r["score"]
+        )[:max_dets]
         for place, c in enumerate(ids):
-            true = [dict(a) for a in truth["annotations"] if (a["image_id"], a["category_id"]) == (image["id"], c)
-                    and a["area"] > 0]
+            true = [
+                dict(a)
+                for a in truth["annotations"]
+                if (a["image_id"], a["category_id"]) == (image["id"], c) and a["area"] > 0
+            ]
             if federated and not true and c not in image["neg_category_ids"]:
                 continue
             given = [dict(r) for r in mine if r["category_id"] == c]
@@ -288,8 +424,10 @@ def dumb(truth: dict, results: list[dict], kind: str, overlap: float, max_dets: 
                     taken = free.pop(max(near)[2])
                     if not taken.get("ignore"):
                         found.append((place, r["score"], True))
-                elif not (c in image.get("not_exhaustive_category_ids", ())
-                          or any(a.get("iscrowd") and shared(r, a) / area(r) >= overlap for a in true)):
+                elif not (
+                    c in image.get("not_exhaustive_category_ids", ())
+                    or any(a.get("iscrowd") and shared(r, a) / area(r) >= overlap for a in true)
+                ):
                     found.append((place, r["score"], False))
     return sorted(found)
 
@@ -307,38 +445,81 @@ def test_samples_of_random_rectangles(kind, seed):
     g = np.random.default_rng(seed)
     ids, images = g.permutation([2, 3, 5, 8, 13]).tolist(), []
     for number in g.permutation(20)[:6].tolist():
-        images.append({"id": number, "height": 96, "width": 96,
-                       "neg_category_ids": g.permutation([*ids, 99])[:2].tolist(),
-                       "not_exhaustive_category_ids": g.permutation(ids)[:g.integers(0, 3)].tolist()})
+        images.append(
+            {
+                "id": number,
+                "height": 96,
+                "width": 96,
+                "neg_category_ids": g.permutation([*ids, 99])[:2].tolist(),
+                "not_exhaustive_category_ids": g.permutation(ids)[: g.integers(0, 3)].tolist(),
+            }
+        )
     present = [c for c in ids if c != 13]
-    boxes = [[16 * int(g.integers(0, 3)), 16 * int(g.integers(0, 3)), *(8 * g.integers(1, 6, 2)).tolist()]
-             for _ in range(60)]
-    annotations = [{"id": i, "image_id": images[int(g.integers(6))]["id"], "category_id": present[int(g.integers(4))],
-                    "bbox": b, "segmentation": [rectangle(*b)], "area": float(g.choice([0, 1, 1, 1]) * b[2] * b[3]),
-                    "iscrowd": int(g.random() < 0.15), "ignore": int(g.random() < 0.15)} for i, b in enumerate(boxes)]
-    truth = {"images": images, "annotations": annotations, "categories": [{"id": c, "name": str(c)} for c in ids]}
+    boxes = [
+        [
+            16 * int(g.integers(0, 3)),
+            16 * int(g.integers(0, 3)),
+            *(8 * g.integers(1, 6, 2)).tolist(),
+        ]
+        for _ in range(60)
+    ]
+    annotations = [
+        {
+            "id": i,
+            "image_id": images[int(g.integers(6))]["id"],
+            "category_id": present[int(g.integers(4))],
+            "bbox": b,
+            "segmentation": [rectangle(*b)],
+            "area": float(g.choice([0, 1, 1, 1]) * b[2] * b[3]),
+            "iscrowd": int(g.random() < 0.15),
+            "ignore": int(g.random() < 0.15),
+        }
+        for i, b in enumerate(boxes)
+    ]
+    truth = {
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": c, "name": str(c)} for c in ids],
+    }
     results = []
     for i, (x, y, w, h) in enumerate(boxes * 8):
         b = [x + 4 * int(g.integers(-1, 2)), y, w, h * int(g.random() < 0.9)]
-        results.append({"image_id": images[int(g.integers(6))]["id"], "category_id": int(g.choice([*ids, 99])),
-                        "score": 0.25 * int(g.integers(1, 4)) + 1e-3 * (i % 50), "bbox": b})
+        results.append(
+            {
+                "image_id": images[int(g.integers(6))]["id"],
+                "category_id": int(g.choice([*ids, 99])),
+                "score": 0.25 * int(g.integers(1, 4)) + 1e-3 * (i % 50),
+                "bbox": b,
+            }
+        )
         if kind == "segm":
             runs = coco_mask.frPyObjects(np.array([results[-1].pop("bbox")], np.float64), 96, 96)[0]
             results[-1]["segmentation"] = runs
     results, seen = [results[i] for i in g.permutation(len(results))], set()
-    for overlap, max_dets, federated in ((0.5, 300, True), (0.5, 300, False), (0.5, 30, True), (0.75, 300, True),
-                                         (0.3, 40, False)):
+    for overlap, max_dets, federated in (
+        (0.5, 300, True),
+        (0.5, 300, False),
+        (0.5, 30, True),
+        (0.75, 300, True),
+        (0.3, 40, False),
+    ):
         found = as_list(samples(truth, results, kind, overlap, max_dets, federated))
         assert found == dumb(truth, results, kind, overlap, max_dets, federated)
         assert {True, False} == {right for *_, right in found}
         seen.add(json.dumps(found))
     assert len(seen) == 5, "overlap, number and federation make a difference"
-    assert as_list(samples(truth, results, kind)) == as_list(samples(truth, results, kind, federated=True))
+    assert as_list(samples(truth, results, kind)) == as_list(
+        samples(truth, results, kind, federated=True)
+    )
     place = sorted(ids).index(13)  # no object in the whole set
-    assert any(c == place for c, *_ in found) and not any(right for c, _, right in found if c == place)
+    assert any(c == place for c, *_ in found) and not any(
+        right for c, _, right in found if c == place
+    )
     for image in images:
         del image["neg_category_ids"]
-    assert as_list(samples(truth, results, kind)) == as_list(samples(truth, results, kind, federated=False))
+    assert as_list(samples(truth, results, kind)) == as_list(
+        samples(truth, results, kind, federated=False)
+    )
 
 
 @pytest.mark.parametrize("kind", ["segm", "bbox"])
@@ -354,9 +535,13 @@ def test_samples_on_real_annotations(kind):
         image["neg_category_ids"] = image["neg_category_ids"][::4]
     results = rough(truth, kind)
     found = samples(truth, results, kind)
-    assert as_list(found) == dumb(truth, results, kind, 0.5, 300, True) and 100 < found.right.sum() < len(found.right)
+    assert as_list(found) == dumb(
+        truth, results, kind, 0.5, 300, True
+    ) and 100 < found.right.sum() < len(found.right)
     every = samples(truth, results, kind, federated=False)
-    assert as_list(every) == dumb(truth, results, kind, 0.5, 300, False) and len(every.labels) > 1.2 * len(found.labels)
+    assert as_list(every) == dumb(truth, results, kind, 0.5, 300, False) and len(
+        every.labels
+    ) > 1.2 * len(found.labels)
 
 
 def test_samples_of_a_data_set(drawn_set):
@@ -375,27 +560,60 @@ def test_samples_of_a_data_set(drawn_set):
 def test_samples_by_hand():
     """An object of class 1 is found twice: right, then wrong. Class 2 is absent, nothing is known
     of 3."""
-    results = found((10, 1, 0.9, 0), (10, 1, 0.8, 1), (10, 2, 0.7, 0), (10, 3, 0.6, 0), (10, 77, 0.5, 0))
+    results = found(
+        (10, 1, 0.9, 0), (10, 1, 0.8, 1), (10, 2, 0.7, 0), (10, 3, 0.6, 0), (10, 77, 0.5, 0)
+    )
     truth = toy(([1], [2], []))
     assert as_list(samples(truth, results)) == [(0, 0.8, False), (0, 0.9, True), (1, 0.7, False)]
-    assert as_list(samples(truth, results, federated=False)) == [(0, 0.8, False), (0, 0.9, True), (1, 0.7, False),
-                                                                 (2, 0.6, False)]
+    assert as_list(samples(truth, results, federated=False)) == [
+        (0, 0.8, False),
+        (0, 0.9, True),
+        (1, 0.7, False),
+        (2, 0.6, False),
+    ]
     partly = toy(([1], [2], [1]))
     assert as_list(samples(partly, results)) == [(0, 0.9, True), (1, 0.7, False)]
     assert as_list(samples(truth, results, max_dets=1)) == [(0, 0.9, True)]
-    assert as_list(samples(truth, results, overlap=0.96)) == [(0, 0.8, False), (0, 0.9, True), (1, 0.7, False)]
+    assert as_list(samples(truth, results, overlap=0.96)) == [
+        (0, 0.8, False),
+        (0, 0.9, True),
+        (1, 0.7, False),
+    ]
     assert as_list(samples(truth, found((10, 1, 0.8, 6)), "segm", 0.5)) == [(0, 0.8, True)]
     assert as_list(samples(truth, found((10, 1, 0.8, 6)), "segm", 0.75)) == [(0, 0.8, False)]
-    truth["annotations"].append({**truth["annotations"][0], "id": 9, "iscrowd": 1, "area": 3600,
-                                 "bbox": [60, 0, 60, 60], "segmentation": [rectangle(60, 0, 60, 60)]})
-    crowded = found((10, 1, 0.9, 70), (10, 1, 0.8, 90), (10, 1, 0.7, 51), (10, 1, 0.6, 49), (10, 2, 0.5, 70),
-                    (10, 1, 0.4, 0))
+    truth["annotations"].append(
+        {
+            **truth["annotations"][0],
+            "id": 9,
+            "iscrowd": 1,
+            "area": 3600,
+            "bbox": [60, 0, 60, 60],
+            "segmentation": [rectangle(60, 0, 60, 60)],
+        }
+    )
+    crowded = found(
+        (10, 1, 0.9, 70),
+        (10, 1, 0.8, 90),
+        (10, 1, 0.7, 51),
+        (10, 1, 0.6, 49),
+        (10, 2, 0.5, 70),
+        (10, 1, 0.4, 0),
+    )
     for kind in ("segm", "bbox"):
-        assert as_list(samples(truth, crowded, kind)) == [(0, 0.4, True), (0, 0.6, False), (1, 0.5, False)]
-    for empty in (samples(truth, []), samples({**truth, "annotations": []}, results[:1]),
-                  samples({"images": [], "annotations": [], "categories": []}, [])):
+        assert as_list(samples(truth, crowded, kind)) == [
+            (0, 0.4, True),
+            (0, 0.6, False),
+            (1, 0.5, False),
+        ]
+    for empty in (
+        samples(truth, []),
+        samples({**truth, "annotations": []}, results[:1]),
+        samples({"images": [], "annotations": [], "categories": []}, []),
+    ):
         assert as_list(empty) == []
-    assert as_list(samples({**truth, "annotations": []}, results[:1], federated=False)) == [(0, 0.9, False)]
+    assert as_list(samples({**truth, "annotations": []}, results[:1], federated=False)) == [
+        (0, 0.9, False)
+    ]
     for wrong in (0, 1.1):
         with pytest.raises(AssertionError):
             samples(truth, results, overlap=wrong)
@@ -422,7 +640,10 @@ def test_groups_of_classes(drawn_set):
     score = lvis_ap(truth, results)
     assert score["stats"][6:9] == pytest.approx([100, PARTS, 0])
     assert lvis_ap(truth, results, frequency=["c", "c", "f"])["stats"][6:9] == [
-        None, pytest.approx(np.mean(score["stats"][6:8])), 0]
+        None,
+        pytest.approx(np.mean(score["stats"][6:8])),
+        0,
+    ]
     for c in truth["categories"]:
         del c["frequency"]
     bare = lvis_ap(truth, results)
@@ -431,18 +652,36 @@ def test_groups_of_classes(drawn_set):
     with pytest.raises(AssertionError):
         lvis_ap(truth, results, frequency=["r"])
     results = rough(json.loads(drawn_set.val_json.read_text()), "segm")
-    counts = np.bincount([c for p in drawn_set.train for c in instances.singles(p)], minlength=len(drawn_set.classes))
+    counts = np.bincount(
+        [c for p in drawn_set.train for c in instances.singles(p)], minlength=len(drawn_set.classes)
+    )
     groups = group_by_count(counts)
     score = lvis_ap(drawn_set, results, frequency=groups)
     for group in "rcf":
-        mine = [score["per_class"][name] for name, f in zip(drawn_set.classes, groups, strict=True) if f == group]
+        mine = [
+            score["per_class"][name]
+            for name, f in zip(drawn_set.classes, groups, strict=True)
+            if f == group
+        ]
         assert score[f"ap{group}"] == pytest.approx(np.mean([x for x in mine if x is not None]))
 
 
-@pytest.mark.parametrize("counts, expected", [
-    ([], ""), ([5], "c"), ([7, 3], "fr"), ([2, 9, 4], "rfc"), ([4, 4, 4], "ccc"), ([1, 1, 9], "ccf"),
-    ([9, 9, 1], "ccr"), ([1, 5, 5, 9], "rccf"), ([0, 0, 0, 1, 2, 3], "rrrrcf"), (list(range(13)), "rrrrrccccffff"),
-    (np.array([30, 10, 20]), "frc")])
+@pytest.mark.parametrize(
+    "counts, expected",
+    [
+        ([], ""),
+        ([5], "c"),
+        ([7, 3], "fr"),
+        ([2, 9, 4], "rfc"),
+        ([4, 4, 4], "ccc"),
+        ([1, 1, 9], "ccf"),
+        ([9, 9, 1], "ccr"),
+        ([1, 5, 5, 9], "rccf"),
+        ([0, 0, 0, 1, 2, 3], "rrrrcf"),
+        (list(range(13)), "rrrrrccccffff"),
+        (np.array([30, 10, 20]), "frc"),
+    ],
+)
 def test_thirds_by_count(counts, expected):
     assert group_by_count(counts) == list(expected)
 
@@ -460,6 +699,7 @@ def test_gathered_results_score_as_one(drawn_set):
 # --------------------------------------------------------------------------------------------- cost
 def test_time_and_memory():
     """Loosely, on a small set; for a large one see bench_lvis.py."""
+
     def both(*sizes: int) -> tuple:
         truth, results = drawn(*sizes)
         judge, given = loaded(truth), of_kind(results, "segm")
@@ -478,7 +718,9 @@ def test_time_and_memory():
         return peak
 
     (theirs, expected), (ours, stats) = map(seconds, both(120, 400, 100))
-    assert stats == pytest.approx(expected, abs=1e-9) and theirs > 3 * ours, f"{theirs:.2f} s, {ours:.2f} s"
+    assert stats == pytest.approx(expected, abs=1e-9) and theirs > 3 * ours, (
+        f"{theirs:.2f} s, {ours:.2f} s"
+    )
     theirs, ours = map(peak, both(30, 300, 60))
     assert theirs > 3 * ours, f"{theirs / 2**20:.1f} MiB, {ours / 2**20:.1f} MiB"
 

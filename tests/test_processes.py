@@ -11,7 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import children, differences, free_port, log_of, ranks, run, state, tensors, torchrun, until
+from helpers import (
+    children,
+    differences,
+    free_port,
+    log_of,
+    ranks,
+    run,
+    state,
+    tensors,
+    torchrun,
+    until,
+)
 from test_runs import stop_at
 
 LIVELY = {"lr": 0.1}
@@ -44,8 +55,14 @@ def test_torchrun_with_two_processes(tiny, tmp_path):
 
 def test_two_nodes_on_one_machine(tiny, tmp_path):
     for attempt in range(2):  # another program may have taken the port meanwhile
-        out, flags = tmp_path / f"out{attempt}", dict(nnodes=2, master_addr="127.0.0.1", master_port=free_port())
-        nodes = [torchrun(1, tiny(out=out, steps=3), start=True, node_rank=rank, **flags) for rank in (0, 1)]
+        out, flags = (
+            tmp_path / f"out{attempt}",
+            dict(nnodes=2, master_addr="127.0.0.1", master_port=free_port()),
+        )
+        nodes = [
+            torchrun(1, tiny(out=out, steps=3), start=True, node_rank=rank, **flags)
+            for rank in (0, 1)
+        ]
         try:
             said = [node.communicate(timeout=90) for node in nodes]
             break
@@ -72,20 +89,25 @@ def test_evaluation_is_equal_on_any_number_of_processes(trained, tmp_path, io):
     assert counts[1] == counts[2] == counts[3]
     for matrix in counts[1].values():
         assert sum(map(sum, matrix)) == 7 * 64 * 64
-        assert sum(any(row[k] for row in matrix) for k in range(len(matrix))) > 1, "one class predicted shows nothing"
+        assert sum(any(row[k] for row in matrix) for k in range(len(matrix))) > 1, (
+            "one class predicted shows nothing"
+        )
 
 
 def test_predictions_are_shared_out(trained, shapes_root, tmp_path, io):
     images = sorted((shapes_root / "voc" / "JPEGImages").glob("val_00000[0-4].jpg"))
     for done in ranks(2, ["--predict", str(trained / "best.pt"), *map(str, images)], io):
         done.ok()
-    assert {p.stem for p in (trained / "best.pt.predictions").glob("*.png")} == {p.stem for p in images}
+    assert {p.stem for p in (trained / "best.pt.predictions").glob("*.png")} == {
+        p.stem for p in images
+    }
 
 
 def no_batch_effects() -> None:
     """BatchNorm with its running statistics and no dropout: only rounding depends on how a batch is
     shared out. --ohem keeps so few pixels that it leaves some out of tiny crops."""
     import gta_seg
+
     gta_seg.OHEM_KEPT = 100
     build = gta_seg.build
 
@@ -94,14 +116,18 @@ def no_batch_effects() -> None:
         for net in built[0].networks().values():
             net.train(net.training)
         return built
+
     gta_seg.build = with_modes
     torch.nn.BatchNorm2d.train = lambda self, mode=True: torch.nn.Module.train(self, False)
     torch.nn.Dropout2d.forward = lambda self, x: x
 
 
-STEPS = {"gta": {}, "mt": dict(method="mt"), "suponly": dict(method="suponly", cutmix_labeled=0.5,
-         warmup_epochs=None),
-         "all losses": dict(aux=0.4, ohem=0.7, gta_data="both", student_data="both", cutmix_labeled=0.5)}
+STEPS = {
+    "gta": {},
+    "mt": dict(method="mt"),
+    "suponly": dict(method="suponly", cutmix_labeled=0.5, warmup_epochs=None),
+    "all losses": dict(aux=0.4, ohem=0.7, gta_data="both", student_data="both", cutmix_labeled=0.5),
+}
 
 
 @pytest.mark.parametrize("method", STEPS)
@@ -114,10 +140,20 @@ def test_ten_steps_are_equal_on_one_and_two_processes(tiny, tmp_path, io, method
             done.ok()
     one, two = (state(tmp_path / str(n) / "last.pt") for n in (1, 2))
     first = tensors(one["networks"])
-    apart = {k: (v.double() - first[k].double()).abs().max().item() for k, v in tensors(two["networks"]).items()}
-    assert first.keys() == apart.keys() and max(apart.values()) < 1e-6, sorted(apart.items(), key=lambda x: -x[1])[:3]
-    moved = state_of_step_one(tiny(out=tmp_path / "short", **{**line, "steps": 10}), tmp_path / "short", io)
-    assert max((moved[k] - first[k]).abs().max().item() for k in first if first[k].is_floating_point()) > 1e-3
+    apart = {
+        k: (v.double() - first[k].double()).abs().max().item()
+        for k, v in tensors(two["networks"]).items()
+    }
+    assert first.keys() == apart.keys() and max(apart.values()) < 1e-6, sorted(
+        apart.items(), key=lambda x: -x[1]
+    )[:3]
+    moved = state_of_step_one(
+        tiny(out=tmp_path / "short", **{**line, "steps": 10}), tmp_path / "short", io
+    )
+    assert (
+        max((moved[k] - first[k]).abs().max().item() for k in first if first[k].is_floating_point())
+        > 1e-3
+    )
 
 
 def state_of_step_one(line: list[str], out: Path, io: Path) -> dict[str, torch.Tensor]:
@@ -134,19 +170,32 @@ def stop_first(step: int) -> None:
 def note_buffers(folder: Path) -> None:
     """Each process writes what its networks' buffers are when the evaluation begins."""
     import gta_seg
+
     evaluate = gta_seg.evaluate
 
     def with_note(networks, *args):
-        buffers = {f"{n}.{k}": v.clone() for n, net in networks.items() for k, v in net.named_buffers()}
-        weights = {f"{n}.{k}": v.clone() for n, net in networks.items() for k, v in net.named_parameters()}
+        buffers = {
+            f"{n}.{k}": v.clone() for n, net in networks.items() for k, v in net.named_buffers()
+        }
+        weights = {
+            f"{n}.{k}": v.clone() for n, net in networks.items() for k, v in net.named_parameters()
+        }
         torch.save({"buffers": buffers, "weights": weights}, folder / f"{os.environ['RANK']}.pt")
         return evaluate(networks, *args)
+
     gta_seg.evaluate = with_note
 
 
-@pytest.mark.parametrize("flags", [{}, dict(recipe="released"), dict(method="mt"), dict(joint_bn=True)], ids=str)
+@pytest.mark.parametrize(
+    "flags", [{}, dict(recipe="released"), dict(method="mt"), dict(joint_bn=True)], ids=str
+)
 def test_all_processes_hold_the_same_networks_before_an_evaluation(tiny, tmp_path, io, flags):
-    for done in ranks(2, tiny(out=tmp_path / "out", steps=6, **LIVELY, **flags), io, partial(note_buffers, tmp_path)):
+    for done in ranks(
+        2,
+        tiny(out=tmp_path / "out", steps=6, **LIVELY, **flags),
+        io,
+        partial(note_buffers, tmp_path),
+    ):
         done.ok()
     a, b = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert len(a["buffers"]) > 50 and not differences(a, b), differences(a, b)[:5]
@@ -211,7 +260,9 @@ def test_an_error_of_all_processes_is_said_once(tiny, tmp_path, io):
     assert len(sentences(every)) == 1 and sum(done.err.count("error: ") for done in every) == 1
 
 
-def test_an_image_that_one_process_cannot_score_stops_all_with_one_sentence(folder_root, folder_line, tmp_path, io):
+def test_an_image_that_one_process_cannot_score_stops_all_with_one_sentence(
+    folder_root, folder_line, tmp_path, io
+):
     # the second of three: process 1 meets it
     path = folder_root / "images" / "val" / "val_000001.jpg"
     path.write_bytes(path.read_bytes()[:300])
@@ -228,7 +279,14 @@ def test_skipped_images_of_all_processes_are_counted(folder_root, folder_line, t
     line = folder_line(split=tmp_path / "list.txt", steps=6, method="suponly", warmup_epochs=None)
     for done in ranks(2, line, io):
         done.ok()
-    assert [r.get("skipped_images") for r in log_of(tmp_path / "run") if "loss_l" in r] == [1, 2, 3, 4, 5, 6]
+    assert [r.get("skipped_images") for r in log_of(tmp_path / "run") if "loss_l" in r] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+    ]
 
 
 def test_a_loss_that_is_not_finite_stops_all_processes(tiny, tmp_path, io):

@@ -24,12 +24,24 @@ from common.distributed import World
 from common.runs import RankError, UserError
 from data import instances, retrieval
 from data.read import helpers, read_image
-from data.retrieval import Store, duplicates, embed, histogram, known, search, sheet, squared, vectors
+from data.retrieval import (
+    Store,
+    duplicates,
+    embed,
+    histogram,
+    known,
+    search,
+    sheet,
+    squared,
+    vectors,
+)
 
 WEIGHTS = TEST_DATA / "weights" / "mobilenet_v2_tf2ptq.pth"
 POOL = {"camvid": "images/*/*.jpg", "car_parts": "images/**/*.jpg", "coco_mini": "images/*.jpg"}
-real = pytest.mark.skipif(not WEIGHTS.is_file() or not all((TEST_DATA / name).is_dir() for name in POOL),
-                          reason=f"no pictures and weights in {TEST_DATA}")
+real = pytest.mark.skipif(
+    not WEIGHTS.is_file() or not all((TEST_DATA / name).is_dir() for name in POOL),
+    reason=f"no pictures and weights in {TEST_DATA}",
+)
 INDEXES = ["Flat", "IVF16,Flat", "IVF16,PQ8np", "HNSW32"]  # np: without a training step of 10 s
 FILL = {"key": "pixels", "size": 16, "world": World(), "workers": 0, "batch_size": 4}
 
@@ -51,14 +63,20 @@ def stored(folder: Path, x: np.ndarray, shard_size: int, broken: tuple[int, ...]
     folder.mkdir(parents=True)
     x = x.astype(np.float16)
     x[list(broken)] = 0
-    store = Store(folder, [folder / f"{i}.jpg" for i in range(len(x))], [], list(broken), shard_size)
+    store = Store(
+        folder, [folder / f"{i}.jpg" for i in range(len(x))], [], list(broken), shard_size
+    )
     for start in range(0, len(x), shard_size):
         store.shards.append(folder / f"{start:06d}.npy")
         rows = range(start, min(start + shard_size, len(x)))
-        np.save(store.shards[-1], x[rows.start:rows.stop])
-        note = {"key": "drawn", "size": 16, "paths": [str(store.paths[i]) for i in rows],
-                "sha256": ["" if i in broken else f"{i:064x}" for i in rows],
-                "broken": [i - start for i in rows if i in broken]}
+        np.save(store.shards[-1], x[rows.start : rows.stop])
+        note = {
+            "key": "drawn",
+            "size": 16,
+            "paths": [str(store.paths[i]) for i in rows],
+            "sha256": ["" if i in broken else f"{i:064x}" for i in rows],
+            "broken": [i - start for i in rows if i in broken],
+        }
         store.shards[-1].with_suffix(".json").write_text(json.dumps(note))
     return store
 
@@ -71,7 +89,10 @@ def brute(queries: np.ndarray, store: Store, k: int) -> tuple[np.ndarray, np.nda
     rows = np.argsort(-products, axis=1, kind="stable")[:, :k]
     scores = np.take_along_axis(products, rows, 1)
     pad = ((0, 0), (0, max(0, k - len(x))))
-    scores, rows = np.pad(scores, pad, constant_values=-np.inf), np.pad(rows, pad, constant_values=-1)
+    scores, rows = (
+        np.pad(scores, pad, constant_values=-np.inf),
+        np.pad(rows, pad, constant_values=-1),
+    )
     return scores, np.where(scores == -np.inf, -1, rows)
 
 
@@ -80,10 +101,16 @@ def right(found: tuple[np.ndarray, np.ndarray], queries: np.ndarray, store: Stor
     than 1e-5."""
     (scores, rows), (truth, order) = found, brute(queries, store, k)
     differ = rows != order
-    products = np.einsum("qd,qkd->qk", queries, vectors(store, rows.clip(0).ravel()).reshape(*rows.shape, -1))
+    products = np.einsum(
+        "qd,qkd->qk", queries, vectors(store, rows.clip(0).ravel()).reshape(*rows.shape, -1)
+    )
     own = np.where(rows < 0, -np.inf, products)
-    return (np.allclose(scores, truth, atol=1e-5) and np.allclose(own, truth, atol=1e-5) and differ.mean() < 0.01
-            and all(len(set(row[row >= 0])) == (row >= 0).sum() for row in rows))
+    return (
+        np.allclose(scores, truth, atol=1e-5)
+        and np.allclose(own, truth, atol=1e-5)
+        and differ.mean() < 0.01
+        and all(len(set(row[row >= 0])) == (row >= 0).sum() for row in rows)
+    )
 
 
 def clustered(n: int, d: int, seed: int = 0, queries: int = 40) -> tuple[np.ndarray, np.ndarray]:
@@ -105,12 +132,16 @@ def draw(folder: Path, n: int, seed: int = 0) -> list[Path]:
     g = np.random.default_rng(seed)
     for i in range(n):
         small = Image.fromarray(g.integers(0, 256, (5, 6, 3), dtype=np.uint8))
-        small.resize((40 + i % 7, 30 + i % 5), Image.Resampling.BICUBIC).save(folder / f"{i:03d}.png")
+        small.resize((40 + i % 7, 30 + i % 5), Image.Resampling.BICUBIC).save(
+            folder / f"{i:03d}.png"
+        )
     return sorted(folder.glob("*.png"))
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.suffix in (".npy", ".json")}
+    return {
+        p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.suffix in (".npy", ".json")
+    }
 
 
 # ------------------------------------------------------------------------------------------- search
@@ -121,7 +152,11 @@ def test_exact_search_is_brute_force(shard_size, k, tmp_path, monkeypatch):
     x, queries = clustered(300, 24)
     store = stored(tmp_path / "s", x, shard_size)
     scores, rows = search(queries, store, k)
-    assert scores.dtype == np.float32 and rows.dtype == np.int64 and scores.shape == rows.shape == (40, k)
+    assert (
+        scores.dtype == np.float32
+        and rows.dtype == np.int64
+        and scores.shape == rows.shape == (40, k)
+    )
     assert right((scores, rows), queries, store, k)
     assert (rows[:, 300:] == -1).all() and (scores[:, 300:] == -np.inf).all()
 
@@ -151,9 +186,18 @@ def test_one_shard_or_many(tmp_path):
         assert np.array_equal(a[1], b[1]) and np.allclose(a[0], b[0], atol=1e-6), index
 
 
-@pytest.mark.parametrize("index, nprobe, least", [("Flat", 1, 1.0), ("IVF64,Flat", 8, 0.95), ("IVF64,Flat", 64, 1.0),
-                                                  ("OPQ8,IVF16,PQ8np", 8, 0.95), ("HNSW32", 1, 0.95),
-                                                  ("IVF16,PQ8np", 16, 0.95), ("SQfp16", 1, 1.0)])
+@pytest.mark.parametrize(
+    "index, nprobe, least",
+    [
+        ("Flat", 1, 1.0),
+        ("IVF64,Flat", 8, 0.95),
+        ("IVF64,Flat", 64, 1.0),
+        ("OPQ8,IVF16,PQ8np", 8, 0.95),
+        ("HNSW32", 1, 0.95),
+        ("IVF16,PQ8np", 16, 0.95),
+        ("SQfp16", 1, 1.0),
+    ],
+)
 def test_recall_of_indexes_after_ranking_again(index, nprobe, least, tmp_path):
     x, queries = clustered(1500, 32, queries=100)
     store = stored(tmp_path / "s", x, 400)
@@ -170,9 +214,13 @@ def test_ranking_again_and_probing_matter(tmp_path):
     x, queries = clustered(3000, 64)
     store = stored(tmp_path / "s", x, 1000)
     order = brute(queries, store, 10)[1]
-    few, many = (recall(search(queries, store, 10, "IVF4,PQ8np", rerank=n)[1], order) for n in (1, 32))
+    few, many = (
+        recall(search(queries, store, 10, "IVF4,PQ8np", rerank=n)[1], order) for n in (1, 32)
+    )
     assert few < 0.8 and many > 0.95
-    few, many = (recall(search(queries, store, 10, "IVF64,Flat", nprobe=n)[1], order) for n in (1, 64))
+    few, many = (
+        recall(search(queries, store, 10, "IVF64,Flat", nprobe=n)[1], order) for n in (1, 64)
+    )
     assert few < 0.9 and many == 1
 
 
@@ -185,7 +233,9 @@ def test_queries_need_not_be_of_length_one(tmp_path):
         assert search(queries[:0], store, 5, index)[1].shape == (0, 5)
 
 
-@pytest.mark.parametrize("index", ["nonsense", "", "IVF64,Flat", "PQ8", "PQ7", "IVF0,Flat", "IVF99999999999,Flat"])
+@pytest.mark.parametrize(
+    "index", ["nonsense", "", "IVF64,Flat", "PQ8", "PQ7", "IVF0,Flat", "IVF99999999999,Flat"]
+)
 def test_an_index_that_cannot_be_is_one_sentence(index, tmp_path):
     x, queries = clustered(50, 16)  # too few for 64 lists or 256 codes
     with pytest.raises(UserError, match="--index") as error:
@@ -248,7 +298,11 @@ def test_broken_pictures_are_listed(tmp_path):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         store = embed(paths, pixels, tmp_path / "s", **FILL, shard_size=5)
-    assert [sum(str(paths[i]) in str(w.message) for w in said) for i in (4, 9, 11)] == [1, 1, 1] and len(said) == 3
+    assert [sum(str(paths[i]) in str(w.message) for w in said) for i in (4, 9, 11)] == [
+        1,
+        1,
+        1,
+    ] and len(said) == 3
     assert store.broken == [4, 9, 11]
     x = vectors(store, np.arange(12))
     assert np.array_equal(np.flatnonzero(~x.any(1)), [4, 9, 11])
@@ -256,7 +310,9 @@ def test_broken_pictures_are_listed(tmp_path):
     # read from the disk
     assert embed(paths, pixels, tmp_path / "s", **FILL, shard_size=5).broken == [4, 9, 11]
     whole = np.setdiff1d(np.arange(12), store.broken)
-    assert not known(store, whole, replace(store, paths=paths[:5], shards=store.shards[:1]), 2.0)[4:].any()
+    assert not known(store, whole, replace(store, paths=paths[:5], shards=store.shards[:1]), 2.0)[
+        4:
+    ].any()
 
 
 class Counted:
@@ -297,12 +353,16 @@ def test_another_key_size_or_list_never_reads_old_shards(tmp_path, monkeypatch):
         assert not np.allclose(vectors(store, np.arange(12)), x, atol=0.01)
     network = Counted()
     other = embed([paths[1], paths[0], *paths[2:]], network, folder, **FILL, shard_size=6)
-    assert network.seen == 6 and np.array_equal(vectors(other, np.arange(12)), x[[1, 0, *range(2, 12)]])
+    assert network.seen == 6 and np.array_equal(
+        vectors(other, np.arange(12)), x[[1, 0, *range(2, 12)]]
+    )
     (tmp_path / "elsewhere").mkdir()
     for name, start in (("p", 0), ("elsewhere/p", 1)):  # the same relative names, other pictures
         draw(tmp_path / name, 12, seed=start)
         monkeypatch.chdir((tmp_path / name).parent)
-        store = embed([Path("p") / path.name for path in paths], pixels, folder, **FILL, shard_size=6)
+        store = embed(
+            [Path("p") / path.name for path in paths], pixels, folder, **FILL, shard_size=6
+        )
         assert np.array_equal(vectors(store, np.arange(12)), x) == (start == 0)
     assert files(folder).items() >= old.items()  # the first store is as it was
     network = Counted()
@@ -317,7 +377,12 @@ def test_errors_of_embedding(tmp_path):
         embed(paths, pixels, paths[0] / "s", **FILL)
     for value in (float("nan"), float("inf"), 0.0):
         with pytest.raises(RankError, match="zero or not finite"):
-            embed(paths, lambda images, v=value: torch.full((len(images), 4), v), tmp_path / "s", **FILL)
+            embed(
+                paths,
+                lambda images, v=value: torch.full((len(images), 4), v),
+                tmp_path / "s",
+                **FILL,
+            )
     assert not list((tmp_path / "s").glob("*.npy"))
     store = embed(paths, pixels, tmp_path / "s", **FILL)
     with store.shards[0].open("r+b") as file:
@@ -326,7 +391,10 @@ def test_errors_of_embedding(tmp_path):
         vectors(store, np.arange(3))
     for path in paths:
         path.write_bytes(b"")
-    with pytest.warns(UserWarning, match="cannot be read"), pytest.raises(UserError, match="3 pictures"):
+    with (
+        pytest.warns(UserWarning, match="cannot be read"),
+        pytest.raises(UserError, match="3 pictures"),
+    ):
         embed(paths, pixels, tmp_path / "t", **FILL)
     draw(tmp_path / "p", 3)  # mended: they are read again
     assert embed(paths, pixels, tmp_path / "t", **FILL).broken == []
@@ -343,13 +411,16 @@ def test_inference_mode_inside_the_network(tmp_path):
 def slow(paths: list[Path], folder: Path, pause: float, workers: int) -> None:
     """Embedding that can be killed on its way; also what each of several processes does."""
     import time
+
     world = distributed.start("cpu")
 
     def network(images: Tensor) -> Tensor:
         time.sleep(pause)
         return pixels(images)
 
-    store = embed(paths, network, folder, **{**FILL, "world": world, "workers": workers}, shard_size=8)
+    store = embed(
+        paths, network, folder, **{**FILL, "world": world, "workers": workers}, shard_size=8
+    )
     print(json.dumps([[str(path) for path in store.shards], store.broken]))
     distributed.stop()
 
@@ -382,15 +453,30 @@ def test_processes_share_the_shards(processes, tmp_path):
     paths[20].write_bytes(b"no picture")
     with pytest.warns(UserWarning):
         alone = embed(paths, pixels, tmp_path / "one", **FILL, shard_size=8)
-    env = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
-           "MASTER_PORT": str(free_port())}
-    ranks = [Started(slow, (paths, tmp_path / "many", 0, 0), tmp_path / "io",
-                     {**env, "RANK": str(i), "LOCAL_RANK": str(i)}) for i in range(processes)]
+    env = {
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    ranks = [
+        Started(
+            slow,
+            (paths, tmp_path / "many", 0, 0),
+            tmp_path / "io",
+            {**env, "RANK": str(i), "LOCAL_RANK": str(i)},
+        )
+        for i in range(processes)
+    ]
     done = [rank.wait().ok() for rank in ranks]
     said = [json.loads(rank.out.splitlines()[-1]) for rank in done]
-    assert all(s == [[str(tmp_path / "many" / path.name) for path in alone.shards], [20]] for s in said)
+    assert all(
+        s == [[str(tmp_path / "many" / path.name) for path in alone.shards], [20]] for s in said
+    )
     assert files(tmp_path / "one") == files(tmp_path / "many")
-    assert [paths[20].name in rank.err for rank in done] == [rank == 2 % processes for rank in range(processes)]
+    assert [paths[20].name in rank.err for rank in done] == [
+        rank == 2 % processes for rank in range(processes)
+    ]
 
 
 def faiss_then_workers(folder: Path) -> None:
@@ -400,7 +486,9 @@ def faiss_then_workers(folder: Path) -> None:
     x, queries = clustered(500, 32)
     store = stored(folder / "s", x, 200)
     paths = draw(folder / "p", 12)
-    loader = DataLoader(paths, batch_size=None, collate_fn=lambda path: squared(read_image(path), 64), **helpers(2))
+    loader = DataLoader(
+        paths, batch_size=None, collate_fn=lambda path: squared(read_image(path), 64), **helpers(2)
+    )
     for _ in range(2):
         search(queries, store, 10, "IVF4,Flat")
         torch.rand(300, 300) @ torch.rand(300, 300)
@@ -415,7 +503,9 @@ def faiss_then_workers(folder: Path) -> None:
 
 def test_faiss_beside_decoding_processes_does_not_hang(tmp_path):
     env = {"OMP_NUM_THREADS": "2"}
-    assert "done" in Started(faiss_then_workers, (tmp_path,), tmp_path / "io", env).wait(60).ok().out
+    assert (
+        "done" in Started(faiss_then_workers, (tmp_path,), tmp_path / "io", env).wait(60).ok().out
+    )
 
 
 # --------------------------------------------------------------------------------------- duplicates
@@ -473,11 +563,15 @@ def test_known_pictures(block, tmp_path, monkeypatch):
     x, near = clustered(80, 8)
     store, others = stored(tmp_path / "s", x, 30), stored(tmp_path / "o", near, 9, (0, 3))
     for path in others.shards:  # other files, all of them
-        path.with_suffix(".json").write_text(path.with_suffix(".json").read_text().replace("000000", "ffffff"))
+        path.with_suffix(".json").write_text(
+            path.with_suffix(".json").read_text().replace("000000", "ffffff")
+        )
     rows = np.arange(80)[::-2]
     expected = (vectors(store, rows) @ vectors(others, np.arange(40)).T > 0.8).any(1)
     assert 0 < expected.sum() < 40 and np.array_equal(known(store, rows, others, 0.8), expected)
-    assert not known(store, rows, others, 2.0).any() and known(store, rows[:0], others, 0.8).shape == (0,)
+    assert not known(store, rows, others, 2.0).any() and known(
+        store, rows[:0], others, 0.8
+    ).shape == (0,)
     note = others.shards[0].with_suffix(".json")
     note.write_text(note.read_text().replace('"drawn"', '"another"'))
     with pytest.raises(AssertionError, match="two networks"):
@@ -493,7 +587,9 @@ def test_histogram_counts_the_highest_cosine_to_another(tmp_path, monkeypatch):
     for block in (7, 2048):
         monkeypatch.setattr(retrieval, "BLOCK", block)
         lines = histogram(store, rows, 0.9).splitlines()
-        assert [int(line.split()[3]) for line in lines[1:-1]] == np.histogram(cosine.max(1), edges)[0].tolist()
+        assert [int(line.split()[3]) for line in lines[1:-1]] == np.histogram(cosine.max(1), edges)[
+            0
+        ].tolist()
         assert f"{(cosine.max(1) > 0.9).mean():.1%}" in lines[-1]
     sampled = histogram(store, rows, 0.9, sample=20).splitlines()
     assert sum(int(line.split()[3]) for line in sampled[1:-1]) == 20 and "20 of 150" in sampled[0]
@@ -502,9 +598,18 @@ def test_histogram_counts_the_highest_cosine_to_another(tmp_path, monkeypatch):
 
 def test_a_sheet_shows_crops_and_neighbours(tmp_path):
     paths = draw(tmp_path / "p", 4)
-    crops = [np.full((50, 20, 3), (255, 0, 0), np.uint8), np.full((9, 400, 3), (0, 0, 255), np.uint8)]
-    sheet([(crops[0], [(paths[0], 0.75), (paths[1], 0.5), (paths[2], 0.25)], "a red thing"),
-           (crops[1], [(paths[3], 0.5)], "blue")], tmp_path / "new" / "sheet.png", height=60)
+    crops = [
+        np.full((50, 20, 3), (255, 0, 0), np.uint8),
+        np.full((9, 400, 3), (0, 0, 255), np.uint8),
+    ]
+    sheet(
+        [
+            (crops[0], [(paths[0], 0.75), (paths[1], 0.5), (paths[2], 0.25)], "a red thing"),
+            (crops[1], [(paths[3], 0.5)], "blue"),
+        ],
+        tmp_path / "new" / "sheet.png",
+        height=60,
+    )
     seen = np.array(Image.open(tmp_path / "new" / "sheet.png").convert("RGB")).astype(int)
     assert seen.shape[0] == 16 + 2 * (76 + 4)
     red, blue = (np.abs(seen - colour).sum(-1) < 9 for colour in ((255, 0, 0), (0, 0, 255)))
@@ -519,6 +624,7 @@ class Features(nn.Module):
     def __init__(self):
         super().__init__()
         from torchvision.models import mobilenet_v2
+
         network = mobilenet_v2()
         network.load_state_dict(torch.load(WEIGHTS, map_location="cpu", weights_only=True))
         self.features = network.features.eval()
@@ -539,10 +645,19 @@ def features() -> Features:
 def pooled(features, tmp_path_factory, one_thread) -> tuple[Store, np.ndarray]:
     """The pictures of coco_mini, every third of the other two sets, and which set each is of
     (N,)."""
-    found = [(path, name) for name, form in POOL.items()
-             for path in sorted((TEST_DATA / name).glob(form))[::1 if name == "coco_mini" else 3]]
+    found = [
+        (path, name)
+        for name, form in POOL.items()
+        for path in sorted((TEST_DATA / name).glob(form))[:: 1 if name == "coco_mini" else 3]
+    ]
     fill = {**FILL, "key": "mobilenet", "size": 128, "batch_size": 64}
-    store = embed([path for path, _ in found], features, tmp_path_factory.mktemp("pooled"), **fill, shard_size=512)
+    store = embed(
+        [path for path, _ in found],
+        features,
+        tmp_path_factory.mktemp("pooled"),
+        **fill,
+        shard_size=512,
+    )
     return store, np.array([name for _, name in found])
 
 
@@ -571,13 +686,20 @@ def test_pictures_of_a_set_find_their_set(pooled, holds):
     right = (sets[nearest] == sets[:, None]).mean(1)
     table, data, _ = holds
     vehicles = [data.classes.index(c) for c in "bicycle car motorcycle bus train truck".split()] + [
-        data.classes.index(c) for c in ("traffic light", "stop sign", "parking meter")]
+        data.classes.index(c) for c in ("traffic light", "stop sign", "parking meter")
+    ]
     street = table[:, vehicles].any(1)
     precision = {name: float(right[sets == name].mean()) for name in POOL}
-    without, having = (float(right[(sets == "coco_mini") & (street == s)].mean()) for s in (False, True))
+    without, having = (
+        float(right[(sets == "coco_mini") & (street == s)].mean()) for s in (False, True)
+    )
     figures = f"{precision}, coco_mini without vehicles {without:.3f}, with {having:.3f}"
     print(figures)
-    assert precision["camvid"] >= 0.98 and precision["car_parts"] >= 0.93 and precision["coco_mini"] >= 0.8, figures
+    assert (
+        precision["camvid"] >= 0.98
+        and precision["car_parts"] >= 0.93
+        and precision["coco_mini"] >= 0.8
+    ), figures
     assert without >= 0.85 and having < without, figures
 
 
@@ -601,7 +723,11 @@ def test_crops_of_a_class_find_pictures_that_hold_it(features, pooled, holds):
     crops: dict[int, list[tuple[int, Tensor]]] = {}
     for i, photo in photos.items():
         for thing in photo.things or ():
-            points = np.concatenate(thing.segmentation).reshape(-1, 2) if isinstance(thing.segmentation, list) else None
+            points = (
+                np.concatenate(thing.segmentation).reshape(-1, 2)
+                if isinstance(thing.segmentation, list)
+                else None
+            )
             mine = crops.setdefault(thing.category, [])
             if points is not None and np.ptp(points, 0).min() >= 48 and len(mine) < 8:
                 (left, top), (right, bottom) = points.min(0).astype(int), points.max(0).astype(int)
@@ -611,12 +737,18 @@ def test_crops_of_a_class_find_pictures_that_hold_it(features, pooled, holds):
     for label, found in crops.items():
         if len(found) == 8 and table[:, label].sum() >= 8:
             queries = unit(features(torch.stack([crop for _, crop in found])).numpy())
-            near = [[j for j in row if j != own and sets[j] == "coco_mini"][:5]
-                    for row, (own, _) in zip(search(queries, store, len(sets))[1], found, strict=True)]
-            shares.append((table[near, label].mean(), (table[:, label].sum() - 1) / (len(coco) - 1)))
+            near = [
+                [j for j in row if j != own and sets[j] == "coco_mini"][:5]
+                for row, (own, _) in zip(search(queries, store, len(sets))[1], found, strict=True)
+            ]
+            shares.append(
+                (table[near, label].mean(), (table[:, label].sum() - 1) / (len(coco) - 1))
+            )
     precision, base = np.array(shares).T
-    figures = (f"{len(shares)} classes: {precision.mean():.3f} of the nearest, {base.mean():.3f} of all; "
-               f"twice as many in {(precision >= 2 * base).mean():.2f} of the classes")
+    figures = (
+        f"{len(shares)} classes: {precision.mean():.3f} of the nearest, {base.mean():.3f} of all; "
+        f"twice as many in {(precision >= 2 * base).mean():.2f} of the classes"
+    )
     print(figures)
     assert len(shares) >= 30 and precision.mean() >= 2.5 * base.mean(), figures
     assert (precision >= 2 * base).mean() >= 0.6, figures
@@ -635,15 +767,23 @@ def test_planted_duplicates_are_found_and_distinct_pictures_stay(features, tmp_p
             elif i % 3 == 1:
                 file.convert("RGB").save(copy, quality=50)
             else:
-                file.convert("RGB").resize((file.width // 2, file.height // 2)).save(copy, quality=90)
+                file.convert("RGB").resize((file.width // 2, file.height // 2)).save(
+                    copy, quality=90
+                )
     fill, rows = {**FILL, "key": "mobilenet", "size": 128}, np.arange(90)
     store = embed(paths + planted, features, tmp_path / "s", **fill, shard_size=50)
     x = vectors(store, rows)
     assert (x[60:] * x[:30]).sum(1).min() > 0.97 and np.triu(x[:60] @ x[:60].T, 1).max() < 0.85
     assert duplicates(store, rows, 0.95).tolist() == [*range(60), *range(30)]
-    assert duplicates(store, rows[::-1], 0.95)[::-1].tolist() == [*range(60, 90), *range(30, 60), *range(60, 90)]
+    assert duplicates(store, rows[::-1], 0.95)[::-1].tolist() == [
+        *range(60, 90),
+        *range(30, 60),
+        *range(60, 90),
+    ]
     content = [i if i % 3 == 0 else 60 + i for i in range(30)]
     assert duplicates(store, rows, 2.0).tolist() == [*range(60), *content]
     others = embed(planted, features, tmp_path / "o", **fill)
     assert known(store, rows[:60], others, 0.95).tolist() == [True] * 30 + [False] * 30
-    assert known(store, rows[:60], others, 2.0).tolist() == [i < 30 and i % 3 == 0 for i in range(60)]
+    assert known(store, rows[:60], others, 2.0).tolist() == [
+        i < 30 and i % 3 == 0 for i in range(60)
+    ]

@@ -15,14 +15,30 @@ import numpy as np
 import pretend
 import pytest
 import torch
-from helpers import REPO, begin, children, command, differences, in_process, log_of, run, state, until
+from helpers import (
+    REPO,
+    begin,
+    children,
+    command,
+    differences,
+    in_process,
+    log_of,
+    run,
+    state,
+    until,
+)
 from PIL import Image
 
 LIVELY = {"lr": 0.1, "eval_every": 4}  # a few steps change what networks predict
 RECIPES = {
-    "gta": dict(LIVELY), "mt": dict(LIVELY, method="mt"), "released": dict(LIVELY, recipe="released"),
-    "shared predictor": dict(LIVELY, share_predictor=True), "unbiased-st": dict(LIVELY, method="unbiased-st"),
-    "cityscapes' losses": dict(LIVELY, aux=0.4, ohem=0.7, crop_size=224, cutmix_labeled=0.5, joint_bn=True),
+    "gta": dict(LIVELY),
+    "mt": dict(LIVELY, method="mt"),
+    "released": dict(LIVELY, recipe="released"),
+    "shared predictor": dict(LIVELY, share_predictor=True),
+    "unbiased-st": dict(LIVELY, method="unbiased-st"),
+    "cityscapes' losses": dict(
+        LIVELY, aux=0.4, ohem=0.7, crop_size=224, cutmix_labeled=0.5, joint_bn=True
+    ),
 }
 
 
@@ -70,6 +86,7 @@ def finished(tiny, tmp_path_factory):
             made[key] = folder / str(len(made))
             run(tiny(out=made[key], **{**RECIPES[recipe], **flags}), folder / "io").ok()
         return made[key]
+
     return make
 
 
@@ -78,6 +95,7 @@ def stop_at(step: int, number: int, after_save: bool = False) -> None:
     """In a process of its own: it gets signal `number` while it takes this step, or after the save
     that follows."""
     from common import runs
+
     tally, save = runs.Run.tally, runs.save_checkpoint
 
     def at_tally(self, at, *args):
@@ -90,20 +108,25 @@ def stop_at(step: int, number: int, after_save: bool = False) -> None:
             save(path, name, content)
             os.kill(os.getpid(), number)
         return save(path, name, content)
+
     runs.Run.tally, runs.save_checkpoint = at_tally, at_save
 
 
 def die_while_writing(name: str, nth: int) -> None:
     """In a process of its own: SIGKILL when half of the n-th file `name` has been written."""
     from common import runs
+
     write, seen = runs.write_bytes, []
 
     def torn(path, data):
         seen.extend([1] * (path.name == name))
         if path.name == name and len(seen) == nth:
-            path.with_name(f".{path.name}.{os.getpid()}.tmp").write_bytes(bytes(data)[:len(data) // 2])
+            path.with_name(f".{path.name}.{os.getpid()}.tmp").write_bytes(
+                bytes(data)[: len(data) // 2]
+            )
             os.kill(os.getpid(), signal.SIGKILL)
         return write(path, data)
+
     runs.write_bytes = torn
 
 
@@ -114,7 +137,10 @@ def test_stopped_and_resumed_is_bit_equal(tiny, finished, tmp_path, io, recipe):
     line = tiny(out=tmp_path / "out", resume=True, **RECIPES[recipe])
     for step in (0, 2, 5) if recipe in ("gta", "released") else (3,):
         stopped = run(line, io, partial(stop_at, step, signal.SIGTERM)).ok()
-        assert f"after step {step + 1}" in stopped.out and state(tmp_path / "out" / "last.pt")["step"] == step + 1
+        assert (
+            f"after step {step + 1}" in stopped.out
+            and state(tmp_path / "out" / "last.pt")["step"] == step + 1
+        )
     run(line, io).ok()
     assert_equal_runs(tmp_path / "out", finished(recipe))
 
@@ -142,6 +168,7 @@ def test_ctrl_c_before_the_first_step_is_no_traceback(tiny, tmp_path, io):
 
 def interrupt_in(name: str) -> None:
     from data import find
+
     before = getattr(find, name)
 
     def after_ctrl_c(*args):
@@ -150,6 +177,7 @@ def interrupt_in(name: str) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.01)
         return before(*args)
+
     setattr(find, name, after_ctrl_c)
 
 
@@ -174,7 +202,9 @@ def lives(pid: int) -> bool:
 
 
 # ------------------------------------------------------------------------------------------ kill -9
-def kill_and_resume(line: list[str], out: Path, io: Path, kills: int, rng: random.Random) -> list[int]:
+def kill_and_resume(
+    line: list[str], out: Path, io: Path, kills: int, rng: random.Random
+) -> list[int]:
     """Start and SIGKILL, again and again, then run to the end -> the steps saved at each kill. A
     kill comes when a few more lines are in the log and a random time later, or, one of five, while
     the run starts."""
@@ -183,7 +213,12 @@ def kill_and_resume(line: list[str], out: Path, io: Path, kills: int, rng: rando
         started = begin(line, io)
         goal = (at[-1] if at else 0) + rng.randrange(1, 8)
         if rng.random() < 0.8:
-            until(lambda goal=goal: (out / "log.jsonl").exists() and len(log_of(out, torn=True)) >= goal, started)
+            until(
+                lambda goal=goal: (
+                    (out / "log.jsonl").exists() and len(log_of(out, torn=True)) >= goal
+                ),
+                started,
+            )
         time.sleep(rng.uniform(0, 0.03 if at else 0.3))
         assert started.alive(), "the run was over before it could be killed: more steps are needed"
         started.kill(signal.SIGKILL)
@@ -195,7 +230,9 @@ def kill_and_resume(line: list[str], out: Path, io: Path, kills: int, rng: rando
 
 def test_killed_at_random_moments_and_resumed_is_bit_equal(tiny, finished, tmp_path, io):
     out, settings = tmp_path / "out", {**LIVELY, "steps": 100, "eval_every": 50}
-    at = kill_and_resume(tiny(out=out, resume=True, save_every=3, **settings), out, io, 6, random.Random(0))
+    at = kill_and_resume(
+        tiny(out=out, resume=True, save_every=3, **settings), out, io, 6, random.Random(0)
+    )
     assert at == sorted(at) and at[-1] > 0  # a kill never loses what was saved
     # test_a_kill_leaves_no_litter_for_ever is on these
     [leftover.unlink() for leftover in out.glob(".*.tmp")]
@@ -216,19 +253,32 @@ def test_twenty_kills(tiny, finished, tmp_path, io, recipe):
     assert_equal_runs(tmp_path / "out", finished(recipe, **settings))
 
 
-@pytest.mark.parametrize("place", ["in warm-up", "after the assistant's first step", "in a save of last.pt",
-                                   "in a save of best.pt", "between best.pt and last.pt", "in results.json"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "in warm-up",
+        "after the assistant's first step",
+        "in a save of last.pt",
+        "in a save of best.pt",
+        "between best.pt and last.pt",
+        "in results.json",
+    ],
+)
 def test_killed_at_a_chosen_moment_and_resumed_is_bit_equal(tiny, finished, tmp_path, io, place):
     out, kill = tmp_path / "out", signal.SIGKILL
-    setup = {"in warm-up": partial(stop_at, 1, kill, True),
-             "after the assistant's first step": partial(stop_at, 2, kill),
-             "in a save of last.pt": partial(die_while_writing, "last.pt", 4),
-             "in a save of best.pt": partial(die_while_writing, "best.pt", 1),
-             "between best.pt and last.pt": partial(die_while_writing, "last.pt", 4),
-             "in results.json": partial(die_while_writing, "results.json", 1)}[place]
+    setup = {
+        "in warm-up": partial(stop_at, 1, kill, True),
+        "after the assistant's first step": partial(stop_at, 2, kill),
+        "in a save of last.pt": partial(die_while_writing, "last.pt", 4),
+        "in a save of best.pt": partial(die_while_writing, "best.pt", 1),
+        "between best.pt and last.pt": partial(die_while_writing, "last.pt", 4),
+        "in results.json": partial(die_while_writing, "results.json", 1),
+    }[place]
     line = tiny(out=out, resume=True, save_every=1, **LIVELY)
     assert run(line, io, setup).code == -kill
-    saved = {"in warm-up": 2, "after the assistant's first step": 2, "in results.json": 8}.get(place, 3)
+    saved = {"in warm-up": 2, "after the assistant's first step": 2, "in results.json": 8}.get(
+        place, 3
+    )
     assert state(out / "last.pt")["step"] == saved
     run(line, io).ok()
     [leftover.unlink() for leftover in out.glob(".*.tmp")]
@@ -265,7 +315,10 @@ def test_log_every_counts_steps(tiny, tmp_path, io):
 def test_save_every(tiny, tmp_path, io):
     for every, saved in ((3, 6), (5, 5)):
         out = tmp_path / str(every)
-        assert run(tiny(out=out, save_every=every), io, partial(stop_at, 6, signal.SIGKILL)).code == -signal.SIGKILL
+        assert (
+            run(tiny(out=out, save_every=every), io, partial(stop_at, 6, signal.SIGKILL)).code
+            == -signal.SIGKILL
+        )
         assert state(out / "last.pt")["step"] == saved
 
 
@@ -279,7 +332,10 @@ def test_number_of_workers_does_not_matter(tiny, finished, tmp_path, io):
 def test_seed_matters_and_so_does_the_method(tiny, finished, tmp_path, io):
     """What the comparisons above would miss if they compared nothing."""
     run(tiny(out=tmp_path / "out", seed=1, **LIVELY), io).ok()
-    assert differences(state(tmp_path / "out" / "last.pt")["networks"], state(finished("gta") / "last.pt")["networks"])
+    assert differences(
+        state(tmp_path / "out" / "last.pt")["networks"],
+        state(finished("gta") / "last.pt")["networks"],
+    )
     a, b = (state(finished(r) / "last.pt")["networks"]["student"] for r in ("gta", "mt"))
     assert differences(a, b)
 
@@ -291,10 +347,14 @@ def test_resume_in_an_empty_folder_starts_afresh_and_says_so(tiny, finished, tmp
     assert_equal_runs(tmp_path / "out", finished("gta"))
 
 
-def test_resume_after_a_kill_before_the_first_save_says_that_it_starts_afresh(tiny, finished, tmp_path, io):
+def test_resume_after_a_kill_before_the_first_save_says_that_it_starts_afresh(
+    tiny, finished, tmp_path, io
+):
     line = tiny(out=tmp_path / "out", resume=True, **LIVELY)
     assert run(line, io, partial(stop_at, 3, signal.SIGKILL)).code == -signal.SIGKILL
-    assert not (tmp_path / "out" / "last.pt").exists() and (tmp_path / "out" / "config.json").exists()
+    assert (
+        not (tmp_path / "out" / "last.pt").exists() and (tmp_path / "out" / "config.json").exists()
+    )
     done = run(line, io).ok()
     assert_equal_runs(tmp_path / "out", finished("gta"))
     assert "afresh" in done.out
@@ -303,7 +363,10 @@ def test_resume_after_a_kill_before_the_first_save_says_that_it_starts_afresh(ti
 def test_resume_with_other_settings_names_the_fields(tiny, finished, io):
     out = finished("gta")
     error = run(tiny(out=out, resume=True, lr=0.2, tau=2, alpha_teacher=0.5), io).error()
-    assert all(f"{name} (" in error for name in ("lr", "tau", "alpha_teacher")) and "0.1 then, 0.2 now" in error
+    assert (
+        all(f"{name} (" in error for name in ("lr", "tau", "alpha_teacher"))
+        and "0.1 then, 0.2 now" in error
+    )
     assert "steps" not in error and "width" not in error
 
 
@@ -326,9 +389,17 @@ def test_finished_run_resumed_changes_nothing(tiny, finished, tmp_path, io):
     out = tmp_path / "out"
     shutil.copytree(finished("gta"), out)
     first = tiny(out=finished("gta"), resume=True, **LIVELY)
-    before = {p.name: p.read_bytes() for p in finished("gta").iterdir() if p.suffix in (".pt", ".jsonl", ".json")}
+    before = {
+        p.name: p.read_bytes()
+        for p in finished("gta").iterdir()
+        if p.suffix in (".pt", ".jsonl", ".json")
+    }
     run(first, io).ok()
-    after = {p.name: p.read_bytes() for p in finished("gta").iterdir() if p.suffix in (".pt", ".jsonl", ".json")}
+    after = {
+        p.name: p.read_bytes()
+        for p in finished("gta").iterdir()
+        if p.suffix in (".pt", ".jsonl", ".json")
+    }
     assert [n for n in before if before[n] != after[n] and n != "config.json"] == []
     assert_equal_runs(finished("gta"), out)
 
@@ -336,16 +407,27 @@ def test_finished_run_resumed_changes_nothing(tiny, finished, tmp_path, io):
 def test_resume_of_another_scripts_run_and_of_a_broken_checkpoint(tiny, finished, tmp_path, io):
     for name in ("other", "torn", "weights", "empty", "config", "other config"):
         shutil.copytree(finished("gta"), tmp_path / name)
-    torch.save({**torch.load(tmp_path / "other" / "last.pt"), "script": "other.py"}, tmp_path / "other" / "last.pt")
+    torch.save(
+        {**torch.load(tmp_path / "other" / "last.pt"), "script": "other.py"},
+        tmp_path / "other" / "last.pt",
+    )
     torn = (tmp_path / "torn" / "last.pt").read_bytes()
-    (tmp_path / "torn" / "last.pt").write_bytes(torn[:len(torn) * 2 // 3])
+    (tmp_path / "torn" / "last.pt").write_bytes(torn[: len(torn) * 2 // 3])
     torch.save({"a": torch.ones(3)}, tmp_path / "weights" / "last.pt")
     (tmp_path / "empty" / "last.pt").write_bytes(b"")
     (tmp_path / "config" / "config.json").write_text('{"script": "gta')
     config = json.loads((tmp_path / "other config" / "config.json").read_text())
-    (tmp_path / "other config" / "config.json").write_text(json.dumps({**config, "script": "other.py"}))
-    for name, said in (("other", "other.py"), ("torn", "readable"), ("weights", "weights"), ("empty", "readable"),
-                       ("config", "config.json"), ("other config", "other.py")):
+    (tmp_path / "other config" / "config.json").write_text(
+        json.dumps({**config, "script": "other.py"})
+    )
+    for name, said in (
+        ("other", "other.py"),
+        ("torn", "readable"),
+        ("weights", "weights"),
+        ("empty", "readable"),
+        ("config", "config.json"),
+        ("other config", "other.py"),
+    ):
         folder = tmp_path / name
         # a run remembers its folder; --out is compared like any other setting
         old = (folder / "config.json").read_text().replace(str(finished("gta")), str(folder))
@@ -362,11 +444,27 @@ def test_folder_that_was_moved_can_be_resumed(tiny, finished, tmp_path, io):
 def test_folder_holds_what_the_design_says(finished):
     out = finished("gta")
     assert files(out) == {
-        "config.json", "log.jsonl", "last.pt", "best.pt", "results.json", "curves.png", "previews"}
+        "config.json",
+        "log.jsonl",
+        "last.pt",
+        "best.pt",
+        "results.json",
+        "curves.png",
+        "previews",
+    }
     assert [p.name for p in sorted((out / "previews").iterdir())] == ["0000004.png", "0000008.png"]
     read = json.loads((out / "results.json").read_text())
-    assert {"student", "teacher", "gta", "dataset", "split", "split_fingerprint", "seed", "seconds",
-            "images_per_second"} <= read.keys()
+    assert {
+        "student",
+        "teacher",
+        "gta",
+        "dataset",
+        "split",
+        "split_fingerprint",
+        "seed",
+        "seconds",
+        "images_per_second",
+    } <= read.keys()
     config = json.loads((out / "config.json").read_text())
     for name in ("student", "teacher", "gta"):
         for which in ("last", "best"):
@@ -375,8 +473,15 @@ def test_folder_holds_what_the_design_says(finished):
             assert list(record["iou"]) == config["classes"]
             present = [v for v in record["iou"].values() if v is not None]
             assert present and abs(np.mean(present) - record["miou"]) < 1e-3
-        assert read[name]["last"]["step"] == 8 and read[name]["best"]["miou"] >= read[name]["last"]["miou"]
-    assert read["seconds"] > 0 and read["images_per_second"] > 0 and len(read["split_fingerprint"]) == 64
+        assert (
+            read[name]["last"]["step"] == 8
+            and read[name]["best"]["miou"] >= read[name]["last"]["miou"]
+        )
+    assert (
+        read["seconds"] > 0
+        and read["images_per_second"] > 0
+        and len(read["split_fingerprint"]) == 64
+    )
     assert config["settings"]["alpha_gta"] == 0.99 and config["torch"] == torch.__version__
     assert {"script", "settings", "commit", "device", "python", "processes"} <= config.keys()
     if (REPO / ".git").exists():
@@ -396,13 +501,26 @@ def test_suponly_has_a_student_alone(tiny, tmp_path, io):
 
 
 def test_main_returns_what_the_file_holds(shapes_root, tmp_path):
-    returned = in_process(root=str(shapes_root), val="few", out=str(tmp_path / "out"), steps=2, backbone="test_resnet",
-                          weights="none", width=8, batch_size=4, crop_size=32, workers=0, warmup_epochs=0)
+    returned = in_process(
+        root=str(shapes_root),
+        val="few",
+        out=str(tmp_path / "out"),
+        steps=2,
+        backbone="test_resnet",
+        weights="none",
+        width=8,
+        batch_size=4,
+        crop_size=32,
+        workers=0,
+        warmup_epochs=0,
+    )
     assert returned == json.loads((tmp_path / "out" / "results.json").read_text())
 
 
 def test_default_folder_is_named_after_the_run(tiny, tmp_path, io):
-    run(tiny(split="random:1/100", split_seed=3, seed=2, steps=1, warmup_epochs=0), io, cwd=tmp_path).ok()
+    run(
+        tiny(split="random:1/100", split_seed=3, seed=2, steps=1, warmup_epochs=0), io, cwd=tmp_path
+    ).ok()
     assert not list((tmp_path / "out").glob(".*.tmp"))
 
 
@@ -411,7 +529,12 @@ def test_default_folder_is_named_after_the_run(tiny, tmp_path, io):
 def test_nothing_mixes_devices(tiny, shapes_root, tmp_path, io, recipe):
     """On an accelerator that is pretended, with the CPU's values: the same run, scores and
     predictions, to the bit. Its tensors cannot share storage, so recipes that do are left out."""
-    far = partial(pretend.count, "gta_seg", "warmup_step", "mean_teacher_step" if recipe == "mt" else "train_step")
+    far = partial(
+        pretend.count,
+        "gta_seg",
+        "warmup_step",
+        "mean_teacher_step" if recipe == "mt" else "train_step",
+    )
     found, photo = [], str(shapes_root / "voc" / "JPEGImages" / "val_000000.jpg")
     for name, setup in (("near", None), ("far", far)):
         out = tmp_path / name
@@ -453,18 +576,29 @@ def test_eval_changes_nothing_in_the_folder(finished, tmp_path, io):
     run(["--eval", str(out / "best.pt")], io).ok()
     assert all(p.read_bytes() == content for p, content in before.items())
     assert {p.name for p in out.iterdir()} - {p.name for p in before} - {"previews"} == {
-        "best.pt.results.json", "best.pt.previews.png"}
+        "best.pt.results.json",
+        "best.pt.previews.png",
+    }
 
 
 def pictures(folder: Path, source: Path) -> dict[str, tuple[int, int]]:
     """Files of many kinds -> name and size."""
     folder.mkdir()
     scene = Image.open(source)
-    made = {"scene.jpg": scene, "odd.png": scene.resize((97, 61)), "grey.png": scene.convert("L"),
-            "bw.png": scene.convert("1"),
-            "rgba.png": scene.convert("RGBA"), "palette.png": scene.convert("P"), "cmyk.jpg": scene.convert("CMYK"),
-            "thin.png": scene.resize((1, 50)), "flat.jpg": scene.resize((50, 1)), "pixel.bmp": scene.resize((1, 1)),
-            "large.webp": scene.resize((301, 203)), "UPPER.JPG": scene}
+    made = {
+        "scene.jpg": scene,
+        "odd.png": scene.resize((97, 61)),
+        "grey.png": scene.convert("L"),
+        "bw.png": scene.convert("1"),
+        "rgba.png": scene.convert("RGBA"),
+        "palette.png": scene.convert("P"),
+        "cmyk.jpg": scene.convert("CMYK"),
+        "thin.png": scene.resize((1, 50)),
+        "flat.jpg": scene.resize((50, 1)),
+        "pixel.bmp": scene.resize((1, 1)),
+        "large.webp": scene.resize((301, 203)),
+        "UPPER.JPG": scene,
+    }
     for name, image in made.items():
         image.save(folder / name)
     (folder / "notes.txt").write_text("no picture")
@@ -479,7 +613,10 @@ def test_predict_writes_an_index_png_of_each_pictures_size(finished, shapes_root
     assert str(folder) in done.out and "12 images" in done.out
     for name, size in sizes.items():
         stem = Path(name).stem
-        with Image.open(folder / f"{stem}.png") as label, Image.open(folder / f"{stem}_overlay.jpg") as overlay:
+        with (
+            Image.open(folder / f"{stem}.png") as label,
+            Image.open(folder / f"{stem}_overlay.jpg") as overlay,
+        ):
             assert label.size == size and label.mode == "P" and np.array(label).max() < 9
             assert overlay.width == size[0] and overlay.height >= size[1]
     assert len(list(folder.iterdir())) == 2 * len(sizes)
@@ -493,7 +630,9 @@ def test_prediction_is_what_the_evaluation_counts(finished, shapes_root, tmp_pat
     images = [str(shapes_root / "voc" / "JPEGImages" / f"{name}.jpg") for name in names]
     run(["--eval", str(out / "last.pt")], io).ok()
     run(["--predict", str(out / "last.pt"), *images], io).ok()
-    expected = np.array(json.loads((out / "last.pt.results.json").read_text())["confusion"]["teacher"])
+    expected = np.array(
+        json.loads((out / "last.pt.results.json").read_text())["confusion"]["teacher"]
+    )
     counts = np.zeros_like(expected)
     for name in names:
         label = np.array(Image.open(shapes_root / "voc" / "SegmentationClass" / f"{name}.png"))
@@ -508,9 +647,18 @@ def test_predict_keeps_pictures_of_one_name_apart(finished, shapes_root, tmp_pat
     source = shapes_root / "voc" / "JPEGImages" / "val_000001.jpg"
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
-        Image.open(source).resize((40, 30) if folder == "a" else (50, 20)).save(tmp_path / folder / "1.png")
-    done = run(["--predict", str(tmp_path / "run" / "best.pt"), str(tmp_path / "a"), str(tmp_path / "b")], io)
-    made = [p for p in (tmp_path / "run" / "best.pt.predictions").glob("*.png")] if done.code == 0 else []
+        Image.open(source).resize((40, 30) if folder == "a" else (50, 20)).save(
+            tmp_path / folder / "1.png"
+        )
+    done = run(
+        ["--predict", str(tmp_path / "run" / "best.pt"), str(tmp_path / "a"), str(tmp_path / "b")],
+        io,
+    )
+    made = (
+        [p for p in (tmp_path / "run" / "best.pt.predictions").glob("*.png")]
+        if done.code == 0
+        else []
+    )
     assert done.code == 2 or len(made) == 2
 
 

@@ -16,7 +16,9 @@ from data.splits import SplitError
 
 REPO = Path(__file__).resolve().parents[1]
 LISTS = (REPO / os.environ.get("TEST_DATA", "../shared/data")).resolve() / "splits"
-published = pytest.mark.skipif(not LISTS.is_dir(), reason=f"no published lists in TEST_DATA ({LISTS})")
+published = pytest.mark.skipif(
+    not LISTS.is_dir(), reason=f"no published lists in TEST_DATA ({LISTS})"
+)
 GTA_SEG = [key for key in splits.PUBLISHED if key[1] == "gta_seg" and key[2] != "val"]
 
 
@@ -35,8 +37,11 @@ def ids_of(path: Path, dataset: str) -> list[str]:
 
 
 @published
-@pytest.mark.parametrize("key", [key for key in splits.PUBLISHED if key[1] in ("gta_seg", "guided_distillation")],
-                         ids="-".join)
+@pytest.mark.parametrize(
+    "key",
+    [key for key in splits.PUBLISHED if key[1] in ("gta_seg", "guided_distillation")],
+    ids="-".join,
+)
 def test_published_lists_have_their_hashes_and_counts(key):
     path, item = copy_of(*key), splits.PUBLISHED[key]
     assert hashlib.sha256(path.read_bytes()).hexdigest() == item.sha256
@@ -51,7 +56,9 @@ def test_published_lists_have_their_hashes_and_counts(key):
 @pytest.mark.parametrize("key", GTA_SEG, ids="-".join)
 def test_labeled_and_unlabeled_are_disjoint_and_all_of_train(key):
     dataset = key[0]
-    labeled, unlabeled = (ids_of(copy_of(*key, file), dataset) for file in ("labeled.txt", "unlabeled.txt"))
+    labeled, unlabeled = (
+        ids_of(copy_of(*key, file), dataset) for file in ("labeled.txt", "unlabeled.txt")
+    )
     val = ids_of(copy_of(dataset, "gta_seg", "val"), dataset)
     total, ids_sha256 = splits.TRAIN[dataset]
     assert not set(labeled) & set(unlabeled)
@@ -63,21 +70,39 @@ def test_labeled_and_unlabeled_are_disjoint_and_all_of_train(key):
 
 @published
 def test_facts_about_the_lists_that_the_documentation_warns_of():
-    voc = {name: set(ids_of(copy_of("voc", "gta_seg", name), "voc"))
-           for name in ("92", "183", "366", "732", "1464", "662", "1323", "2646", "5291")}
+    voc = {
+        name: set(ids_of(copy_of("voc", "gta_seg", name), "voc"))
+        for name in ("92", "183", "366", "732", "1464", "662", "1323", "2646", "5291")
+    }
     fine = voc["1464"]
     assert voc["662"] < fine and voc["1323"] < fine and fine < voc["2646"] and fine < voc["5291"]
     assert voc["92"] | voc["183"] | voc["366"] | voc["732"] < fine
     assert len(voc["92"] & voc["183"]) == 9
     assert not voc["183"] < voc["366"] and not voc["366"] < voc["732"]
-    guided = [set(ids_of(copy_of("cityscapes", "guided_distillation", f"{p}%"), "cityscapes")) for p in (5, 10)]
+    guided = [
+        set(ids_of(copy_of("cityscapes", "guided_distillation", f"{p}%"), "cityscapes"))
+        for p in (5, 10)
+    ]
     assert len(guided[0] & guided[1]) == 23
 
 
 def test_the_table_of_published_lists_is_complete_and_well_formed():
-    names = {key[:2]: [k[2] for k in splits.PUBLISHED if k[:2] == key[:2]] for key in splits.PUBLISHED}
+    names = {
+        key[:2]: [k[2] for k in splits.PUBLISHED if k[:2] == key[:2]] for key in splits.PUBLISHED
+    }
     assert names == {
-        ("voc", "gta_seg"): ["92", "183", "366", "732", "1464", "662", "1323", "2646", "5291", "val"],
+        ("voc", "gta_seg"): [
+            "92",
+            "183",
+            "366",
+            "732",
+            "1464",
+            "662",
+            "1323",
+            "2646",
+            "5291",
+            "val",
+        ],
         ("cityscapes", "gta_seg"): ["100", "186", "372", "744", "1488", "val"],
         ("voc", "s4gan"): ["1/50", "1/20", "1/8"],
         ("cityscapes", "guided_distillation"): ["5%", "10%", "20%", "30%"],
@@ -91,10 +116,16 @@ def test_the_table_of_published_lists_is_complete_and_well_formed():
 
 
 def test_the_readme_lists_them_as_they_are():
-    rows = [[cell.strip(" `") for cell in line.split("|")[1:6]] for line in
-            (REPO / "data" / "README.md").read_text().splitlines() if line.startswith(("| voc |", "| cityscapes |"))]
-    expected = [[*key, str(item.count), item.ids_sha256[:8]] for key, item in splits.PUBLISHED.items()
-                if key[0] != "coco"]
+    rows = [
+        [cell.strip(" `") for cell in line.split("|")[1:6]]
+        for line in (REPO / "data" / "README.md").read_text().splitlines()
+        if line.startswith(("| voc |", "| cityscapes |"))
+    ]
+    expected = [
+        [*key, str(item.count), item.ids_sha256[:8]]
+        for key, item in splits.PUBLISHED.items()
+        if key[0] != "coco"
+    ]
     assert rows == expected
 
 
@@ -105,7 +136,9 @@ def test_fingerprint_is_the_sha256_of_sorted_lines():
     assert splits.fingerprint(["b_2"]) != expected
 
 
-@pytest.mark.parametrize("name, folder", [("1/8", "1-of-8"), ("5%", "5pc"), ("183", "183"), ("2645", "2646")])
+@pytest.mark.parametrize(
+    "name, folder", [("1/8", "1-of-8"), ("5%", "5pc"), ("183", "183"), ("2645", "2646")]
+)
 def test_folder_name(name, folder):
     assert splits.folder_name(name) == folder
 
@@ -142,17 +175,20 @@ class Malicious:
         return os.mkdir, ("it_ran",)
 
 
-@pytest.mark.parametrize("content, message", [
-    (pickle.dumps(Malicious()), "mkdir"),
-    (pickle.dumps(np.array([Malicious()], dtype=object)), "not a pickled"),
-    (pickle.dumps([1, 0]), "not a pickled list of integers"),
-    (pickle.dumps(np.array([1.0, 0.0])), "not a pickled list of integers"),
-    (pickle.dumps(np.array([1, 1])), "not an order of the 2 images"),
-    (pickle.dumps(np.array([0, 1, 2])), "not an order of the 2 images"),
-    (pickle.dumps(np.array([1, 0])), "do not give S4GAN's published list"),
-    (pickle.dumps(np.array([1, 0]))[:-20], "not a pickled integer array"),
-    (b"<html>", "not a pickled integer array"),
-])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (pickle.dumps(Malicious()), "mkdir"),
+        (pickle.dumps(np.array([Malicious()], dtype=object)), "not a pickled"),
+        (pickle.dumps([1, 0]), "not a pickled list of integers"),
+        (pickle.dumps(np.array([1.0, 0.0])), "not a pickled list of integers"),
+        (pickle.dumps(np.array([1, 1])), "not an order of the 2 images"),
+        (pickle.dumps(np.array([0, 1, 2])), "not an order of the 2 images"),
+        (pickle.dumps(np.array([1, 0])), "do not give S4GAN's published list"),
+        (pickle.dumps(np.array([1, 0]))[:-20], "not a pickled integer array"),
+        (b"<html>", "not a pickled integer array"),
+    ],
+)
 def test_s4gan_refuses_other_pickles(tmp_path, monkeypatch, content, message):
     monkeypatch.chdir(tmp_path)
     Path("ids.txt").write_text("2007_000001\n2007_000002\n")
@@ -165,21 +201,47 @@ def test_s4gan_refuses_other_pickles(tmp_path, monkeypatch, content, message):
 # ------------------------------------------------------------------------------------------ formats
 
 
-@pytest.mark.parametrize("line, dataset, entry, name", [
-    ("2007_000733", "voc", ("2007_000733", None), "2007_000733"),
-    ("JPEGImages/2008_006748.jpg SegmentationClass/2008_006748.png", "voc",
-     ("JPEGImages/2008_006748.jpg", "SegmentationClass/2008_006748.png"), "2008_006748"),
-    ("leftImg8bit/train/aachen/aachen_000140_000019_leftImg8bit.png", "cityscapes",
-     ("leftImg8bit/train/aachen/aachen_000140_000019_leftImg8bit.png", None), "aachen_000140_000019"),
-    ("leftImg8bit/train/ulm/ulm_000079_000019_leftImg8bit.png\tgtFine/ulm/ulm_000079_000019_gtFine_labelTrainIds.png",
-     "cityscapes", ("leftImg8bit/train/ulm/ulm_000079_000019_leftImg8bit.png",
-                    "gtFine/ulm/ulm_000079_000019_gtFine_labelTrainIds.png"), "ulm_000079_000019"),
-    ("bremen_000041_000019_gtFine_instanceIds.png", "cityscapes",
-     ("bremen_000041_000019_gtFine_instanceIds.png", None), "bremen_000041_000019"),
-    ("/data/my.photos/scene.v2.JPG", "folder", ("/data/my.photos/scene.v2.JPG", None), "scene.v2"),
-    ("scene.v2", "folder", ("scene.v2", None), "scene.v2"),
-    (r"C:\data\scene_1.png", "folder", (r"C:\data\scene_1.png", None), "scene_1"),
-])
+@pytest.mark.parametrize(
+    "line, dataset, entry, name",
+    [
+        ("2007_000733", "voc", ("2007_000733", None), "2007_000733"),
+        (
+            "JPEGImages/2008_006748.jpg SegmentationClass/2008_006748.png",
+            "voc",
+            ("JPEGImages/2008_006748.jpg", "SegmentationClass/2008_006748.png"),
+            "2008_006748",
+        ),
+        (
+            "leftImg8bit/train/aachen/aachen_000140_000019_leftImg8bit.png",
+            "cityscapes",
+            ("leftImg8bit/train/aachen/aachen_000140_000019_leftImg8bit.png", None),
+            "aachen_000140_000019",
+        ),
+        (
+            "leftImg8bit/train/ulm/ulm_000079_000019_leftImg8bit.png\tgtFine/ulm/ulm_000079_000019_gtFine_labelTrainIds.png",
+            "cityscapes",
+            (
+                "leftImg8bit/train/ulm/ulm_000079_000019_leftImg8bit.png",
+                "gtFine/ulm/ulm_000079_000019_gtFine_labelTrainIds.png",
+            ),
+            "ulm_000079_000019",
+        ),
+        (
+            "bremen_000041_000019_gtFine_instanceIds.png",
+            "cityscapes",
+            ("bremen_000041_000019_gtFine_instanceIds.png", None),
+            "bremen_000041_000019",
+        ),
+        (
+            "/data/my.photos/scene.v2.JPG",
+            "folder",
+            ("/data/my.photos/scene.v2.JPG", None),
+            "scene.v2",
+        ),
+        ("scene.v2", "folder", ("scene.v2", None), "scene.v2"),
+        (r"C:\data\scene_1.png", "folder", (r"C:\data\scene_1.png", None), "scene_1"),
+    ],
+)
 def test_formats(tmp_path, line, dataset, entry, name):
     path = tmp_path / "list.txt"
     for text in (line, f"{line}\n", f"\n  {line}\r\n\r\n", f"\ufeff{line}\n"):
@@ -190,16 +252,19 @@ def test_formats(tmp_path, line, dataset, entry, name):
         assert splits.short_id(entry[1], dataset) == name
 
 
-@pytest.mark.parametrize("content, message", [
-    (b"", "is empty"),
-    (b" \n\n", "is empty"),
-    (b"2007_000001\n2007_000002\n2007_000001\n", "line 3: 2007_000001 is in the list twice"),
-    (b"a.jpg b.png c.png\n", "line 1: expected"),
-    (b"ok.jpg\nmy photo.jpg\n", "line 2: expected"),
-    (b"2007_000001 -1\n", "line 1: expected"),
-    (json.dumps({"1.0": {"0": [3, 4]}}).encode(), "line 1: expected"),
-    (b"\x89PNG\r\n\x1a\n\xff\xfe", "not a text file"),
-])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "is empty"),
+        (b" \n\n", "is empty"),
+        (b"2007_000001\n2007_000002\n2007_000001\n", "line 3: 2007_000001 is in the list twice"),
+        (b"a.jpg b.png c.png\n", "line 1: expected"),
+        (b"ok.jpg\nmy photo.jpg\n", "line 2: expected"),
+        (b"2007_000001 -1\n", "line 1: expected"),
+        (json.dumps({"1.0": {"0": [3, 4]}}).encode(), "line 1: expected"),
+        (b"\x89PNG\r\n\x1a\n\xff\xfe", "not a text file"),
+    ],
+)
 def test_bad_lists_are_named(tmp_path, content, message):
     path = tmp_path / "my_list.txt"
     path.write_bytes(content)
@@ -216,15 +281,30 @@ def test_missing_list_is_named(tmp_path):
 # ------------------------------------------------------------------------------------------- counts
 
 
-@pytest.mark.parametrize("text, total, expected", [
-    ("183", 10582, 183), ("1/8", 10582, 1322), ("1/50", 10582, 211), ("5%", 10582, 529), ("12.5%", 10582, 1322),
-    ("29%", 100, 29), ("0.1%", 50, 1), ("1/100", 50, 1), ("all", 7, 7), ("100%", 7, 7), ("1/1", 7, 7), ("7", 7, 7),
-])
+@pytest.mark.parametrize(
+    "text, total, expected",
+    [
+        ("183", 10582, 183),
+        ("1/8", 10582, 1322),
+        ("1/50", 10582, 211),
+        ("5%", 10582, 529),
+        ("12.5%", 10582, 1322),
+        ("29%", 100, 29),
+        ("0.1%", 50, 1),
+        ("1/100", 50, 1),
+        ("all", 7, 7),
+        ("100%", 7, 7),
+        ("1/1", 7, 7),
+        ("7", 7, 7),
+    ],
+)
 def test_count(text, total, expected):
     assert splits.count(text, total) == expected
 
 
-@pytest.mark.parametrize("text", ["0", "-3", "0%", "0/5", "1/0", "1.5", "many", "", "5 %x", "1/-8", "٣", "1e3"])
+@pytest.mark.parametrize(
+    "text", ["0", "-3", "0%", "0/5", "1/0", "1.5", "many", "", "5 %x", "1/-8", "٣", "1e3"]
+)
 def test_count_refuses_nonsense(text):
     with pytest.raises(SplitError, match="is no number of images"):
         splits.count(text, 100)
@@ -292,14 +372,18 @@ def test_each_step_of_a_draw_takes_a_least_covered_class():
 
 
 def test_draws_depend_on_the_seed_among_equals():
-    firsts = {splits.draw(list("abcdefgh"), 1, seed, lambda name: {ord(name)})[0] for seed in range(40)}
+    firsts = {
+        splits.draw(list("abcdefgh"), 1, seed, lambda name: {ord(name)})[0] for seed in range(40)
+    }
     assert len(firsts) >= 6
 
 
 def test_classes_are_asked_for_once_per_image_and_may_be_empty():
     asked = []
     ids = [f"i{i}" for i in range(20)]
-    drawn = splits.draw(ids, 20, 0, lambda name: asked.append(name) or ([5, 5] if name in ("i3", "i7") else []))
+    drawn = splits.draw(
+        ids, 20, 0, lambda name: asked.append(name) or ([5, 5] if name in ("i3", "i7") else [])
+    )
     assert sorted(asked) == sorted(ids)
     assert set(drawn[:2]) == {"i3", "i7"}
     assert sorted(drawn) == sorted(ids)
@@ -313,7 +397,9 @@ def test_a_draw_of_full_size_is_quick():
     assert time.perf_counter() - start < 5
 
 
-@pytest.mark.parametrize("ids, n, seed", [(["a", "b"], 3, 0), (["a", "b"], 0, 0), (["a", "a"], 1, 0), (["a"], 1, -1)])
+@pytest.mark.parametrize(
+    "ids, n, seed", [(["a", "b"], 3, 0), (["a", "b"], 0, 0), (["a", "a"], 1, 0), (["a"], 1, -1)]
+)
 def test_impossible_draws_are_refused(ids, n, seed):
     with pytest.raises(SplitError):
         splits.draw(ids, n, seed)
