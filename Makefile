@@ -17,7 +17,7 @@ lint: .venv/tests
 	$(BIN)/python -m ruff check .
 
 bench: .venv/tests  ## step cost, loader, EMA, metrics: ratios measured in one run
-	for f in tests/bench_*.py; do $(BIN)/python $$f; done
+	for f in tests/bench_*.py; do $(BIN)/python -m tests.$$(basename $$f .py) || exit 1; done
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv

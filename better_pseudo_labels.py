@@ -32,11 +32,12 @@ docs/better_pseudo_labels.md says why.
 """
 
 import contextlib
+import hashlib
 import itertools
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -48,22 +49,58 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
 from torchvision.ops import FeaturePyramidNetwork, batched_nms, nms, roi_align
 
-from common import backbones, distributed, plots, runs, transforms
+from common import (
+    backbones,
+    checkpoints,
+    cli,
+    distributed,
+    instances,
+    loading,
+    lvis_ap,
+    mask_ap,
+    metrics,
+    plots,
+    predictions,
+    runs,
+    transforms,
+)
+from common.boxes import (
+    anchors_of,
+    boxes_of,
+    decode_boxes,
+    encode_boxes,
+    mask_targets,
+    match_boxes,
+    paste_masks,
+    sample_regions,
+    shares,
+    sided,
+    suppress,
+)
 from common.distributed import World, rng
+from common.errors import UserError
+from common.files import pictures, write_text
+from common.instances import Batch, Target
 from common.nodes import fingerprint
-from common.runs import UserError
-from data import ap, calibration, features, instances, lvis_ap, read, regions, retrieval, shapes
-from data.instances import Batch, Instances, Photo, Target
+from common.objects import Instances, Photo, Window, cut_out, masks_of, singles, true_objects
+from data import retrieval, shapes
 
 SCRIPT = "better_pseudo_labels.py"
+
+
 CASCADE = (
     (0.5, (10.0, 10.0, 5.0, 5.0)),
     (0.6, (20.0, 20.0, 10.0, 10.0)),
     (0.7, (30.0, 30.0, 15.0, 15.0)),
 )
+
+
 FRINGE = 0.02  # smaller scores are no detections, and no support in Eq. 5
+
+
 # nearly 0 when normalised
 FILL = torch.tensor(transforms.IMAGENET_MEAN).round().to(torch.uint8).view(3, 1, 1)
 
@@ -94,7 +131,7 @@ class Args:
     out: str = ""
     resume: bool = False  # continue the run in --out; starts afresh when there is none
     seed: int = 0  # initial weights, order of images, augmentation, sampling
-    workers: int = read.default_workers()  # decoding processes per training process and stream
+    workers: int = loading.default_workers()  # decoding processes per training process and stream
     device: str = "auto"  # auto, cpu, cuda
     # of backbone and pyramid; auto: bf16 on GPUs. DEPARTS[amp]
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -283,18 +320,14 @@ class EVA02(nn.Module):
 
     def __init__(self, args: Args, weights: str):
         super().__init__()
-        body = features.create(
-            args.backbone, weights, drop_path_rate=args.drop_path, dynamic_img_size=True
-        )
+        body = create(args.backbone, weights, drop_path_rate=args.drop_path, dynamic_img_size=True)
         patch, grid, self.channels = (
             body.patch_embed.proj,
             body.patch_embed.grid_size,
             body.embed_dim,
         )
         self.proj = nn.Conv2d(3, self.channels, 16, stride=16)
-        self.proj.weight = nn.Parameter(
-            features.resize_patch(patch.weight.data, 16, args.patch_resize)
-        )
+        self.proj.weight = nn.Parameter(resize_patch(patch.weight.data, 16, args.patch_resize))
         self.proj.bias = patch.bias
         places = body.pos_embed.data[:, 1:].transpose(1, 2)  # without the class token's
         self.pos_embed = nn.Parameter(places.reshape(1, self.channels, *grid).contiguous())
@@ -338,10 +371,8 @@ class EVA02(nn.Module):
         """One block on (B, h, v, D): attention, within windows unless `whole`, and MLP, both
         residual."""
         y, size = block.norm1(x), x.shape[1:3]
-        y = block.attn(y.flatten(1, 2) if whole else features.windows(y, self.window), rope=rope)
-        x = x + block.drop_path1(
-            y.unflatten(1, size) if whole else features.unwindows(y, self.window, size)
-        )
+        y = block.attn(y.flatten(1, 2) if whole else windows(y, self.window), rope=rope)
+        x = x + block.drop_path1(y.unflatten(1, size) if whole else unwindows(y, self.window, size))
         return x + block.drop_path2(block.mlp(block.norm2(x)))
 
 
@@ -395,7 +426,7 @@ class ConvPyramid(nn.Module):
 
     def __init__(self, args: Args, pretrained: bool):
         super().__init__()
-        self.cnn = features.Strides(args.backbone, args.norm == "frozen", pretrained)
+        self.cnn = backbones.Strides(args.backbone, args.norm == "frozen", pretrained)
         self.fpn = FeaturePyramidNetwork(self.cnn.channels, args.width)
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -427,13 +458,13 @@ class RPN(nn.Module):
         super().__init__()
         self.args, w = args, args.width
         self.convs = nn.Sequential(
-            features.drawn(nn.Conv2d(w, w, 3, padding=1), 0.01),
+            drawn(nn.Conv2d(w, w, 3, padding=1), 0.01),
             nn.ReLU(),
-            features.drawn(nn.Conv2d(w, w, 3, padding=1), 0.01),
+            drawn(nn.Conv2d(w, w, 3, padding=1), 0.01),
             nn.ReLU(),
         )
-        self.objectness = features.drawn(nn.Conv2d(w, 3, 1), 0.01)  # three anchors at each place
-        self.deltas = features.drawn(nn.Conv2d(w, 12, 1), 0.01)
+        self.objectness = drawn(nn.Conv2d(w, 3, 1), 0.01)  # three anchors at each place
+        self.deltas = drawn(nn.Conv2d(w, 12, 1), 0.01)
 
     def forward(self, pyramid: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Five maps -> objectness logits (B, A) and deltas (B, A, 4), in the order of
@@ -447,7 +478,7 @@ class RPN(nn.Module):
     def propose(self, objectness: Tensor, deltas: Tensor) -> list[Tensor]:
         """The proposals (n, 4) of each image, --proposals many: the best of each level (in training
         twice as many), less those that overlap a better one by 0.7; of all these the best."""
-        anchors, numbers = regions.anchors_of(
+        anchors, numbers = anchors_of(
             self.args.image_size, self.args.anchor_scale, objectness.device
         )
         found = []
@@ -460,10 +491,10 @@ class RPN(nn.Module):
                     here.topk(min((1 + self.training) * self.args.proposals, len(here))).indices
                     + start
                 )
-                boxes = regions.decode(
+                boxes = decode_boxes(
                     steps[best], anchors[best], (1.0, 1.0, 1.0, 1.0), self.args.image_size
                 )
-                ok = regions.sided(boxes) & torch.isfinite(scores[best])
+                ok = sided(boxes) & torch.isfinite(scores[best])
                 # last, over nothing
                 boxes, points = boxes.where(ok[:, None], 0.0), scores[best].where(ok, -torch.inf)
                 keep = nms(boxes, points, 0.7)
@@ -478,16 +509,14 @@ class RPN(nn.Module):
     ) -> dict[str, Tensor]:
         """Means over the images: binary cross-entropy of sampled anchors, L1 of those of objects,
         over --rpn-batch."""
-        anchors, _ = regions.anchors_of(
-            self.args.image_size, self.args.anchor_scale, objectness.device
-        )
+        anchors, _ = anchors_of(self.args.image_size, self.args.anchor_scale, objectness.device)
         loss = {"rpn": objectness.new_zeros(()), "rpn_box": objectness.new_zeros(())}
         for scores, steps, o, g in zip(objectness, deltas, objects, draws, strict=True):
-            matches = regions.match(anchors, o.boxes, 0.3, 0.7, rescue=True)
-            taken = regions.sample(matches, self.args.rpn_batch, 0.5, g)
+            matches = match_boxes(anchors, o.boxes, 0.3, 0.7, rescue=True)
+            taken = sample_regions(matches, self.args.rpn_batch, 0.5, g)
             real = taken[matches[taken] >= 0]
             answer = (matches[taken] >= 0).float()
-            goal = regions.encode(o.boxes[matches[real]], anchors[real], (1.0, 1.0, 1.0, 1.0))
+            goal = encode_boxes(o.boxes[matches[real]], anchors[real], (1.0, 1.0, 1.0, 1.0))
             loss["rpn"] = loss["rpn"] + F.binary_cross_entropy_with_logits(
                 scores[taken], answer, reduction="sum"
             )
@@ -537,8 +566,8 @@ class BoxHead(nn.Module):
         self.convs = nn.Sequential(*convs(args))
         self.fc = nn.Linear(49 * args.width, args.fc)
         units = num_classes + (args.cls_loss == "softmax")  # the last of softmax: background
-        self.classes = features.drawn(nn.Linear(args.fc, units), 0.01)
-        self.deltas = features.drawn(nn.Linear(args.fc, 4), 0.001)
+        self.classes = drawn(nn.Linear(args.fc, units), 0.01)
+        self.deltas = drawn(nn.Linear(args.fc, 4), 0.001)
         nn.init.kaiming_uniform_(self.fc.weight, a=1)
         nn.init.zeros_(self.fc.bias)
         if args.cls_loss == "sigmoid":
@@ -558,7 +587,7 @@ class MaskHead(nn.Module):
         super().__init__()
         self.convs = nn.Sequential(*convs(args))
         self.up = nn.ConvTranspose2d(args.width, args.width, 2, 2)
-        self.masks = features.drawn(nn.Conv2d(args.width, num_classes, 1), 0.001)
+        self.masks = drawn(nn.Conv2d(args.width, num_classes, 1), 0.001)
         nn.init.kaiming_normal_(self.up.weight, mode="fan_out", nonlinearity="relu")
         nn.init.zeros_(self.up.bias)
 
@@ -597,21 +626,21 @@ class CascadeHeads(nn.Module):
         for b, o, g in zip(proposals, objects, draws, strict=True):
             b = torch.cat([b, o.boxes])  # true boxes are proposals, too
             boxes.append(
-                b[regions.sample(regions.match(b, o.boxes, 0.5, 0.5), args.roi_batch, 0.25, g)]
+                b[sample_regions(match_boxes(b, o.boxes, 0.5, 0.5), args.roi_batch, 0.25, g)]
             )
-        matches = [regions.match(b, o.boxes, 0.5, 0.5) for b, o in zip(boxes, objects, strict=True)]
+        matches = [match_boxes(b, o.boxes, 0.5, 0.5) for b, o in zip(boxes, objects, strict=True)]
         loss["mask"] = self.mask_loss(pyramid, boxes, matches, objects)
         more = args.cls_loss == "softmax" or args.fed_soft == "fg-all"
         columns = (self.learned if more else known.any(0)).nonzero().flatten()
         for stage, (head, (overlap, weights)) in enumerate(zip(self.boxes, CASCADE, strict=True)):
             if stage:
-                boxes = [b[regions.sided(b)] for b in boxes]
+                boxes = [b[sided(b)] for b in boxes]
                 matches = [
-                    regions.match(b, o.boxes, overlap, overlap)
+                    match_boxes(b, o.boxes, overlap, overlap)
                     for b, o in zip(boxes, objects, strict=True)
                 ]
             image = torch.cat([torch.full_like(m, i) for i, m in enumerate(matches)])
-            per = regions.shares(matches)
+            per = shares(matches)
             x = roi_pool(pyramid, boxes, 7)
             x = x / 3 + x.detach() * (2 / 3)  # a third of the gradient: three heads share x
             logits, deltas = head(x, slice(None) if args.cls_loss == "softmax" else columns)
@@ -631,9 +660,9 @@ class CascadeHeads(nn.Module):
             )
             loss[f"class{stage + 1}"] = (value * per).sum()
             rois, real = torch.cat(boxes), real.nonzero().flatten()
-            off = (deltas[real] - regions.encode(goal[real], rois[real], weights)).abs().sum(1)
+            off = (deltas[real] - encode_boxes(goal[real], rois[real], weights)).abs().sum(1)
             loss[f"box{stage + 1}"] = (off * per[real]).sum()
-            boxes = regions.decode(deltas.detach(), rois, weights, args.image_size).split(
+            boxes = decode_boxes(deltas.detach(), rois, weights, args.image_size).split(
                 [len(b) for b in boxes]
             )
         return loss
@@ -652,13 +681,10 @@ class CascadeHeads(nn.Module):
         labels = torch.cat([o.labels[m] for o, m in zip(objects, mine, strict=True)])
         logits = self.mask(roi_pool(pyramid, boxes, 14), labels)
         goal = torch.cat(
-            [
-                regions.mask_targets(o.masks, m, b)
-                for o, m, b in zip(objects, mine, boxes, strict=True)
-            ]
+            [mask_targets(o.masks, m, b) for o, m, b in zip(objects, mine, boxes, strict=True)]
         )
         loss = F.binary_cross_entropy_with_logits(logits, goal, reduction="none").mean((1, 2))
-        return (loss * regions.shares(mine)).sum()
+        return (loss * shares(mine)).sum()
 
     def scores(self, pyramid: list[Tensor], boxes: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """Of each image the boxes (R, 4) after three heads, and the mean of the heads' class
@@ -670,7 +696,7 @@ class CascadeHeads(nn.Module):
                 logits.sigmoid() if self.args.cls_loss == "sigmoid" else logits.softmax(1)[:, :-1]
             )
             numbers = [len(b) for b in boxes]
-            boxes = regions.decode(deltas, torch.cat(boxes), weights, self.args.image_size).split(
+            boxes = decode_boxes(deltas, torch.cat(boxes), weights, self.args.image_size).split(
                 numbers
             )
         probs = total / len(CASCADE) * self.learned
@@ -818,17 +844,19 @@ def similarities(args: Args, data: Instances, labeled: list[Photo], world: World
     prototypes.pt."""
     path, key = (
         Path(args.out) / "prototypes.pt",
-        features.made_of(args, PROTOTYPES_OF, data.classes),
+        made_of(args, PROTOTYPES_OF, data.classes),
     )
     if not needs_prototypes(args):
         return torch.eye(len(data.classes))
     made = (
-        runs.load_checkpoint(path, PROTOTYPES) if main_says(world, path.exists()) else {"key": ""}
+        checkpoints.load_checkpoint(path, PROTOTYPES)
+        if main_says(world, path.exists())
+        else {"key": ""}
     )
     if made["key"] != key:  # of a command that stopped before it trained, or none
         made = {**embed_objects(args, data, labeled, world), "classes": data.classes, "key": key}
         if world.main:
-            runs.save_checkpoint(path, PROTOTYPES, made)
+            checkpoints.save_checkpoint(path, PROTOTYPES, made)
     return cosines(made["prototypes"], args.sim_center)
 
 
@@ -872,22 +900,18 @@ def embed_objects(
     """The prototypes (C, D) of Eq. 1, of up to --proto-per-class objects of each class, and how
     many they were (C,). `roi` pools the detector's own features of stride 16 from the whole image
     instead of crops. DEPARTS[proto]"""
-    chosen = regions.choose_objects(
+    chosen = choose_objects(
         photos, {*range(len(data.classes))}, args.proto_per_class, args.split_seed
     )
     if args.proto == "crop":
         distributed.seed_torch(args.seed, "prototypes")
-        net = features.Embedder(args.backbone, args.weights, args.root, args.embed_size).to(
-            world.device
-        )
-        embeddings, labels, _ = features.embed_objects(
-            net, chosen, data, args.embed_size, world, args.workers
-        )
+        net = Embedder(args.backbone, args.weights, args.root, args.embed_size).to(world.device)
+        embeddings, labels, _ = embed_crops(net, chosen, data, args.embed_size, world, args.workers)
     else:
         net, found = network(args, len(data.classes), world, "prototypes")[0].eval(), []
         for photo, places in chosen[world.rank :: world.size]:
             x, factors = test_view(instances.load(photo), args)
-            labels, _, boxes = regions.true_objects(photo, data, places)
+            labels, _, boxes = true_objects(photo, data, places)
             with torch.no_grad():
                 maps = getattr(net.backbone, "cnn", net.backbone)(x.to(world.device))
             maps = maps if isinstance(maps, Tensor) else maps[2]
@@ -896,7 +920,7 @@ def embed_objects(
             )
             found.append((0, pooled.flatten(1).cpu(), labels))
         embeddings, labels = (
-            torch.cat(x) for x in list(zip(*ap.gather(world, found), strict=True))[1:]
+            torch.cat(x) for x in list(zip(*mask_ap.gather(world, found), strict=True))[1:]
         )
     return {
         "prototypes": prototypes(embeddings, labels, len(data.classes)),
@@ -990,14 +1014,13 @@ def pseudo_labels(
         boxes, probs = boxes[keep], probs[keep]
         targets = pseudo_targets(probs, delta, args)
         conf = (probs if args.filter_on == "raw" else targets).amax(1)
-        keep = ((conf >= args.threshold) & regions.sided(boxes, 2)).nonzero().flatten()
+        keep = ((conf >= args.threshold) & sided(boxes, 2)).nonzero().flatten()
         boxes, probs, targets, conf = (x[keep] for x in (boxes, probs, targets, conf))
         able = targets.masked_fill(probs <= FRINGE, -1.0)  # also where Eq. 5 corrects all
         # ties: the raw best
         best = torch.where(able == able.amax(1, keepdim=True), probs, -1.0).argmax(1)
         masks = (
-            regions.paste(teacher.masks(pyramid, i, boxes, best), boxes, tuple(weak.shape[-2:]))
-            > 0.5
+            paste_masks(teacher.masks(pyramid, i, boxes, best), boxes, tuple(weak.shape[-2:])) > 0.5
         )
         large = (masks.sum((1, 2)) > args.size_threshold).nonzero().flatten()
         named = targets > 0 if args.pseudo == "onehot" else (targets > 0) | (probs > FRINGE)
@@ -1025,7 +1048,7 @@ def calibrate(net: Detector, data: Instances, groups: list[str], args: Args, wor
     entries = []
     for index, image in instances.score_loader(data.val, world, args.workers):
         entries += counted(net, image, look(net, image, args), data.val[index], data, args)
-    samples = samples_of(ap.gather(world, entries), ap.truth_of(data), data, args)
+    samples = samples_of(mask_ap.gather(world, entries), mask_ap.truth_of(data), data, args)
     conf, right, labels = (
         torch.from_numpy(x) for x in (samples.conf, samples.right, samples.labels)
     )
@@ -1039,7 +1062,7 @@ def calibrate(net: Detector, data: Instances, groups: list[str], args: Args, wor
         "raw_delta": delta.tolist(),
         "samples": number.tolist(),
         "images": len(data.val),
-        "reliability": calibration.reliability(samples, args.bins, groups),
+        "reliability": metrics.reliability(samples, args.bins, groups),
     }
 
 
@@ -1051,7 +1074,7 @@ def counted(
     entries of a results file; or of each true object, `gt`, class, best score at its box, and
     whether it is its class's. DEPARTS[samples]"""
     if args.calib_samples == "gt":
-        labels, _, boxes = regions.true_objects(photo, data)
+        labels, _, boxes = true_objects(photo, data)
         [(_, probs)] = net.heads.scores(seen.pyramid, [boxes.to(seen.boxes) * seen.factors])
         conf, best = (t.cpu() for t in probs.max(1))
         return [
@@ -1068,8 +1091,8 @@ def counted(
     masks = None
     if args.calib_iou == "mask":
         masks = net.masks(seen.pyramid, 0, boxes, best)
-        masks = regions.paste(masks, boxes / seen.factors, tuple(image.shape[1:])) > 0.5
-    return ap.results_of(photo.id, data.ids, best, conf, masks, boxes / seen.factors)
+        masks = paste_masks(masks, boxes / seen.factors, tuple(image.shape[1:])) > 0.5
+    return mask_ap.results_of(photo.id, data.ids, best, conf, masks, boxes / seen.factors)
 
 
 def samples_of(entries: list, truth: dict, data: Instances, args: Args) -> lvis_ap.Samples:
@@ -1083,7 +1106,7 @@ def samples_of(entries: list, truth: dict, data: Instances, args: Args) -> lvis_
 
 
 # ============================================================================================ views
-def jitter_crop(size: tuple[int, int], args: Args, g: np.random.Generator) -> instances.Window:
+def jitter_crop(size: tuple[int, int], args: Args, g: np.random.Generator) -> Window:
     """Flip; a scale u in --scale, so that the image fits into u times the square; a random window,
     padded at the right and the bottom where the image is smaller (large-scale jitter)."""
     flip, u, (down, across) = bool(g.random() < 0.5), g.uniform(*args.scale), g.random(2)
@@ -1093,7 +1116,7 @@ def jitter_crop(size: tuple[int, int], args: Args, g: np.random.Generator) -> in
         int(max(n - args.image_size, 0) * shift)
         for n, shift in zip(new, (down, across), strict=True)
     )
-    return instances.Window(flip, new, top, left, (args.image_size, args.image_size))
+    return Window(flip, new, top, left, (args.image_size, args.image_size))
 
 
 def strong_view(image: Tensor, g: np.random.Generator) -> Tensor:
@@ -1125,15 +1148,15 @@ def labeled_view(
     args: Args, data: Instances, image: Tensor, photo: Photo, g: np.random.Generator
 ) -> tuple[Tensor, None, Target]:
     window = jitter_crop(tuple(image.shape[-2:]), args, g)
-    labels, masks, _ = instances.masks_of(photo, data, window)
+    labels, masks, _ = masks_of(photo, data, window)
     seen = masks.flatten(1).any(1).bool()
-    return instances.cut_out(image, window, FILL), None, Target(labels[seen], masks[seen])
+    return cut_out(image, window, FILL), None, Target(labels[seen], masks[seen])
 
 
 def unlabeled_view(
     args: Args, image: Tensor, photo: Photo, g: np.random.Generator
 ) -> tuple[Tensor, Tensor, None]:
-    weak = instances.cut_out(image, jitter_crop(tuple(image.shape[-2:]), args, g), FILL)
+    weak = cut_out(image, jitter_crop(tuple(image.shape[-2:]), args, g), FILL)
     return strong_view(weak, g), weak, None
 
 
@@ -1211,9 +1234,7 @@ def labeled_objects(target: Target, classes: Classes, smooth: bool) -> Objects:
         classes.targets if smooth else torch.eye(len(classes.targets), device=target.labels.device)
     )
     named = F.one_hot(target.labels, len(table)).bool()
-    return Objects(
-        target.labels, regions.boxes_of(target.masks), target.masks, table[target.labels], named
-    )
+    return Objects(target.labels, boxes_of(target.masks), target.masks, table[target.labels], named)
 
 
 def learn(
@@ -1370,7 +1391,7 @@ def load_detector(net: Detector, path: Path, flag: str = "--init-detector") -> l
     """Load a whole detector, of EVA-02's release or ours; lines on what did not fit. Rotary tables
     are made, not loaded; a background unit, which a sigmoid does not have, is cut off."""
     weights = {}
-    for key, value in runs.read_weights(path, flag).items():
+    for key, value in checkpoints.read_weights(path, flag).items():
         for prefix in ("teacher.", "supervised.", "student.", "model_ema.", "model."):
             key = key.removeprefix(prefix)
         theirs = key.startswith(
@@ -1392,7 +1413,7 @@ def load_detector(net: Detector, path: Path, flag: str = "--init-detector") -> l
     for k, own in net.state_dict().items():
         if re.search(r"\.classes\.\w+$", k) and k in weights and len(weights[k]) == len(own) + 1:
             weights[k] = weights[k][:-1]
-    notes = runs.load_matching(net, weights, str(path))
+    notes = checkpoints.load_matching(net, weights, str(path))
     # which labels there are is no weight
     return [note for note in notes if not note.endswith("(1): heads.learned")]
 
@@ -1427,7 +1448,7 @@ def detect(
     bool, boxes (n, 4); after that cut without classes that are not `known` (C,), which in LVIS are
     neither right nor wrong."""
     rows, labels = (seen.probs > FRINGE).nonzero().unbind(1)
-    keep, scores = regions.suppress(
+    keep, scores = suppress(
         seen.boxes[rows], seen.probs[rows, labels], labels, args.nms, args.soft_nms
     )
     best = scores.argsort(descending=True, stable=True)[: args.detections]
@@ -1442,8 +1463,7 @@ def detect(
         scores = scores * (probs * inside).sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)
     boxes = boxes / seen.factors
     masks = [
-        regions.paste(p, b, size) > 0.5
-        for p, b in zip(probs.split(16), boxes.split(16), strict=True)
+        paste_masks(p, b, size) > 0.5 for p, b in zip(probs.split(16), boxes.split(16), strict=True)
     ]
     return (
         labels,
@@ -1467,29 +1487,30 @@ def evaluate(
             known = torch.zeros(len(data.classes), dtype=torch.bool)
             known[[t.category for t in photo.things] + list(photo.negative)] = True
         if shown := len(rows) < 6:
-            labels, masks, _ = instances.masks_of(photo, data)
+            labels, masks, _ = masks_of(photo, data)
             rows.append(
                 [
                     image.permute(1, 2, 0).numpy(),
-                    regions.picture(image, labels, torch.ones(len(labels)), masks.bool()),
+                    plots.draw_objects(image, labels, torch.ones(len(labels)), masks.bool()),
                 ]
             )
         for name, net in networks.items():
             seen = look(net.eval(), image, args)
             out = detect(net, image, seen, args, known)
-            found[name] += ap.results_of(photo.id, data.ids, *out)
+            found[name] += mask_ap.results_of(photo.id, data.ids, *out)
             entries[name] += counted(net, image, seen, photo, data, args)
             if shown:
-                rows[-1].append(regions.picture(image, *(t.cpu() for t in out[:3])))
+                rows[-1].append(plots.draw_objects(image, *(t.cpu() for t in out[:3])))
     found, entries = (
-        {name: ap.gather(world, part) for name, part in parts.items()} for parts in (found, entries)
+        {name: mask_ap.gather(world, part) for name, part in parts.items()}
+        for parts in (found, entries)
     )
     scores, records = {}, {}
     if world.main:
-        answers, judge = ap.truth_of(data), lvis_ap.lvis_ap if data.lvis else ap.coco_ap
+        answers, judge = mask_ap.truth_of(data), lvis_ap.lvis_ap if data.lvis else mask_ap.coco_ap
         for name, results in found.items():
             samples = samples_of(entries[name], answers, data, args)
-            records[name] = calibration.reliability(samples, args.bins, groups)
+            records[name] = metrics.reliability(samples, args.bins, groups)
             masks, boxes = (
                 judge(answers, results, kind, args.detections, groups) for kind in ("segm", "bbox")
             )
@@ -1498,7 +1519,7 @@ def evaluate(
                 | {"ece": records[name]["ece"]}
                 | {f"box_{k}": boxes[k] for k in ("ap", "apr", "apc", "apf")}
             )
-    scores = ap.gather(world, [(0, scores)] if world.main else [])[0][1]
+    scores = mask_ap.gather(world, [(0, scores)] if world.main else [])[0][1]
     if any(s["ap"] is None for s in scores.values()):
         raise UserError(f"--val {args.val} of {data.root} has no object to score on.")
     return scores, found, rows, records
@@ -1513,16 +1534,14 @@ def retrieve(
     a report of what each class found."""
     out, size = Path(args.out), args.embed_size
     distributed.seed_torch(args.seed, "retrieval")
-    net = features.Embedder(args.retrieval_model, args.retrieval_weights, args.root, size).to(
-        world.device
-    )
+    net = Embedder(args.retrieval_model, args.retrieval_weights, args.root, size).to(world.device)
     rare = {c for c, g in enumerate(groups) if g == "r"}
-    chosen = regions.choose_objects(labeled, rare, 10**9, args.split_seed)
+    chosen = choose_objects(labeled, rare, 10**9, args.split_seed)
     if not chosen:
         raise UserError(
             "--pool: no labeled object is of a rare class, to search with; give another --frequency."
         )
-    queries, labels, examples = features.embed_objects(net, chosen, data, size, world, args.workers)
+    queries, labels, examples = embed_crops(net, chosen, data, size, world, args.workers)
     pool = [p.image for p in instances.unlabeled_photos(args.pool, data, "--pool")]
     key = f"{args.retrieval_model} {fingerprint(net.state_dict())}"
     embed = partial(
@@ -1548,7 +1567,7 @@ def retrieve(
                 labels.numpy(),
                 examples,
                 data.classes,
-                features.made_of(args, RETRIEVED_OF, data.classes),
+                made_of(args, RETRIEVED_OF, data.classes),
             )
     if not main_says(world, world.main and len(kept) > 0):
         raise UserError(
@@ -1562,15 +1581,25 @@ STUDENT_ONLY = (
     "pseudo lambda_calib support refresh threshold filter_on size_threshold unsup_weight ema unlabeled "
     "steps teacher_update student_init burn_in student_labels batch_size calibration"
 )
+
+
 PROTOTYPES = f"prototypes of {SCRIPT}"
+
+
 PROTOTYPES_OF = (
     "dataset root train_json images split split_seed tune refresh holdout stratify backbone weights "
     "init_detector proto proto_per_class embed_size image_size seed"
 )
+
+
 RETRIEVED_OF = f"{PROTOTYPES_OF} pool neighbours retrieval_model retrieval_weights index duplicate frequency val"
+
+
 RANGES = dict.fromkeys(
     "eps ema threshold drop_path calib_min_score layer_decay repeat warmup".split(), (0, 1)
 )
+
+
 RANGES |= dict.fromkeys(
     "accumulate steps teacher_steps eval_every bins neighbours global_blocks window head_convs "
     "proposals rpn_batch roi_batch detections proto_per_class".split(),
@@ -1588,6 +1617,8 @@ RANGES |= dict.fromkeys(
     "anchor_scale": (0.1, 99),
     "sim_tau": (1e-6, 1e6),
 }
+
+
 GRIDS = {
     "teacher": {"eps": (0.05, 0.1, 0.2), "gamma": (0.0, 0.5, 1.0, 1.5, 2.0)},
     # DEPARTS[grid]
@@ -1597,7 +1628,7 @@ GRIDS = {
 
 def check(args: Args, world: World) -> None:
     """Refuse, before any work, what cannot run and flags that would be ignored."""
-    runs.check_ranges(args, RANGES)
+    cli.check_ranges(args, RANGES)
     eva = args.backbone.startswith("eva02")
     phases = [name for name, _ in plan(args)]
     for name, size in (("student", args.batch_size), ("teacher", args.teacher_batch_size)):
@@ -1646,7 +1677,7 @@ def check(args: Args, world: World) -> None:
             raise UserError(sentence)
     delta = args.pseudo == "calibrated" or args.stage == "calibrate"
     base = preset(args.dataset)
-    runs.check_meaning(
+    cli.check_meaning(
         args,
         base,
         args.stage,
@@ -1740,13 +1771,21 @@ def find(args: Args, classes: list[str] | None = None) -> Instances:
     """The data set; of `shapes` the long-tailed one, in LVIS's layout."""
     root = Path(args.root)
     if args.dataset == "shapes":
-        if root.is_file():
-            raise UserError(f"--root {root} is a file; name a folder.")
         root = shapes.make_tail(root / "tail")
     kind = "coco" if args.dataset == "coco" else "lvis"
     return instances.find(
         kind, root, args.train_json, args.val_json, args.images, args.val, classes
     )
+
+
+def backbone_weights(weights: str, backbone: str, root: str) -> dict[str, Tensor] | None:
+    """The tensors that --weights names, a file's or the embedded data's own; None for imagenet and
+    none."""
+    if weights in ("imagenet", "none"):
+        return None
+    if weights == "shapes":
+        return checkpoints.read_weights(shapes.pretrained(Path(root), backbone))
+    return checkpoints.read_weights(Path(weights))
 
 
 def network(
@@ -1762,9 +1801,9 @@ def network(
     if (
         pretrained
         and cnn
-        and (weights := backbones.read(args.weights, args.backbone, args.root)) is not None
+        and (weights := backbone_weights(args.weights, args.backbone, args.root)) is not None
     ):
-        notes = runs.load_matching(net.backbone.cnn.body, weights, args.weights)
+        notes = checkpoints.load_matching(net.backbone.cnn.body, weights, args.weights)
     if pretrained and args.init_detector:
         notes = load_detector(net, Path(args.init_detector))
     net = distributed.sync_batchnorm(net, world) if args.norm == "live" else net
@@ -1801,7 +1840,7 @@ def begin(
         net.backbone.compile()
     s = State(phase, net, teacher, None, None, classes, delta, begun, begun)
     for name, weights in (state["networks"] if state else {}).items():
-        runs.load_exact(s.networks()[name], weights, state["path"])
+        checkpoints.load_exact(s.networks()[name], weights, state["path"])
     s.optimizer, s.forward = adamw(net, args, world), distributed.parallel(net.train(), world)
     if state is not None:
         s.step, s.delta = (
@@ -1816,12 +1855,12 @@ def trained(args: Args, data: Instances, name: str, world: World) -> Detector:
     """The network of a checkpoint, in eval mode: of the run folder, or wherever --teacher lies."""
     path = Path(name) if name == args.teacher else Path(args.out) / name
     state, net = (
-        runs.load_checkpoint(path, SCRIPT),
+        checkpoints.load_checkpoint(path, SCRIPT),
         network(args, len(data.classes), world, "teacher", False)[0],
     )
     if state["classes"] != data.classes:
         raise UserError(f"{path} knows other classes than {data.root} has; they must be the same.")
-    runs.load_exact(
+    checkpoints.load_exact(
         net, state["networks"].get("teacher", state["networks"].get("supervised")), str(path)
     )
     return net.eval()
@@ -1829,7 +1868,7 @@ def trained(args: Args, data: Instances, name: str, world: World) -> Detector:
 
 def main_says(world: World, fact: bool) -> bool:
     """What the main process finds: on other machines a network disk may show its files later."""
-    return ap.gather(world, [(world.rank, fact)])[0][1]
+    return mask_ap.gather(world, [(world.rank, fact)])[0][1]
 
 
 def delta_of(
@@ -1851,8 +1890,8 @@ def delta_of(
         net = trained(args, data, name, world)
         record = calibrate(net, instances.scored_on(data, held), groups, args, world)
         if world.main:
-            calibration.diagram({Path(name).stem: record["reliability"]}, path.with_suffix(".png"))
-            runs.write_text(path, json.dumps(record, indent=1))
+            plots.diagram({Path(name).stem: record["reliability"]}, path.with_suffix(".png"))
+            write_text(path, json.dumps(record, indent=1))
             ece = record["reliability"]["ece"]
             print(
                 f"calibration: {sum(record['samples'])} samples on {len(held)} held-out images, ECE "
@@ -1884,14 +1923,14 @@ def train(args: Args) -> dict:
     chosen = choose(args.unlabeled, needed=student and not args.pool)
     learned, held = chosen.labeled, []
     if holds_out(args):
-        learned, held = instances.hold_out(
+        learned, held = hold_out(
             learned, args.holdout, args.split_seed, args.stratify, len(data.classes)
         )
     labeled = learned if args.tune or args.refresh else chosen.labeled
     scored = instances.scored_on(data, held) if args.tune else data
     resuming = runs.open_run(out, SCRIPT, args, args.resume, distributed.launched().main)
     world = distributed.start(args.device)
-    state = runs.load_checkpoint(out / "last.pt", SCRIPT) if resuming else None
+    state = checkpoints.load_checkpoint(out / "last.pt", SCRIPT) if resuming else None
     step, total = state["step"] if state else 0, sum(steps for _, steps in phases)
     if state is None:  # files are looked at before anything is trained
         _ = args.teacher and trained(args, data, args.teacher, world)
@@ -1899,9 +1938,7 @@ def train(args: Args) -> dict:
     similarity = similarities(args, data, labeled, world)
     classes = label_statistics(args, data, labeled, similarity, world)
     if args.stage == "retrieve" or (student and args.pool):
-        if not main_says(
-            world, retrieval.done(out, features.made_of(args, RETRIEVED_OF, data.classes))
-        ):
+        if not main_says(world, retrieval.done(out, made_of(args, RETRIEVED_OF, data.classes))):
             retrieve(args, data, labeled, classes.groups, world)
         chosen = choose(str(out / "retrieved.txt"), needed=student)
 
@@ -1959,7 +1996,7 @@ def train(args: Args) -> dict:
         )
         factors = instances.repeat_factors(photos, len(data.classes), args.repeat)
         stream = partial(
-            instances.stream,
+            loading.stream,
             batch_size=batch_size,
             start=s.step,
             stop=border,
@@ -2013,7 +2050,7 @@ def train(args: Args) -> dict:
             dict(zip(data.classes, x, strict=True))
             for x in (classes.groups, classes.instances.tolist())
         )
-        calibration.scatter(
+        plots.scatter(
             last["supervised"]["per_class"],
             last[new]["per_class"],
             groups,
@@ -2056,12 +2093,10 @@ def score_networks(s: State, data: Instances, args: Args, world: World, run: run
             run.out / "previews" / f"{s.step:07d}.png",
             height=192,
         )
-        calibration.diagram(records, run.out / f"reliability_{s.phase}.png")
+        plots.diagram(records, run.out / f"reliability_{s.phase}.png")
         for name in scores:
-            runs.write_text(run.out / f"{name}.segm.json", json.dumps(found[name]))
-            runs.write_text(
-                run.out / f"{name}.reliability.json", json.dumps(records[name], indent=1)
-            )
+            write_text(run.out / f"{name}.segm.json", json.dumps(found[name]))
+            write_text(run.out / f"{name}.reliability.json", json.dumps(records[name], indent=1))
     if s.best[headline] is s.last[headline]:
         run.save("best.pt", snapshot(s, args, data, optimizer=False))
 
@@ -2100,18 +2135,18 @@ def grid(args: Args) -> dict:
         return results["supervised" if args.grid == "teacher" else best]
 
     best = "teacher" if args.teacher_update == "ema" else "student"
-    return calibration.search(
+    return grid_search(
         run, GRIDS[args.grid], runs.default_out(SCRIPT, args), distributed.launched().main
     )
 
 
 def load(path: str, args: Args) -> tuple[dict[str, Detector], dict, World]:
     """The networks of a checkpoint, built from the settings it holds."""
-    state, world = runs.load_checkpoint(Path(path), SCRIPT), distributed.start(args.device)
+    state, world = checkpoints.load_checkpoint(Path(path), SCRIPT), distributed.start(args.device)
     nets = {}
     for name, weights in state["networks"].items():
         nets[name] = network(args, len(state["classes"]), world, name, pretrained=False)[0].eval()
-        runs.load_exact(nets[name], weights, path)
+        checkpoints.load_exact(nets[name], weights, path)
     return nets, state, world
 
 
@@ -2127,9 +2162,9 @@ def score_checkpoint(args: Args) -> dict:
         plots.strip(
             rows, ["image", "label", *networks], Path(f"{args.eval}.previews.png"), height=192
         )
-        calibration.diagram(records, Path(f"{args.eval}.reliability.png"))
+        plots.diagram(records, Path(f"{args.eval}.reliability.png"))
         for name, results in found.items():
-            runs.write_text(Path(f"{args.eval}.{name}.segm.json"), json.dumps(results))
+            write_text(Path(f"{args.eval}.{name}.segm.json"), json.dumps(results))
         runs.write_scores(
             Path(f"{args.eval}.results.json"),
             scores,
@@ -2144,8 +2179,8 @@ def predict(args: Args) -> None:
     """--predict CKPT IMAGES...: <checkpoint>.predictions/ with overlays and, in COCO's format,
     predictions.json."""
     nets, state, world = load(args.predict[0], args)
-    net, files = nets.get("teacher", next(iter(nets.values()))), read.pictures(args.predict[1:])
-    regions.predictions(
+    net, files = nets.get("teacher", next(iter(nets.values()))), pictures(args.predict[1:])
+    predictions.predict_objects(
         files,
         Path(f"{args.predict[0]}.predictions"),
         lambda image: detect(net, image, look(net, image, args), args),
@@ -2159,7 +2194,7 @@ def settings(dataset: str = "lvis", eval: str = "", predict: str = "") -> Args:
     """What the command line starts from: a preset, or the settings inside a checkpoint to score or
     predict with."""
     return (
-        runs.saved_settings(Args, Path(eval or predict), SCRIPT)
+        cli.saved_settings(Args, Path(eval or predict), SCRIPT)
         if eval or predict
         else preset(dataset)
     )
@@ -2167,7 +2202,7 @@ def settings(dataset: str = "lvis", eval: str = "", predict: str = "") -> Args:
 
 def main(args: Args) -> Any:
     try:
-        runs.check_ranges(args, RANGES)
+        cli.check_ranges(args, RANGES)
         return (
             score_checkpoint(args)
             if args.eval
@@ -2181,5 +2216,257 @@ def main(args: Args) -> Any:
         distributed.stop()
 
 
+def grid_search(run: Callable[..., dict], values: dict[str, tuple], out: Path, main: bool) -> dict:
+    """Runs every combination of `values`, run(folder, **combination) -> a record of results.json,
+    prints a table and writes out/grid.json: `runs` and, by AP, the `best`, which is returned."""
+    rows = []
+    for chosen in itertools.product(*values.values()):
+        here = dict(zip(values, chosen, strict=True))
+        record = run(out / "_".join(f"{name}-{value:g}" for name, value in here.items()), **here)[
+            "last"
+        ]
+        rows.append({**here, **{k: record[k] for k in ("ap", "apr", "ece")}})
+        if main:
+            print(
+                *(f"{k} {'-' if v is None else f'{v:.3g}'}" for k, v in rows[-1].items()),
+                flush=True,
+            )
+    best = max(rows, key=lambda row: row["ap"])
+    if main:
+        write_text(out / "grid.json", json.dumps({"runs": rows, "best": best}, indent=1))
+    return best
+
+
+PLAIN = ("eva02", "vit")  # transformers that are built for one size
+
+
+def made_of(args, names: str, classes: list[str]) -> str:
+    """A key of the flags `names`, a word each, and the classes that a file was made with."""
+    text = json.dumps([[str(getattr(args, name)) for name in names.split()], classes])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def create(name: str, weights: str, **more) -> nn.Module:
+    """A network of timm without a classifier; `weights`: imagenet (what the name's tag says), none,
+    or a file in any layout that timm reads. UserError when there is none of this name, or its
+    weights cannot be had."""
+    import timm
+
+    if weights not in ("imagenet", "none"):
+        more["pretrained_cfg_overlay"] = {"file": weights}
+    try:
+        return timm.create_model(name, pretrained=weights != "none", num_classes=0, **more)
+    except Exception as error:  # noqa: BLE001 (hub, network, unknown name)
+        raise UserError(
+            f"timm cannot give {name} with weights {weights} ({str(error)[:200]}); correct the name, or "
+            f"without a network give a file of weights, or none."
+        ) from None
+
+
+def resize_patch(kernel: Tensor, size: int, how: str) -> Tensor:
+    """Patch embedding (D, 3, p, p) -> (D, 3, size, size). `timm`: so that the answer to an enlarged
+    picture stays (pseudo-inverse of the resizing); `bicubic`: the kernel itself is enlarged, so
+    answers grow by (size / p)^2."""
+    if kernel.shape[-1] == size:
+        return kernel
+    if how == "bicubic":
+        return F.interpolate(kernel, (size, size), mode="bicubic", align_corners=False)
+    from timm.layers import resample_patch_embed
+
+    return resample_patch_embed(kernel, [size, size])
+
+
+def windows(x: Tensor, w: int) -> Tensor:
+    """(B, h, v, D) tokens -> (B * h/w * v/w, w * w, D)."""
+    b, h, v, d = x.shape
+    return x.view(b, h // w, w, v // w, w, d).transpose(2, 3).reshape(-1, w * w, d)
+
+
+def unwindows(x: Tensor, w: int, size: tuple[int, int]) -> Tensor:
+    """The reverse of `windows`: -> (B, *size, D)."""
+    h, v = size
+    return (
+        x.view(-1, h // w, v // w, w, w, x.shape[-1]).transpose(2, 3).reshape(-1, h, v, x.shape[-1])
+    )
+
+
+def drawn(layer: nn.Module, std: float) -> nn.Module:
+    """The layer, with weights of this deviation and a bias of zero."""
+    nn.init.normal_(layer.weight, std=std)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Embedder(nn.Module):
+    """Pictures (B, 3, size, size) uint8 -> (B, D) float32. Of EVA-02 the mean of the patch tokens,
+    through the norm of its pre-training; of DINOv2 the class token; of a CNN the mean of its last
+    map. Pictures are normalised as the network learned them (EVA-02: CLIP's numbers).
+
+    `name` is timm's, else torchvision's; `weights` as in `create`, or shapes, the embedded data's
+    under `root`."""
+
+    def __init__(self, name: str, weights: str, root: str, size: int):
+        super().__init__()
+        import timm
+
+        found = None if name.startswith(PLAIN) else backbone_weights(weights, name, root)
+        self.maps = not timm.is_model(name)
+        if self.maps:
+            self.body = backbones.build(name, 32, weights == "imagenet")[0]
+        else:
+            more = {"img_size": size} if name.startswith(PLAIN) else {}
+            self.body = create(name, "none" if found is not None else weights, **more)
+            if more and size % self.body.patch_embed.patch_size[0]:
+                raise UserError(
+                    f"--embed-size {size} does not divide into patches of {name}, "
+                    f"{self.body.patch_embed.patch_size[0]} pixels; give a multiple."
+                )
+        if found is not None:
+            checkpoints.load_matching(self.body, found, weights)
+        facts = getattr(self.body, "pretrained_cfg", {})
+        for key, default in (("mean", transforms.IMAGENET_MEAN), ("std", transforms.IMAGENET_STD)):
+            values = [255 * v for v in facts[key]] if facts.get(key) else default
+            self.register_buffer(key, torch.tensor(values).view(1, 3, 1, 1))
+        self.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        x = (images.float() - self.mean) / self.std
+        return (self.body(x)[-1].mean((2, 3)) if self.maps else self.body(x)).float()
+
+
+def embed_crops(
+    net: nn.Module,
+    chosen: list[tuple[Photo, list[int]]],
+    data: Instances,
+    size: int,
+    world: World,
+    workers: int,
+) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
+    """Embeddings (N, D) of the chosen objects' crops, their classes (N,), and a crop (3, size,
+    size) uint8 of each class; on every process and in the order of `chosen`, each made by one
+    process."""
+    mine, found, examples = chosen[world.rank :: world.size], [], {}
+    crops_of = DataLoader(
+        mine,
+        batch_size=None,
+        generator=torch.Generator(),
+        **loading.helpers(workers),
+        collate_fn=lambda item: crops(item[0], data, item[1], size),
+    )
+    for i, (crops, labels) in enumerate(crops_of):
+        if len(labels):
+            new = {c: x for c, x in zip(labels.tolist(), crops, strict=True) if c not in examples}
+            examples |= new
+            vectors = torch.cat([net(x.to(world.device)) for x in crops.split(64)]).cpu()
+            found.append((world.rank + i * world.size, vectors, labels, new))
+    found = mask_ap.gather(world, found)
+    if not found:
+        raise UserError(
+            "None of the objects whose crops are to be embedded can be seen; look at the annotations."
+        )
+    examples = {c: x for *_, new in reversed(found) for c, x in new.items()}
+    return (
+        torch.cat([x for _, x, *_ in found]),
+        torch.cat([labels for _, _, labels, _ in found]),
+        examples,
+    )
+
+
+def hold_out(
+    photos: list[Photo], share: float, seed: int, stratify: bool = False, num_classes: int = 0
+) -> tuple[list[Photo], list[Photo]]:
+    """The pictures to learn from and those held out, both in the order given. round(share * n) are
+    held out, but one at least and one at most not; which ones, depends on the seed and the names
+    alone.
+
+    With `stratify` a class (of `num_classes`) that two pictures have, or more, comes into both
+    parts where that is possible: the rarest class not yet held out chooses first, and never the
+    last picture to learn a class from."""
+    if len(photos) < 2:
+        raise UserError(
+            f"Of {len(photos)} labeled images none can be held out; a part to tune on needs two or more."
+        )
+    number = min(max(round(share * len(photos)), 1), len(photos) - 1)
+    ranked = sorted(range(len(photos)), key=lambda i: photos[i].name)
+    order = [ranked[i] for i in rng(seed, "hold out").permutation(len(photos))]
+    if stratify:
+        order = [
+            order[i]
+            for i in spread([sorted(singles(photos[i])) for i in order], num_classes, number)
+        ]
+    chosen = set(order[:number])
+    return (
+        [p for i, p in enumerate(photos) if i not in chosen],
+        [p for i, p in enumerate(photos) if i in chosen],
+    )
+
+
+def spread(held: list[list[int]], num_classes: int, number: int) -> list[int]:
+    """For pictures that hold these classes, their places, with the `number` to hold out first (see
+    `hold_out`); where the classes leave a choice, earlier pictures are taken first."""
+    counts = np.bincount(
+        np.array([c for classes in held for c in classes], np.int64), minlength=num_classes
+    )
+    left, taken = counts.copy(), {}  # a dict keeps the order
+    homes: list[list[int]] = [[] for _ in counts]
+    for i, classes in enumerate(held):
+        for c in classes:
+            homes[c].append(i)
+
+    def take(places: Iterable[int], most: int) -> None:
+        for least in (0, 2):  # a class's only picture only if there is no other
+            for i in places:
+                if (
+                    most > 0
+                    and i not in taken
+                    and all(left[c] > 1 or counts[c] < least for c in held[i])
+                ):
+                    taken[i] = True
+                    left[held[i]] -= 1
+                    most -= 1
+
+    for c in np.argsort(counts, kind="stable"):
+        if counts[c] > 1 and left[c] == counts[c]:
+            take(homes[c], 1)
+    take(range(len(held)), number - len(taken))
+    return [*taken, *(i for i in range(len(held)) if i not in taken)]
+
+
+def choose_objects(
+    photos: list[Photo], classes: set[int], most: int, seed: int
+) -> list[tuple[Photo, list[int]]]:
+    """Up to `most` objects (crowds are none) of each of the `classes`, at random: pictures and the
+    places of theirs."""
+    places: dict[int, list] = {}
+    for p, photo in enumerate(photos):
+        for i, thing in enumerate(photo.things):
+            if thing.category in classes and not thing.crowd:
+                places.setdefault(thing.category, []).append((p, i))
+    taken: dict[int, list[int]] = {}
+    for category, here in sorted(places.items()):
+        for j in sorted(rng(seed, "objects", category).permutation(len(here))[:most].tolist()):
+            taken.setdefault(here[j][0], []).append(here[j][1])
+    return [(photos[p], sorted(taken[p])) for p in sorted(taken)]
+
+
+def crops(photo: Photo, data: Instances, chosen: list[int], size: int) -> tuple[Tensor, Tensor]:
+    """Crops (n, 3, size, size) uint8 of `chosen` objects, their boxes enlarged by a tenth of the
+    side at each end, and their classes (n,)."""
+    image = instances.load(photo)
+    labels, _, boxes = true_objects(photo, data, chosen)
+    found = [torch.zeros(0, 3, size, size, dtype=torch.uint8)]
+    for x0, y0, x1, y1 in boxes.tolist():
+        dx, dy = 0.1 * (x1 - x0), 0.1 * (y1 - y0)
+        part = image[
+            None,
+            :,
+            max(int(y0 - dy), 0) : math.ceil(y1 + dy),
+            max(int(x0 - dx), 0) : math.ceil(x1 + dx),
+        ]
+        found.append(F.interpolate(part, (size, size), mode="bicubic", antialias=True))
+    return torch.cat(found), labels
+
+
 if __name__ == "__main__":
-    runs.cli(Args, settings, main, choosers=("dataset", "eval", "predict"))
+    cli.cli(Args, settings, main, choosers=("dataset", "eval", "predict"))

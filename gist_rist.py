@@ -50,14 +50,26 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from common import backbones, datasets, distributed, metrics, plots, runs, transforms
-from common.datasets import Batch
+from common import (
+    backbones,
+    checkpoints,
+    cli,
+    distributed,
+    errors,
+    files,
+    loading,
+    metrics,
+    predictions,
+    runs,
+    semantic,
+    splits,
+    transforms,
+)
 from common.distributed import World, rng
-from common.nodes import Nodes, fingerprint
-from common.runs import UserError
-from data import find, read, splits
-from data.read import Picture
-from docs import gist_report
+from common.errors import UserError
+from common.nodes import Nodes, claim, fingerprint
+from common.semantic import Batch, Picture, Segmentation
+from data import gist_report, shapes
 
 SCRIPT, IGNORE, ROOT = "gist_rist.py", 255, ""  # ROOT is the path of stage 0
 
@@ -84,7 +96,7 @@ class Args:
     resume: bool = False  # continue the run in --out; nodes in the store are never trained twice
     # initial weights, order of images, augmentation, RIST's draws; each node adds its path
     seed: int = 0
-    workers: int = read.default_workers()  # decoding processes per training process and stream
+    workers: int = loading.default_workers()  # decoding processes per training process and stream
     # CPU threads of a process: sums, and so weights, differ in the last bit between numbers of them
     threads: int = 1
     device: str = "auto"  # auto, cpu, cuda
@@ -205,6 +217,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         root="datasets/folder", split="random:1/8", backbone="resnet50.tv_in1k", weights="imagenet"
     ),
 }
+
+
 # Table I
 CITYSCAPES = {
     f"1/{n}": f"random:{m}" for n, m in ((50, 59), (30, 100), (20, 148), (8, 371), (4, 743))
@@ -235,6 +249,8 @@ def caffe_style(body: nn.Module) -> None:
 
 
 CAFFE = ("caffe_resnet50", "caffe_resnet101", "caffe_resnet152")
+
+
 # RGB
 MEAN = {
     "voc": (122.67891434, 116.66876762, 104.00698793),
@@ -324,6 +340,24 @@ def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(logits, size=size, mode="bilinear", align_corners=True)
 
 
+def backbone_weights(args: Args) -> dict[str, Tensor] | None:
+    """The tensors that --weights names, a file's or the embedded data's own; None for imagenet and
+    none."""
+    if args.weights in ("imagenet", "none"):
+        return None
+    if args.weights == "shapes":
+        return checkpoints.read_weights(shapes.pretrained(Path(args.root), args.backbone))
+    return checkpoints.read_weights(Path(args.weights))
+
+
+def find_data(args: Args, classes: list[str] | None = None) -> Segmentation:
+    """The data set that --dataset and --root name; the embedded one is drawn on first use."""
+    root = Path(args.root)
+    if args.dataset == "shapes":
+        root = shapes.make_voc(root / "voc")
+    return semantic.find(args.dataset, root, args.val, classes)
+
+
 def initial(args: Args, num_classes: int) -> tuple[Args, dict[str, Tensor] | None, list[str]]:
     """--weights: the settings they imply (pixels, cut), the tensors of a SegNet or None, and lines
     for the user."""
@@ -333,7 +367,7 @@ def initial(args: Args, num_classes: int) -> tuple[Args, dict[str, Tensor] | Non
             "layout of docs/gist_rist.md) with --weights FILE, or start with --weights imagenet."
         )
     file, caffe, notes = args.weights not in ("", "none", "imagenet"), args.backbone in CAFFE, []
-    weights = backbones.read(args.weights, args.backbone, args.root) if file else None
+    weights = backbone_weights(args) if file else None
     if caffe and args.weights == "imagenet":
         weights = backbones.build(args.backbone.removeprefix("caffe_") + ".tv_in1k", 32, True)[
             0
@@ -356,7 +390,7 @@ def initial(args: Args, num_classes: int) -> tuple[Args, dict[str, Tensor] | Non
     distributed.seed_torch(args.seed, "student")
     net = SegNet(args, num_classes)
     if caffe:
-        weights = {read.deeplab_name(name): value for name, value in weights.items()}
+        weights = {deeplab_name(name): value for name, value in weights.items()}
         own = {
             k: v.shape
             for k, v in net.backbone.state_dict().items()
@@ -378,8 +412,8 @@ def initial(args: Args, num_classes: int) -> tuple[Args, dict[str, Tensor] | Non
             f"of {args.weights}: {'COCO, BGR 0 to 255' if coco else 'ImageNet, normalised RGB'}{said}"
         )
         if args.init_head and len(head.get("0.bias", ())) == num_classes:
-            notes += runs.load_matching(net.head, head, args.weights)
-    notes += runs.load_matching(net.backbone, weights, args.weights)
+            notes += checkpoints.load_matching(net.head, head, args.weights)
+    notes += checkpoints.load_matching(net.backbone, weights, args.weights)
     return args, net.state_dict(), notes
 
 
@@ -709,7 +743,7 @@ class Tree:
 
     args: Args
     world: World  # of this process alone
-    data: read.Segmentation
+    data: semantic.Segmentation
     labeled: list[Picture]
     pool: list[Picture]  # unlabeled, without the development images
     dev: list[Picture]  # the first dev_size of them choose
@@ -733,12 +767,12 @@ class Tree:
 
     def weights(self, path: str) -> dict[str, Tensor]:
         """The weights of a node; UserError when they are not those that were scored."""
-        state = runs.load_checkpoint(self.store.folder(path) / "weights.pt", SCRIPT)["networks"][
-            "student"
-        ]
+        state = checkpoints.load_checkpoint(self.store.folder(path) / "weights.pt", SCRIPT)[
+            "networks"
+        ]["student"]
         self.store.records.pop(path, None)  # another process may have trained it again
         if fingerprint(state) != self.store.record(path)["weights"]:
-            raise runs.RankError(
+            raise errors.RankError(
                 f"The weights in {self.store.folder(path)} are not those that were scored; remove "
                 f"this folder, and the same command trains them again."
             )
@@ -750,7 +784,7 @@ class Tree:
     def wait(self) -> None:
         """Other processes train all that this one could: look again soon."""
         if self.run is not None and self.run.signal:
-            raise runs.Stopped(
+            raise errors.Stopped(
                 f"Stopped by {self.run.signal} between two nodes; continue with --resume."
             )
         time.sleep(0.2)
@@ -790,10 +824,10 @@ class Tree:
         sample)."""
         # ours are class indices
         data = replace(self.data, to_class=None) if name == "pseudo" else self.data
-        views = datasets.Pictures(
+        views = semantic.Pictures(
             pictures, data, True, partial(augment, self.args), self.args.seed, f"{path} {name}"
         )
-        for batch in datasets.stream(
+        for batch in loading.stream(
             views, self.args.batch_size, start, total, self.world, self.args.workers
         ):
             batch = batch.to(self.world.device)
@@ -807,7 +841,7 @@ def train_stage0(tree: Tree) -> None:
     args, classes = tree.args, len(tree.data.classes)
     if args.stage0 not in STAGE0:
         net = tree.network(tree.init)
-        runs.load_exact(net, runs.read_weights(Path(args.stage0)), args.stage0)
+        checkpoints.load_exact(net, checkpoints.read_weights(Path(args.stage0)), args.stage0)
         return finish(tree, ROOT, net, {"step": 0, "steps": 0})
     frozen = args.bn == "frozen" or (args.bn == "auto" and args.weights not in ("", "none"))
     net = tree.network(tree.init, frozen)
@@ -824,7 +858,7 @@ def train_stage0(tree: Tree) -> None:
     streams = {name: partial(tree.stream, ROOT, name, pictures) for name, pictures in feeds.items()}
     fit(tree, ROOT, s, partial(STAGE0[args.stage0], s, args), streams, args.stage0_steps)
     s.student.load_state_dict(
-        runs.load_checkpoint(tree.store.root / "best.pt", SCRIPT)["networks"]["student"]
+        checkpoints.load_checkpoint(tree.store.root / "best.pt", SCRIPT)["networks"]["student"]
     )
     finish(tree, ROOT, s.student, {"step": s.best[1], "steps": args.stage0_steps})
 
@@ -859,7 +893,9 @@ def fit(
     stopped before."""
     args, folder, heard = tree.args, tree.store.folder(path), tree.run.signal if tree.run else ""
     state = (
-        runs.load_checkpoint(folder / "last.pt", SCRIPT) if (folder / "last.pt").is_file() else None
+        checkpoints.load_checkpoint(folder / "last.pt", SCRIPT)
+        if (folder / "last.pt").is_file()
+        else None
     )
     if state is not None:
         s.step, s.best = state["step"], tuple(state["best"])
@@ -919,7 +955,7 @@ def finish(tree: Tree, path: str, net: SegNet, facts: dict) -> None:
     """Algorithm 1, lines 13 and 14: weights, scores and, as the mark that it is done, the record of
     a node."""
     folder, seconds = tree.store.folder(path), tree.run.seconds if tree.run else 0.0
-    runs.save_checkpoint(folder / "weights.pt", SCRIPT, snapshot(tree, net, facts["step"]))
+    checkpoints.save_checkpoint(folder / "weights.pt", SCRIPT, snapshot(tree, net, facts["step"]))
     np.savez_compressed(folder / "scores.npz", **(found := score(tree, net, tree.dev)))
     if tree.args.val_every_stage:
         val_record(tree, path, net)
@@ -951,7 +987,7 @@ def forward_all(tree: Tree, net: SegNet, pictures: list[Picture], labels: bool) 
     is left out."""
     net.eval()
     loader, group, room = (
-        datasets.score_loader(pictures, tree.data, tree.world, tree.args.workers, labels),
+        semantic.score_loader(pictures, tree.data, tree.world, tree.args.workers, labels),
         [],
         0,
     )
@@ -974,7 +1010,7 @@ def label_images(tree: Tree, path: str) -> tuple[list[Picture], dict]:
     for all its children, as index PNGs of the images' size -> the pictures with them, and what they
     look like. DEPARTS[le]"""
     target, args, counts = tree.store.others / f"labels-{path}", tree.args, np.zeros(256, np.int64)
-    with runs.claim(target.with_name(f".{target.name}"), wait=True):
+    with claim(target.with_name(f".{target.name}"), wait=True):
         if not target.is_dir():
             temporary = target.with_name(f".{target.name}.tmp")
             shutil.rmtree(temporary, ignore_errors=True)
@@ -989,7 +1025,7 @@ def label_images(tree: Tree, path: str) -> tuple[list[Picture], dict]:
                 counts += np.bincount(label.flatten(), minlength=256)
                 Image.fromarray(label).save(temporary / f"{i}.png", compress_level=1)
             if not counts.any():
-                raise runs.RankError(
+                raise errors.RankError(
                     f"None of the {len(tree.pool)} images can be read, such as {tree.pool[0].image}."
                 )
             kept, total = counts[:IGNORE], max(counts[:IGNORE].sum(), 1)
@@ -1048,7 +1084,7 @@ def val_record(tree: Tree, path: str, net: SegNet | None = None) -> dict:
     file = tree.store.folder(path) / f"val-{tree.args.val}.json"
     if not file.is_file():
         counts = score(tree, net or tree.network(tree.weights(path)), tree.data.val)["counts"]
-        runs.write_text(
+        files.write_text(
             file,
             json.dumps(metrics.iou_record(torch.from_numpy(counts.sum(0)), tree.data.classes, 0)),
         )
@@ -1059,18 +1095,28 @@ def val_record(tree: Tree, path: str, net: SegNet | None = None) -> dict:
 # What shapes no weights: flags that choose nodes, and bookkeeping. What shapes stage 0 alone, or
 # all but stage 0.
 SEARCHES = "search alpha beam trials path stages max_run independent dev_size dev_reserve".split()
+
+
 BOOKKEEPING = (
     "root split split_seed unlabeled val out store resume workers device compile save_every log_every "
     "keep_nodes val_every_stage eval predict report weights"
 ).split()
+
+
 STAGE0_ONLY = [f for f in Args.__dataclass_fields__ if f.startswith(("stage0", "gan_", "mix_"))] + [
     "eval_every"
 ]
+
+
 REFINE_ONLY = "cl cl_beta cl_drop cl_on phi temp steps".split()
+
+
 FLAGS_OF = {
     "s4gan": "gan_lr gan_gamma gan_fm gan_st",
     "classmix": "mix_threshold mix_alpha mix_weight mix_colour",
 }
+
+
 RANGES = (
     dict.fromkeys("gan_gamma mix_threshold mix_alpha alpha cl_beta".split(), (0, 1))
     | dict.fromkeys(
@@ -1092,7 +1138,7 @@ RANGES = (
 
 def check(args: Args) -> None:
     """Refuse, before any work, what cannot run and flags that would be ignored."""
-    runs.check_ranges(args, RANGES)
+    cli.check_ranges(args, RANGES)
     ignored = {
         flag: search not in args.search
         for flag, search in dict(
@@ -1110,7 +1156,7 @@ def check(args: Args) -> None:
         "stage0_steps": args.stage0 not in STAGE0,
         **dict.fromkeys(("cl_beta", "cl_drop", "cl_on"), args.cl == 0),
     }
-    runs.check_meaning(args, preset(args.dataset), args.stage0, FLAGS_OF, ignored)
+    cli.check_meaning(args, preset(args.dataset), args.stage0, FLAGS_OF, ignored)
     if "path" in args.search and not (
         args.path and all(re.fullmatch(r"([LPB]|F0?\.\d+)+", p) for p in args.path)
     ):
@@ -1124,9 +1170,9 @@ def check(args: Args) -> None:
 def plant(args: Args) -> tuple[Tree, list[str]]:
     """Data, splits, device, initial weights, the folder of stage 0, named by what shapes it; and
     lines to print."""
-    data = find.find(args.dataset, Path(args.root), args.val)
+    data = find_data(args)
     split = CITYSCAPES.get(args.split, args.split) if args.dataset == "cityscapes" else args.split
-    chosen = find.choose(
+    chosen = semantic.choose(
         data,
         split,
         args.split_seed,
@@ -1217,8 +1263,10 @@ def train(args: Args) -> dict:
         if "rist" in visited
         else [],
     }
-    state = runs.load_checkpoint(store.folder(tree.best([*best.values()])) / "weights.pt", SCRIPT)
-    runs.save_checkpoint(
+    state = checkpoints.load_checkpoint(
+        store.folder(tree.best([*best.values()])) / "weights.pt", SCRIPT
+    )
+    checkpoints.save_checkpoint(
         out / "best.pt", SCRIPT, state | {"settings": json.loads(json.dumps(vars(tree.args)))}
     )
     return gist_report.write(tree, results, out)
@@ -1227,11 +1275,11 @@ def train(args: Args) -> dict:
 def load(path: str, args: Args) -> tuple[SegNet, Tree]:
     """The network of a checkpoint, built from the settings it holds, and a tree without
     pictures."""
-    state = runs.load_checkpoint(Path(path), SCRIPT)
+    state = checkpoints.load_checkpoint(Path(path), SCRIPT)
     world = replace(distributed.start(args.device, join=False), rank=0, size=1)
     net = SegNet(args, len(state["classes"]))
-    runs.load_exact(net, state["networks"]["student"], path)
-    data = read.Segmentation(args.dataset, Path(args.root), state["classes"], {}, [])
+    checkpoints.load_exact(net, state["networks"]["student"], path)
+    data = semantic.Segmentation(args.dataset, Path(args.root), state["classes"], {}, [])
     return net.to(world.device, memory_format=torch.channels_last).eval(), Tree(
         args, world, data, [], [], []
     )
@@ -1240,7 +1288,7 @@ def load(path: str, args: Args) -> tuple[SegNet, Tree]:
 def evaluate(args: Args) -> dict:
     """--eval: score a checkpoint on val and write <checkpoint>.results.json."""
     net, tree = load(args.eval, args)
-    tree.data = find.find(args.dataset, Path(args.root), args.val, tree.data.classes)
+    tree.data = find_data(args, tree.data.classes)
     counts = torch.from_numpy(score(tree, net, tree.data.val)["counts"].sum(0))
     scores = {"student": {"last": metrics.iou_record(counts, tree.data.classes, 0)}}
     facts = {k: getattr(args, k) for k in ("dataset", "split", "val", "seed")} | {
@@ -1256,7 +1304,7 @@ def predict(args: Args) -> None:
     """--predict CKPT IMAGES...: index PNGs and overlays of images or folders into
     <checkpoint>.predictions/."""
     net, tree = load(args.predict[0], args)
-    plots.predictions(
+    predictions.predict_labels(
         args.predict[1:],
         Path(f"{args.predict[0]}.predictions"),
         tree.data.classes,
@@ -1269,7 +1317,7 @@ def settings(dataset: str = "voc", eval: str = "", predict: str = "", report: st
     """What the command line starts from: a preset, or the settings of a checkpoint or run that is
     looked at."""
     checkpoint = eval or predict or (report and f"{report}/best.pt")
-    return runs.saved_settings(Args, Path(checkpoint), SCRIPT) if checkpoint else preset(dataset)
+    return cli.saved_settings(Args, Path(checkpoint), SCRIPT) if checkpoint else preset(dataset)
 
 
 def main(args: Args) -> Any:
@@ -1284,5 +1332,26 @@ def main(args: Args) -> Any:
     )
 
 
+PLACES = {"reduce": 1, "conv3x3": 2, "increase": 3}
+
+
+def deeplab_name(name: str) -> str:
+    """A tensor's name in a weight file of DeepLabV2 (layouts A to E of docs/gist_rist.md) -> that
+    of torchvision's and timm's ResNet; branches of the classifier become head.0 to head.3."""
+    name = re.sub(r"^(Scale|backbone|base)\.", "", name)
+    name = re.sub(r"^(layer5\.conv2d_list\.|classifier\.|aspp\.c)(\d)\.", r"head.\2.", name)
+    # C: the stem, and stages 2 to 5
+    name = re.sub(r"^layer1\.conv1\.(conv|bn)\.", r"\g<1>1.", name)
+    if not (found := re.match(r"layer(\d)\.block(\d+)\.(\w+)\.(conv|bn)\.(.+)", name)):
+        return name
+    stage, block, place, kind, rest = found.groups()
+    layer = (
+        f"downsample.{int(kind == 'bn')}"
+        if place == "shortcut"
+        else f"{kind}{PLACES.get(place, place)}"
+    )
+    return f"layer{int(stage) - 1}.{int(block) - 1}.{layer}.{rest}"
+
+
 if __name__ == "__main__":
-    runs.cli(Args, settings, main, choosers=("dataset", "eval", "predict", "report"))
+    cli.cli(Args, settings, main, choosers=("dataset", "eval", "predict", "report"))

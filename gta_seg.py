@@ -30,7 +30,7 @@ Lines marked DEPARTS[name] leave the paper or decide what it leaves open; docs/g
 
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -41,13 +41,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import backbones, datasets, distributed, metrics, plots, runs, transforms
-from common.datasets import Batch
+from common import (
+    backbones,
+    checkpoints,
+    cli,
+    distributed,
+    loading,
+    metrics,
+    plots,
+    predictions,
+    runs,
+    semantic,
+    transforms,
+)
 from common.distributed import World, rng
-from common.runs import UserError
-from data import find, read
+from common.errors import UserError
+from common.metrics import confusion
+from common.semantic import Batch, Segmentation
+from common.transforms import normalize
+from data import shapes
 
 SCRIPT, IGNORE = "gta_seg.py", 255
+
+
 OHEM_KEPT = 50_000  # labeled pixels an image that --ohem keeps at least
 
 
@@ -72,7 +88,7 @@ class Args:
     resume: bool = False  # continue the run in --out; starts afresh when there is none
     # initial weights, order of images, augmentation. The paper averages 0, 1, 2 (Sec. 4.2)
     seed: int = 0
-    workers: int = read.default_workers()  # decoding processes per training process and stream
+    workers: int = loading.default_workers()  # decoding processes per training process and stream
     device: str = "auto"  # auto, cpu, cuda
     # inside the network; auto: bf16 on GPUs, fp32 elsewhere
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -176,6 +192,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     "folder": dict(root="datasets/folder", split="random:1/8", crop_size=321),
 }
+
+
 RELEASED: dict[str, Any] = dict(
     batch_size=12, alpha_gta=0.999, alpha_teacher=0.999, gta_lr="constant", aux=0, ohem=0
 )
@@ -695,12 +713,30 @@ def set_lr(optimizer: torch.optim.Optimizer | None, factor: float) -> None:
         group["lr"] = group["initial_lr"] * factor
 
 
+def backbone_weights(args: Args) -> dict[str, Tensor] | None:
+    """The tensors that --weights names, a file's or the embedded data's own; None for imagenet and
+    none."""
+    if args.weights in ("imagenet", "none"):
+        return None
+    if args.weights == "shapes":
+        return checkpoints.read_weights(shapes.pretrained(Path(args.root), args.backbone))
+    return checkpoints.read_weights(Path(args.weights))
+
+
+def find_data(args: Args, classes: list[str] | None = None) -> Segmentation:
+    """The data set that --dataset and --root name; the embedded one is drawn on first use."""
+    root = Path(args.root)
+    if args.dataset == "shapes":
+        root = shapes.make_voc(root / "voc")
+    return semantic.find(args.dataset, root, args.val, classes)
+
+
 def build(
     args: Args, num_classes: int, world: World, epoch: int = 1, train: bool = True
 ) -> tuple[State, list[str]]:
     """Networks, optimizers and forward passes of a method; also lines on weights that did not
     load."""
-    weights, notes = backbones.read(args.weights, args.backbone, args.root) if train else None, []
+    weights, notes = backbone_weights(args) if train else None, []
 
     def network(name: str) -> SegNet:
         # three starts, tied later
@@ -711,7 +747,7 @@ def build(
             world.bf16(args.precision),
         )
         if weights is not None:
-            notes[:] = runs.load_matching(net.features.backbone, weights, args.weights)
+            notes[:] = checkpoints.load_matching(net.features.backbone, weights, args.weights)
         net = distributed.sync_batchnorm(net, world).to(
             world.device, memory_format=torch.channels_last
         )
@@ -762,7 +798,7 @@ def end_of_warmup(s: State, args: Args) -> None:
 
 # ======================================================================================= evaluation
 def evaluate(
-    networks: dict[str, SegNet], data: read.Segmentation, args: Args, world: World
+    networks: dict[str, SegNet], data: semantic.Segmentation, args: Args, world: World
 ) -> tuple[dict, list]:
     """Confusion counts (K, K) of each network, and rows of preview pictures (image, label,
     predictions).
@@ -780,9 +816,9 @@ def evaluate(
             )
         return image, label, None
 
-    images = datasets.score_loader(data.val, data, world, args.workers)
+    images = semantic.score_loader(data.val, data, world, args.workers)
     logits_of = partial(predict_logits, window=args.window)
-    return metrics.score(networks, logits_of, images, view, len(data.classes), world)
+    return score_images(networks, logits_of, images, view, len(data.classes), world)
 
 
 def predict_logits(net: SegNet, images: Tensor, window: int = 0) -> Tensor:
@@ -814,6 +850,8 @@ FLAGS_OF = {
     # methods -> flags that mean something to them
     "suponly gta mt unbiased-st": "aux ohem",
 }
+
+
 RANGES = dict.fromkeys(
     "alpha_gta alpha_teacher threshold cutmix cutmix_labeled ohem".split(), (0, 1)
 ) | {
@@ -827,7 +865,7 @@ RANGES = dict.fromkeys(
 
 def check(args: Args, world: World) -> None:
     """Refuse, before any work, what cannot run and flags that the method would ignore."""
-    runs.check_ranges(args, RANGES)
+    cli.check_ranges(args, RANGES)
     # CutMix pairs neighbours
     world.share(args.batch_size, multiple=1 if args.recipe == "released" else 2)
     if args.recipe == "released" and args.method != "gta":
@@ -848,15 +886,15 @@ def check(args: Args, world: World) -> None:
         "drop": args.threshold > 0,
         "alpha_gta": args.transfer == "none",
     }
-    runs.check_meaning(args, base, loop, FLAGS_OF, idle)
+    cli.check_meaning(args, base, loop, FLAGS_OF, idle)
 
 
 def train(args: Args) -> dict:
     """One run, from the start or from its checkpoint, to results.json, whose contents are
     returned."""
     check(args, distributed.launched())
-    data = find.find(args.dataset, Path(args.root), args.val)
-    chosen = find.choose(
+    data = find_data(args)
+    chosen = semantic.choose(
         data, args.split, args.split_seed, args.unlabeled, "gta_seg", args.method != "suponly"
     )
     epoch, out = (
@@ -873,7 +911,7 @@ def train(args: Args) -> dict:
     resuming = runs.open_run(out, SCRIPT, args, args.resume, distributed.launched().main)
     world = distributed.start(args.device)
     s, notes = build(args, len(data.classes), world, epoch)
-    state = runs.load_checkpoint(out / "last.pt", SCRIPT) if resuming else None
+    state = checkpoints.load_checkpoint(out / "last.pt", SCRIPT) if resuming else None
     if state is not None:
         restore(s, state, args)
     # Algorithm 1, Output
@@ -904,9 +942,9 @@ def train(args: Args) -> dict:
         ("labeled", chosen.labeled, True, s.step),
         ("unlabeled", chosen.unlabeled, args.monitor_labels, max(s.step, s.warmup)),
     ]:
-        views = datasets.Pictures(pictures, data, labels, partial(augment, args), args.seed, name)
+        views = semantic.Pictures(pictures, data, labels, partial(augment, args), args.seed, name)
         streams.append(
-            datasets.stream(views, args.batch_size, start, args.steps, world, args.workers)
+            loading.stream(views, args.batch_size, start, args.steps, world, args.workers)
         )
     loops = {
         "mt": (warmup_step, mean_teacher_step),
@@ -974,7 +1012,7 @@ def train(args: Args) -> dict:
     )
 
 
-def snapshot(s: State, args: Args, data: read.Segmentation, optimizers: bool = True) -> dict:
+def snapshot(s: State, args: Args, data: semantic.Segmentation, optimizers: bool = True) -> dict:
     """What a checkpoint holds. best.pt has the networks without `optimizers`: to score and to
     predict."""
     state = {
@@ -995,7 +1033,7 @@ def restore(s: State, state: dict, args: Args) -> None:
     if args.recipe == "released" and "opt_gta" in state and s.step > s.warmup:
         alias(s.gta.predictor, s.student.predictor)  # tied in the first epoch, and so it stays
     for name, weights in state["networks"].items():
-        runs.load_exact(s.networks()[name], weights, state.get("path", "the checkpoint"))
+        checkpoints.load_exact(s.networks()[name], weights, state.get("path", "the checkpoint"))
     for name in ("opt_student", "opt_gta"):
         if name in state:
             getattr(s, name).load_state_dict(state[name])
@@ -1003,7 +1041,7 @@ def restore(s: State, state: dict, args: Args) -> None:
 
 def load(path: str, args: Args) -> tuple[dict[str, SegNet], dict, World]:
     """The networks of a checkpoint, built from the settings it holds."""
-    state = runs.load_checkpoint(Path(path), SCRIPT)
+    state = checkpoints.load_checkpoint(Path(path), SCRIPT)
     world = distributed.start(args.device)
     s, _ = build(args, len(state["classes"]), world, train=False)
     restore(s, {k: v for k, v in state.items() if not k.startswith("opt_")}, args)
@@ -1013,7 +1051,7 @@ def load(path: str, args: Args) -> tuple[dict[str, SegNet], dict, World]:
 def score(args: Args) -> dict:
     """--eval: score a checkpoint's networks and write <checkpoint>.results.json."""
     networks, state, world = load(args.eval, args)
-    data = find.find(args.dataset, Path(args.root), args.val, state["classes"])
+    data = find_data(args, state["classes"])
     counts, rows = evaluate(networks, data, args, world)
     scores = {
         name: {"last": metrics.iou_record(c, data.classes, state["step"])}
@@ -1043,7 +1081,7 @@ def predict(args: Args) -> None:
     <checkpoint>.predictions/."""
     networks, state, world = load(args.predict[0], args)
     best, out = networks.get("teacher", networks["student"]), Path(f"{args.predict[0]}.predictions")
-    plots.predictions(
+    predictions.predict_labels(
         args.predict[1:],
         out,
         state["classes"],
@@ -1058,7 +1096,7 @@ def settings(
     """What the command line starts from: a preset, or the settings inside a checkpoint to score or
     predict with."""
     return (
-        runs.saved_settings(Args, Path(eval or predict), SCRIPT)
+        cli.saved_settings(Args, Path(eval or predict), SCRIPT)
         if eval or predict
         else preset(dataset, recipe)
     )
@@ -1071,5 +1109,41 @@ def main(args: Args) -> Any:
         distributed.stop()
 
 
+@torch.no_grad()
+# many sizes: no time to try algorithms for each
+@torch.backends.cudnn.flags(enabled=True, benchmark=False)
+def score_images(
+    networks: dict[str, nn.Module],
+    logits_of: Callable,
+    images: Iterable,
+    view: Callable,
+    num_classes: int,
+    world,
+    previews: int = 6,
+) -> tuple[dict[str, Tensor], list]:
+    """Confusion counts (K, K) of each network over all processes' `images` (index, image, label),
+    and preview rows.
+
+    `view(image, label)` -> what is scored of it (image, label, valid or None); `logits_of(net, x)`
+    maps a normalised (1, 3, H, W) to logits (1, K, H, W). Networks are scored in eval mode and left
+    in the mode they came in."""
+    counts = {name: torch.zeros(num_classes, num_classes, dtype=torch.int64) for name in networks}
+    rows, modes = [], [(net, net.training) for net in networks.values()]
+    for _, image, label in images:
+        image, label, valid = view(image, label)
+        x = normalize(
+            image[None].to(world.device), None if valid is None else valid[None].to(world.device)
+        )
+        row = [image.permute(1, 2, 0).numpy(), plots.colour(label)] if len(rows) < previews else []
+        for name, net in networks.items():
+            prediction = logits_of(net.eval(), x).argmax(1)[0]
+            counts[name] += confusion(prediction, label.to(prediction.device), num_classes)
+            row += [plots.colour(prediction)] if len(rows) < previews else []
+        rows += [row] if len(rows) < previews else []
+    for net, training in modes:
+        net.train(training)
+    return {name: world.sum(c) for name, c in counts.items()}, rows
+
+
 if __name__ == "__main__":
-    runs.cli(Args, settings, main, choosers=("dataset", "recipe", "eval", "predict"))
+    cli.cli(Args, settings, main, choosers=("dataset", "recipe", "eval", "predict"))

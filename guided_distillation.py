@@ -49,13 +49,28 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import FrozenBatchNorm2d
 
-from common import backbones, distributed, plots, runs, transforms
+from common import (
+    backbones,
+    checkpoints,
+    cli,
+    distributed,
+    instances,
+    loading,
+    mask_ap,
+    plots,
+    runs,
+    transforms,
+)
 from common.distributed import World, rng
-from common.runs import UserError
-from data import ap, instances, read
-from data.instances import Batch, Target
+from common.errors import UserError
+from common.files import pictures, readable, write_text
+from common.instances import Batch, Target
+from common.objects import Instances, Photo, Window, cut_out, masks_of, read_ids
+from data import shapes
 
 SCRIPT = "guided_distillation.py"
+
+
 HEADS = 8  # of all attention layers
 
 
@@ -84,7 +99,7 @@ class Args:
     out: str = ""
     resume: bool = False  # continue the run in --out; starts afresh when there is none
     seed: int = 0  # initial weights, order of images, augmentation, points
-    workers: int = read.default_workers()  # decoding processes per training process and stream
+    workers: int = loading.default_workers()  # decoding processes per training process and stream
     device: str = "auto"  # auto, cpu, cuda
     # of the network that learns; auto: bf16 on GPUs. DEPARTS[amp]
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -187,6 +202,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         eval_every=400,
     ),
 }
+
+
 BURN_IN = {
     "cityscapes": {
         "5%": 15_000,
@@ -1088,17 +1105,17 @@ def adamw(net: Mask2Former, args: Args, world: World) -> torch.optim.AdamW:
 
 
 # ============================================================================================ views
-def jitter_crop(size: tuple[int, int], args: Args, g: np.random.Generator) -> instances.Window:
+def jitter_crop(size: tuple[int, int], args: Args, g: np.random.Generator) -> Window:
     """COCO: flip; a scale u in `scale`, so that the image fits into u times the crop; a random
     window, padded at the right and the bottom where the image is smaller (large-scale jitter)."""
     flip, u, shift = bool(g.random() < 0.5), g.uniform(*args.scale), g.random()
     factor = min(u * args.crop_size[0] / size[0], u * args.crop_size[1] / size[1])
     new = tuple(max(round(n * factor), 1) for n in size)
     top, left = (int(max(n - c, 0) * shift) for n, c in zip(new, args.crop_size, strict=True))
-    return instances.Window(flip, new, top, left, args.crop_size)
+    return Window(flip, new, top, left, args.crop_size)
 
 
-def street_crop(size: tuple[int, int], args: Args, g: np.random.Generator) -> instances.Window:
+def street_crop(size: tuple[int, int], args: Args, g: np.random.Generator) -> Window:
     """Cityscapes: the shorter side one of 16 multiples 0.5, 0.6, ... 2.0 of the test size; a random
     window; flip."""
     short = int(args.test_size[0] * g.integers(5, 21) / 10)
@@ -1107,7 +1124,7 @@ def street_crop(size: tuple[int, int], args: Args, g: np.random.Generator) -> in
     top, left = (
         int(g.integers(0, max(n - c, 0) + 1)) for n, c in zip(new, args.crop_size, strict=True)
     )
-    return instances.Window(bool(g.random() < 0.5), new, top, left, args.crop_size)
+    return Window(bool(g.random() < 0.5), new, top, left, args.crop_size)
 
 
 def strong_view(image: Tensor, g: np.random.Generator, cutout: bool = False) -> Tensor:
@@ -1154,24 +1171,24 @@ def strong_view(image: Tensor, g: np.random.Generator, cutout: bool = False) -> 
     return image
 
 
-def weak_view(args: Args, image: Tensor, g: np.random.Generator) -> tuple[Tensor, instances.Window]:
+def weak_view(args: Args, image: Tensor, g: np.random.Generator) -> tuple[Tensor, Window]:
     """What labeled pictures, and the teacher, see: jitter_crop, or street_crop and SSD's colours.
     (3, H, W) uint8."""
     street = args.dataset == "cityscapes"
     window = (street_crop if street else jitter_crop)(tuple(image.shape[-2:]), args, g)
-    image = instances.cut_out(image, window, fill=128)  # DEPARTS[fill]
+    image = cut_out(image, window, fill=128)  # DEPARTS[fill]
     return instances.photometric_distortion(image, g) if street else image, window
 
 
 def labeled_view(
     args: Args,
-    data: instances.Instances,
+    data: Instances,
     image: Tensor,
-    photo: instances.Photo,
+    photo: Photo,
     g: np.random.Generator,
 ) -> tuple[Tensor, None, Target]:
     image, window = weak_view(args, image, g)
-    labels, masks, _ = instances.masks_of(photo, data, window)
+    labels, masks, _ = masks_of(photo, data, window)
     if not args.keep_empty_targets:  # DEPARTS[empty-targets]
         seen = masks.flatten(1).any(1).bool()
         labels, masks = labels[seen], masks[seen]
@@ -1179,7 +1196,7 @@ def labeled_view(
 
 
 def unlabeled_view(
-    args: Args, image: Tensor, photo: instances.Photo, g: np.random.Generator
+    args: Args, image: Tensor, photo: Photo, g: np.random.Generator
 ) -> tuple[Tensor, Tensor, None]:
     weak, _ = weak_view(args, image, g)
     return (
@@ -1232,6 +1249,8 @@ OFFICIAL = [
         (r"^decoder\.mask_embed\.layers\.(\d)\.", lambda m: f"decoder.mask_embed.{2 * int(m[1])}."),
     ]
 ]
+
+
 HUGGING_FACE = [
     (re.compile(pattern), new)
     for pattern, new in [  # transformers' names
@@ -1337,7 +1356,7 @@ def load_weights(net: Mask2Former, weights: dict[str, Tensor], what: str) -> lis
     classes)."""
     named = our_names(weights)
     whole = any(k.startswith(("pixel_decoder.", "decoder.", "backbone.")) for k in named)
-    return runs.load_matching(
+    return checkpoints.load_matching(
         net if whole else getattr(net.backbone, "body", net.backbone), named, what
     )
 
@@ -1386,7 +1405,7 @@ def detect(
 
 
 def evaluate(
-    networks: dict[str, Mask2Former], data: instances.Instances, args: Args, world: World
+    networks: dict[str, Mask2Former], data: Instances, args: Args, world: World
 ) -> tuple[dict[str, dict], dict[str, list], list]:
     """Mask AP of each network in percent, its results in COCO's format, and rows of preview
     pictures.
@@ -1394,11 +1413,11 @@ def evaluate(
     COCO's AP by pycocotools; on Cityscapes its own AP, with COCO's as `coco_ap`. Every image counts
     once on any number of processes."""
     found, rows = {name: [] for name in networks}, []
-    street = {name: ap.CityscapesAP() for name in networks if args.dataset == "cityscapes"}
+    street = {name: mask_ap.CityscapesAP() for name in networks if args.dataset == "cityscapes"}
     for index, image in instances.score_loader(data.val, world, args.workers):
         photo = data.val[index]
         if shown := len(rows) < 6:
-            labels, masks, _ = instances.masks_of(photo, data)
+            labels, masks, _ = masks_of(photo, data)
             rows.append(
                 [
                     image.permute(1, 2, 0).numpy(),
@@ -1407,26 +1426,27 @@ def evaluate(
             )
         for name, net in networks.items():
             out = detect(net.eval(), image.to(world.device), args)
-            found[name].append((index, ap.results_of(photo.id, data.ids, *out)))
+            found[name].append((index, mask_ap.results_of(photo.id, data.ids, *out)))
             labels, scores, masks = (t.cpu() for t in out) if street or shown else out
             if street:
                 street[name].add(
-                    instances.read_ids(photo.label),
+                    read_ids(photo.label),
                     [*zip(labels.tolist(), scores.tolist(), masks.numpy(), strict=True)],
                 )
             if shown:
                 rows[-1].append(picture(image, labels, scores, masks))
     found = {
-        name: [r for _, part in ap.gather(world, parts) for r in part]
+        name: [r for _, part in mask_ap.gather(world, parts) for r in part]
         for name, parts in found.items()
     }
-    answers = ap.truth_of(data) if world.main else {}
+    answers = mask_ap.truth_of(data) if world.main else {}
     scores = {
-        name: ap.coco_ap(answers, results) if world.main else {} for name, results in found.items()
+        name: mask_ap.coco_ap(answers, results) if world.main else {}
+        for name, results in found.items()
     }
     for name, evaluator in street.items():
         scores[name] = {"coco_ap": scores[name].get("ap"), **evaluator.result(world)}
-    scores = ap.gather(world, [(0, scores)] if world.main else [])[0][1]
+    scores = mask_ap.gather(world, [(0, scores)] if world.main else [])[0][1]
     if any(s["ap"] is None for s in scores.values()):
         raise UserError(f"--val {args.val} of {data.root} has no object to score on.")
     return (
@@ -1460,6 +1480,8 @@ STUDENT_ONLY = (
     "burn_in burn_in_steps ema lambda_u class_threshold size_threshold strong_aug labeled_sampling pool "
     "teacher unlabeled"
 )
+
+
 RANGES = (
     dict.fromkeys("ema class_threshold drop_path no_object backbone_lr".split(), (0, 1))
     | dict.fromkeys("decoder_layers encoder_layers accumulate steps eval_every".split(), (1, 1e9))
@@ -1488,7 +1510,7 @@ def resolve(args: Args) -> Args:
 
 def check(args: Args, world: World) -> None:
     """Refuse, before any work, what cannot run and flags that would be ignored."""
-    runs.check_ranges(args, RANGES)
+    cli.check_ranges(args, RANGES)
     share = (
         world.share(args.batch_size) if args.batch_size != world.size or args.norm == "live" else 1
     )
@@ -1525,7 +1547,7 @@ def check(args: Args, world: World) -> None:
             "--freeze-backbone is for ViTs (Table 7); give a --backbone vit_... or deit_..."
         )
     base, plain = preset(args.dataset), args.backbone.startswith(("swin", "vit", "deit"))
-    runs.check_meaning(
+    cli.check_meaning(
         args,
         base,
         args.stage,
@@ -1545,6 +1567,26 @@ def check(args: Args, world: World) -> None:
     )
 
 
+def backbone_weights(args: Args) -> dict[str, Tensor] | None:
+    """The tensors that --weights names, a file's or the embedded data's own; None for imagenet and
+    none."""
+    if args.weights in ("imagenet", "none"):
+        return None
+    if args.weights == "shapes":
+        return checkpoints.read_weights(shapes.pretrained(Path(args.root), args.backbone))
+    return checkpoints.read_weights(Path(args.weights))
+
+
+def find_data(args: Args, classes: list[str] | None = None) -> Instances:
+    """The data set that --dataset and --root name; the embedded one is drawn on first use."""
+    root = Path(args.root)
+    if args.dataset == "shapes":
+        root = shapes.make_things(root / "things")
+    return instances.find(
+        args.dataset, root, args.train_json, args.val_json, args.images, args.val, classes
+    )
+
+
 def network(
     args: Args, num_classes: int, world: World, name: str, pretrained: bool = True
 ) -> tuple[Mask2Former, list]:
@@ -1554,14 +1596,14 @@ def network(
     net = Mask2Former(
         args, num_classes, world.bf16(args.precision), pretrained and args.weights == "imagenet"
     )
-    weights = backbones.read(args.weights, args.backbone, args.root) if pretrained else None
+    weights = backbone_weights(args) if pretrained else None
     notes = [] if weights is None else load_weights(net, weights, args.weights)
     net = distributed.sync_batchnorm(net, world) if args.norm == "live" else net
     return net.to(world.device), notes
 
 
 def begin(
-    stage: str, args: Args, data: instances.Instances, world: World, step: int, begun: int
+    stage: str, args: Args, data: Instances, world: World, step: int, begun: int
 ) -> tuple[State, list[str]]:
     """The networks of a stage at its beginning: in the student's, a fresh student beside the
     trained teacher."""
@@ -1585,7 +1627,7 @@ def begin(
 
 def load_teacher(net: Mask2Former, path: Path) -> list[str]:
     """A whole model: the teacher of a checkpoint of this script, or official weights."""
-    notes = load_weights(net, runs.read_weights(path, "--teacher"), str(path))
+    notes = load_weights(net, checkpoints.read_weights(path, "--teacher"), str(path))
     if any(not n.startswith("in the file") for n in notes):
         raise UserError(
             f"--teacher {path} does not fit this network ({notes[0][:120]}); give the --backbone, --width "
@@ -1604,9 +1646,7 @@ def train(args: Args) -> dict:
         and not args.teacher
         and (args.stage == "teacher" or args.burn_in in ("guided", "fixed"))
     )
-    data = instances.find(
-        args.dataset, Path(args.root), args.train_json, args.val_json, args.images, args.val
-    )
+    data = find_data(args)
     chosen = instances.choose(
         data, args.split, args.split_seed, args.unlabeled, args.pool, args.stage != "teacher"
     )
@@ -1614,7 +1654,7 @@ def train(args: Args) -> dict:
     total = border + (args.steps if args.stage != "teacher" else 0)
     resuming = runs.open_run(out, SCRIPT, args, args.resume, distributed.launched().main)
     world = distributed.start(args.device)
-    state = runs.load_checkpoint(out / "last.pt", SCRIPT) if resuming else None
+    state = checkpoints.load_checkpoint(out / "last.pt", SCRIPT) if resuming else None
     step = state["step"] if state else 0
     s, notes = begin(
         "teacher" if step < border else "student",
@@ -1658,7 +1698,7 @@ def train(args: Args) -> dict:
         )
         repeat = factors if s.stage == "student" and args.labeled_sampling == "repeat" else None
         stream = partial(
-            instances.stream,
+            loading.stream,
             stop=stop,
             world=world,
             workers=args.workers,
@@ -1717,9 +1757,7 @@ def train(args: Args) -> dict:
     )
 
 
-def score_networks(
-    s: State, data: instances.Instances, args: Args, world: World, run: runs.Run
-) -> None:
+def score_networks(s: State, data: Instances, args: Args, world: World, run: runs.Run) -> None:
     """Score what has changed, note the best, keep its weights: best.pt; in the teacher stage,
     teacher.pt."""
     networks, headline = s.networks(), "supervised" if s.stage == "teacher" else "student"
@@ -1741,14 +1779,14 @@ def score_networks(
             height=192,
         )
         for name in scores:
-            runs.write_text(run.out / f"{name}.segm.json", json.dumps(found[name]))
+            write_text(run.out / f"{name}.segm.json", json.dumps(found[name]))
     if s.stage == "teacher" and (better or args.select == "last"):
         run.save("teacher.pt", snapshot(s, args, data, optimizer=False))
     if better:
         run.save("best.pt", snapshot(s, args, data, optimizer=False))
 
 
-def snapshot(s: State, args: Args, data: instances.Instances, optimizer: bool = True) -> dict:
+def snapshot(s: State, args: Args, data: Instances, optimizer: bool = True) -> dict:
     """What a checkpoint holds. best.pt and teacher.pt have no `optimizer`: to score, to predict, to
     teach."""
     state = {
@@ -1770,21 +1808,21 @@ def restore(s: State, state: dict) -> None:
     s.step, s.last, s.best = state["step"], state["last"], state["best"]
     if state["stage"] == s.stage:
         for name, weights in state["networks"].items():
-            runs.load_exact(s.networks()[name], weights, state.get("path", "the checkpoint"))
+            checkpoints.load_exact(s.networks()[name], weights, state.get("path", "the checkpoint"))
         if "optimizer" in state:
             s.optimizer.load_state_dict(state["optimizer"])
 
 
 def load(path: str, args: Args) -> tuple[dict[str, Mask2Former], dict, World]:
     """The networks of a checkpoint, built from the settings it holds."""
-    runs.check_ranges(args, RANGES)
-    state, world = runs.load_checkpoint(Path(path), SCRIPT), distributed.start(args.device)
+    cli.check_ranges(args, RANGES)
+    state, world = checkpoints.load_checkpoint(Path(path), SCRIPT), distributed.start(args.device)
     networks = {}
     for name, weights in state["networks"].items():
         networks[name] = network(args, len(state["classes"]), world, name, pretrained=False)[
             0
         ].eval()
-        runs.load_exact(networks[name], weights, path)
+        checkpoints.load_exact(networks[name], weights, path)
     return networks, state, world
 
 
@@ -1792,15 +1830,7 @@ def score(args: Args) -> dict:
     """--eval: score a checkpoint's networks; <checkpoint>.results.json, and
     <checkpoint>.<network>.segm.json."""
     networks, state, world = load(args.eval, args)
-    data = instances.find(
-        args.dataset,
-        Path(args.root),
-        args.train_json,
-        args.val_json,
-        args.images,
-        args.val,
-        state["classes"],
-    )
+    data = find_data(args, state["classes"])
     scores, found, rows = evaluate(networks, data, args, world)
     scores = {name: {"last": {"step": state["step"], **record}} for name, record in scores.items()}
     facts = {"dataset": args.dataset, "split": args.split, "val": args.val, "seed": args.seed}
@@ -1809,7 +1839,7 @@ def score(args: Args) -> dict:
             rows, ["image", "label", *networks], Path(f"{args.eval}.previews.png"), height=192
         )
         for name, results in found.items():
-            runs.write_text(Path(f"{args.eval}.{name}.segm.json"), json.dumps(results))
+            write_text(Path(f"{args.eval}.{name}.segm.json"), json.dumps(results))
         runs.write_scores(
             Path(f"{args.eval}.results.json"),
             scores,
@@ -1828,16 +1858,16 @@ def predict(args: Args) -> None:
         networks.get("student", next(iter(networks.values()))),
         Path(f"{args.predict[0]}.predictions"),
     )
-    files = read.pictures(args.predict[1:])
+    files = pictures(args.predict[1:])
     results, _ = [], out.mkdir(exist_ok=True)
-    for i, file, image in read.readable(files, world):
+    for i, file, image in readable(files, world):
         objects = detect(net, image.to(world.device), args)
-        results.append((i, ap.results_of(str(file), state["ids"], *objects)))
+        results.append((i, mask_ap.results_of(str(file), state["ids"], *objects)))
         shown = picture(image, *(t.cpu() for t in objects), state["classes"])
         plots.save_picture(shown, out / f"{i:05d}_{file.stem}_overlay.jpg")
-    results = [r for _, part in ap.gather(world, results) for r in part]
+    results = [r for _, part in mask_ap.gather(world, results) for r in part]
     if world.main:
-        runs.write_text(out / "predictions.json", json.dumps(results))
+        write_text(out / "predictions.json", json.dumps(results))
         print(
             f"{len(files)} images: {out}/*_overlay.jpg (scores from 0.5) and predictions.json (all)"
         )
@@ -1847,7 +1877,7 @@ def settings(dataset: str = "coco", eval: str = "", predict: str = "") -> Args:
     """What the command line starts from: a preset, or the settings inside a checkpoint to score or
     predict with."""
     return (
-        runs.saved_settings(Args, Path(eval or predict), SCRIPT)
+        cli.saved_settings(Args, Path(eval or predict), SCRIPT)
         if eval or predict
         else preset(dataset)
     )
@@ -1861,4 +1891,4 @@ def main(args: Args) -> Any:
 
 
 if __name__ == "__main__":
-    runs.cli(Args, settings, main, choosers=("dataset", "eval", "predict"))
+    cli.cli(Args, settings, main, choosers=("dataset", "eval", "predict"))

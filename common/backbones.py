@@ -1,12 +1,11 @@
 """ImageNet backbones by name, cut into stages: timm first, then torchvision, and their weights with
 clear errors."""
 
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
 
-from common.runs import UserError, read_weights
+from common.errors import UserError
 
 
 class Stages(nn.Module):
@@ -109,20 +108,30 @@ def uncut(name: str, why: str) -> UserError:
     )
 
 
-def read(weights: str, backbone: str, root: str) -> dict[str, Tensor] | None:
-    """--weights: the tensors of a file, or of the embedded data's own pre-training under `root`;
-    None for the rest."""
-    if weights in ("imagenet", "none"):
-        return None
-    if weights == "shapes":
-        import timm
+class Strides(nn.Module):
+    """A CNN by its timm or torchvision name: (B, 3, H, W) -> four maps of strides 4, 8, 16, 32, of
+    `channels`. With `frozen` its BatchNorm is a constant, which keeps the type of a map."""
 
-        from data import shapes
-
-        if not timm.is_model(backbone):
+    def __init__(self, name: str, frozen: bool, pretrained: bool):
+        super().__init__()
+        self.body, reduction, channels = build(name, 32, pretrained)
+        if not {4, 8, 16, 32} <= set(reduction):
             raise UserError(
-                f"--weights shapes pre-trains timm networks; --backbone {backbone} is none, so take a timm "
-                f"name, or --weights none."
+                f"--backbone {name} has maps of strides {reduction}, and 4, 8, 16, 32 are needed; take "
+                f"another, for example resnet18."
             )
-        return read_weights(shapes.pretrain(Path(root), backbone))
-    return read_weights(Path(weights))
+        self.places = [
+            len(reduction) - 1 - reduction[::-1].index(stride) for stride in (4, 8, 16, 32)
+        ]
+        self.channels = [channels[i] for i in self.places]
+        if frozen:
+            from timm.utils.model import freeze_batch_norm_2d
+
+            self.body = freeze_batch_norm_2d(self.body)
+            for m in self.body.modules():
+                if isinstance(m, FrozenBatchNorm2d):  # its buffers would make bf16 maps float32
+                    m.register_forward_hook(lambda _, inputs, out: out.to(inputs[0].dtype))
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        maps = self.body(images.contiguous(memory_format=torch.channels_last))
+        return [maps[i] for i in self.places]

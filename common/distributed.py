@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from common.runs import UserError
+from common.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,10 @@
 """Confusion counts and mean intersection over union, exact on any number of processes."""
 
-from collections.abc import Callable, Iterable
-
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import plots
-from common.transforms import normalize
+from common.lvis_ap import Samples
 
 
 def confusion(prediction: Tensor, label: Tensor, num_classes: int) -> Tensor:
@@ -26,42 +23,6 @@ def confusion(prediction: Tensor, label: Tensor, num_classes: int) -> Tensor:
     else:
         counts = torch.bincount(index, minlength=bins).cpu()
     return counts.view(num_classes + 1, num_classes)[:num_classes]
-
-
-@torch.no_grad()
-# many sizes: no time to try algorithms for each
-@torch.backends.cudnn.flags(enabled=True, benchmark=False)
-def score(
-    networks: dict[str, nn.Module],
-    logits_of: Callable,
-    images: Iterable,
-    view: Callable,
-    num_classes: int,
-    world,
-    previews: int = 6,
-) -> tuple[dict[str, Tensor], list]:
-    """Confusion counts (K, K) of each network over all processes' `images` (index, image, label),
-    and preview rows.
-
-    `view(image, label)` -> what is scored of it (image, label, valid or None); `logits_of(net, x)`
-    maps a normalised (1, 3, H, W) to logits (1, K, H, W). Networks are scored in eval mode and left
-    in the mode they came in."""
-    counts = {name: torch.zeros(num_classes, num_classes, dtype=torch.int64) for name in networks}
-    rows, modes = [], [(net, net.training) for net in networks.values()]
-    for _, image, label in images:
-        image, label, valid = view(image, label)
-        x = normalize(
-            image[None].to(world.device), None if valid is None else valid[None].to(world.device)
-        )
-        row = [image.permute(1, 2, 0).numpy(), plots.colour(label)] if len(rows) < previews else []
-        for name, net in networks.items():
-            prediction = logits_of(net.eval(), x).argmax(1)[0]
-            counts[name] += confusion(prediction, label.to(prediction.device), num_classes)
-            row += [plots.colour(prediction)] if len(rows) < previews else []
-        rows += [row] if len(rows) < previews else []
-    for net, training in modes:
-        net.train(training)
-    return {name: world.sum(c) for name, c in counts.items()}, rows
 
 
 def iou(counts: Tensor) -> Tensor:
@@ -99,3 +60,65 @@ def distance(a: nn.Module, b: nn.Module) -> float:
     pairs = list(zip(a.parameters(), b.parameters(), strict=True))
     apart = torch.stack(torch._foreach_norm([x - y for x, y in pairs])).norm()
     return (apart / torch.stack(torch._foreach_norm([y for _, y in pairs])).norm()).item()
+
+
+def table(conf: np.ndarray, right: np.ndarray, bins: int = 10) -> list[dict]:
+    """The `bins` of equal width on [0, 1] of samples (N,), each: low, high, the number n of samples
+    with low <= confidence < high (in the last also 1), their mean confidence conf and share of
+    right ones acc, or None."""
+    conf, right = np.asarray(conf, np.float64), np.asarray(right, bool)
+    assert conf.shape == right.shape and conf.ndim == 1 and bins > 0, (
+        conf.shape,
+        right.shape,
+        bins,
+    )
+    assert ((conf >= 0) & (conf <= 1)).all(), "a confidence is not in 0..1"
+    place = np.minimum((conf * bins).astype(np.int64), bins - 1)
+    count, sums, hits = (
+        np.bincount(place, weights, bins).tolist() for weights in (None, conf, right)
+    )
+    return [
+        {
+            "low": b / bins,
+            "high": (b + 1) / bins,
+            "n": int(n),
+            "conf": s / n if n else None,
+            "acc": h / n if n else None,
+        }
+        for b, (n, s, h) in enumerate(zip(count, sums, hits, strict=True))
+    ]
+
+
+def error_of(rows: list[dict]) -> float | None:
+    """ECE of what `table` gives: the mean gap between confidence and accuracy, each bin by its
+    share of samples."""
+    number = sum(row["n"] for row in rows)
+    return (
+        sum(row["n"] * abs(row["acc"] - row["conf"]) for row in rows if row["n"]) / number
+        if number
+        else None
+    )
+
+
+def ece(conf: np.ndarray, right: np.ndarray, bins: int = 10) -> float | None:
+    """Expected calibration error (Naeini, Cooper, Hauskrecht, AAAI 2015) of samples (N,): sum_b n_b
+    / N |acc_b - conf_b| over bins of equal width. Empty bins count nothing; None without a
+    sample."""
+    return error_of(table(conf, right, bins))
+
+
+def reliability(samples: Samples, bins: int = 10, groups: list[str] | None = None) -> dict:
+    """ece, n (how many samples) and bins (see `table`) of all samples; and, with `groups`, r, c or
+    f of each class by its index, under r, c and f the same of the samples of their classes. Ready
+    for a JSON file."""
+
+    def record(conf: np.ndarray, right: np.ndarray) -> dict:
+        rows = table(conf, right, bins)
+        return {"ece": error_of(rows), "n": len(conf), "bins": rows}
+
+    labels, conf, right = (np.asarray(x) for x in samples)
+    found = record(conf, right)
+    for group in "rcf" if groups is not None else "":
+        mine = np.isin(labels, [k for k, g in enumerate(groups) if g == group])
+        found[group] = record(conf[mine], right[mine])
+    return found

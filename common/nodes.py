@@ -1,13 +1,16 @@
 """Nodes of a tree: results that follow from a path, each in a folder of its own, made once, by any
 process."""
 
+import contextlib
+import fcntl
 import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common.runs import claim, write_text
+from common.errors import UserError
+from common.files import write_text
 
 
 @dataclass
@@ -61,3 +64,30 @@ def fingerprint(state: dict) -> str:
     for name, value in sorted(state.items()):
         digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def claim(folder: Path, wait: bool = False):
+    """`with claim(folder) as ours`: True when no other process has this folder, which is made,
+    until the block ends or this process dies; with `wait` it becomes so. UserError on a file system
+    without locks."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise UserError(
+            f"{folder} cannot be made ({error.strerror}); name another --store."
+        ) from None
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        except OSError as error:
+            raise UserError(
+                f"{folder} lies on a file system without locks ({error.strerror}); name another."
+            ) from None
+        try:
+            yield True
+        finally:
+            fcntl.flock(lock, fcntl.LOCK_UN)  # loader processes may hold a copy of the handle

@@ -1,15 +1,12 @@
 """Pictures for people: palettes, overlays, strips of predictions, curves. Matplotlib is imported
 only for curves."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
-
-from data.read import pictures, readable
 
 
 def palette() -> np.ndarray:
@@ -111,25 +108,6 @@ def strip(rows: list[list[np.ndarray]], titles: list[str], path: Path, height: i
     sheet.save(path)
 
 
-@torch.no_grad()
-def predictions(
-    paths: list[str], out: Path, classes: list[str], logits_of: Callable[[Tensor], Tensor], world
-) -> None:
-    """Index PNGs and overlays of images, or of folders of them, into `out`; `logits_of` maps uint8
-    (1, 3, H, W) to logits (1, K, H, W). UserError when there is no image, or the only one cannot be
-    read."""
-    files = pictures(paths)
-    stems = [file.stem for file in files]
-    names = [f.stem if stems.count(f.stem) == 1 else f"{f.parent.name}_{f.name}" for f in files]
-    out.mkdir(exist_ok=True)
-    for i, _, image in readable(files, world):
-        label = logits_of(image[None].to(world.device)).argmax(1)[0]
-        save_index_png(label, out / f"{names[i]}.png")
-        save_picture(overlay(image, label, classes), out / f"{names[i]}_overlay.jpg")
-    if world.main:
-        print(f"{len(files)} images: {out}/*.png (class indices) and *_overlay.jpg")
-
-
 def curves(records: list[dict], path: Path, title: str = "") -> None:
     """A panel for each family of keys in the log's records (what stands before an underscore), a
     line for each key."""
@@ -167,3 +145,157 @@ def curves(records: list[dict], path: Path, title: str = "") -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+GROUPS = {
+    "f": ("frequent", "#009e73"),
+    "c": ("common", "#0072b2"),
+    "r": ("rare", "#d55e00"),
+    None: ("classes", "#666666"),
+}  # r on top of the others, which are many
+
+
+# ----------------------------------------------------------------------------------------- pictures
+def diagram(records: dict[str, dict], path: Path) -> None:
+    """Reliability diagrams (the paper's Fig. 3) of what `reliability` gives, a panel each, titled
+    by their keys: bars reach up to the accuracy of a bin, hatched ones from there to its mean
+    confidence; below, the number of samples."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(
+        2,
+        len(records),
+        figsize=(3.6 * len(records), 4.6),
+        sharex=True,
+        squeeze=False,
+        height_ratios=(3, 1),
+    )
+    for (top, below), (name, record) in zip(axes.T, records.items(), strict=True):
+        rows = [row for row in record["bins"] if row["n"]]
+        places = [(row["low"] + row["high"]) / 2 for row in rows]
+        width = 0.94 / len(record["bins"])
+        gaps, right = [row["conf"] - row["acc"] for row in rows], [row["acc"] for row in rows]
+        top.bar(places, right, width, color="#0072b2", label="accuracy")
+        for word, sign, light, dark in (
+            ("too sure", 1, "#f4cdb2", "#d55e00"),
+            ("too unsure", -1, "#0072b2", "white"),
+        ):
+            top.bar(
+                places,
+                [sign * max(sign * gap, 0) for gap in gaps],
+                width,
+                bottom=right,
+                color=light,
+                edgecolor=dark,
+                hatch="///",
+                linewidth=0.6,
+                label=word,
+            )
+        top.plot([0, 1], [0, 1], color="black", linestyle="--", linewidth=1)
+        error = "no ECE" if record["ece"] is None else f"ECE {record['ece']:.3f}"
+        top.set_title(f"{name}\n{error}, {record['n']:,} samples", fontsize=10)
+        top.set(xlim=(0, 1), ylim=(0, 1))
+        below.bar(places, [row["n"] for row in rows], width, color="#888888")
+        many = len(record["bins"]) > 10
+        below.set_ylim(0, (1.6 if many else 1.3) * max((row["n"] for row in rows), default=1))
+        for place, row in zip(places, rows, strict=True):
+            text = f"{row['n']:,}" if row["n"] < 10000 else f"{row['n'] / 1000:,.0f}k"
+            below.text(
+                place,
+                row["n"],
+                f" {text} ",
+                ha="center",
+                va="bottom",
+                fontsize=6,
+                rotation=90 * many,
+            )
+        below.set_xlabel("confidence", fontsize=9)
+        for axis in (top, below):
+            axis.tick_params(labelsize=8)
+    axes[0, 0].set_ylabel("share of right detections", fontsize=9)
+    if next(iter(records.values()))["n"]:
+        axes[0, 0].legend(fontsize=8, loc="upper left")
+    axes[1, 0].set_ylabel("samples", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def scatter(
+    before: dict[str, float | None],
+    after: dict[str, float | None],
+    groups: dict[str, str],
+    counts: dict[str, int],
+    path: Path,
+    labels: tuple[str, str] = ("teacher", "student"),
+) -> None:
+    """AP of each class (name -> percent, or None) over its number of labeled objects (the paper's
+    Fig. 4), by its group (name -> r, c or f): hollow by one network, filled by another. The legend
+    has the mean gain of each group."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6.4, 4.4))
+    names = [name for name in before if before[name] is not None and after.get(name) is not None]
+    for group, (word, colour) in GROUPS.items():
+        points = np.array(
+            [(max(counts[n], 0.5), before[n], after[n]) for n in names if groups.get(n) == group]
+        )
+        if len(points):
+            x, old, new = points.T
+            axis.vlines(x, old, new, color=colour, alpha=0.4, linewidth=1, zorder=1)
+            axis.scatter(
+                x,
+                old,
+                s=14,
+                facecolors="none",
+                edgecolors=colour,
+                linewidths=0.8,
+                zorder=2,
+                label="_",
+            )
+            axis.scatter(
+                x,
+                new,
+                s=14,
+                color=colour,
+                linewidths=0.8,
+                zorder=3,
+                label=f"{len(points)} {word}, mean gain {(new - old).mean():+.1f}",
+            )
+    axis.set(xscale="log", ylim=(-2, 102))
+    axis.set_xlabel(
+        f"labeled objects of a class (hollow: {labels[0]}, filled: {labels[1]})", fontsize=9
+    )
+    axis.set_ylabel("AP of a class", fontsize=9)
+    axis.tick_params(labelsize=8)
+    axis.grid(alpha=0.3)
+    if names:
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_objects(
+    image: Tensor, labels: Tensor, scores: Tensor, masks: Tensor, classes: list[str] | None = None
+) -> np.ndarray:
+    """Image (3, H, W) uint8 with the objects that score 0.5 or more on it, the best in front ->
+    (H', W, 3) uint8. With names of `classes`, each in a colour of its own, and a legend; else in
+    the colour of its class."""
+    shown = [i for i in scores.argsort().tolist() if scores[i] >= 0.5][-250:]
+    index = torch.zeros(image.shape[-2:], dtype=torch.uint8)
+    for place, i in enumerate(shown, start=1):
+        index[masks[i]] = place if classes else 1 + int(labels[i]) % 250
+    return overlay(
+        image,
+        index,
+        ["background", *(f"{classes[labels[i]]} {scores[i]:.2f}" for i in shown)]
+        if classes
+        else [],
+    )

@@ -1,25 +1,25 @@
 """The run folder: settings, log, progress, atomic checkpoints, resume, signals, weight files,
 errors for the user."""
 
-import argparse
 import contextlib
 import dataclasses
 import errno
 import fcntl
-import io
 import json
 import os
 import platform
-import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from common.checkpoints import save_checkpoint
+from common.errors import RankError, Stopped, UserError
+from common.files import parse_line, read_log, write_text
 
 FREE_TO_CHANGE = {
     "out",
@@ -32,145 +32,9 @@ FREE_TO_CHANGE = {
     "eval",
     "predict",
 }
+
+
 HELD = []  # open files, locked as long as this process lives
-LOST = "another process of this run stopped, or the network to it failed; see its message."
-
-
-class UserError(Exception):
-    """Something the user can mend. The message is one sentence: what, where, what to do."""
-
-
-def cli(
-    args_type: type,
-    preset: Callable,
-    main: Callable,
-    choosers: tuple[str, ...] = ("dataset",),
-    argv: list[str] | None = None,
-) -> None:
-    """Parse the command line over a preset and run `main(args)`; a UserError leaves with one
-    sentence and code 2.
-
-    `choosers` are the flags that pick the defaults: `preset(dataset="shapes")` returns the settings
-    that every other flag then overrides, so that --help shows the numbers which will be used."""
-    import tyro
-
-    argv = sys.argv[1:] if argv is None else argv
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in choosers:
-        first.add_argument(f"--{name}", default=argparse.SUPPRESS)
-    try:
-        try:
-            default = preset(**vars(first.parse_known_args(argv)[0]))
-        except KeyError:
-            default = preset()  # an unknown name: tyro lists those that exist
-        # --flag and --no-flag: presets have both
-        main(tyro.cli(args_type, default=default, args=argv))
-    except Stopped as stopped:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"\n{stopped}", flush=True)
-        leave(0)
-    except KeyboardInterrupt:
-        print(
-            "\nStopped by Ctrl-C at once; nothing was saved since the last checkpoint, if any.",
-            file=sys.stderr,
-        )
-        leave(130)
-    except Exception as error:  # noqa: BLE001 (only those with a sentence stay)
-        if (sentence := user_sentence(error)) is None:
-            raise
-        alone = sentence != LOST and (
-            isinstance(error, RankError) or not isinstance(error, UserError)
-        )
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0 or alone:  # else another process says the same
-            print(f"error: {sentence}", file=sys.stderr, flush=True)
-        leave(2)
-
-
-def leave(code: int) -> None:
-    """Exit at once: no waiting for loader processes, or for other processes in a collective
-    call."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-class RankError(UserError):
-    """A UserError that only one process met, so that this process must say it."""
-
-
-def user_sentence(error: BaseException) -> str | None:
-    """The sentence for the user, or None when this is a defect of ours and deserves its
-    traceback."""
-    text = str(error)
-    if isinstance(error, UserError):  # a DataLoader worker wraps it in its traceback
-        return re.split(r"(?:BrokenImage|RankError|UserError): ", text)[-1].strip()
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return (
-            f"No space left on the disk, or in its quota, while writing {error.filename or 'the run folder'}; the "
-            f"last checkpoint is whole, so free some space and continue with --resume."
-        )
-    words = (
-        "closed by peer",
-        "closed by remote peer",
-        "onnection reset",
-        "remote process exited",
-        "likely closed",
-    )
-    if (
-        isinstance(error, RuntimeError)
-        and any(w in text for w in words)
-        and int(os.environ.get("WORLD_SIZE", 1)) > 1
-    ):
-        return LOST  # of gloo, NCCL and the store; NCCL has others, too
-    if "out of memory" in text.lower() and isinstance(error, torch.OutOfMemoryError):
-        return "The GPU ran out of memory; use a smaller --batch-size or --crop-size, or more GPUs."
-    return None
-
-
-def check_ranges(args, limits: dict[str, tuple[float, float]]) -> None:
-    """UserError when a number, or a pair of them, is negative, outside its (low, high), or not in
-    order."""
-    for name, values in vars(args).items():
-        values = values if isinstance(values, tuple) else (values,)
-        if not all(isinstance(v, (int, float)) for v in values):
-            continue
-        low, high = limits.get(name, (1 if name == "log_every" else 0, 1e15))
-        if not all(low <= v <= high for v in values) or (
-            name != "crop_size" and list(values) != sorted(values)
-        ):
-            raise UserError(
-                f"--{name.replace('_', '-')} {' '.join(map(str, values))} is outside {low:g} to {high:g}"
-                f"{', or not in order' if len(values) > 1 else ''}."
-            )
-
-
-def check_meaning(args, base, method: str, flags_of: dict[str, str], idle: dict[str, bool]) -> None:
-    """UserError when a flag was changed that would be ignored: by `method`, where `flags_of` maps
-    methods to their flags (both as words), or beside another flag, where `idle` says so."""
-    for name in (n for n, off in idle.items() if off and getattr(args, n) != getattr(base, n)):
-        raise UserError(
-            f"--{name.replace('_', '-')} does nothing beside another flag of this command; leave it out."
-        )
-    for methods, names in flags_of.items():
-        for name in names.split() if method not in methods.split() else ():
-            if getattr(args, name) != getattr(base, name):
-                raise UserError(
-                    f"--{name.replace('_', '-')} has no meaning for {method}; leave it out."
-                )
-
-
-def saved_settings(args_type: type, path: Path, script: str):
-    """The settings inside a checkpoint, for scoring or predicting with it on this machine."""
-    saved = load_checkpoint(path, script)["settings"]
-    default = args_type()
-    if unknown := sorted(saved.keys() - vars(default).keys()):
-        raise UserError(
-            f"{path} has settings unknown here ({', '.join(unknown)}); use the version that wrote it."
-        )
-    saved = {k: tuple(v) if isinstance(getattr(default, k), tuple) else v for k, v in saved.items()}
-    return args_type(
-        **saved | {k: getattr(default, k) for k in ("resume", "device", "workers", "compile")}
-    )
 
 
 # --------------------------------------------------------------------------------------- run folder
@@ -278,52 +142,6 @@ def commit() -> str:
             check=True,
         ).stdout.strip()
     return ""
-
-
-def write_bytes(path: Path, data: bytes | memoryview) -> None:
-    """Write to a temporary file, flush it to the disk, rename: a reader sees the old file or the
-    new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_text(path: Path, text: str) -> None:
-    write_bytes(path, text.encode())
-
-
-@contextlib.contextmanager
-def claim(folder: Path, wait: bool = False):
-    """`with claim(folder) as ours`: True when no other process has this folder, which is made,
-    until the block ends or this process dies; with `wait` it becomes so. UserError on a file system
-    without locks."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise UserError(
-            f"{folder} cannot be made ({error.strerror}); name another --store."
-        ) from None
-    with open(folder / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        except OSError as error:
-            raise UserError(
-                f"{folder} lies on a file system without locks ({error.strerror}); name another."
-            ) from None
-        try:
-            yield True
-        finally:
-            fcntl.flock(lock, fcntl.LOCK_UN)  # loader processes may hold a copy of the handle
 
 
 class Run:
@@ -519,118 +337,3 @@ def write_scores(path: Path, scores: dict, facts: dict, metric: str, where: str)
     for name, score in scores.items():
         print(f"{name}: {metric} {score['last'][metric]:.2f} on {where}")
     print(f"in {path}")
-
-
-def parse_line(line: str) -> dict:
-    """One line of a log; {} when a crash left it torn."""
-    with contextlib.suppress(json.JSONDecodeError):
-        return json.loads(line)
-    return {}
-
-
-def read_log(path: Path) -> list[dict]:
-    return [record for line in path.read_text().splitlines() if (record := parse_line(line))]
-
-
-class Stopped(Exception):
-    """A run that was asked to leave and has saved its state."""
-
-
-# -------------------------------------------------------------------------------------- checkpoints
-def save_checkpoint(path: Path, script: str, state: dict) -> None:
-    """torch.save, atomically. `state` holds tensors, numbers, strings, lists and dicts only."""
-    buffer = io.BytesIO()
-    torch.save({"script": script, **state}, buffer)
-    write_bytes(path, buffer.getbuffer())
-
-
-def load_checkpoint(path: Path, script: str) -> dict:
-    """Read what `save_checkpoint` wrote; UserError for a missing, broken or foreign file."""
-    if not path.is_file():
-        raise UserError(f"There is no checkpoint {path}.")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001 (zip, pickle, runtime errors)
-        raise UserError(
-            f"{path} is not a readable checkpoint ({type(error).__name__}); "
-            f"use another one, or start again with another --out."
-        ) from None
-    if not isinstance(state, dict) or "script" not in state:
-        raise UserError(
-            f"{path} is a file of weights, not a checkpoint of {script}; give it to --weights."
-        )
-    if state["script"] != script:
-        raise UserError(f"{path} is a checkpoint of {state['script']}, not of {script}.")
-    return state | {"path": str(path)}
-
-
-def read_weights(path: Path, flag: str = "--weights") -> dict[str, Tensor]:
-    """A flat dict of tensors from .pth/.pt/.bin (weights_only), .safetensors or .pkl, without
-    wrappers' prefixes."""
-    if not path.is_file():
-        raise UserError(f"{flag} {path}: no such file; give imagenet, none or a file.")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            weights = load_file(str(path))
-        elif path.suffix == ".pkl":
-            from data.read import read_pickle
-
-            weights = read_pickle(path)
-        else:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001 (each format has its own)
-        raise UserError(
-            f"{flag} {path} cannot be read as weights ({type(error).__name__}); save it again as a "
-            f"plain state dict."
-        ) from None
-    for wrapper in ("networks", "model", "state_dict", "teacher", "supervised", "student"):
-        if isinstance(weights, dict) and isinstance(weights.get(wrapper), dict):
-            weights = weights[wrapper]
-    weights = weights if isinstance(weights, dict) else {}
-    weights = {k: torch.as_tensor(v) for k, v in weights.items() if hasattr(v, "shape")}
-    while weights and all(k.startswith("module.") for k in weights):
-        weights = {k.removeprefix("module."): v for k, v in weights.items()}
-    if not weights:
-        raise UserError(f"{flag} {path} holds no tensors.")
-    return weights
-
-
-def load_exact(network: nn.Module, weights: dict[str, Tensor], path: str) -> None:
-    """Load all tensors of the checkpoint `path`; UserError when the network was built with other
-    settings."""
-    try:
-        network.load_state_dict(weights)
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip()[:90]
-        raise UserError(
-            f"{path} does not fit the network of these settings ({first}); leave --backbone, --width and "
-            f"other network flags as they were."
-        ) from None
-
-
-def load_matching(network: nn.Module, weights: dict[str, Tensor], what: str) -> list[str]:
-    """Load every tensor whose name and shape fit; return lines that report each one that did not.
-
-    Raises UserError when nothing fits."""
-    own = network.state_dict()
-    fits = {k: v for k, v in weights.items() if k in own and own[k].shape == v.shape}
-    if not any(v.dim() > 1 for v in fits.values()):
-        raise UserError(
-            f"None of the {len(weights)} tensors of {what} fits this --backbone "
-            f"(for example {next(iter(weights))})."
-        )
-    network.load_state_dict(fits, strict=False)
-    wrong = [k for k in weights if k in own and k not in fits]
-    fresh = [k for k in own if k not in fits and not k.endswith("num_batches_tracked")]
-    unused = [k for k in weights if k not in own]
-    return [
-        f"{label} ({len(keys)}): {', '.join(keys)}"
-        for label, keys in [
-            ("of another shape, left fresh", wrong),
-            ("not in the file, left fresh", fresh),
-            ("in the file, not in the network", unused),
-        ]
-        if keys
-    ]

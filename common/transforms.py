@@ -10,7 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)  # of RGB values in 0..255
+
+
 IMAGENET_STD = (58.395, 57.12, 57.375)
+
+
 MEAN, STD = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
 
 

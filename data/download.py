@@ -36,7 +36,7 @@ from PIL import Image
 from scipy.io import loadmat
 from tqdm import tqdm
 
-from data.splits import (
+from common.splits import (
     PUBLISHED,
     TRAIN,
     SplitError,
@@ -51,15 +51,27 @@ VOC_URLS = (
     "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
     "https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
 )
+
+
 VOC_MD5 = "6cd6e144f989b92b3379bac3b3de84fd"  # as torchvision publishes it
+
+
 VOC_FILES = {
     "JPEGImages/*.jpg": 17125,
     "SegmentationClass/*.png": 2913,
     "ImageSets/Segmentation/*.txt": 3,
 }
+
+
 SBD_URL = "https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours/benchmark.tgz"
+
+
 SBD_MD5 = "82b4d87ceb2ed10f6038a1cba92111cb"  # as torchvision publishes it
+
+
 SBD_FILES = {"cls/*.mat": 11355, "*.txt": 2}
+
+
 CITYSCAPES_FILES = {
     "leftImg8bit": (
         "leftImg8bit_trainvaltest.zip",
@@ -68,19 +80,29 @@ CITYSCAPES_FILES = {
     ),
     "gtFine": ("gtFine_trainvaltest.zip", "241 MB", "gtFine/train/*/*_gtFine_labelIds.png"),
 }
+
+
 # cocodataset.org names no https; hence the hashes below
 COCO_ZIPS = "http://images.cocodataset.org/zips/"
+
+
 COCO_PICTURES = {"train2017": 118287, "val2017": 5000, "unlabeled2017": 123403}
+
+
 COCO_ANNOTATIONS = {
     "http://images.cocodataset.org/annotations/annotations_trainval2017.zip": (
         "instances_train2017.json",
         "instances_val2017.json",
     )
 }
+
+
 LVIS_ANNOTATIONS = {
     f"https://dl.fbaipublicfiles.com/LVIS/lvis_v1_{part}.json.zip": (f"lvis_v1_{part}.json",)
     for part in ("train", "val")
 }
+
+
 # bytes and SHA-256 as TensorFlow Datasets publishes them; of unlabeled2017 the pictures are counted
 ZIP_CHECKS = {
     "train2017.zip": (
@@ -102,9 +124,16 @@ ZIP_CHECKS = {
     ),
 }
 
+
 ATTEMPTS = 4  # per address, when a connection breaks
+
+
 WAIT_S = 2.0
+
+
 TIMEOUT_S = 30.0
+
+
 CHUNK = 1 << 20
 
 

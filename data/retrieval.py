@@ -26,11 +26,14 @@ from torch.utils.data import DataLoader
 
 from common import plots
 from common.distributed import World, rng
-from common.runs import RankError, UserError, write_bytes, write_text
-from data.read import BrokenImage, helpers, read_image
+from common.errors import RankError, UserError
+from common.files import BrokenImage, read_image, write_bytes, write_text
+from common.loading import helpers
 
 # change it when a shard would be another one
 FORMAT = "1: whole picture, bicubic with antialias, float16"
+
+
 BLOCK = 2048  # rows and columns of a block of cosines, 16 MiB
 
 

@@ -33,7 +33,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from common.runs import UserError
+from common.errors import UserError
 
 # the embedded classes
 FORMS = (
@@ -54,6 +54,8 @@ FORMS = (
     "bow",
     "wedge",
 )  # pre-training only
+
+
 PATTERNS = ("plain", "stripes", "checks", "dots", "rings", "noise", "gradient", "mesh")
 
 
@@ -75,10 +77,15 @@ class Difficulty:
 
 
 SEMANTIC = Difficulty(objects=(1, 3), radius=(0.22, 0.38), grey=0.0, pattern=(0.2, 1.0))
+
+
 INSTANCE = Difficulty(
     size=96, objects=(2, 5), radius=(0.10, 0.22), grey=0.2, lying=0.05, clutter=0.2
 )
+
+
 PRETRAIN = Difficulty(objects=(1, 1), radius=(0.22, 0.42), grey=0.3, lying=0.0)
+
 
 # class -> (form, pattern, hue): three pairs of nearly one hue each
 SEMANTIC_CLASSES = {
@@ -90,8 +97,11 @@ SEMANTIC_CLASSES = {
     "plus": ("cross", "plain", 0.69),
 }
 
+
 # a few classes, evenly frequent, learned in minutes
 FEW = Difficulty(size=96, objects=(2, 4), radius=(0.13, 0.26), grey=0.2, clutter=0.2)
+
+
 THING_CLASSES = {
     "coin": ("circle", "stripes", 0.13),
     "crate": ("square", "checks", 0.10),
@@ -101,12 +111,15 @@ THING_CLASSES = {
     "plus": ("cross", "mesh", 0.64),
 }
 
+
 # a short long tail in clearer scenes (three networks are trained on it), most frequent first: the
 # later half are the
 # look-alikes of the first, in another pattern
 TAIL = Difficulty(
     size=96, objects=(2, 4), radius=(0.15, 0.28), grey=0.1, clutter=0.15, pattern=(0.4, 1.0)
 )
+
+
 TAIL_CLASSES = {
     "coin": ("circle", "stripes", 0.13),
     "tent": ("triangle", "dots", 0.33),
@@ -121,6 +134,7 @@ TAIL_CLASSES = {
     "medal": ("star", "rings", 0.17),
     "mill": ("cross", "checks", 0.95),
 }
+
 
 # the long tail, most frequent first. Look-alikes differ in pattern (tent, flag) or by a step in hue
 # (wheel, buoy) alone
@@ -319,7 +333,10 @@ def once(target: Path, version: str, make) -> Path:
     mark = target / "version.txt"
     if mark.is_file() and mark.read_text() == version:
         return target  # nothing to write: the root may be read-only
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"--root {target.parent} is a file; name a folder.") from None
     with open(target.parent / f".{target.name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         found = mark.read_text() if mark.is_file() else ""
@@ -391,7 +408,11 @@ def make_voc(root: Path, train: int = 1000, tune: int = 200, val: int = 300) -> 
 
 # --------------------------------------------------------------------------------------- Cityscapes
 WHEELS = ", ellipse 10 70 30 100 15, ellipse 70 70 90 100 15"
+
+
 BODY = "rectangle 20 55 45 100 50, rectangle 55 55 80 100 50, rectangle 10 20 90 60 100, ellipse 28 0 72 22 140"
+
+
 # raw labelId, metres wide, high and above ground, hue, saturation and value (or any colour), and
 # parts in percent:
 # form, left, top, right, bottom, brightness
@@ -956,6 +977,18 @@ def pretrain(root: Path, backbone: str, steps: int = 1200, batch_size: int = 64)
 
     version = f"pretrain {PRETRAIN} {steps} {batch_size} {timm.__version__}"
     return once(root / "weights" / backbone, version, make) / "weights.pth"
+
+
+def pretrained(root: Path, backbone: str) -> Path:
+    """The file of weights that `--weights shapes` means, pre-trained on first use."""
+    import timm
+
+    if not timm.is_model(backbone):
+        raise UserError(
+            f"--weights shapes pre-trains timm networks; --backbone {backbone} is none, so take a "
+            f"timm name, or --weights none."
+        )
+    return pretrain(root, backbone)
 
 
 def main(argv: list[str] | None = None) -> int:

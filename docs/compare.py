@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
 BOOKKEEPING = {
     "out",
     "resume",
@@ -104,11 +106,10 @@ def strip(runs: list[dict], path: Path, count: int = 8) -> None:
     import torch
 
     import gta_seg
-    from common import plots, transforms
-    from data import find, read
+    from common import plots, semantic, transforms
 
     args = gta_seg.settings(eval=str(runs[0]["folder"] / "last.pt"))
-    data = find.find(args.dataset, Path(args.root), args.val)
+    data = semantic.find(args.dataset, Path(args.root), args.val)
     networks = []
     for run in runs:
         checkpoint = str(run["folder"] / "last.pt")
@@ -117,7 +118,7 @@ def strip(runs: list[dict], path: Path, count: int = 8) -> None:
     rows = []
     with torch.no_grad():
         for picture in data.val[:count]:
-            image, truth = read.load(picture, data)
+            image, truth = semantic.load_picture(picture, data)
             x = transforms.normalize(image[None])
             predictions = [
                 gta_seg.predict_logits(net.cpu(), x, a.window).argmax(1)[0] for net, a in networks

@@ -7,7 +7,6 @@ printed: machines are noisy."""
 
 import contextlib
 import io
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -21,23 +20,28 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import gist_rist  # noqa: E402
-from common import datasets  # noqa: E402
-from common.distributed import World, rng  # noqa: E402
-from common.nodes import Nodes  # noqa: E402
-from data import read  # noqa: E402
+import gist_rist
+from common import semantic
+from common.distributed import World, rng
+from common.nodes import Nodes
 
 SEARCHES = {f"GIST {n}": dict(search=("gist",), beam=n) for n in (1, 2, 3)} | {
     f"RIST {n}": dict(search=("rist",), trials=n) for n in (1, 2, 4, 8)
 }
+
+
 TOGETHER = {
     "GIST 1, RIST 2": dict(search=("gist", "rist")),
     "GIST 1, RIST 2, FIST, batch-wise": dict(search=("gist", "rist", "fist", "batchwise")),
 }
+
+
 PAPER = gist_rist.preset("voc", weights="none", pixels="bgr", phi=0.5)
+
+
 POOL = 10_582 - 10_582 // 50 - PAPER.dev_size  # VOC's unlabeled images at 1/50
+
+
 TINY = dict(
     weights="none",
     backbone="test_resnet",
@@ -90,7 +94,7 @@ def counted(**flags) -> tuple[Counter, set[str]]:
         mock.patch.multiple(gist_rist.Tree, network=network, weights=lambda tree, path: {}),
     ):
         store = Nodes(Path(folder, "stage0"), Path(folder, "nodes"), gist_rist.parent_of)
-        data, pool = SimpleNamespace(classes=["a"]), [read.Picture("a", Path(), None)]
+        data, pool = SimpleNamespace(classes=["a"]), [semantic.Picture("a", Path(), None)]
         finish(tree := gist_rist.Tree(args, World(), data, [], pool, [], store), gist_rist.ROOT)
         gist_rist.search_all(tree, args)
     nodes = set(store.records) - {gist_rist.ROOT}
@@ -144,7 +148,7 @@ def bench_flops() -> None:
     with torch.device("meta"), mock.patch.object(torch, "autocast", no_autocast):
         net, teacher = (gist_rist.SegNet(PAPER, 21) for _ in range(2))
         net.frozen = True
-        batch = datasets.Batch(
+        batch = semantic.Batch(
             torch.empty(crop[0], 3, *crop[1:]),
             torch.ones(crop, dtype=torch.bool),
             torch.zeros(crop, dtype=torch.long),

@@ -4,7 +4,6 @@ Each pair is timed in turn, A B A B ..., and the median of the pairwise ratios i
 are noisy."""
 
 import statistics
-import sys
 import tempfile
 import time
 from functools import partial
@@ -15,12 +14,9 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import gta_seg  # noqa: E402
-from common import datasets, metrics, transforms  # noqa: E402
-from common.distributed import World  # noqa: E402
-from data import read  # noqa: E402
+import gta_seg
+from common import metrics, semantic, transforms
+from common.distributed import World
 
 WORLD = World()
 
@@ -44,10 +40,10 @@ def pair(a, b, rounds: int = 5, repeats: int = 1) -> tuple[float, float, float]:
     )
 
 
-def batch(args: gta_seg.Args, count: int, classes: int) -> datasets.Batch:
+def batch(args: gta_seg.Args, count: int, classes: int) -> semantic.Batch:
     size = args.crop_size
     images = torch.randn(count, 3, size, size).contiguous(memory_format=torch.channels_last)
-    return datasets.Batch(
+    return semantic.Batch(
         images,
         torch.ones(count, size, size, dtype=torch.bool),
         torch.randint(0, classes, (count, size, size)),
@@ -135,10 +131,10 @@ def bench_loader() -> None:
         Image.fromarray(
             np.kron(rng.integers(0, 21, (15, 20), dtype=np.uint8), np.ones((25, 25), np.uint8))
         ).save(label)
-        data = read.Segmentation("voc", Path(folder), [str(i) for i in range(21)], {}, [])
+        data = semantic.Segmentation("voc", Path(folder), [str(i) for i in range(21)], {}, [])
         args = gta_seg.preset("voc")
-        picture = read.Picture("a", image, label)
-        views = datasets.Pictures([picture], data, True, partial(gta_seg.augment, args), 0, "x")
+        picture = semantic.Picture("a", image, label)
+        views = semantic.Pictures([picture], data, True, partial(gta_seg.augment, args), 0, "x")
         place = iter(range(10**6))
 
         def ours():

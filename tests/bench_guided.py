@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import guided_distillation as gd  # noqa: E402
+import guided_distillation as gd
 
 CLASSES, OBJECTS = 80, 7  # of COCO; objects of an image, its mean
+
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

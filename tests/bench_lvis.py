@@ -21,9 +21,7 @@ from unittest import mock
 import numpy as np
 from pycocotools import mask as coco_mask
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from data.lvis_ap import lvis_ap  # noqa: E402
+from common.lvis_ap import lvis_ap
 
 HEIGHT, WIDTH = 480, 640
 

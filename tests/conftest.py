@@ -8,6 +8,8 @@ import pytest
 import torch
 
 DRAWS = "the first step of a process takes other dropout: the DataLoader draws its seed after seed_torch (gta_seg.py)"
+
+
 # part of a test's name -> what the product does; take the line out when it is mended (strict: it
 # tells)
 DEFECTS = {}

@@ -18,8 +18,13 @@ import torch
 
 # before anything imports the hub, here and in the server that processes are forked from
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+
 REPO = Path(__file__).resolve().parents[1]
+
+
 TEST_DATA = (REPO / os.environ.get("TEST_DATA", "../shared/data")).resolve()
+
 
 # A network of a few thousand weights, warm-up of two steps of `epoch` (2 steps: 8 unlabeled images,
 # batches of 4)
@@ -32,12 +37,16 @@ TINY = {
     "workers": 0,
 }
 
+
 CHOOSERS = {
     "gta_seg": ("dataset", "recipe", "eval", "predict"),
     "gist_rist": ("dataset", "eval", "predict", "report"),
 }
 
+
 _server = multiprocessing.get_context("forkserver")
+
+
 _server.set_forkserver_preload(
     [
         "gta_seg",
@@ -146,13 +155,13 @@ def _child(
 
 def script(line: list[str], setup: Callable | None = None, name: str = "gta_seg") -> None:
     """What `python NAME.py LINE` does, after `setup()`; to be run in a process of its own."""
-    from common import runs
+    from common import cli
 
     module = importlib.import_module(name)
     if setup is not None:
         setup()
     sys.argv = [f"{name}.py", *line]
-    runs.cli(module.Args, module.settings, module.main, choosers=CHOOSERS[name], argv=line)
+    cli.cli(module.Args, module.settings, module.main, choosers=CHOOSERS[name], argv=line)
 
 
 def begin(

@@ -19,10 +19,16 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_leaves, tree_map
 
 HERE, CPU = torch.device("meta"), torch.device("cpu")
+
+
 # on a GPU, by indices that may be on the CPU
 INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_"}
+
+
 # their sizes come back
 WAITING = {"_local_scalar_dense", "nonzero", "_unique2", "masked_select", "bincount", "nms"}
+
+
 WAITS = Counter()  # since the start, by operator
 
 

@@ -11,22 +11,31 @@ import torch
 from helpers import TEST_DATA, Started, free_port
 from pycocotools import mask as coco_mask
 
-from common import distributed
+import better_pseudo_labels
+from common import distributed, instances, mask_ap
 from common.distributed import World
-from common.runs import RankError
-from data import ap, instances, shapes
-from data.instances import CITYSCAPES_THINGS, Instances, Thing, masks_of
-from data.lvis_ap import lvis_ap
+from common.errors import RankError
+from common.lvis_ap import lvis_ap
+from common.objects import CITYSCAPES_THINGS, Instances, Thing, bare, masks_of, read_ids
+from data import shapes
 
 GOLDEN = TEST_DATA / "coco_eval_golden"
+
+
 DEMO = {
     "segm": "320 562 299 387 310 327 268 415 417 469 377 381",
     "bbox": "505 697 573 586 519 501 387 594 595 640 566 564",
 }
+
+
 golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no reference results in {GOLDEN}")
+
+
 real = pytest.mark.skipif(
     not (TEST_DATA / "coco_mini").is_dir(), reason=f"no pictures in {TEST_DATA}"
 )
+
+
 CAR, TRUCK, PERSON = 2, 3, 0  # places among the eight classes
 
 
@@ -50,7 +59,9 @@ def perfect(data: Instances, shift: int = 0) -> list[dict]:
     for photo in data.val:
         labels, masks, _ = masks_of(photo, data)
         scores = torch.linspace(1, 0.5, max(len(labels), 1))[: len(labels)]
-        found += ap.results_of(photo.id, data.ids, labels, scores, torch.roll(masks, shift, -1))
+        found += mask_ap.results_of(
+            photo.id, data.ids, labels, scores, torch.roll(masks, shift, -1)
+        )
     return found
 
 
@@ -86,7 +97,7 @@ def toy(objects: list[tuple[int, np.ndarray, bool]], first: int = 0) -> dict:
 
 def detected(*found: tuple[int, float, np.ndarray]) -> list[dict]:
     labels, scores = torch.tensor([c for c, _, _ in found]), torch.tensor([s for _, s, _ in found])
-    return ap.results_of(
+    return mask_ap.results_of(
         5, [4, 9], labels, scores, torch.from_numpy(np.stack([m for _, _, m in found]))
     )
 
@@ -98,13 +109,13 @@ def test_files_without_boxes_and_areas_are_scored_as_with_them(tmp_path):
     folder = shapes.make_tail(tmp_path / "tail", 12, 2, 6)
     data = instances.find("lvis", folder)
     content = json.loads(data.val_json.read_text())
-    whole = ap.truth_of(data)["annotations"]
+    whole = mask_ap.truth_of(data)["annotations"]
     for i, a in enumerate(content["annotations"]):
         a.update(area=0, bbox=[]) if i % 2 else [a.pop("area"), a.pop("bbox")]
     for record in content["images"]:
         record.update(height=str(record["height"]), width=float(record["width"]))
     (tmp_path / "lean.json").write_text(json.dumps(content))
-    lean = ap.truth_of(replace(data, val_json=tmp_path / "lean.json"))
+    lean = mask_ap.truth_of(replace(data, val_json=tmp_path / "lean.json"))
     assert len(lean["annotations"]) == len(whole) > 5 and all(
         type(r["height"]) is int for r in lean["images"]
     )
@@ -114,7 +125,7 @@ def test_files_without_boxes_and_areas_are_scored_as_with_them(tmp_path):
 
 def by_photos(data: Instances) -> dict:
     """What is true by the objects of the Photos, without the file."""
-    return ap.truth_of(instances.scored_on(data, data.val))
+    return mask_ap.truth_of(instances.scored_on(data, data.val))
 
 
 def moved(truth: dict, seed: int = 0) -> list[dict]:
@@ -123,7 +134,7 @@ def moved(truth: dict, seed: int = 0) -> list[dict]:
     g, results = np.random.default_rng(seed), []
     sizes = {r["id"]: (r["height"], r["width"]) for r in truth["images"]}
     for a in truth["annotations"]:
-        mask = coco_mask.decode(ap.runs_of(a["segmentation"], *sizes[a["image_id"]]))
+        mask = coco_mask.decode(mask_ap.runs_of(a["segmentation"], *sizes[a["image_id"]]))
         mask = np.roll(mask, g.integers(0, 4, 2), (0, 1))
         runs = coco_mask.encode(np.asfortranarray(mask))
         results.append(
@@ -150,7 +161,7 @@ def test_what_is_true_by_the_photos_is_what_the_file_says(name, drawn, monkeypat
         pytest.skip(f"no {root}")
     data = instances.find("coco", root, train_json="annotations/lvis_train.json" if kind else "")
     data.val = data.val[::2]
-    content, made = ap.truth_of(data), by_photos(data)
+    content, made = mask_ap.truth_of(data), by_photos(data)
     assert made["images"] and len(made["annotations"]) == len(content["annotations"])
     assert [a["id"] for a in made["annotations"]] == list(range(1, len(made["annotations"]) + 1))
     given = {
@@ -180,14 +191,16 @@ def test_what_is_true_by_the_photos_is_what_the_file_says(name, drawn, monkeypat
         if folder == "car_parts" and what == "bbox":  # the file's boxes are those of masks
             continue
         scores = [
-            (ap.coco_ap(truth, results, what), lvis_ap(truth, results, what))
+            (mask_ap.coco_ap(truth, results, what), lvis_ap(truth, results, what))
             for truth in (content, made)
         ]
         assert scores[0] == scores[1] and 1 < scores[0][0]["ap"] < 99
     monkeypatch.setattr(
         type(data.val_json), "read_text", lambda *_, **__: pytest.fail("the file was read")
     )
-    assert ap.coco_ap(instances.scored_on(data, data.val), results) == ap.coco_ap(made, results)
+    assert mask_ap.coco_ap(instances.scored_on(data, data.val), results) == mask_ap.coco_ap(
+        made, results
+    )
 
 
 def test_objects_without_area_and_boxes_of_polygons(drawn):
@@ -197,7 +210,7 @@ def test_objects_without_area_and_boxes_of_polygons(drawn):
     runs = coco_mask.encode(np.asfortranarray(box(5, 6, 7, 8), np.uint8))
     things = (Thing(1, polygons, False, 0.0), Thing(0, runs, True, 0.0), Thing(0, runs, False, 5.5))
     photo = drawn.val[0]._replace(things=things, height=60, width=60, negative=(2,), partial=(3,))
-    truth = ap.truth_of(instances.scored_on(drawn, [photo]))
+    truth = mask_ap.truth_of(instances.scored_on(drawn, [photo]))
     assert truth["images"] == [
         {"id": photo.id, "file_name": photo.name, "height": 60, "width": 60}
     ], "it is not LVIS"
@@ -213,14 +226,14 @@ def test_objects_without_area_and_boxes_of_polygons(drawn):
         ([6, 5, 8, 7], 5.5, 0),
     ]
     with pytest.raises(AssertionError, match="has no labels"):
-        ap.truth_of(instances.scored_on(drawn, [instances.bare(photo)]))
+        mask_ap.truth_of(instances.scored_on(drawn, [bare(photo)]))
 
 
 def test_held_out_streets_are_read_from_their_labels(street):
-    held = instances.hold_out(instances.labels_read(street.train), 0.5, 0)[1]
+    held = better_pseudo_labels.hold_out(instances.labels_read(street.train), 0.5, 0)[1]
     ids = {p.id for p in held}
-    whole = ap.truth_of(replace(street, val=street.train))
-    truth = ap.truth_of(instances.scored_on(street, held))
+    whole = mask_ap.truth_of(replace(street, val=street.train))
+    truth = mask_ap.truth_of(instances.scored_on(street, held))
     assert truth["annotations"] == [a for a in whole["annotations"] if a["image_id"] in ids] != []
 
 
@@ -230,7 +243,7 @@ def test_the_demo_of_the_coco_api_to_the_digit(kind, capfd):
     truth = json.loads((GOLDEN / "instances_val2014_100.json").read_text())
     results = json.loads((GOLDEN / f"instances_val2014_fake{kind}100_results.json").read_text())
     before = json.dumps(truth), json.dumps(results)
-    score = ap.coco_ap(truth, results, kind)
+    score = mask_ap.coco_ap(truth, results, kind)
     assert [round(10 * x) for x in score["stats"]] == [int(x) for x in DEMO[kind].split()]
     assert [score[k] for k in ("ap", "ap50", "ap75", "ap_s", "ap_m", "ap_l")] == score["stats"][:6]
     assert score["ar100"] == score["stats"][8] and len(score["per_class"]) == 80
@@ -246,7 +259,9 @@ def test_a_toy_by_hand():
     thresholds 0.5, 0.55 and 0.6."""
     one, two = box(0, 0, 20, 20), box(30, 0, 20, 20)
     truth = toy([(4, one, False), (4, two, False)])
-    score = ap.coco_ap(truth, detected((0, 0.9, one), (0, 0.8, box(0, 40, 20, 20)), (1, 0.7, two)))
+    score = mask_ap.coco_ap(
+        truth, detected((0, 0.9, one), (0, 0.8, box(0, 40, 20, 20)), (1, 0.7, two))
+    )
     assert (
         score["ap"] == pytest.approx(100 * 51 / 101)
         and score["ap75"] == score["ap50"] == score["ap"]
@@ -254,7 +269,7 @@ def test_a_toy_by_hand():
     assert score["per_class"] == {"cat": score["ap"], "dog": None} and score["ar100"] == 50
     # 400 pixels are small
     assert score["ap_s"] == score["ap"] and score["ap_m"] is None and score["ap_l"] is None
-    score = ap.coco_ap(truth, detected((0, 0.9, box(0, 0, 12, 20)), (0, 0.8, two)))
+    score = mask_ap.coco_ap(truth, detected((0, 0.9, box(0, 0, 12, 20)), (0, 0.8, two)))
     assert score["ap50"] == pytest.approx(100) and score["ap75"] == pytest.approx(
         100 * 0.5 * 51 / 101
     )
@@ -262,7 +277,7 @@ def test_a_toy_by_hand():
     assert score["ap"] == pytest.approx(100 * (3 * 1 + 7 * 0.5 * 51 / 101) / 10)
     both = detected((0, 0.9, one), (0, 0.8, two))
     for number, ar in ((1, 50), (7, 100), (300, 100)):
-        score = ap.coco_ap(truth, both, max_dets=number)
+        score = mask_ap.coco_ap(truth, both, max_dets=number)
         assert (
             score["ap"] == pytest.approx(100 * 51 / 101 if number == 1 else 100)
             and score[f"ar{number}"] == ar
@@ -273,9 +288,11 @@ def test_a_toy_by_hand():
 def test_crowds_hide_detections_and_areas_come_from_masks():
     cat, crowd = box(0, 0, 20, 20), box(20, 20, 40, 40)
     wrong = (0, 0.95, box(25, 25, 8, 8))
-    score = ap.coco_ap(toy([(4, cat, False), (4, crowd, True)]), detected((0, 0.9, cat), wrong))
+    score = mask_ap.coco_ap(
+        toy([(4, cat, False), (4, crowd, True)]), detected((0, 0.9, cat), wrong)
+    )
     assert score["ap"] == pytest.approx(100)
-    assert ap.coco_ap(toy([(4, cat, False)]), detected((0, 0.9, cat), wrong))[
+    assert mask_ap.coco_ap(toy([(4, cat, False)]), detected((0, 0.9, cat), wrong))[
         "ap"
     ] == pytest.approx(50)
     results = detected((0, 0.9, cat))
@@ -284,21 +301,23 @@ def test_crowds_hide_detections_and_areas_come_from_masks():
         r | {"bbox": [0, 0, 60, 60]} for r in detected((0, 0.9, cat), (0, 0.95, box(30, 30, 9, 9)))
     ]
     truth = toy([(4, cat, False)])
-    assert ap.coco_ap(truth, large)["ap_s"] == pytest.approx(50)
-    assert ap.coco_ap(truth, results, "bbox")["ap"] == pytest.approx(100)  # else boxes of the masks
+    assert mask_ap.coco_ap(truth, large)["ap_s"] == pytest.approx(50)
+    assert mask_ap.coco_ap(truth, results, "bbox")["ap"] == pytest.approx(
+        100
+    )  # else boxes of the masks
 
 
 @pytest.mark.parametrize("first", [0, 1])
 def test_an_annotation_of_id_0_can_be_found(first):
     """pycocotools takes it for no match."""
     cat = box(0, 0, 20, 20)
-    assert ap.coco_ap(toy([(4, cat, False)], first), detected((0, 0.9, cat)))[
+    assert mask_ap.coco_ap(toy([(4, cat, False)], first), detected((0, 0.9, cat)))[
         "ap"
     ] == pytest.approx(100)
 
 
 def test_empty_results_score_0_and_absent_classes_none():
-    score = ap.coco_ap(toy([(4, box(0, 0, 20, 20), False)]), [])
+    score = mask_ap.coco_ap(toy([(4, box(0, 0, 20, 20), False)]), [])
     assert (score["ap"], score["ap50"], score["ap_s"], score["ap_l"], score["ar100"]) == (
         0,
         0,
@@ -307,20 +326,20 @@ def test_empty_results_score_0_and_absent_classes_none():
         0,
     )
     assert score["per_class"] == {"cat": 0, "dog": None}
-    score = ap.coco_ap(toy([(4, box(0, 0, 20, 20), True)]), [])
+    score = mask_ap.coco_ap(toy([(4, box(0, 0, 20, 20), True)]), [])
     assert (score["ap"], score["per_class"]) == (None, {"cat": None, "dog": None})
     empty = detected((0, 0.0, np.zeros((60, 60), bool)))
-    assert ap.coco_ap(toy([(4, box(0, 0, 20, 20), False)]), empty)["ap"] == 0
+    assert mask_ap.coco_ap(toy([(4, box(0, 0, 20, 20), False)]), empty)["ap"] == 0
 
 
 def test_perfect_results_score_100(drawn, street):
     for data in (drawn, street):
         results = perfect(data)
-        assert ap.coco_ap(data, results)["ap"] == pytest.approx(100)
-        assert 5 < ap.coco_ap(data, perfect(data, 4))["ap"] < 80
-        first = ap.coco_ap(data, [r for r in results if r["image_id"] == data.val[0].id])["ap"]
+        assert mask_ap.coco_ap(data, results)["ap"] == pytest.approx(100)
+        assert 5 < mask_ap.coco_ap(data, perfect(data, 4))["ap"] < 80
+        first = mask_ap.coco_ap(data, [r for r in results if r["image_id"] == data.val[0].id])["ap"]
         data = replace(data, val=data.val[:1])
-        part = ap.coco_ap(data, [r for r in results if r["image_id"] == data.val[0].id])["ap"]
+        part = mask_ap.coco_ap(data, [r for r in results if r["image_id"] == data.val[0].id])["ap"]
         assert part == pytest.approx(100) and first < 100, "only the pictures in `val` are scored"
 
 
@@ -331,7 +350,7 @@ def test_perfect_results_score_100(drawn, street):
 def test_perfect_results_on_real_pictures(train_json):
     data = instances.find("coco", TEST_DATA / "coco_mini", train_json=train_json)
     data.val = data.val[::5]
-    score = ap.coco_ap(data, perfect(data))
+    score = mask_ap.coco_ap(data, perfect(data))
     assert score["ap"] == pytest.approx(100) and score["ar100"] == pytest.approx(100)
 
 
@@ -347,15 +366,18 @@ def test_a_file_without_areas_crowds_or_good_polygons(drawn, tmp_path):
     data = replace(drawn, val_json=tmp_path / "val.json")
     data.val_json.write_text(json.dumps(content))
     facts, other = (
-        [(a["area"], a["iscrowd"]) for a in ap.truth_of(d)["annotations"]] for d in (data, drawn)
+        [(a["area"], a["iscrowd"]) for a in mask_ap.truth_of(d)["annotations"]]
+        for d in (data, drawn)
     )
     results = perfect(drawn, 2)
-    stats = [ap.coco_ap(truth, results)["stats"] for truth in (data, drawn, ap.truth_of(drawn))]
+    stats = [
+        mask_ap.coco_ap(truth, results)["stats"] for truth in (data, drawn, mask_ap.truth_of(drawn))
+    ]
     assert facts == other and stats[0] == stats[1] == stats[2]
 
 
 def test_cityscapes_as_a_coco_file(street):
-    truth = ap.truth_of(street)
+    truth = mask_ap.truth_of(street)
     assert [c["name"] for c in truth["categories"]] == street.classes and len(truth["images"]) == 4
     for photo in street.val:
         labels, masks, crowd = masks_of(photo, street, crowds=True)
@@ -379,15 +401,15 @@ def test_encode(kind):
     if kind != torch.bool:
         masks[2, 6:] *= 3
     masks[3] = 0
-    runs = ap.encode(masks)
+    runs = mask_ap.encode(masks)
     assert json.loads(json.dumps(runs)) == runs and runs[0]["size"] == [13, 7]
     assert np.array_equal(np.stack([coco_mask.decode(r) for r in runs]), masks.numpy() != 0)
-    assert ap.encode(torch.zeros(0, 4, 4)) == []
+    assert mask_ap.encode(torch.zeros(0, 4, 4)) == []
 
 
 # --------------------------------------------------------------------------------------- Cityscapes
 def scored(*images: tuple[np.ndarray, list]) -> dict:
-    judge = ap.CityscapesAP()
+    judge = mask_ap.CityscapesAP()
     for truth, predictions in images:
         judge.add(truth, predictions)
     return judge.result()
@@ -547,7 +569,7 @@ def by_loops(images: list[tuple[np.ndarray, list]]) -> dict[str, list[float]]:
                     for v in np.unique(truth).tolist()
                     if (v // 1000 if v >= 1000 else v) == kind
                 }
-                void = np.isin(truth, ap.VOID)
+                void = np.isin(truth, mask_ap.VOID)
                 ours = [(s, m) for c, s, m in predictions if c == index and m.any()]
 
                 def iou(a, b):
@@ -650,11 +672,11 @@ def test_random_maps_against_plain_loops(seed):
 
 
 def test_a_drawn_street_found_perfectly(street):
-    judge = ap.CityscapesAP()
+    judge = mask_ap.CityscapesAP()
     for photo in street.val:
         labels, masks, _ = masks_of(photo, street)
         judge.add(
-            instances.read_ids(photo.label),
+            read_ids(photo.label),
             [(int(c), 0.5, m.numpy() > 0) for c, m in zip(labels, masks, strict=True)],
         )
     score = judge.result()
@@ -672,7 +694,7 @@ def evaluate(root: Path, out: Path) -> None:
     JSON."""
     world = distributed.start("cpu")
     data = instances.find("cityscapes", root)
-    judge, results = ap.CityscapesAP(), []
+    judge, results = mask_ap.CityscapesAP(), []
     for index, image in instances.score_loader(data.val, world, 0):
         photo, g = data.val[index], np.random.default_rng(index)
         labels, masks, _ = masks_of(photo, data)
@@ -680,16 +702,16 @@ def evaluate(root: Path, out: Path) -> None:
         # many are equal: their order matters
         scores = torch.from_numpy(g.integers(1, 4, len(labels)) / 4)
         assert image.shape[-2:] == masks.shape[-2:]
-        results += ap.results_of(photo.id, data.ids, labels, scores, masks)
+        results += mask_ap.results_of(photo.id, data.ids, labels, scores, masks)
         judge.add(
-            instances.read_ids(photo.label),
+            read_ids(photo.label),
             list(zip(labels.tolist(), scores.tolist(), masks.numpy() > 0, strict=True)),
         )
-    results = ap.gather(world, results)
-    ranks = ap.gather(world, [(world.rank, "x")])
+    results = mask_ap.gather(world, results)
+    ranks = mask_ap.gather(world, [(world.rank, "x")])
     record = {
         "results": results,
-        "coco": ap.coco_ap(data, results),
+        "coco": mask_ap.coco_ap(data, results),
         "street": judge.result(world),
         "ranks": ranks,
     }
@@ -723,6 +745,6 @@ def test_two_processes_score_as_one(street, tmp_path):
 
 def test_gather_sorts_by_image():
     items = [{"image_id": 3, "score": 1}, {"image_id": 1, "score": 2}, {"image_id": 3, "score": 0}]
-    assert [i["score"] for i in ap.gather(World(), items)] == [2, 1, 0]
-    assert ap.gather(World(), [(2, "b"), (0, "a"), (2, "a")]) == [(0, "a"), (2, "b"), (2, "a")]
-    assert ap.gather(World(), []) == []
+    assert [i["score"] for i in mask_ap.gather(World(), items)] == [2, 1, 0]
+    assert mask_ap.gather(World(), [(2, "b"), (0, "a"), (2, "a")]) == [(0, "a"), (2, "b"), (2, "a")]
+    assert mask_ap.gather(World(), []) == []

@@ -20,19 +20,27 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as tv
 
+import better_pseudo_labels
 import better_pseudo_labels as bpl
 from better_pseudo_labels import Args, Classes, Objects
-from common import distributed, runs
+from common import checkpoints, distributed, instances, lvis_ap, mask_ap, metrics, plots
+from common.boxes import mask_targets
 from common.distributed import World
-from common.runs import UserError
-from data import ap, calibration, features, instances, lvis_ap, regions, shapes
-from data.instances import Batch, Instances, Photo, Target, Thing
+from common.errors import UserError
+from common.instances import Batch, Target
+from common.objects import Instances, Photo, Thing, cut_out, masks_of
+from data import shapes
 
 WORLD, CPU = World(), torch.device("cpu")
+
+
 MEAN, STD = (
     torch.tensor(x).view(3, 1, 1) for x in ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 )
+
+
 RARE, COMMON, FREQUENT = 337, 461, 405  # classes of LVIS: in up to 10 pictures, up to 100, more
+
 
 pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
 
@@ -316,8 +324,8 @@ def learned(args: Args, data: Instances, photos: list[Photo]) -> Classes:
 
 def given(prototypes: Tensor, args: Args, data: Instances) -> None:
     """Prototypes that the run will find in its folder."""
-    key = features.made_of(args, bpl.PROTOTYPES_OF, data.classes)
-    runs.save_checkpoint(
+    key = better_pseudo_labels.made_of(args, bpl.PROTOTYPES_OF, data.classes)
+    checkpoints.save_checkpoint(
         Path(args.out) / "prototypes.pt", bpl.PROTOTYPES, {"prototypes": prototypes, "key": key}
     )
 
@@ -366,15 +374,15 @@ def test_prototypes_of_drawn_objects(tail, tmp_path):
     c, photos = len(tail.classes), tail.train
     args = small(smoothing="similarity", out=str(tmp_path))
     s = bpl.similarities(args, tail, photos, WORLD)
-    saved = runs.load_checkpoint(tmp_path / "prototypes.pt", bpl.PROTOTYPES)
+    saved = checkpoints.load_checkpoint(tmp_path / "prototypes.pt", bpl.PROTOTYPES)
     distributed.seed_torch(args.seed, "prototypes")
     net, sums, numbers = (
-        features.Embedder(args.backbone, "none", "", 32),
+        better_pseudo_labels.Embedder(args.backbone, "none", "", 32),
         torch.zeros(c, net_width(args)),
         [0] * c,
     )
     for photo in photos:
-        crops, labels = regions.crops(photo, tail, list(range(len(photo.things))), 32)
+        crops, labels = better_pseudo_labels.crops(photo, tail, list(range(len(photo.things))), 32)
         for x, k in zip(net(crops), labels.tolist(), strict=True):
             sums[k] += x
             numbers[k] += 1
@@ -386,7 +394,7 @@ def test_prototypes_of_drawn_objects(tail, tmp_path):
     assert torch.equal(s, bpl.cosines(saved["prototypes"]))
     later = learned(args, tail, photos[:4])
     assert later.instances.sum() < sum(numbers)
-    again = runs.load_checkpoint(tmp_path / "prototypes.pt", bpl.PROTOTYPES)
+    again = checkpoints.load_checkpoint(tmp_path / "prototypes.pt", bpl.PROTOTYPES)
     assert torch.equal(again["prototypes"], saved["prototypes"])
     few = bpl.embed_objects(replace(args, proto_per_class=2), tail, photos, WORLD)
     assert few["embedded"].tolist() == [min(n, 2) for n in numbers]
@@ -417,12 +425,12 @@ def test_prototypes_of_another_command_are_made_anew(tail, tmp_path, monkeypatch
     )
     assert made == [32, 64, 64] and fewer.shape == (5, 5)
     with pytest.raises(UserError, match="checkpoint of prototypes"):
-        runs.load_checkpoint(tmp_path / "prototypes.pt", bpl.SCRIPT)
+        checkpoints.load_checkpoint(tmp_path / "prototypes.pt", bpl.SCRIPT)
 
 
 def net_width(args: Args) -> int:
     with torch.random.fork_rng():
-        return features.Embedder(args.backbone, "none", "", 32)(
+        return better_pseudo_labels.Embedder(args.backbone, "none", "", 32)(
             torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
         ).shape[1]
 
@@ -497,7 +505,7 @@ def test_crops_are_a_tenth_larger_at_each_side(tmp_path):
         thing = Thing(1, [np.array([x0, y0, x1, y0, x1, y1, x0, y1])], False, 0.0)
         photo = Photo("a", tmp_path / "a.png", 1, 80, 100, (thing,))
         data = Instances("lvis", tmp_path, ["a", "b"], [1, 2], [photo], [], [])
-        found, labels = regions.crops(photo, data, [0], 64)
+        found, labels = better_pseudo_labels.crops(photo, data, [0], 64)
         assert (
             found.shape == (1, 3, 64, 64) and found.dtype == torch.uint8 and labels.tolist() == [1]
         )
@@ -874,6 +882,8 @@ REGIONS = {
     "small": ([16, 16, 28, 28], [0, 0, 0.7, 0]),
     "tie": ([5, 19, 14, 31], [0.8, 0.9, 0, 0]),
 }
+
+
 DELTA = torch.tensor([-0.2, 0.1, 0, 0.3])
 
 
@@ -1066,7 +1076,7 @@ def test_mask_targets_by_loops(k):
     matched to."""
     masks = (torch.rand(3, 70, 70) < 0.5).to(torch.uint8)
     boxes, matches = torch.tensor([[3, 5], [10, 0], [0, 2], [6, 6]]), torch.tensor([2, 0, 2, 0])
-    got = regions.mask_targets(masks, matches, torch.cat([boxes, boxes + 28 * k], dim=1).float())
+    got = mask_targets(masks, matches, torch.cat([boxes, boxes + 28 * k], dim=1).float())
     halves = 0
     for (x, y), m, found in zip(boxes.tolist(), matches.tolist(), got, strict=True):
         for i, j in np.ndindex(28, 28):
@@ -1076,7 +1086,7 @@ def test_mask_targets_by_loops(k):
             halves += cell == 0.5
             assert found[i, j].item() == float(cell >= 0.5)
     assert halves >= 500 * (k - 1) and got.dtype == torch.float32
-    assert regions.mask_targets(masks, matches[:0], torch.zeros(0, 4)).shape == (0, 28, 28)
+    assert mask_targets(masks, matches[:0], torch.zeros(0, 4)).shape == (0, 28, 28)
 
 
 def cascade(
@@ -1188,6 +1198,8 @@ def batches(seed: int, count: int = 2) -> tuple[Batch, Batch]:
 
 
 NAMES = ["a", "b", "c", "d", "e"]
+
+
 STEP_DELTA = torch.tensor([-0.1, 0.05, 0.0, 0.3, 0.1])
 
 
@@ -1202,7 +1214,7 @@ def begun(
     with torch.no_grad():
         for head in trained.heads.boxes:
             head.classes.weight.mul_(30)  # scores differ from region to region
-    runs.save_checkpoint(
+    checkpoints.save_checkpoint(
         tmp_path / "teacher.pt",
         bpl.SCRIPT,
         {"classes": NAMES, "networks": {"supervised": trained.state_dict()}},
@@ -1527,12 +1539,14 @@ def test_plan(flags, phases):
 
 def test_fifteen_percent_are_held_out():
     photos = [Photo(f"{i:06d}", Path()) for i in range(1000)]
-    learned, held = instances.hold_out(photos, bpl.preset("lvis").holdout, 0)
+    learned, held = better_pseudo_labels.hold_out(photos, bpl.preset("lvis").holdout, 0)
     assert (len(learned), len(held)) == (850, 150)
     assert {p.name for p in learned} | {p.name for p in held} == {p.name for p in photos}
 
 
 EVA = dict(dataset="lvis")
+
+
 REFUSED = [
     (dict(image_size=100), "multiple of 32"),
     (dict(image_size=1056, **EVA), "windows of 16 x 16"),
@@ -1664,7 +1678,7 @@ def test_labeled_view_moves_masks_and_drops_empty_ones():
             args, data, image, photo, np.random.default_rng(seed)
         )
         window = bpl.jitter_crop((64, 128), args, np.random.default_rng(seed))
-        labels, masks, _ = instances.masks_of(photo, data, window)
+        labels, masks, _ = masks_of(photo, data, window)
         assert nothing is None and view.shape == (3, 64, 64) and labels.tolist() == [1, 0]
         assert target.masks.flatten(1).any(1).all()
         assert target.labels.tolist() == [k for k, m in zip((1, 0), masks, strict=True) if m.any()]
@@ -1686,7 +1700,7 @@ def test_unlabeled_views_share_their_geometry(monkeypatch):
     for seed in range(10):
         strong, weak, nothing = bpl.unlabeled_view(args, image, photo, np.random.default_rng(seed))
         window = bpl.jitter_crop((64, 128), args, np.random.default_rng(seed))
-        assert nothing is None and torch.equal(weak, instances.cut_out(image, window, bpl.FILL))
+        assert nothing is None and torch.equal(weak, cut_out(image, window, bpl.FILL))
         differ += not torch.equal(strong, weak)
     assert differ > 6
     for name in (
@@ -1755,6 +1769,8 @@ def test_strong_view_draws(monkeypatch):
 
 # class; box and slant
 OBJECTS_OF = [(0, [8, 8, 24, 24, 0]), (1, [32, 8, 56, 32, 20]), (0, [2, 36, 10, 44, 0])]
+
+
 FOUND = {  # in pixels of the picture: box, scores of the classes a, b, c, d
     "right": ([8, 8, 24, 24], [0.9, 0.1, 0, 0]),
     "thin": ([32, 8, 56, 32], [0.1, 0.7, 0, 0]),
@@ -1805,7 +1821,7 @@ def test_detections_that_are_counted(overlap, nms):
         return torch.full((len(where), 28, 28), 0.51)
 
     net = SimpleNamespace(masks=masks)
-    factors, truth = torch.tensor([1.5, 2, 1.5, 2]), ap.truth_of(data)
+    factors, truth = torch.tensor([1.5, 2, 1.5, 2]), mask_ap.truth_of(data)
     seen = bpl.Seen(factors, ["a pyramid"], factors * boxes, probs)
     entries = bpl.counted(net, image, seen, data.val[0], data, args)
     got = bpl.samples_of(entries, truth, data, args)
@@ -1822,7 +1838,7 @@ def test_detections_that_are_counted(overlap, nms):
     entries = bpl.counted(net, image, seen, data.val[0], data, replace(args, calib_min_score=0.2))
     assert len(bpl.samples_of(entries, truth, data, args).conf) == len(want) + 1  # the unsure one
     closed = replace(data, lvis=False)  # as in COCO, what is not annotated is absent
-    got = bpl.samples_of(entries, ap.truth_of(closed), closed, args)
+    got = bpl.samples_of(entries, mask_ap.truth_of(closed), closed, args)
     assert (3, 0.8) in {
         (k, round(p, 4)) for k, p in zip(got.labels.tolist(), got.conf.tolist(), strict=True)
     }
@@ -1914,7 +1930,7 @@ def test_calibrate_measures_each_class_and_shrinks(kappa, monkeypatch):
     assert (
         len(got["reliability"]["bins"]) == 5
         and got["reliability"]
-        == calibration.reliability(lvis_ap.Samples(labels, conf, right), 5, data.frequency)
+        == metrics.reliability(lvis_ap.Samples(labels, conf, right), 5, data.frequency)
         and ece > 0
     )
 
@@ -1940,7 +1956,7 @@ def test_whose_error_is_measured(flags, whose, tmp_path, monkeypatch):
     data, asked = judged()[0], []
     args, groups = small(out=str(tmp_path), **flags), ["r", "c", "f", "r"]
     monkeypatch.setattr(bpl, "trained", lambda args, data, name, world: name)
-    monkeypatch.setattr(calibration, "diagram", lambda *_: None)
+    monkeypatch.setattr(plots, "diagram", lambda *_: None)
     monkeypatch.setattr(
         bpl,
         "calibrate",

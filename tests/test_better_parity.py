@@ -25,19 +25,36 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import MultiScaleRoIAlign, box_iou, clip_boxes_to_image, nms, roi_align
 from torchvision.ops.poolers import LevelMapper
 
+import better_pseudo_labels
 import better_pseudo_labels as bpl
 from better_pseudo_labels import Args, Objects
-from common import runs
+from common import boxes, checkpoints, errors
+from common.boxes import (
+    anchors_of,
+    boxes_of,
+    decode_boxes,
+    encode_boxes,
+    mask_targets,
+    match_boxes,
+    paste_masks,
+    sample_regions,
+    sided,
+    suppress,
+)
 from common.distributed import World
-from data import features, regions
 
 CPU, STRIDES = torch.device("cpu"), (4, 8, 16, 32, 64)
+
+
 STAGES = (
     (0.5, (10.0, 10.0, 5.0, 5.0)),
     (0.6, (20.0, 20.0, 10.0, 10.0)),
     (0.7, (30.0, 30.0, 15.0, 15.0)),
 )
+
+
 EVA = "eva02_base_patch14_224"  # q, k and v apart, norm inside the MLP: as the large one
+
 
 pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
 
@@ -159,7 +176,7 @@ def test_anchors_are_torchvisions(scale):
     """Order (level, row, column, shape) and places. torchvision moves each side to a whole pixel
     from the centre: by up to half a pixel where a side is not whole, not at all where it is (the
     square ones)."""
-    ours, numbers = regions.anchors_of(256, scale, CPU)
+    ours, numbers = anchors_of(256, scale, CPU)
     assert numbers == [3 * (256 // s) ** 2 for s in STRIDES]
     assert close(ours, made(generator(Anchors, scale), 256), 2e-4)
     rounded = made(generator(AnchorGenerator, scale), 256)
@@ -168,7 +185,7 @@ def test_anchors_are_torchvisions(scale):
 
 
 def test_anchors_at_the_papers_size():
-    anchors, numbers = regions.anchors_of(1024, 8.0, CPU)
+    anchors, numbers = anchors_of(1024, 8.0, CPU)
     assert (
         numbers == [196_608, 49_152, 12_288, 3_072, 768] and len(anchors) == sum(numbers) == 261_888
     )
@@ -187,7 +204,7 @@ def test_every_place_of_the_pyramid_has_three_anchors():
     """Also of a square that 64 does not divide."""
     args = small(image_size=96)
     maps = bpl.Detector(args, 3).eval().pyramid(torch.randn(1, 3, 96, 96))
-    assert regions.anchors_of(96, 6.0, CPU)[1] == [3 * x.shape[2] * x.shape[3] for x in maps]
+    assert anchors_of(96, 6.0, CPU)[1] == [3 * x.shape[2] * x.shape[3] for x in maps]
     assert [96 // x.shape[2] for x in maps] == [4, 8, 16, 32, 48] and torch.equal(
         maps[4], maps[3][:, :, ::2, ::2]
     )
@@ -196,14 +213,14 @@ def test_every_place_of_the_pyramid_has_three_anchors():
 @pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0, 1.0), *(w for _, w in STAGES)], ids=str)
 def test_box_coding_is_torchvisions(weights):
     anchors, boxes, coder = some_boxes(300, 100), some_boxes(300, 100), coding.BoxCoder(weights)
-    deltas = regions.encode(boxes, anchors, weights)
+    deltas = encode_boxes(boxes, anchors, weights)
     assert torch.allclose(
         deltas, coder.encode_single(boxes, anchors), rtol=1e-4, atol=1e-4 * weights[0]
     )
-    assert close(regions.decode(deltas, anchors, weights, 100), boxes, 1e-3)
+    assert close(decode_boxes(deltas, anchors, weights, 100), boxes, 1e-3)
     deltas = torch.randn(300, 4) * 3 * torch.tensor(weights)
     want = clip_boxes_to_image(coder.decode_single(deltas, anchors), (100, 100))
-    assert close(regions.decode(deltas, anchors, weights, 100), want, 1e-3)
+    assert close(decode_boxes(deltas, anchors, weights, 100), want, 1e-3)
     assert (want == 0).any() and (want == 100).any() and ((want > 0) & (want < 100)).any()
 
 
@@ -212,7 +229,7 @@ def test_a_side_grows_by_62_and_a_half_at_most():
     deltas = 5 * torch.tensor(
         [[0, 0, 1.0, 2], [0, 0, 9, 99], [0, 0, math.log(62.5), math.log(62.4)]]
     )
-    boxes = regions.decode(deltas, anchors, weights, 10_000)
+    boxes = decode_boxes(deltas, anchors, weights, 10_000)
     want = [[10 * math.e, 20 * math.e**2], [625, 1250], [625, 1248]]
     assert torch.allclose(boxes[:, 2:] - boxes[:, :2], torch.tensor(want), rtol=1e-4)
 
@@ -225,7 +242,7 @@ def test_matching_is_torchvisions(number, low, high, rescue):
     """Boxes on a coarse grid: most overlaps are equal to others. Over 64 objects are taken in
     parts."""
     candidates = (some_boxes(700, 60, 5) / 5).round() * 5
-    candidates = torch.cat([candidates[regions.sided(candidates)], some_boxes(100, 60)])
+    candidates = torch.cat([candidates[sided(candidates)], some_boxes(100, 60)])
     boxes = candidates[torch.randint(len(candidates), (number,))]
     boxes[1::2] = jittered(boxes[1::2], 0.1, 60)
     boxes[number - number // 10 :] = boxes[: number // 10]  # twice, in two parts
@@ -233,7 +250,7 @@ def test_matching_is_torchvisions(number, low, high, rescue):
     overlap = box_iou(boxes, candidates)
     assert (overlap.amax(1) > 0).all()
     want = coding.Matcher(high, low, rescue)(overlap)
-    assert torch.equal(regions.match(candidates, boxes, low, high, rescue), want)
+    assert torch.equal(match_boxes(candidates, boxes, low, high, rescue), want)
     assert (want >= 0).any() and (want == -1).any() and ((want != -2).all() or low < high)
     if number > 5:
         assert (want == -2).any() == (low < high)
@@ -243,19 +260,19 @@ def test_matching_is_torchvisions(number, low, high, rescue):
 
 def test_matching_at_the_borders():
     candidates = torch.tensor([[0.0, 0, 10, 5], [0, 0, 10, 4.99], [50, 50, 60, 60]])
-    assert regions.match(candidates, torch.tensor([[0.0, 0, 10, 10]]), 0.5, 0.5).tolist() == [
+    assert match_boxes(candidates, torch.tensor([[0.0, 0, 10, 10]]), 0.5, 0.5).tolist() == [
         0,
         -1,
         -1,
     ]
-    assert regions.match(candidates, torch.zeros(0, 4), 0.3, 0.7, True).tolist() == [-1, -1, -1]
-    assert regions.match(torch.zeros(0, 4), torch.rand(2, 4), 0.3, 0.7, True).shape == (0,)
+    assert match_boxes(candidates, torch.zeros(0, 4), 0.3, 0.7, True).tolist() == [-1, -1, -1]
+    assert match_boxes(torch.zeros(0, 4), torch.rand(2, 4), 0.3, 0.7, True).shape == (0,)
     outside = torch.tensor([[80.0, 80, 90, 90]])  # torchvision would give it all three candidates
-    assert regions.match(candidates, outside, 0.3, 0.7, True).tolist() == [-1, -1, -1]
+    assert match_boxes(candidates, outside, 0.3, 0.7, True).tolist() == [-1, -1, -1]
     assert coding.Matcher(0.7, 0.3, True)(box_iou(outside, candidates)).tolist() == [0, 0, 0]
     far = torch.cat([outside.expand(64, 4), torch.tensor([[0.0, 0, 10, 11]])])
     # rescued in the second part
-    assert regions.match(candidates, far, 0.3, 0.7, True).tolist() == [64, -2, -1]
+    assert match_boxes(candidates, far, 0.3, 0.7, True).tolist() == [64, -2, -1]
 
 
 # ---------------------------------------------------------------------------------------- proposals
@@ -331,7 +348,7 @@ def test_proposals_leave_out_what_is_no_box():
     objectness[0, :20] = 1.0
     objectness[0, 6] = math.nan
     [boxes] = ours.eval().propose(objectness, deltas)
-    assert close(boxes, regions.anchors_of(64, 8.0, CPU)[0][7:8].clamp(0, 64), 1e-5)
+    assert close(boxes, anchors_of(64, 8.0, CPU)[0][7:8].clamp(0, 64), 1e-5)
 
 
 def test_rpn_losses_are_torchvisions(monkeypatch):
@@ -339,10 +356,10 @@ def test_rpn_losses_are_torchvisions(monkeypatch):
     object."""
     args = small()
     ours, rpn = rpns(args, True)
-    maps, drawn, draw = pyramid_of(64, 8, 3), [], regions.sample
+    maps, drawn, draw = pyramid_of(64, 8, 3), [], sample_regions
     objects = [objects_at(some_boxes(n, 64, 8), 64) for n in (3, 0, 1)]
     monkeypatch.setattr(
-        regions, "sample", lambda *a: drawn.append((a[0], draw(*a))) or drawn[-1][1]
+        boxes, "sample_regions", lambda *a: drawn.append((a[0], draw(*a))) or drawn[-1][1]
     )
     got = ours.losses(*ours(maps), objects, [torch.Generator()] * 3)
 
@@ -457,19 +474,19 @@ def cascade_by_loops(
         heads.args.image_size,
         dict.fromkeys(("mask", "class1", "box1", "class2", "box2", "class3", "box3"), 0),
     )
-    for i, (boxes, o) in enumerate(zip(sampled, objects, strict=True)):
+    for i, (boxes_here, o) in enumerate(zip(sampled, objects, strict=True)):
         masks = []
-        for box in boxes:
+        for box in boxes_here:
             if (n := best_object(box, o, 0.5)) is not None:
                 x = F.relu(heads.mask.up(heads.mask.convs(pooled(pyramid, i, box, 14))))
-                goal = regions.mask_targets(o.masks, torch.tensor([n]), box[None])[0]
+                goal = mask_targets(o.masks, torch.tensor([n]), box[None])[0]
                 masks.append(surprise(heads.mask.masks(x)[0, o.labels[n]], goal).mean())
         loss["mask"] += sum(masks) / max(len(masks), 1) / len(objects)
         for stage, (head, (least, weights)) in enumerate(
             zip(heads.boxes, STAGES, strict=True), start=1
         ):
-            coder, after, share = coding.BoxCoder(weights), [], 1 / len(boxes) / len(objects)
-            for box in boxes:
+            coder, after, share = coding.BoxCoder(weights), [], 1 / len(boxes_here) / len(objects)
+            for box in boxes_here:
                 (logits,), (deltas,) = head(pooled(pyramid, i, box, 7))
                 n = best_object(box, o, least)
                 target = torch.zeros_like(logits) if n is None else o.probs[n]
@@ -482,7 +499,7 @@ def cascade_by_loops(
                 )
                 if x1 > x0 and y1 > y0:
                     after.append(torch.stack([x0, y0, x1, y1]))
-            boxes = after
+            boxes_here = after
     return loss
 
 
@@ -500,7 +517,7 @@ def cascade(monkeypatch):
     """Heads with random weights in double precision, and what they train on: three images, one
     without an object."""
     args = small(image_size=512, roi_batch=40)
-    heads, drawn, draw = lively(bpl.CascadeHeads(args, 5)).double(), [], regions.sample
+    heads, drawn, draw = lively(bpl.CascadeHeads(args, 5)).double(), [], sample_regions
     pyramid = [x.requires_grad_() for x in pyramid_of(512, 8, 3, torch.float64)]
     boxes = (
         torch.tensor([[200, 30, 270, 90], [10, 300, 150, 450.5], [220, 180, 500, 470]]),
@@ -516,9 +533,9 @@ def cascade(monkeypatch):
     near[1][3] = torch.tensor([512, 100, 512, 130.0])
     known = torch.rand(3, 5) < 0.6
     known[:, 3] = False
-    monkeypatch.setattr(regions, "sample", lambda *a: drawn.append(draw(*a)) or drawn[-1])
-    make = regions.mask_targets
-    monkeypatch.setattr(regions, "mask_targets", lambda m, i, b: make(m, i, b.float()).double())
+    monkeypatch.setattr(boxes, "sample_regions", lambda *a: drawn.append(draw(*a)) or drawn[-1])
+    make = mask_targets
+    monkeypatch.setattr(boxes, "mask_targets", lambda m, i, b: make(m, i, b.float()).double())
     got = heads.losses(pyramid, near, objects, known, [torch.Generator()] * 3)
     sampled = [torch.cat([b, o.boxes])[i] for b, o, i in zip(near, objects, drawn, strict=True)]
     assert len({len(b) for b in sampled}) == 3
@@ -631,7 +648,7 @@ def test_detections_by_loops(overlap, most):
         zip(scores.tolist(), labels.tolist(), strict=True)
     )
     assert torch.equal(found, torch.stack([boxes[i] / factors for *_, i in want[:n]]))
-    empty = (labels == 7) | ~regions.sided(found, 1)
+    empty = (labels == 7) | ~sided(found, 1)
     assert (
         torch.equal(masks.flatten(1).any(1) | empty, torch.ones(n, dtype=torch.bool))
         and (labels == 7).any()
@@ -677,7 +694,7 @@ def test_suppression_is_exact_for_classes_of_high_number(classes):
     for c in labels.unique():
         here = (labels == c).nonzero().flatten()
         kept += here[nms(boxes[here].double(), scores[here].double(), 0.5)].tolist()
-    keep, best = regions.suppress(boxes, scores, labels, 0.5, False)
+    keep, best = suppress(boxes, scores, labels, 0.5, False)
     assert sorted(keep.tolist()) == sorted(kept) and len({*classes}) < len(kept) < len(boxes)
     assert torch.equal(best, scores[keep]) and (best.diff() <= 0).all()
 
@@ -694,7 +711,7 @@ def test_soft_suppression_by_loops():
         for i in left:
             if labels[i] == labels[best] and shared[i, best] > 0.6:
                 left[i] *= 1 - shared[i, best].item()
-    keep, found = regions.suppress(boxes, scores, labels, 0.5, True)
+    keep, found = suppress(boxes, scores, labels, 0.5, True)
     assert keep.tolist() == [i for i, _ in kept] and found.tolist() == pytest.approx(
         [s for _, s in kept], rel=1e-4
     )
@@ -777,7 +794,7 @@ def stars(number: int, size: int) -> list[tuple[np.ndarray, Tensor, Tensor]]:
         polygon = star(size, g)
         mask = raster(polygon, size)
         if mask.sum() > 100:
-            [box] = jittered(regions.boxes_of(mask[None]), 0.05, size)
+            [box] = jittered(boxes_of(mask[None]), 0.05, size)
             found.append((polygon, mask, box))
     return found
 
@@ -786,13 +803,13 @@ def test_mask_targets_by_loops():
     objects = stars(12, 96)
     masks, boxes = torch.stack([m for _, m, _ in objects]), torch.stack([b for *_, b in objects])
     matches = torch.tensor([11, 3, 3, 0, 7])
-    got = regions.mask_targets(masks, matches, boxes[matches])
+    got = mask_targets(masks, matches, boxes[matches])
     assert got.shape == (5, 28, 28) and {*got.unique().tolist()} == {0.0, 1.0}
     for target, i in zip(got, matches.tolist(), strict=True):
         mean = mean_in_cells(masks[i].numpy().astype(float), boxes[i].double().tolist(), 28)
         sure = np.abs(mean - 0.5) > 1e-4
         assert np.array_equal(target.numpy()[sure], mean[sure] >= 0.5) and sure.mean() > 0.99
-    assert regions.mask_targets(masks, matches[:0], boxes[:0]).shape == (0, 28, 28)
+    assert mask_targets(masks, matches[:0], boxes[:0]).shape == (0, 28, 28)
 
 
 def test_mask_targets_of_whole_cells_are_the_mask_itself():
@@ -800,13 +817,13 @@ def test_mask_targets_of_whole_cells_are_the_mask_itself():
     for k, (x, y) in itertools.product((1,), ((0, 0), (5, 3), (22, 12))):
         box = torch.tensor([[x, y, x + 28 * k, y + 28 * k]]).float()
         assert torch.equal(
-            regions.mask_targets(mask, torch.tensor([0]), box)[0],
+            mask_targets(mask, torch.tensor([0]), box)[0],
             mask[0, y : y + 28, x : x + 28].float(),
         )
     blocks = (torch.rand(1, 28, 28) < 0.5).to(torch.uint8)
     large = blocks.repeat_interleave(2, 1).repeat_interleave(2, 2)
     assert torch.equal(
-        regions.mask_targets(large, torch.tensor([0]), torch.tensor([[0.0, 0, 56, 56]])),
+        mask_targets(large, torch.tensor([0]), torch.tensor([[0.0, 0, 56, 56]])),
         blocks.float(),
     )
 
@@ -817,7 +834,7 @@ def test_mask_targets_are_nearly_detectron2s_polygons():
     0.91."""
     same, alike, other, apart = [], [], [], []
     for polygon, mask, box in stars(60, 128):
-        [target] = regions.mask_targets(mask[None], torch.tensor([0]), box[None])
+        [target] = mask_targets(mask[None], torch.tensor([0]), box[None])
         x0, y0, x1, y1 = box.double().tolist()
         moved = (polygon.reshape(-1, 2) - (x0, y0)) * (28 / (x1 - x0), 28 / (y1 - y0))
         drawn = raster(moved.reshape(-1), 28)
@@ -879,7 +896,7 @@ def test_pasted_masks_are_nearly_torchvisions():
     for _ in range(20):
         mask = (4 + 8 * F.interpolate(torch.randn(1, 1, 4, 4), (28, 28), mode="bicubic")).sigmoid()
         box = torch.cat([c := 5 + 25 * torch.rand(2), c + 130 + 60 * torch.rand(2)])[None]
-        ours = regions.paste(mask[0], box, (180, 200))
+        ours = paste_masks(mask[0], box, (180, 200))
         high, low = F.max_pool2d(ours, 5, 1, 2)[0], -F.max_pool2d(-ours, 5, 1, 2)[0]
         ours = ours[0] > 0.5
         other = theirs.paste_masks_in_image(mask, box, (180, 200))[0, 0] > 0.5
@@ -893,17 +910,17 @@ def test_paste_moves_a_mask_of_its_own_size():
     nothing lies outside."""
     masks = torch.rand(3, 28, 28)
     boxes = torch.tensor([[4.0, 6, 32, 34], [-10, -3, 18, 25], [20, 30, 48, 58]])
-    got = regions.paste(masks, boxes, (40, 36))
+    got = paste_masks(masks, boxes, (40, 36))
     want = torch.zeros(3, 40, 36)
     want[0, 6:34, 4:32] = masks[0]
     want[1, :25, :18] = masks[1, 3:, 10:]
     want[2, 30:, 20:] = masks[2, :10, :16]
     assert close(got, want, 1e-5)
-    moved = regions.paste(masks[:1], boxes[:1] + torch.tensor([0.25, 0.5, 0.25, 0.5]), (40, 36))[0]
+    moved = paste_masks(masks[:1], boxes[:1] + torch.tensor([0.25, 0.5, 0.25, 0.5]), (40, 36))[0]
     rows = (want[0, 7:34] + want[0, 6:33]) / 2  # between two cells down, a quarter across
     assert close(moved[7:34, 5:32], 0.75 * rows[:, 5:32] + 0.25 * rows[:, 4:31], 1e-5)
     many = torch.rand(130, 28, 28)
-    assert close(regions.paste(many, boxes[:1].expand(130, 4), (40, 36))[:, 6:34, 4:32], many, 1e-5)
+    assert close(paste_masks(many, boxes[:1].expand(130, 4), (40, 36))[:, 6:34, 4:32], many, 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -917,7 +934,7 @@ def test_paste_moves_a_mask_of_its_own_size():
     ids=str,
 )
 def test_a_full_mask_covers_the_pixels_whose_centres_are_in_its_box(box, want):
-    got = regions.paste(torch.ones(1, 28, 28), torch.tensor([box]).float(), (64, 64))[0] > 0.5
+    got = paste_masks(torch.ones(1, 28, 28), torch.tensor([box]).float(), (64, 64))[0] > 0.5
     x0, y0, x1, y1 = want
     expected = torch.zeros(64, 64, dtype=torch.bool)
     expected[y0:y1, x0:x1] = True
@@ -927,7 +944,7 @@ def test_a_full_mask_covers_the_pixels_whose_centres_are_in_its_box(box, want):
 def test_a_full_mask_in_a_large_box_loses_its_corners_as_in_detectron2():
     """Outside is zero, so a corner pixel of four times the size is (5/8)^2 < 1/2, beside it 5/8 *
     7/8 > 1/2."""
-    got = regions.paste(torch.ones(1, 28, 28), torch.tensor([[4.0, 8, 116, 120]]), (128, 128))[0]
+    got = paste_masks(torch.ones(1, 28, 28), torch.tensor([[4.0, 8, 116, 120]]), (128, 128))[0]
     inside = got[8:120, 4:116]
     assert inside[0, :3].tolist() == pytest.approx([25 / 64, 35 / 64, 40 / 64], rel=1e-5)
     assert (
@@ -1022,7 +1039,7 @@ def test_windows_are_images_of_their_own(slim):
 
 def test_windows_by_loops():
     x = torch.randn(2, 4, 6, 5)
-    parts = features.windows(x, 2)
+    parts = better_pseudo_labels.windows(x, 2)
     want = [
         x[b, i : i + 2, j : j + 2].reshape(4, 5)
         for b in range(2)
@@ -1030,7 +1047,7 @@ def test_windows_by_loops():
         for j in (0, 2, 4)
     ]
     assert torch.equal(parts, torch.stack(want)) and torch.equal(
-        features.unwindows(parts, 2, (4, 6)), x
+        better_pseudo_labels.unwindows(parts, 2, (4, 6)), x
     )
 
 
@@ -1054,7 +1071,7 @@ def test_which_blocks_are_global(slim, depth, number, want):
 @pytest.mark.parametrize("depth", [24, 4])
 def test_global_blocks_that_cannot_be_spread_evenly_are_refused(slim, depth):
     slim(depth=depth)
-    with pytest.raises(runs.UserError, match=f"5 does not divide {depth} blocks"):
+    with pytest.raises(errors.UserError, match=f"5 does not divide {depth} blocks"):
         bpl.EVA02(eva(global_blocks=5), "none")
 
 
@@ -1134,28 +1151,35 @@ def test_patches_are_resized_so_that_answers_stay():
     kernel, picture = torch.randn(6, 3, 14, 14), torch.randn(9, 3, 14, 14)
     enlarged = F.interpolate(picture, (16, 16), mode="bicubic", antialias=True)
     answer = F.conv2d(picture, kernel)
-    got = F.conv2d(enlarged, features.resize_patch(kernel, 16, "timm"))
+    got = F.conv2d(enlarged, better_pseudo_labels.resize_patch(kernel, 16, "timm"))
     assert torch.allclose(got, answer, rtol=1e-3, atol=1e-2) and answer.abs().max() > 10
     ones = torch.ones(1, 3, 16, 16)
     constant = F.conv2d(ones[:, :, :14, :14], kernel)
     assert torch.allclose(
-        F.conv2d(ones, features.resize_patch(kernel, 16, "timm")), constant, rtol=1e-3, atol=1e-2
+        F.conv2d(ones, better_pseudo_labels.resize_patch(kernel, 16, "timm")),
+        constant,
+        rtol=1e-3,
+        atol=1e-2,
     )
     smooth = F.interpolate(torch.randn(6, 3, 3, 3), (14, 14), mode="bicubic") + 3
-    ratio = F.conv2d(ones, features.resize_patch(smooth, 16, "bicubic")) / F.conv2d(
+    ratio = F.conv2d(ones, better_pseudo_labels.resize_patch(smooth, 16, "bicubic")) / F.conv2d(
         ones[:, :, :14, :14], smooth
     )
     assert ratio.flatten().tolist() == pytest.approx([(16 / 14) ** 2] * 6, rel=2e-2)
-    flat = features.resize_patch(torch.ones(1, 3, 14, 14), 16, "bicubic").sum() / (3 * 14**2)
+    flat = better_pseudo_labels.resize_patch(torch.ones(1, 3, 14, 14), 16, "bicubic").sum() / (
+        3 * 14**2
+    )
     assert flat == pytest.approx(1.306, abs=1e-3) == (16 / 14) ** 2
     m = torch.from_numpy(cubic(14, 16)).float()
     assert close(
-        features.resize_patch(kernel, 16, "bicubic"),
+        better_pseudo_labels.resize_patch(kernel, 16, "bicubic"),
         torch.einsum("ip,jq,ocpq->ocij", m, m, kernel),
         1e-4,
     )
     same = torch.randn(2, 3, 16, 16)
-    assert all(features.resize_patch(same, 16, how) is same for how in ("timm", "bicubic"))
+    assert all(
+        better_pseudo_labels.resize_patch(same, 16, how) is same for how in ("timm", "bicubic")
+    )
 
 
 @pytest.mark.parametrize("how", ["timm", "bicubic"])
@@ -1168,7 +1192,7 @@ def test_the_patches_of_the_backbone_are_resized(slim, how, monkeypatch):
     net = bpl.EVA02(eva(patch_resize=how), "none")
     [body] = bodies
     assert torch.equal(
-        net.proj.weight, features.resize_patch(body.patch_embed.proj.weight, 16, how)
+        net.proj.weight, better_pseudo_labels.resize_patch(body.patch_embed.proj.weight, 16, how)
     )
     assert net.proj.stride == (16, 16) and net.proj.bias is body.patch_embed.proj.bias
     table = body.pos_embed[0, 1:].view(16, 16, 32).permute(2, 0, 1)
@@ -1582,7 +1606,7 @@ def test_a_checkpoint_of_a_released_detector_loads_again(loaded):
     _, net, _ = loaded
     fresh = bpl.Detector(eva(), C)
     assert fresh.backbone.pos_embed.shape != net.backbone.pos_embed.shape
-    runs.load_exact(fresh, net.state_dict(), "teacher.pt")
+    checkpoints.load_exact(fresh, net.state_dict(), "teacher.pt")
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(fresh.eval().backbone(images), net.eval().backbone(images))

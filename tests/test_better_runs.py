@@ -38,14 +38,20 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 import better_pseudo_labels as bp
-from common import plots, runs
+from common import backbones, cli, instances, lvis_ap, objects, plots, runs
 from common.distributed import World
-from common.runs import UserError
-from data import calibration, features, instances, lvis_ap, shapes
+from common.errors import UserError
+from common.objects import masks_of, singles
+from data import shapes
 
 NAME = "better_pseudo_labels"
+
+
 helpers.CHOOSERS[NAME] = ("dataset", "eval", "predict")
+
+
 HERE = ["--workers", "0", "--device", "cpu"]  # beside a checkpoint, which does not settle these
+
 
 # 8 labeled pictures, 2 of them held out; 2 steps of each network that learns from labels, 3 of the
 # student
@@ -80,6 +86,8 @@ TINY = dict(
     threshold=0.2,
     calib_min_score=0.1,
 )
+
+
 LATE = dict(eval_every=99)  # evaluated at the ends alone
 
 
@@ -98,8 +106,8 @@ def quick(*more: Callable, put: Callable = setattr) -> None:
         (os, "fsync", lambda number: None),
         (plots, "strip", touch),
         (plots, "curves", touch),
-        (calibration, "diagram", touch),
-        (calibration, "scatter", touch),
+        (plots, "diagram", touch),
+        (plots, "scatter", touch),
     ):
         put(owner, name, value)
     no_tensorboard()
@@ -230,9 +238,9 @@ def typed(monkeypatch, capsys):
     def enter(flags: list[str]) -> Ran:
         capsys.readouterr()
         with monkeypatch.context() as patch:
-            patch.setattr(runs, "leave", sys.exit)
+            patch.setattr(cli, "leave", sys.exit)
             try:
-                runs.cli(bp.Args, bp.settings, bp.main, choosers=helpers.CHOOSERS[NAME], argv=flags)
+                cli.cli(bp.Args, bp.settings, bp.main, choosers=helpers.CHOOSERS[NAME], argv=flags)
             except SystemExit as left:
                 return Ran(left.code or 0, *capsys.readouterr())
         return Ran(0, *capsys.readouterr())
@@ -561,7 +569,11 @@ PARTS = (
     "mask",
     *(f"{what}{i}" for what in ("class", "box") for i in (1, 2, 3)),
 )
+
+
 LABELED = {f"{name}_l" for name in PARTS} | {"step", "lr", "images_per_second"}
+
+
 BOTH = (
     LABELED | {f"{name}_u" for name in PARTS} | {"pseudo_per_image", "pseudo_none", "conf", "mass"}
 )
@@ -1069,6 +1081,8 @@ EVA = dict(
     norm=None,
     layer_decay=0.8,
 )
+
+
 SETTINGS = {
     "": {},
     "refresh": dict(refresh=2),
@@ -1220,6 +1234,8 @@ def test_as_a_user_types_it(line, tmp_path):
 # nothing: large anchors all around a small box overlap it alike, so now and then it does, and other
 # ones are sampled.
 FOUR = dict(batch_size=4, teacher_batch_size=4, steps=2, teacher_steps=3, lr=3e-4, seed=3, **LATE)
+
+
 MEANS = {"conf", "mass", "images_per_second"}  # over objects, see below
 
 
@@ -1657,11 +1673,11 @@ def test_images_without_an_object(trained, tail, line, typed, tmp_path):
 def test_no_object_in_any_crop(trained, tail, tmp_path, monkeypatch):
     """In all phases; nor pseudo labels."""
 
-    def empty(photo, data, window=None, crowds=False, real=instances.masks_of):
+    def empty(photo, data, window=None, crowds=False, real=masks_of):
         labels, masks, crowd = real(photo, data, window, crowds)
         return labels, masks if window is None else torch.zeros_like(masks), crowd
 
-    monkeypatch.setattr(instances, "masks_of", empty)
+    monkeypatch.setattr(objects, "masks_of", empty)
     train(tail, tmp_path / "out", threshold=1.0, **LATE)
     for r in steps_of(tmp_path / "out"):
         for x in "lu" if "loss_u" in r else "l":
@@ -2042,7 +2058,7 @@ def test_prototypes_of_regions_and_of_crops(trained, tail, tmp_path, monkeypatch
     assert torch.equal(made["few"]["embedded"], made["crop"]["embedded"].clamp(max=2))
     assert (
         made["roi"]["prototypes"].shape[1]
-        == features.Strides("test_resnet", True, False).channels[2]
+        == backbones.Strides("test_resnet", True, False).channels[2]
     )
     shallow(monkeypatch, 2)
     for proto, size in (("crop", 48), ("roi", 48)):
@@ -2253,7 +2269,7 @@ def test_student_that_knows_a_class_which_its_teacher_did_not(trained, tail, sho
     """The teacher's pictures had no object of it; the student's have: it is learned, so it must be
     found."""
     data = instances.find("lvis", tail)
-    with_it = [p for p in data.train if 3 in instances.singles(p)]
+    with_it = [p for p in data.train if 3 in singles(p)]
     (tmp_path / "without.txt").write_text(
         "".join(f"{p.name}\n" for p in data.train if p not in with_it)
     )
@@ -2473,6 +2489,8 @@ def test_checkpointing_and_windows_of_an_eva02(short, monkeypatch):
 
 # ------------------------------------------------------------------------------------------- errors
 SMALL = dict(pool="x", retrieval_model="test_resnet", retrieval_weights="none")
+
+
 REFUSED = [  # flags, what the sentence names
     *(
         ({k: v}, f"--{k.replace('_', '-')} ")
@@ -2636,6 +2654,8 @@ REFUSED = [  # flags, what the sentence names
     (dict(pool="x", unlabeled="y"), "--pool "),
     (dict(tune=True, val="tune"), "--val "),
 ]
+
+
 REFUSED += [  # what is not there, or no good
     (dict(root="text"), "looked for a folder"),
     (dict(root="nowhere"), "data/README.md"),
@@ -2666,6 +2686,8 @@ REFUSED += [  # what is not there, or no good
         ).items()
     ),
 ]
+
+
 TEXTS = {
     "text": "x",
     "list": "nobody.jpg",

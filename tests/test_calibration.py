@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import calibration
-from data.calibration import ece, reliability
-from data.lvis_ap import Samples
+from common import plots
+from common.lvis_ap import Samples
+from common.metrics import ece, reliability
 
 
 def random_samples(seed: int, n: int = 400, steps: int = 0) -> Samples:
@@ -170,20 +170,20 @@ def test_diagrams_show_gaps_on_the_right_side(tmp_path):
     assert panels["exact"]["ece"] == pytest.approx(0, abs=1e-9)
     pixels = {}
     for name, record in panels.items():
-        calibration.diagram({name: record}, tmp_path / f"{name}.png")
+        plots.diagram({name: record}, tmp_path / f"{name}.png")
         picture = shown(tmp_path / f"{name}.png")
         pixels[name] = share(picture, "#f4cdb2"), share(picture, "#0072b2")
     orange, blue = np.array(list(pixels.values())).T
     assert orange[0] > 0.05 > 10 * orange[1] and orange[2] < 0.01  # the legend alone
     assert blue[1] > blue[2] > blue[0] > 0.01  # bars reach up to the accuracy, hatched or not
-    calibration.diagram(panels, tmp_path / "all.png")
+    plots.diagram(panels, tmp_path / "all.png")
     assert shown(tmp_path / "all.png").shape[1] > 2.5 * picture.shape[1]
 
 
 def test_diagrams_of_few_and_of_no_samples(tmp_path):
     empty = Samples(np.zeros(0, np.int64), np.zeros(0), np.zeros(0, bool))
     found = random_samples(0, 7)
-    calibration.diagram(
+    plots.diagram(
         {
             "none": reliability(empty),
             "few": reliability(found, 20),
@@ -208,7 +208,7 @@ def test_titles_say_name_ece_and_number(tmp_path, monkeypatch):
         Samples(np.zeros(1500, np.int64), np.full(1500, 0.75), np.arange(1500) % 2 == 0)
     )
     empty = reliability(Samples(np.zeros(0, np.int64), np.zeros(0), np.zeros(0, bool)))
-    calibration.diagram({"teacher": record, "rare": empty}, tmp_path / "x.png")
+    plots.diagram({"teacher": record, "rare": empty}, tmp_path / "x.png")
     assert titles == ["teacher\nECE 0.250, 1,500 samples", "rare\nno ECE, 0 samples"]
 
 
@@ -229,7 +229,7 @@ def test_scatter_has_counts_groups_and_leaves_out_classes_without_ap(tmp_path, m
     after = {"a": 30.0, "b": 25.0, "c": 30.0, "d": None, "e": 40.0, "f": 1.0}
     groups = dict(zip("abcde", "rrccf", strict=True))
     counts = dict(zip("abcdefg", (0, 3, 50, 60, 700, 1, 1), strict=True))
-    calibration.scatter(before, after, groups, counts, tmp_path / "s.png", ("supervised", "ours"))
+    plots.scatter(before, after, groups, counts, tmp_path / "s.png", ("supervised", "ours"))
     assert drawn == [
         ([(700, 50)], "_"),
         ([(700, 40)], "1 frequent, mean gain -10.0"),
@@ -237,7 +237,7 @@ def test_scatter_has_counts_groups_and_leaves_out_classes_without_ap(tmp_path, m
         ([(0.5, 30), (3, 25)], "2 rare, mean gain +12.5"),
     ]
     drawn.clear()
-    calibration.scatter(before, after, {}, counts, tmp_path / "s.png")
+    plots.scatter(before, after, {}, counts, tmp_path / "s.png")
     assert [label for _, label in drawn] == ["_", "3 classes, mean gain +5.0"]
-    calibration.scatter({"a": None}, {"a": None}, {}, counts, tmp_path / "none.png")
+    plots.scatter({"a": None}, {"a": None}, {}, counts, tmp_path / "none.png")
     assert shown(tmp_path / "none.png").std() > 5

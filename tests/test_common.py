@@ -16,10 +16,10 @@ from PIL import Image
 from torch import nn
 
 import gta_seg
-from common import distributed, plots, runs, transforms
+from common import checkpoints, cli, distributed, errors, plots, runs, semantic, transforms
 from common.distributed import World
-from common.runs import UserError
-from data import find, read
+from common.errors import UserError
+from common.files import read_image, read_log, readable
 
 TWO_GPUS = World(0, 2, 0, torch.device("cuda"))
 
@@ -80,6 +80,8 @@ LOST = [
     "socketProgress: Connection closed by remote peer node<47>",
     "Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?",
 ]
+
+
 CAUSES = [
     "NCCL error in: NCCLUtils.cpp:77, invalid usage, NCCL version 2.28.3\nDuplicate GPU detected",
     "NCCL error in: NCCLUtils.cpp:77, unhandled system error, NCCL version 2.28.3\nncclSystemError: System call "
@@ -92,12 +94,12 @@ CAUSES = [
 def test_only_a_lost_process_is_said_to_be_one(monkeypatch, text):
     error = torch.distributed.DistBackendError(text)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert runs.user_sentence(error) == (runs.LOST if text in LOST else None)
+    assert errors.user_sentence(error) == (errors.LOST if text in LOST else None)
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert runs.user_sentence(error) is None
+    assert errors.user_sentence(error) is None
     monkeypatch.setenv("WORLD_SIZE", "2")
     # a download
-    assert runs.user_sentence(ConnectionResetError(104, "Connection reset by peer")) is None
+    assert errors.user_sentence(ConnectionResetError(104, "Connection reset by peer")) is None
 
 
 @dataclass
@@ -112,7 +114,7 @@ class Nothing:
     [
         (torch.OutOfMemoryError("CUDA out of memory."), "The GPU ran out of memory"),
         (OSError(errno.ENOSPC, "No space left on device", "last.pt"), "No space left"),
-        (runs.RankError("x.jpg is broken"), "x.jpg is broken"),
+        (errors.RankError("x.jpg is broken"), "x.jpg is broken"),
         (UserError("--split 0"), None),
         (torch.distributed.DistBackendError(LOST[0]), None),
     ],
@@ -127,22 +129,22 @@ def test_what_one_process_alone_meets_it_says_itself(monkeypatch, capsys, error,
     def leave(code):
         raise SystemExit(code)
 
-    monkeypatch.setattr(runs, "leave", leave)
+    monkeypatch.setattr(cli, "leave", leave)
     for name, value in dict(WORLD_SIZE="2", RANK="1", LOCAL_RANK="1").items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit) as left:
-        runs.cli(Nothing, Nothing, fail, choosers=(), argv=[])
+        cli.cli(Nothing, Nothing, fail, choosers=(), argv=[])
     assert left.value.code == 2 and capsys.readouterr().err.count("error: ") == (said is not None)
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(SystemExit):
-        runs.cli(Nothing, Nothing, fail, choosers=(), argv=[])
+        cli.cli(Nothing, Nothing, fail, choosers=(), argv=[])
     assert f"error: {said or ''}" in capsys.readouterr().err
 
 
 def test_settings_of_a_checkpoint_leave_out_what_belongs_to_the_machine(tmp_path):
     args = gta_seg.preset("shapes", compile=True, device="cuda", resume=True, width=8, out="there")
-    runs.save_checkpoint(tmp_path / "x.pt", "gta_seg.py", {"settings": vars(args)})
-    read = runs.saved_settings(gta_seg.Args, tmp_path / "x.pt", "gta_seg.py")
+    checkpoints.save_checkpoint(tmp_path / "x.pt", "gta_seg.py", {"settings": vars(args)})
+    read = cli.saved_settings(gta_seg.Args, tmp_path / "x.pt", "gta_seg.py")
     assert (read.compile, read.device, read.resume) == (False, "auto", False)
     assert (read.width, read.out, read.scale) == (8, "there", args.scale)
 
@@ -157,7 +159,7 @@ def test_peak_memory_of_a_gpu_is_logged_and_a_cpus_is_not(monkeypatch, tmp_path)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**29)
     run.world = World(device=torch.device("cuda"))
     run.log(2)
-    first, second = runs.read_log(tmp_path / "log.jsonl")
+    first, second = read_log(tmp_path / "log.jsonl")
     assert "peak_gpu_gib" not in first and second["peak_gpu_gib"] == 1.5
 
 
@@ -192,7 +194,7 @@ def test_an_image_that_a_voc_list_names_must_be_there(shapes_root, tmp_path):
             path.unlink(missing_ok=True)
             if text is not None:
                 path.write_text(text)
-        return list(find.find("voc", Path(base)).train)
+        return list(semantic.find("voc", Path(base)).train)
 
     assert found("train_000000\ntrain_000001\n", "val_000000\n") == ["train_000000", "train_000001"]
     assert found(None, "val_000000\n") == ["train_000000", "train_000001", "train_000002"]
@@ -208,28 +210,25 @@ def test_predicting_passes_over_what_is_no_image(tmp_path, capsys):
     (tmp_path / "b.jpg").write_bytes(b"no image")
     files = sorted(tmp_path.iterdir())
     found = [
-        [
-            (i, file.name, tuple(image.shape))
-            for i, file, image in read.readable(files, World(rank, 2))
-        ]
+        [(i, file.name, tuple(image.shape)) for i, file, image in readable(files, World(rank, 2))]
         for rank in range(2)
     ]
     assert found == [[(0, "a.png", (3, 3, 5)), (2, "c.png", (3, 3, 5))], []]
     assert "b.jpg cannot be read as an image" in capsys.readouterr().err
     with pytest.raises(UserError, match="b.jpg"):
-        list(read.readable(files[1:2], World()))
+        list(readable(files[1:2], World()))
 
 
 def test_pictures_of_sixteen_bits_keep_their_greys(tmp_path):
     ramp = np.linspace(0, 65535, 256).astype(np.uint16)[None].repeat(3, 0)
     Image.fromarray(ramp).save(tmp_path / "ramp.png")
-    image = read.read_image(tmp_path / "ramp.png")
+    image = read_image(tmp_path / "ramp.png")
     assert image.shape == (3, 3, 256) and torch.equal(
         image[1, 2], torch.arange(256, dtype=torch.uint8)
     )
     Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "ramp.tiff")
     with pytest.raises(UserError, match="floating-point"):
-        read.read_image(tmp_path / "ramp.tiff")
+        read_image(tmp_path / "ramp.tiff")
 
 
 def test_sheets_of_very_wide_pictures_stay_small(tmp_path):
@@ -268,8 +267,8 @@ def test_two_processes_do_not_run_in_one_folder(tmp_path):
 
 
 def test_checkpoints_of_another_version_are_named(tmp_path):
-    runs.save_checkpoint(tmp_path / "x.pt", "a.py", {"settings": {"seed": 3}})
-    assert runs.saved_settings(Settings, tmp_path / "x.pt", "a.py").seed == 3
-    runs.save_checkpoint(tmp_path / "y.pt", "a.py", {"settings": {"seed": 3, "old_flag": 1}})
+    checkpoints.save_checkpoint(tmp_path / "x.pt", "a.py", {"settings": {"seed": 3}})
+    assert cli.saved_settings(Settings, tmp_path / "x.pt", "a.py").seed == 3
+    checkpoints.save_checkpoint(tmp_path / "y.pt", "a.py", {"settings": {"seed": 3, "old_flag": 1}})
     with pytest.raises(UserError, match="old_flag"):
-        runs.saved_settings(Settings, tmp_path / "y.pt", "a.py")
+        cli.saved_settings(Settings, tmp_path / "y.pt", "a.py")

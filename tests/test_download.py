@@ -19,16 +19,27 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from data import download, instances, splits
+from common import instances, splits
+from data import download
 from data.download import DownloadError
 
 REPO = Path(__file__).resolve().parents[1]
+
+
 LISTS = (REPO / os.environ.get("TEST_DATA", "../shared/data")).resolve() / "splits"
+
+
 published = pytest.mark.skipif(
     not LISTS.is_dir(), reason=f"no published lists in TEST_DATA ({LISTS})"
 )
+
+
 CONTENT = np.random.default_rng(0).bytes(3_000_000)
+
+
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
 MD5 = hashlib.md5(CONTENT).hexdigest()
 
 
@@ -354,6 +365,8 @@ def test_extract_says_when_an_archive_is_damaged(tmp_path, name, mode):
 # ---------------------------------------------------------------------------------------------- VOC
 
 TRAIN, VAL = ["2007_000001", "2007_000002"], ["2007_000003"]
+
+
 SBD_TRAIN, SBD_VAL = ["2008_000004"], ["2007_000003", "2008_000005"]
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 
 import gta_seg
 from common.distributed import World
-from common.runs import UserError
+from common.errors import UserError
 from data import shapes
 
 LISTS = TEST_DATA / "splits" / "gta_seg" / "data" / "splits" / "pascal"

@@ -21,12 +21,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 import gist_rist
-from common.datasets import Batch
 from common.distributed import World
+from common.errors import UserError
 from common.nodes import Nodes
-from common.runs import UserError
-from data.read import Picture, Segmentation
-from docs import gist_report
+from common.semantic import Batch, Picture, Segmentation
+from data import gist_report
 from gist_rist import Args, Discriminator, SegNet, State, Tree
 
 CLASSES, SIZE, IGNORE, WORLD = 4, 16, 255, World()
@@ -1736,7 +1735,11 @@ LPPLPPLPP 54.46 66.83
 LPPLLLLPP 54.67 65.61
 LPPPLLLLP 54.82 66.62
 LPPPLLPPL 54.64 66.61"""
+
+
 ROWS = [line.split() for line in TABLE_2.split("\n")[1:]]
+
+
 PATHS, DEV, VAL = [r[0] for r in ROWS], [float(r[1]) for r in ROWS], [float(r[2]) for r in ROWS]
 
 

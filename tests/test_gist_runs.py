@@ -24,7 +24,7 @@ from helpers import REPO, TEST_DATA, Ran, Started, argv, begin_ranks, difference
 from PIL import Image
 
 import gist_rist
-from common.runs import UserError
+from common.errors import UserError
 from data import shapes
 
 # a few steps after which nodes differ in what they predict, and Label Erase keeps a part of it
@@ -47,6 +47,8 @@ TINY = dict(
     log_every=1,
     workers=0,
 )
+
+
 S4GAN = TEST_DATA / "splits" / "s4gan" / "voc"
 
 
@@ -87,7 +89,7 @@ def quick(*more) -> None:
     """In a process of its own: no pictures, no TensorBoard, no git and no flushing, which take half
     of a tiny run's time; then what `more` changes."""
     from common import runs
-    from docs import gist_report
+    from data import gist_report
 
     def touch(*args) -> None:
         args[-1].parent.mkdir(parents=True, exist_ok=True)
@@ -323,6 +325,8 @@ def test_a_run_end_to_end(line, tmp_path, io):
 
 
 ALL = dict(search=("gist", "rist", "fist"), beam=2)
+
+
 SEARCHES = {
     "fist, several": (
         dict(search="fist", alpha=(0, 0.25, 1)),
@@ -829,8 +833,8 @@ def test_resume_with_other_settings_names_the_fields(line, tmp_path, io):
 # ------------------------------------------------------------------------------------- what is read
 def note_reads(file: Path) -> None:
     """Every image and label that is opened, and every node that is finished, in order."""
-    from common import nodes
-    from data import read
+    from common import files, semantic
+    from common.nodes import Nodes
 
     def noting(real, name):
         def noted(*args):
@@ -840,11 +844,11 @@ def note_reads(file: Path) -> None:
 
         return noted
 
-    read.read_image, read.read_label = (
-        noting(read.read_image, "image"),
-        noting(read.read_label, "label"),
+    files.read_image, semantic.read_label = (
+        noting(files.read_image, "image"),
+        noting(semantic.read_label, "label"),
     )
-    nodes.Nodes.finish = noting(nodes.Nodes.finish, "node")
+    Nodes.finish = noting(Nodes.finish, "node")
 
 
 def test_val_is_read_after_the_searches_and_labels_of_the_pool_never(
@@ -1229,6 +1233,8 @@ def test_val_every_stage_scores_nodes_that_were_there(line, copied, tmp_path, io
 
 # ------------------------------------------------------------------------------------------ presets
 SHORT = TINY | dict(stage0_steps=2, steps=2, stages=1, eval_every=2, dev_size=2)
+
+
 ONE = {k: v for k, v in SHORT.items() if k != "stages"}  # a path has its own number
 
 

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gta_seg
-from common.datasets import Batch
 from common.distributed import World, rng
+from common.semantic import Batch
 from gta_seg import Args, Pseudo, State
 
 CLASSES, SIZE, IGNORE, WORLD = 4, 64, 255, World()

@@ -22,12 +22,14 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as tv
 
 import guided_distillation as gd
+from common import instances, objects
 from common.distributed import World
-from data import instances
-from data.instances import Batch, Target
+from common.instances import Batch, Target
 from guided_distillation import Args, Heads
 
 WORLD, CPU = World(), torch.device("cpu")
+
+
 LEVELS = ((2, 3), (3, 5), (4, 6))  # cells of three levels, as strides 32, 16, 8 give them
 
 
@@ -1028,6 +1030,8 @@ def test_poly_schedule():
 
 
 SWIN = "swin_{}_patch4_window12_384.ms_in22k"
+
+
 # recipe 3.6: (tensors, elements) of backbone without and with decay, of the rest without and with
 GROUPS = {
     "coco": ("resnet50.tv_in1k", 80, None, (53, 23_454_912), (93, 75_008), (199, 20_440_337)),
@@ -1042,6 +1046,8 @@ GROUPS = {
     "swin_b": (SWIN.format("base"), 80, (136, 258_296), (197, 86_622_080), (93, 75_008), None),
     "swin_l": (SWIN.format("large"), 80, (136, 387_444), (197, 194_813_760), (93, 126_208), None),
 }
+
+
 SIZES = {
     "coco": (23.45, 20.52),
     "cityscapes": (23.51, 20.50),
@@ -1325,17 +1331,17 @@ def test_strong_view_keeps_geometry_and_its_input(cutout):
         )
 
 
-def scene() -> tuple[instances.Instances, instances.Photo, Tensor]:
+def scene() -> tuple[objects.Instances, objects.Photo, Tensor]:
     """A picture with a rectangle of class 1 at the left, and one of class 0 at the right edge."""
     boxes, image = [(8, 20, 30, 60), (56, 100, 10, 26)], torch.zeros(3, 64, 128, dtype=torch.uint8)
     things = []
     for label, (top, left, height, width) in zip((1, 0), boxes, strict=True):
         top, height = (top, height) if label else (4, 40)
         corners = [left, top, left + width, top, left + width, top + height, left, top + height]
-        things.append(instances.Thing(label, [np.array(corners, float)], False, 0.0))
+        things.append(objects.Thing(label, [np.array(corners, float)], False, 0.0))
         image[label, top : top + height, left : left + width] = 255
-    photo = instances.Photo("a", Path("a.png"), 1, 64, 128, tuple(things))
-    return instances.Instances("coco", Path(), ["b", "a"], [1, 2], [photo], [], []), photo, image
+    photo = objects.Photo("a", Path("a.png"), 1, 64, 128, tuple(things))
+    return objects.Instances("coco", Path(), ["b", "a"], [1, 2], [photo], [], []), photo, image
 
 
 def test_labeled_view_moves_masks_and_drops_empty_ones():
@@ -1547,6 +1553,8 @@ def official(swin: bool, queries: int = 100, classes: int = 80) -> dict[str, tup
 
 
 BACKBONES = {"r50": "resnet50.tv_in1k", "swin": "swin_tiny_patch4_window7_224"}
+
+
 SPELLINGS = {  # what other files do to a released name
     "released": lambda k: [k],
     "teacher": lambda k: [f"modelTeacher.{k}"],

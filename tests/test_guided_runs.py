@@ -38,13 +38,18 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 import guided_distillation as gd
-from common import plots, runs
+from common import checkpoints, cli, instances, objects, plots, runs
 from common.distributed import World
-from data import instances, shapes
+from data import shapes
 
 NAME = "guided_distillation"
+
+
 helpers.CHOOSERS[NAME] = ("dataset", "eval", "predict")
+
+
 HERE = ["--workers", "0", "--device", "cpu"]  # beside a checkpoint, which does not settle these
+
 
 # four steps of the teacher, four of the student; a threshold that the class probabilities of a
 # fresh network pass
@@ -172,9 +177,9 @@ def typed(monkeypatch, capsys):
     def enter(flags: list[str]) -> Ran:
         capsys.readouterr()
         with monkeypatch.context() as patch:
-            patch.setattr(runs, "leave", sys.exit)
+            patch.setattr(cli, "leave", sys.exit)
             try:
-                runs.cli(gd.Args, gd.settings, gd.main, choosers=helpers.CHOOSERS[NAME], argv=flags)
+                cli.cli(gd.Args, gd.settings, gd.main, choosers=helpers.CHOOSERS[NAME], argv=flags)
             except SystemExit as left:
                 return Ran(left.code or 0, *capsys.readouterr())
         return Ran(0, *capsys.readouterr())
@@ -392,7 +397,11 @@ LOSSES = {
     for what in ("loss", "targets", "class", "mask", "dice", "bad_costs")
     for of in "lu"
 }
+
+
 LABELED = {name for name in LOSSES if name.endswith("_l")} | {"step", "lr", "images_per_second"}
+
+
 BOTH = LOSSES | LABELED | {"pseudo_per_image", "pseudo_none", "conf"}
 
 
@@ -957,11 +966,11 @@ def test_images_without_an_object(things, line, typed, tmp_path):
 
 @pytest.mark.parametrize("keep", [False, True])
 def test_no_object_in_any_crop(things, tmp_path, monkeypatch, keep):
-    def empty(photo, data, window=None, crowds=False, real=instances.masks_of):
+    def empty(photo, data, window=None, crowds=False, real=objects.masks_of):
         labels, masks, crowd = real(photo, data, window, crowds)
         return labels, masks if window is None else torch.zeros_like(masks), crowd
 
-    monkeypatch.setattr(instances, "masks_of", empty)
+    monkeypatch.setattr(objects, "masks_of", empty)
     train(things, tmp_path / "out", keep_empty_targets=keep, stage="teacher")
     for r in steps_of(tmp_path / "out"):
         assert (r["mask_l"] == r["dice_l"] == 0) != keep == (r["targets_l"] > 1) and 0 < r[
@@ -1173,10 +1182,10 @@ def test_backbone_takes_a_step_of_both_stages(things, tmp_path, monkeypatch, nam
     """What learns and what does not; nothing is written, for these networks are large."""
     saved, live = {}, name.endswith("live")
     monkeypatch.setattr(
-        runs, "save_checkpoint", lambda path, script, state: saved.update({path.name: state})
+        checkpoints, "save_checkpoint", lambda path, script, state: saved.update({path.name: state})
     )
     monkeypatch.setattr(
-        runs, "read_weights", lambda path, *_: saved[path.name]["networks"]["supervised"]
+        checkpoints, "read_weights", lambda path, *_: saved[path.name]["networks"]["supervised"]
     )
     args = gd.preset(
         **tiny(
@@ -1359,6 +1368,8 @@ REFUSED = [  # flags, what the sentence names
         ).items()
     ),
 ]
+
+
 REFUSED += [  # what is not there, or no good
     ({"root": "text"}, "looked for a folder"),
     ({"train_json": "no.json"}, "--train-json no.json"),
@@ -1394,6 +1405,8 @@ REFUSED += [  # what is not there, or no good
         ).items()
     ),
 ]
+
+
 TEXTS = {
     "text": "x",
     "list": "nobody.jpg",

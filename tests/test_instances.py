@@ -17,28 +17,26 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from common import datasets, distributed, transforms
+from better_pseudo_labels import hold_out
+from common import distributed, instances, loading, objects, splits, transforms
 from common.distributed import World
-from common.runs import RankError, UserError
-from data import instances, shapes, splits
-from data.instances import (
-    CITYSCAPES_THINGS,
-    Instances,
-    Photo,
-    Thing,
-    Window,
-    choose,
-    hold_out,
-    masks_of,
-    scored_on,
-)
-from data.read import BrokenImage
+from common.errors import RankError, UserError
+from common.files import BrokenImage
+from common.instances import choose, scored_on
+from common.objects import CITYSCAPES_THINGS, Instances, Photo, Thing, Window, masks_of
+from data import shapes
 
 COCO_MINI, CAR_PARTS, LISTS = TEST_DATA / "coco_mini", TEST_DATA / "car_parts", TEST_DATA / "splits"
+
+
 real = pytest.mark.skipif(
     not COCO_MINI.is_dir() or not CAR_PARTS.is_dir(), reason=f"no pictures in {TEST_DATA}"
 )
+
+
 published = pytest.mark.skipif(not LISTS.is_dir(), reason=f"no published lists in {LISTS}")
+
+
 SQUARE, TALL = [[2, 2, 10, 2, 10, 8, 2, 8]], [[4.5, 3.2, 9.1, 12.7, 3.3, 11.0]]
 
 
@@ -163,7 +161,7 @@ def test_super_categories_and_car_parts():
     )
     first = found.val[0]
     assert first.id == 401 and found.negative[401] == [4, 6, 7, 8, 11] and found.partial[401] == []
-    assert not set(found.negative[401]) & instances.singles(first)
+    assert not set(found.negative[401]) & objects.singles(first)
     assert first.negative == (4, 6, 7, 8, 11) and first.partial == ()
 
 
@@ -180,13 +178,13 @@ def test_what_lvis_says_of_absent_classes_comes_with_each_picture():
         record = content[photo.id]
         assert [data.ids[c] for c in photo.negative] == record["neg_category_ids"]
         assert [data.ids[c] for c in photo.partial] == record["not_exhaustive_category_ids"]
-        assert not set(photo.negative) & instances.singles(photo)
+        assert not set(photo.negative) & objects.singles(photo)
     for part in (data.train, data.val):  # both have it
         assert sum(map(len, (p.negative for p in part))) > 100 and any(p.partial for p in part)
     assert data.negative == {p.id: list(p.negative) for p in data.val}
     assert data.partial == {p.id: list(p.partial) for p in data.val}
     rich = next(p for p in photos if p.negative and p.partial)
-    assert instances.bare(rich) == Photo(*rich[:5]) and Photo(*rich[:5]).negative == ()
+    assert objects.bare(rich) == Photo(*rich[:5]) and Photo(*rich[:5]).negative == ()
 
 
 def test_scored_on_other_pictures(drawn):
@@ -215,14 +213,16 @@ def test_scored_on_other_pictures(drawn):
 def test_shapes_are_drawn_on_first_use(tmp_path, monkeypatch):
     monkeypatch.setattr(shapes, "make_things", partial(shapes.make_things, train=5, tune=2, val=3))
     for val, number in (("val", 3), ("tune", 2)):
-        data = instances.find("shapes", tmp_path / "shapes", val=val)
+        data = instances.find("coco", shapes.make_things(tmp_path / "shapes" / "things"), val=val)
         assert (data.name, len(data.train), len(data.val), data.extra) == ("shapes", 5, number, [])
         assert {p.image.parent.name for p in data.val} == {val} and data.val[
             0
         ].image.name == data.train[0].image.name
         assert len(masks_of(data.val[0], data)[0]) == len(data.val[0].things) > 0
     with pytest.raises(UserError, match="knows 2 classes"):
-        instances.find("shapes", tmp_path / "shapes", classes=["a", "b"])
+        instances.find(
+            "coco", shapes.make_things(tmp_path / "shapes" / "things"), classes=["a", "b"]
+        )
 
 
 def test_drawn_scenes_as_coco_and_as_lvis(drawn):
@@ -845,7 +845,7 @@ def test_how_many_are_held_out(n, share, number):
 def parts(photos: list[Photo], share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """(4,) in how many pictures to learn from, and held out, each class of four is."""
     return tuple(
-        np.bincount([c for p in part for c in instances.singles(p)], minlength=4)
+        np.bincount([c for p in part for c in objects.singles(p)], minlength=4)
         for part in hold_out(photos, share, seed, True, 4)
     )
 
@@ -866,7 +866,7 @@ def test_a_stratified_draw_has_each_class_in_both_parts(seed, drawn):
         if share > 0.05:  # the other picture of class 1 is the better one
             assert learn[2] == 1
     learn, held = (
-        np.bincount([c for p in part for c in instances.singles(p)], minlength=24)
+        np.bincount([c for p in part for c in objects.singles(p)], minlength=24)
         for part in hold_out(drawn.train, 0.15, seed, True, 24)
     )
     assert learn.min() > 0 and held.min() > 0
@@ -1019,7 +1019,7 @@ FACTORS = np.array([1.0, 1.5, 3.25, 1.0, 2.0])
 @pytest.mark.parametrize("factors", [None, FACTORS], ids=["uniform", "repeated"])
 def test_the_order_depends_neither_on_restarts_nor_on_processes(factors):
     def keys(start: int, stop: int, world: World = World()) -> list:  # noqa: B008 (frozen)
-        return list(instances.Stream(5, 4, 3, "labeled", start, stop, world, factors))
+        return list(loading.Stream(5, 4, 3, "labeled", start, stop, world, factors))
 
     whole = keys(0, 40)
     assert [k for k in whole] == keys(0, 17) + keys(17, 40)
@@ -1031,15 +1031,15 @@ def test_the_order_depends_neither_on_restarts_nor_on_processes(factors):
         [(s, i) for i in range(4)] for s in range(40)
     ]
     if factors is None:
-        assert whole == list(datasets.Stream(5, 4, 3, "labeled", 0, 40, World()))
-    assert whole != list(instances.Stream(5, 4, 4, "labeled", 0, 40, World(), factors))
-    assert whole != list(instances.Stream(5, 4, 3, "unlabeled", 0, 40, World(), factors))
+        assert whole == list(loading.Stream(5, 4, 3, "labeled", 0, 40, World()))
+    assert whole != list(loading.Stream(5, 4, 4, "labeled", 0, 40, World(), factors))
+    assert whole != list(loading.Stream(5, 4, 3, "unlabeled", 0, 40, World(), factors))
 
 
 def test_a_pass_repeats_each_picture_by_its_factor():
     """Every pass holds picture i floor(r) or floor(r) + 1 times, in an order of its own, and r
     times on average."""
-    passes, found = instances.Stream(5, 1, 0, "x", 0, 1, World(), FACTORS).passes(0), []
+    passes, found = loading.Stream(5, 1, 0, "x", 0, 1, World(), FACTORS).passes(0), []
     begin, orders = 0, []
     for _ in range(600):
         place, order = next(passes)
@@ -1051,7 +1051,7 @@ def test_a_pass_repeats_each_picture_by_its_factor():
     assert ((found == np.floor(FACTORS)) | (found == np.floor(FACTORS) + 1)).all()
     assert (found[:, [0, 3, 4]] == [1, 1, 2]).all() and np.abs(found.mean(0) - FACTORS).max() < 0.07
     assert len({tuple(order) for order in orders}) > 500 and sum(o == sorted(o) for o in orders) < 6
-    keys = instances.Stream(5, 8, 0, "x", 0, 300, World(), FACTORS)
+    keys = loading.Stream(5, 8, 0, "x", 0, 300, World(), FACTORS)
     assert [k[0] for batch in keys for k in batch] == list(chain(*orders))[:2400]
 
 
@@ -1072,9 +1072,7 @@ def test_views_pass_over_broken_images_and_say_so(own):
     Image.new("RGB", (16, 20)).save(own / "images" / "0.png")
     with pytest.raises(RankError, match="0.png has 16x20 pixels but its annotations are for 20x16"):
         views[0, 0, 0]
-    assert (
-        instances.Views([instances.bare(data.train[0])], augment, 5, "unlabeled")[0, 0, 0][1] == 0
-    )
+    assert instances.Views([objects.bare(data.train[0])], augment, 5, "unlabeled")[0, 0, 0][1] == 0
     for i in range(4):
         (own / "images" / f"{i}.png").write_bytes(b"")
     with (
@@ -1092,14 +1090,14 @@ def test_batches_and_scored_pictures(own):
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    batches = list(instances.stream(views, 2, 0, 6, World(), 0))
+    batches = list(loading.stream(views, 2, 0, 6, World(), 0, collate=list))
     assert torch.equal(torch.rand(3), expected), "torch's own generator was used"
     assert len(batches) == 6 and all(len(b) == 2 and b[0][1] == 0 for b in batches)
-    assert batches[3:] == list(instances.stream(views, 2, 3, 6, World(), 2)), (
+    assert batches[3:] == list(loading.stream(views, 2, 3, 6, World(), 2, collate=list)), (
         "restart, in two helper processes"
     )
-    assert list(instances.stream(views, 2, 6, 6, World(), 0)) == []
-    ids = instances.stream(
+    assert list(loading.stream(views, 2, 6, 6, World(), 0, collate=list)) == []
+    ids = loading.stream(
         views, 2, 0, 6, World(), 0, np.full(4, 2.0), collate=lambda batch: [x[0] for x, _ in batch]
     )
     ids = list(chain(*ids))

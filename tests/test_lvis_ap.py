@@ -14,16 +14,19 @@ from bench_lvis import drawn, loaded, of_kind, package
 from helpers import TEST_DATA
 from pycocotools import mask as coco_mask
 
+from common import instances, mask_ap, objects
 from common.distributed import World
-from data import ap, instances, shapes
-from data.instances import Instances
-from data.lvis_ap import Samples, group_by_count, lvis_ap, samples
+from common.lvis_ap import Samples, group_by_count, lvis_ap, samples
+from common.objects import Instances
+from data import shapes
 
 REAL = {
     "coco_mini": "coco_mini/annotations/lvis_val.json",
     "lvis_val_100": "lvis_val_100/lvis_val_100.json",
     "car_parts": "car_parts/annotations/lvis_val.json",
 }
+
+
 NAMES = (
     "ap",
     "ap50",
@@ -39,6 +42,8 @@ NAMES = (
     "ar_m",
     "ar_l",
 )
+
+
 PARTS = 100 * 51 / 101  # precision 1 up to recall 0.5, then 0
 
 
@@ -653,7 +658,7 @@ def test_groups_of_classes(drawn_set):
         lvis_ap(truth, results, frequency=["r"])
     results = rough(json.loads(drawn_set.val_json.read_text()), "segm")
     counts = np.bincount(
-        [c for p in drawn_set.train for c in instances.singles(p)], minlength=len(drawn_set.classes)
+        [c for p in drawn_set.train for c in objects.singles(p)], minlength=len(drawn_set.classes)
     )
     groups = group_by_count(counts)
     score = lvis_ap(drawn_set, results, frequency=groups)
@@ -688,11 +693,11 @@ def test_thirds_by_count(counts, expected):
 
 def test_gathered_results_score_as_one(drawn_set):
     """Two processes have every other image; `gather` puts them in the order of images."""
-    results = ap.gather(World(), rough(json.loads(drawn_set.val_json.read_text()), "segm"))
+    results = mask_ap.gather(World(), rough(json.loads(drawn_set.val_json.read_text()), "segm"))
     ids = [photo.id for photo in drawn_set.val]
     parts = [[r for r in results if r["image_id"] in ids[rank::2]] for rank in (0, 1)]
     score = lvis_ap(drawn_set, results)
-    assert lvis_ap(drawn_set, ap.gather(World(), parts[0] + parts[1])) == score
+    assert lvis_ap(drawn_set, mask_ap.gather(World(), parts[0] + parts[1])) == score
     assert lvis_ap(drawn_set, parts[1] + parts[0]) == score, "the order of images does not matter"
 
 

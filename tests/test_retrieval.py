@@ -19,11 +19,12 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from common import distributed
+from common import distributed, instances, objects
 from common.distributed import World
-from common.runs import RankError, UserError
-from data import instances, retrieval
-from data.read import helpers, read_image
+from common.errors import RankError, UserError
+from common.files import read_image
+from common.loading import helpers
+from data import retrieval
 from data.retrieval import (
     Store,
     duplicates,
@@ -37,13 +38,22 @@ from data.retrieval import (
 )
 
 WEIGHTS = TEST_DATA / "weights" / "mobilenet_v2_tf2ptq.pth"
+
+
 POOL = {"camvid": "images/*/*.jpg", "car_parts": "images/**/*.jpg", "coco_mini": "images/*.jpg"}
+
+
 real = pytest.mark.skipif(
     not WEIGHTS.is_file() or not all((TEST_DATA / name).is_dir() for name in POOL),
     reason=f"no pictures and weights in {TEST_DATA}",
 )
+
+
 INDEXES = ["Flat", "IVF16,Flat", "IVF16,PQ8np", "HNSW32"]  # np: without a training step of 10 s
+
+
 FILL = {"key": "pixels", "size": 16, "world": World(), "workers": 0, "batch_size": 4}
+
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -662,7 +672,7 @@ def pooled(features, tmp_path_factory, one_thread) -> tuple[Store, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def holds(pooled) -> tuple[np.ndarray, instances.Instances, dict[int, instances.Photo]]:
+def holds(pooled) -> tuple[np.ndarray, objects.Instances, dict[int, objects.Photo]]:
     """Which picture of the pool holds which class of coco_mini (N, K), that set, and its pictures
     by row."""
     store, _ = pooled

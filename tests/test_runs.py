@@ -29,7 +29,11 @@ from helpers import (
 )
 from PIL import Image
 
+from common import semantic
+
 LIVELY = {"lr": 0.1, "eval_every": 4}  # a few steps change what networks predict
+
+
 RECIPES = {
     "gta": dict(LIVELY),
     "mt": dict(LIVELY, method="mt"),
@@ -94,9 +98,9 @@ def finished(tiny, tmp_path_factory):
 def stop_at(step: int, number: int, after_save: bool = False) -> None:
     """In a process of its own: it gets signal `number` while it takes this step, or after the save
     that follows."""
-    from common import runs
+    from common import checkpoints, runs
 
-    tally, save = runs.Run.tally, runs.save_checkpoint
+    tally, save = runs.Run.tally, checkpoints.save_checkpoint
 
     def at_tally(self, at, *args):
         if at == step and not after_save:
@@ -109,14 +113,14 @@ def stop_at(step: int, number: int, after_save: bool = False) -> None:
             os.kill(os.getpid(), number)
         return save(path, name, content)
 
-    runs.Run.tally, runs.save_checkpoint = at_tally, at_save
+    runs.Run.tally, checkpoints.save_checkpoint = at_tally, at_save
 
 
 def die_while_writing(name: str, nth: int) -> None:
     """In a process of its own: SIGKILL when half of the n-th file `name` has been written."""
-    from common import runs
+    from common.files import write_bytes
 
-    write, seen = runs.write_bytes, []
+    write, seen = write_bytes, []
 
     def torn(path, data):
         seen.extend([1] * (path.name == name))
@@ -127,7 +131,7 @@ def die_while_writing(name: str, nth: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return write(path, data)
 
-    runs.write_bytes = torn
+    write_bytes = torn
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -167,9 +171,8 @@ def test_ctrl_c_before_the_first_step_is_no_traceback(tiny, tmp_path, io):
 
 
 def interrupt_in(name: str) -> None:
-    from data import find
 
-    before = getattr(find, name)
+    before = getattr(semantic, name)
 
     def after_ctrl_c(*args):
         # whoever runs the tests may ignore it
@@ -178,7 +181,7 @@ def interrupt_in(name: str) -> None:
         time.sleep(0.01)
         return before(*args)
 
-    setattr(find, name, after_ctrl_c)
+    setattr(semantic, name, after_ctrl_c)
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks into /proc")

@@ -23,19 +23,27 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from common.runs import UserError
+from common.errors import UserError
+from common.files import read_image
+from common.semantic import CITYSCAPES_IDS, find, read_label
 from data import shapes
-from data.find import CITYSCAPES_IDS, find
-from data.read import read_image, read_label
 
 REPO = Path(__file__).resolve().parents[1]
+
+
 PARTS = ("train", "val")
+
+
 SMALL = {
     "voc": (shapes.make_voc, (5, 2, 3)),
     "cityscapes": (shapes.make_cityscapes, (3, 2, 64, 128)),
     "coco": (shapes.make_coco, (16, 5)),
 }
+
+
 small = pytest.mark.parametrize("name", SMALL)
+
+
 # of pycocotools
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 

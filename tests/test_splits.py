@@ -11,14 +11,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import splits
-from data.splits import SplitError
+from common import splits
+from common.splits import SplitError
 
 REPO = Path(__file__).resolve().parents[1]
+
+
 LISTS = (REPO / os.environ.get("TEST_DATA", "../shared/data")).resolve() / "splits"
+
+
 published = pytest.mark.skipif(
     not LISTS.is_dir(), reason=f"no published lists in TEST_DATA ({LISTS})"
 )
+
+
 GTA_SEG = [key for key in splits.PUBLISHED if key[1] == "gta_seg" and key[2] != "val"]
 
 

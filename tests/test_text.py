@@ -11,13 +11,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
 BUDGETS = {
     "gta_seg.py": 750,
     "gist_rist.py": 900,
     "guided_distillation.py": 1250,
     "better_pseudo_labels.py": 1500,
 }
+
+
 SCRIPTS = [name for name in BUDGETS if (ROOT / name).is_file()]
+
+
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "data" / "README.md"]
 
 

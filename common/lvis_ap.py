@@ -13,14 +13,22 @@ from typing import NamedTuple
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from data.ap import percent, truth_of
-from data.instances import Instances
+from common.mask_ap import percent, truth_of
+from common.objects import Instances
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)  # of the overlap
+
+
 RECALLS = np.linspace(0, 1, 101)
+
+
 # all, small, medium, large; in pixels
 AREAS = np.array([[0, 1e5], [0, 32], [32, 96], [96, 1e5]]) ** 2
+
+
 RIGHT, IGNORED = 1, 2  # outcome of a detection; 0 where it found nothing
+
+
 BLOCK = 255  # more pycocotools cannot measure at once (2.0.11)
 
 

@@ -16,11 +16,15 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from common.distributed import World
-from common.runs import RankError
-from data.instances import CITYSCAPES_THINGS, Instances, opened, outline
+from common.errors import RankError
+from common.objects import CITYSCAPES_THINGS, Instances, opened, outline
 
 THRESHOLDS = np.arange(0.5, 1.0, 0.05)  # of the overlap, as cityscapesScripts has them
+
+
 MIN_PIXELS = 100  # smaller objects of Cityscapes need not be found
+
+
 # labelIds that Cityscapes does not score
 VOID = (0, 1, 2, 3, 4, 5, 6, 9, 10, 14, 15, 16, 18, 29, 30)
 

@@ -1,23 +1,13 @@
 """Boxes, masks, crops and pictures of objects, true or found. Boxes are x0, y0, x1, y1 in
 pixels."""
 
-import json
 import math
-from collections.abc import Callable
 from functools import lru_cache
-from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import batched_nms, box_iou, roi_align
-
-from common import plots, runs
-from common.distributed import World, rng
-from data import ap, instances
-from data.instances import Instances, Photo
-from data.read import readable
 
 
 def boxes_of(masks: Tensor) -> Tensor:
@@ -45,23 +35,23 @@ def anchors_of(size: int, scale: float, device: torch.device) -> tuple[Tensor, l
 
 
 @lru_cache(maxsize=16)
-def row(values: tuple[float, ...], device: torch.device) -> Tensor:
+def constant_row(values: tuple[float, ...], device: torch.device) -> Tensor:
     """A constant, sent to the device once: sending waits."""
     return torch.tensor(values, device=device)
 
 
-def encode(boxes: Tensor, anchors: Tensor, weights: tuple[float, ...]) -> Tensor:
+def encode_boxes(boxes: Tensor, anchors: Tensor, weights: tuple[float, ...]) -> Tensor:
     """Deltas (n, 4) that lead from `anchors` to `boxes`: shift of the centre over the size, log of
     the ratio of sizes, each times its weight."""
     size, target = anchors[:, 2:] - anchors[:, :2], boxes[:, 2:] - boxes[:, :2]
     shift = (boxes[:, :2] + boxes[:, 2:] - anchors[:, :2] - anchors[:, 2:]) / 2 / size
-    return torch.cat([shift, (target / size).log()], dim=1) * row(weights, boxes.device)
+    return torch.cat([shift, (target / size).log()], dim=1) * constant_row(weights, boxes.device)
 
 
-def decode(deltas: Tensor, anchors: Tensor, weights: tuple[float, ...], size: int) -> Tensor:
+def decode_boxes(deltas: Tensor, anchors: Tensor, weights: tuple[float, ...], size: int) -> Tensor:
     """The reverse of `encode`, clipped to the square of `size` pixels. A side grows by a factor of
     62.5 at most."""
-    deltas = deltas / row(weights, deltas.device)
+    deltas = deltas / constant_row(weights, deltas.device)
     sides = anchors[:, 2:] - anchors[:, :2]
     centre = (anchors[:, :2] + anchors[:, 2:]) / 2 + deltas[:, :2] * sides
     half = deltas[:, 2:].clamp(max=math.log(1000 / 16)).exp() * sides / 2
@@ -73,7 +63,7 @@ def sided(boxes: Tensor, least: float = 0.0) -> Tensor:
     return torch.isfinite(boxes).all(1) & (boxes[:, 2:] - boxes[:, :2] > least).all(1)
 
 
-def match(
+def match_boxes(
     candidates: Tensor, boxes: Tensor, low: float, high: float, rescue: bool = False
 ) -> Tensor:
     """The object of each candidate box (n,): index of the most overlapping of `boxes` (N, 4); -1,
@@ -95,7 +85,7 @@ def match(
     return torch.where(rescued, index, state)
 
 
-def sample(matches: Tensor, number: int, share: float, g: torch.Generator) -> Tensor:
+def sample_regions(matches: Tensor, number: int, share: float, g: torch.Generator) -> Tensor:
     """Indices of `number` candidates at random: up to `share` of them objects (matches >= 0), the
     others background."""
 
@@ -137,18 +127,6 @@ def suppress(
     return torch.tensor(order, dtype=torch.int64, device=boxes.device), scores[order]
 
 
-def true_objects(
-    photo: Photo, data: Instances, chosen: list[int] | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Labels (N,), masks (N, H, W) uint8 and boxes (N, 4) of the objects of a picture, or of the
-    `chosen` ones, in its own frame; crowds and empty masks are left out."""
-    if chosen is not None:
-        photo = photo._replace(things=tuple(photo.things[i] for i in chosen))
-    labels, masks, _ = instances.masks_of(photo, data)
-    seen = masks.flatten(1).any(1).bool()
-    return labels[seen], masks[seen], boxes_of(masks[seen])
-
-
 def mask_targets(masks: Tensor, matches: Tensor, boxes: Tensor, size: int = 28) -> Tensor:
     """Masks (N, S, S), the object of each box (n,) and boxes (n, 4) -> (n, size, size) 0/1: what of
     the object lies in the box, averaged over each cell, from a half on."""
@@ -159,7 +137,7 @@ def mask_targets(masks: Tensor, matches: Tensor, boxes: Tensor, size: int = 28) 
     ).float()
 
 
-def paste(probs: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+def paste_masks(probs: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
     """Masks (n, m, m) of boxes (n, 4) -> (n, *size) float32, bilinear, 0 outside of a box."""
 
     # (n, number) in -1 .. 1 of the box
@@ -175,83 +153,3 @@ def paste(probs: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
         )
         parts.append(F.grid_sample(p[:, None], where, align_corners=False)[:, 0])
     return torch.cat(parts)
-
-
-def choose_objects(
-    photos: list[Photo], classes: set[int], most: int, seed: int
-) -> list[tuple[Photo, list[int]]]:
-    """Up to `most` objects (crowds are none) of each of the `classes`, at random: pictures and the
-    places of theirs."""
-    places: dict[int, list] = {}
-    for p, photo in enumerate(photos):
-        for i, thing in enumerate(photo.things):
-            if thing.category in classes and not thing.crowd:
-                places.setdefault(thing.category, []).append((p, i))
-    taken: dict[int, list[int]] = {}
-    for category, here in sorted(places.items()):
-        for j in sorted(rng(seed, "objects", category).permutation(len(here))[:most].tolist()):
-            taken.setdefault(here[j][0], []).append(here[j][1])
-    return [(photos[p], sorted(taken[p])) for p in sorted(taken)]
-
-
-def crops(photo: Photo, data: Instances, chosen: list[int], size: int) -> tuple[Tensor, Tensor]:
-    """Crops (n, 3, size, size) uint8 of `chosen` objects, their boxes enlarged by a tenth of the
-    side at each end, and their classes (n,)."""
-    image = instances.load(photo)
-    labels, _, boxes = true_objects(photo, data, chosen)
-    found = [torch.zeros(0, 3, size, size, dtype=torch.uint8)]
-    for x0, y0, x1, y1 in boxes.tolist():
-        dx, dy = 0.1 * (x1 - x0), 0.1 * (y1 - y0)
-        part = image[
-            None,
-            :,
-            max(int(y0 - dy), 0) : math.ceil(y1 + dy),
-            max(int(x0 - dx), 0) : math.ceil(x1 + dx),
-        ]
-        found.append(F.interpolate(part, (size, size), mode="bicubic", antialias=True))
-    return torch.cat(found), labels
-
-
-def picture(
-    image: Tensor, labels: Tensor, scores: Tensor, masks: Tensor, classes: list[str] | None = None
-) -> np.ndarray:
-    """Image (3, H, W) uint8 with the objects that score 0.5 or more on it, the best in front ->
-    (H', W, 3) uint8. With names of `classes`, each in a colour of its own, and a legend; else in
-    the colour of its class."""
-    shown = [i for i in scores.argsort().tolist() if scores[i] >= 0.5][-250:]
-    index = torch.zeros(image.shape[-2:], dtype=torch.uint8)
-    for place, i in enumerate(shown, start=1):
-        index[masks[i]] = place if classes else 1 + int(labels[i]) % 250
-    return plots.overlay(
-        image,
-        index,
-        ["background", *(f"{classes[labels[i]]} {scores[i]:.2f}" for i in shown)]
-        if classes
-        else [],
-    )
-
-
-def predictions(
-    files: list[Path],
-    out: Path,
-    detect: Callable[[Tensor], tuple[Tensor, ...]],
-    ids: list[int],
-    classes: list[str],
-    world: World,
-) -> None:
-    """Overlays of images, and predictions.json in COCO's result format, with paths for `image_id`,
-    into `out`. `detect`: (3, H, W) uint8 -> labels (n,), scores (n,), masks (n, H, W) and boxes (n,
-    4)."""
-    out.mkdir(exist_ok=True)
-    results = []
-    for i, file, image in readable(files, world):
-        found = detect(image)
-        results.append((i, ap.results_of(str(file), ids, *found)))
-        shown = picture(image, *(t.cpu() for t in found[:3]), classes)
-        plots.save_picture(shown, out / f"{i:05d}_{file.stem}_overlay.jpg")
-    results = [entry for _, part in ap.gather(world, results) for entry in part]
-    if world.main:
-        runs.write_text(out / "predictions.json", json.dumps(results))
-        print(
-            f"{len(files)} images: {out}/*_overlay.jpg (scores from 0.5) and predictions.json (all)"
-        )

@@ -6,107 +6,42 @@ As in common/datasets.py, order and augmentation depend on (seed, step, sample) 
 workers, processes or restarts. Labels are class indices 0..K-1, the places in the sorted category
 ids, always."""
 
-import functools
 import itertools
 import json
-import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
-from pycocotools import mask as coco_mask
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from common import datasets, transforms
+from common import splits
+from common.coco import classes_of, finder, photos_of, read_json, said_of
 from common.distributed import World, rng
-from common.runs import RankError, UserError
-from data import shapes, splits
-from data.find import missing, need
-from data.read import IMAGES, BrokenImage, helpers, image_files, read_image
+from common.errors import RankError, UserError
+from common.files import IMAGES, BrokenImage, image_files, read_image
+from common.loading import helpers
+from common.objects import CITYSCAPES_THINGS, Instances, Photo, bare, opened, singles
+from common.semantic import missing, need
 
-CITYSCAPES_THINGS = {
-    24: "person",
-    25: "rider",
-    26: "car",
-    27: "truck",
-    28: "bus",
-    31: "train",
-    32: "motorcycle",
-    33: "bicycle",
-}  # the other classes have no single objects
 # annotations/<one of them>.json
 FILES = ("{}", "instances_{}", "instances_{}2017", "lvis_{}", "lvis_v1_{}")
+
+
 COCO_IMAGES = 117266  # of train2017 that hold an object; 118,287 in all
+
+
 PUBLISHED = {
     "cityscapes": ("guided_distillation", "5%, 10%, 20%, 30%"),
     "coco": ("unbiased_teacher", "0.01%, 0.1%, 0.5%, 1%, 2%, 5%, 10%"),
 }
-
-
-class Thing(NamedTuple):
-    """One annotated object as on disk, in class `category`; `area` in pixels as the file says, 0
-    where it does not.
-
-    `segmentation`: polygons, float64 arrays x, y, x, y, ... in pixels; or pycocotools' run lengths;
-    or the object's value in a Cityscapes instanceIds PNG. A crowd is a region of many objects: no
-    target, and ignored when scoring."""
-
-    category: int
-    segmentation: list | dict | int
-    crowd: bool
-    area: float
-
-
-class Photo(NamedTuple):
-    """One picture. `things` is None where no label may be opened, or where it is still to be read
-    from `label`, a Cityscapes instanceIds PNG (None elsewhere). `id` is -1 and the size in pixels 0
-    where no file gives them.
-
-    LVIS says of a picture which classes are known to be absent (`negative`), and of which only some
-    objects are annotated (`partial`), class indices; elsewhere both are empty."""
-
-    name: str
-    image: Path
-    id: int = -1
-    height: int = 0
-    width: int = 0
-    things: tuple[Thing, ...] | None = None
-    label: Path | None = None
-    negative: tuple[int, ...] = ()
-    partial: tuple[int, ...] = ()
-
-
-@dataclass
-class Instances:
-    """A data set as found on disk, pictures by ascending id. `ids` are the category ids of the
-    `classes`.
-
-    LVIS files add the `frequency` of each class (r, c, f, in training pictures) and, of each scored
-    image id, what its Photo says of `negative` and `partial` classes. `val_json` is the file of
-    `val`, or None (see `scored_on`)."""
-
-    name: str
-    root: Path
-    classes: list[str]
-    ids: list[int]
-    train: list[Photo]
-    val: list[Photo]
-    extra: list[Photo]  # no annotations, or none but crowds
-    train_json: Path | None = None
-    val_json: Path | None = None
-    lvis: bool = False
-    frequency: list[str] | None = None
-    negative: dict[int, list[int]] = field(default_factory=dict)
-    partial: dict[int, list[int]] = field(default_factory=dict)
 
 
 # ------------------------------------------------------------------------------------------ on disk
@@ -124,8 +59,6 @@ def find(
     folder, also relative to `root`."""
     if root.exists() and not root.is_dir():
         raise missing(name, root, "a folder")
-    if name == "shapes":
-        root = shapes.make_things(root / "things")
     if not root.is_dir():
         raise missing(name, root, "the folder itself")
     if name == "cityscapes":
@@ -248,203 +181,11 @@ def find_coco(
     return data
 
 
-def said_of(photos: list[Photo]) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
-    """`negative` and `partial` of Instances that are scored on these pictures."""
-    return {p.id: list(p.negative) for p in photos}, {p.id: list(p.partial) for p in photos}
-
-
 def scored_on(data: Instances, photos: list[Photo]) -> Instances:
     """The same data set, but scored on these pictures, which have labels: such as training pictures
     that are held out. What is true is then made of the Photos (data.ap.truth_of)."""
     negative, partial = said_of(photos) if data.lvis else ({}, {})
     return replace(data, val=list(photos), val_json=None, negative=negative, partial=partial)
-
-
-def singles(photo: Photo) -> set[int]:
-    """The classes of the objects of a picture that are no crowds."""
-    return {thing.category for thing in photo.things or () if not thing.crowd}
-
-
-def bare(photo: Photo) -> Photo:
-    """The picture without its labels, so that none can be opened."""
-    return photo._replace(things=None, label=None, negative=(), partial=())
-
-
-def read_json(path: Path) -> dict:
-    """A COCO or LVIS file, each annotation a tuple (image id, category id, segmentation, crowd,
-    area); UserError when it is none. Annotations become small while they are read, or COCO's train
-    file would fill many times its size."""
-
-    def lean(record: dict):
-        if not {"image_id", "category_id", "segmentation"} <= record.keys():
-            return record
-        try:
-            return (
-                record["image_id"],
-                record["category_id"],
-                outline(record["segmentation"]),
-                bool(record.get("iscrowd")),
-                float(record.get("area", 0)),
-            )
-        except (TypeError, ValueError, KeyError, OverflowError):
-            raise UserError(
-                f"{path}: the annotation {record.get('id')} cannot be read; its segmentation must be "
-                f"polygons or run lengths, and its area a number."
-            ) from None
-
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file, object_hook=lean)
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path} cannot be read as JSON ({error}); fetch or write it again."
-        ) from None
-    for key, kind in (("images", dict), ("categories", dict), ("annotations", tuple)):
-        if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            raise UserError(
-                f"{path} is no COCO or LVIS file: it has no list of {key}; name another."
-            )
-        if not all(isinstance(record, kind) for record in content[key]):
-            needs = "image_id, category_id and segmentation" if kind is tuple else "named fields"
-            raise UserError(f"{path}: each of its {key} needs {needs}; correct the file.")
-    return content
-
-
-def outline(segmentation: list | dict) -> list[np.ndarray] | dict:
-    """Polygons as arrays, a quarter of the memory of lists, or compressed run lengths. As in
-    Detectron2, a polygon of an odd count or of fewer than six numbers is left out; an object
-    without any other is no object."""
-    if isinstance(segmentation, dict):
-        listed = isinstance(segmentation["counts"], list)
-        return (
-            coco_mask.frPyObjects(segmentation, *segmentation["size"]) if listed else segmentation
-        )
-    return [
-        np.array(p, np.float64)
-        for p in segmentation
-        if isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0
-    ]
-
-
-def classes_of(content: dict, path: Path) -> dict[int, str]:
-    """Category id -> name, by ascending id."""
-    try:
-        found = dict(
-            sorted((record["id"], str(record["name"])) for record in content["categories"])
-        )
-    except (KeyError, TypeError):
-        raise UserError(
-            f"{path}: each of its categories needs a number as id, and a name; correct the file."
-        ) from None
-    if not found or not len(content["categories"]) == len(found) == len(set(found.values())):
-        raise UserError(
-            f"{path}: its categories need ids and names that all differ, and there must be one at least."
-        )
-    return found
-
-
-def finder(bases: list[Path], part: str) -> Callable[[dict], Path | None]:
-    """Record of an image -> its file. Folders are listed once: asking for each file is slow on a
-    network disk. Pictures of a part other than train and val (tune) are looked for among the
-    training pictures, too."""
-
-    @functools.cache
-    def files(folder: str) -> set[str]:
-        return set(os.listdir(folder)) if os.path.isdir(folder) else set()
-
-    def locate(record: dict) -> Path | None:
-        url = (record.get("coco_url") or "").split("/")
-        for name in filter(None, (record.get("file_name"), "/".join(url[-2:]), url[-1])):
-            for place in places:
-                folder, file = os.path.split(os.path.join(place, name))
-                if file in files(folder):
-                    return Path(folder, file)
-        return None
-
-    parts = [
-        "",
-        *(
-            p + year
-            for p in dict.fromkeys([part] + ["train"] * (part != "val"))
-            for year in ("", "2017")
-        ),
-    ]
-    places = [base / p for base in bases for p in parts]
-    return locate
-
-
-def photos_of(content: dict, path: Path, index: dict[int, int], locate: Callable) -> list[Photo]:
-    """The pictures of a file by ascending id, with their objects; UserError where it contradicts
-    itself or the disk."""
-
-    def places(record: dict, key: str) -> tuple[int, ...]:
-        return tuple(index[category] for category in record.get(key) or () if category in index)
-
-    try:
-        photos = {
-            r["id"]: Photo(
-                r.get("file_name") or "/".join(r["coco_url"].split("/")[-2:]),
-                locate(r),
-                r["id"],
-                int(r["height"]),
-                int(r["width"]),
-                negative=places(r, "neg_category_ids"),
-                partial=places(r, "not_exhaustive_category_ids"),
-            )
-            for r in content["images"]
-        }
-        photos = dict(sorted(photos.items()))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"{path}: an image lacks its id, height, width, or file_name ({error}); correct it."
-        ) from None
-    sized = {p.name for p in photos.values() if min(p.height, p.width) > 0}
-    if not len(content["images"]) == len(photos) == len(sized):
-        raise UserError(
-            f"{path} lists an image twice or without a size; ids and file names must differ."
-        )
-    lost = [p.name for p in photos.values() if p.image is None]
-    if lost:
-        raise UserError(
-            f"{len(lost)} of the {len(photos)} images of {path} are not on disk, for example {lost[0]}; "
-            f"name the folder that holds them with --images (layout in data/README.md)."
-        )
-    things, left_out = {number: [] for number in photos}, 0
-    for image, category, segmentation, crowd, area in content["annotations"]:
-        if image not in things or category not in index:
-            unknown = f"image {image}" if image not in things else f"category {category}"
-            raise UserError(
-                f"{path}: an annotation is of {unknown}, which the file does not list; correct the file."
-            )
-        if segmentation:
-            things[image].append(Thing(index[category], segmentation, crowd, area))
-        left_out += not segmentation
-    if left_out:
-        warnings.warn(
-            f"{left_out} annotations of {path} have no polygon of three points; they are left out",
-            stacklevel=2,
-        )
-    return [photo._replace(things=tuple(things[number])) for number, photo in photos.items()]
-
-
-# -------------------------------------------------------------------------------------------- masks
-class Window(NamedTuple):
-    """Joint geometry: flip left-right, resize to `size` (height, width), then the window of size
-    `out` at (top, left), which may reach over every border."""
-
-    flip: bool
-    size: tuple[int, int]
-    top: int
-    left: int
-    out: tuple[int, int]
-
-
-def cut_out(image: Tensor, window: Window, fill: int) -> Tensor:
-    """(3, H, W) uint8 -> the window of it, (3, h, w); antialiased, `fill` outside."""
-    image = image.flip(-1) if window.flip else image
-    image = F.interpolate(image[None], size=window.size, mode="bilinear", antialias=True)[0]
-    out, _, valid = transforms.crop(image, None, window.top, window.left, *window.out)
-    return torch.where(valid, out, fill)
 
 
 def photometric_distortion(image: Tensor, g: np.random.Generator) -> Tensor:
@@ -476,114 +217,6 @@ def photometric_distortion(image: Tensor, g: np.random.Generator) -> Tensor:
     )
     x = x if contrast_first else contrast(x)
     return torch.from_numpy(x).permute(2, 0, 1).contiguous()
-
-
-def masks_of(
-    photo: Photo, data: Instances, window: Window | None = None, crowds: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Labels (N,) int64, masks (N, h, w) uint8 0/1 and whether each is a crowd (N,) bool, in the
-    file's order; empty masks are kept. Without `window` in the picture's own frame; without
-    `crowds` no crowds.
-
-    Polygons are moved as coordinates and drawn on the window, so they stay sharp; run lengths and
-    instanceIds are decoded, and each pixel of the window takes the nearest one. A RankError names
-    the image that cannot be drawn."""
-    assert photo.things is not None or photo.label is not None, f"{photo.name} has no labels"
-    photo, ids = opened(photo)
-    whole = (photo.height, photo.width)
-    window = window or Window(False, whole, 0, 0, whole)
-    things = [thing for thing in photo.things if crowds or not thing.crowd]
-    masks = np.zeros((len(things), *window.out), np.uint8)
-    ids = None if ids is None else seen(ids, window)
-    for mask, (category, segmentation, *_) in zip(masks, things, strict=True):
-        try:
-            if isinstance(segmentation, list):
-                polygons = [moved(np.asarray(p, np.float64), whole, window) for p in segmentation]
-                mask[:] = coco_mask.decode(
-                    coco_mask.merge(coco_mask.frPyObjects(polygons, *window.out))
-                )
-            elif isinstance(segmentation, dict):
-                if list(segmentation["size"]) != list(whole):
-                    raise ValueError(
-                        f"its run lengths are for {segmentation['size']}, height and width"
-                    )
-                mask[:] = seen(coco_mask.decode(outline(segmentation)), window)
-            else:
-                mask[:] = ids == segmentation
-        except (ValueError, TypeError, KeyError, IndexError) as error:
-            raise RankError(
-                f"An annotation of {photo.image} ({data.classes[category]}, {photo.width}x{photo.height} "
-                f"pixels) cannot be drawn ({error}); correct it or take it out."
-            ) from None
-    return (
-        torch.tensor([thing.category for thing in things], dtype=torch.int64),
-        torch.from_numpy(masks),
-        torch.tensor([thing.crowd for thing in things], dtype=torch.bool),
-    )
-
-
-def moved(polygon: np.ndarray, whole: tuple[int, int], window: Window) -> np.ndarray:
-    """Coordinates x, y, x, y, ... in a picture of size `whole` (height, width) -> in the window."""
-    if not np.abs(polygon).max() < 1e6:  # drawing takes memory for every pixel of an edge
-        raise ValueError("a coordinate is not finite, or far outside")
-    out = np.empty_like(polygon)
-    out[0::2] = (whole[1] - polygon[0::2] if window.flip else polygon[0::2]) * (
-        window.size[1] / whole[1]
-    ) - window.left
-    out[1::2] = polygon[1::2] * (window.size[0] / whole[0]) - window.top
-    return out
-
-
-def seen(values: np.ndarray, window: Window) -> np.ndarray:
-    """(H, W) -> the window (h, w) of it, nearest pixel with half-pixel centres, 0 outside of the
-    picture."""
-    places = []
-    for n, size, start, number in zip(
-        values.shape, window.size, (window.top, window.left), window.out, strict=True
-    ):
-        first = max(start, 0)
-        at = np.arange(first, max(min(start + number, size), first))
-        places.append(
-            (slice(first - start, first - start + len(at)), (2 * at + 1) * n // (2 * size))
-        )
-    (rows, ys), (columns, xs) = places
-    out = np.zeros(window.out, values.dtype)
-    out[rows, columns] = values[ys[:, None], values.shape[1] - 1 - xs if window.flip else xs]
-    return out
-
-
-def opened(photo: Photo) -> tuple[Photo, np.ndarray | None]:
-    """The picture with its objects and size, and its instanceIds (H, W) int32 where it has a label
-    PNG.
-
-    Of their values, 24000 to 33999 are objects of the class value // 1000; the same classes under
-    1000 are crowds."""
-    if photo.label is None:
-        return photo, None
-    ids = read_ids(photo.label)
-    counts, classes = np.bincount(ids.ravel()), list(CITYSCAPES_THINGS)
-    things = [
-        Thing(classes.index(kind), value, value < 1000, float(counts[value]))
-        for value in np.flatnonzero(counts).tolist()
-        if (kind := value // 1000 if value >= 1000 else value) in CITYSCAPES_THINGS
-    ]
-    return photo._replace(things=tuple(things), height=ids.shape[0], width=ids.shape[1]), ids
-
-
-def read_ids(path: Path) -> np.ndarray:
-    """(H, W) int32 of a Cityscapes instanceIds PNG."""
-    try:
-        with Image.open(path) as file:
-            mode, ids = file.mode, np.array(file).astype(np.int32)
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-        raise RankError(
-            f"The label {path} cannot be read ({error}); fetch or make it again."
-        ) from None
-    if mode not in ("I", "I;16", "I;16B", "L") or ids.min() < 0:
-        raise RankError(
-            f"The label {path} (mode {mode}) is no map of instance ids, a single-channel 16-bit PNG."
-        )
-    return ids
 
 
 # ---------------------------------------------------------------------------- labeled and unlabeled
@@ -670,66 +303,6 @@ def choose(
     if len(labeled) < len(names):
         text += f"; {len(names) - len(labeled)} listed ones without an object are left out"
     return Chosen(labeled, [bare(p) for p in rest], text, fingerprint)
-
-
-def hold_out(
-    photos: list[Photo], share: float, seed: int, stratify: bool = False, num_classes: int = 0
-) -> tuple[list[Photo], list[Photo]]:
-    """The pictures to learn from and those held out, both in the order given. round(share * n) are
-    held out, but one at least and one at most not; which ones, depends on the seed and the names
-    alone.
-
-    With `stratify` a class (of `num_classes`) that two pictures have, or more, comes into both
-    parts where that is possible: the rarest class not yet held out chooses first, and never the
-    last picture to learn a class from."""
-    if len(photos) < 2:
-        raise UserError(
-            f"Of {len(photos)} labeled images none can be held out; a part to tune on needs two or more."
-        )
-    number = min(max(round(share * len(photos)), 1), len(photos) - 1)
-    ranked = sorted(range(len(photos)), key=lambda i: photos[i].name)
-    order = [ranked[i] for i in rng(seed, "hold out").permutation(len(photos))]
-    if stratify:
-        order = [
-            order[i]
-            for i in spread([sorted(singles(photos[i])) for i in order], num_classes, number)
-        ]
-    chosen = set(order[:number])
-    return (
-        [p for i, p in enumerate(photos) if i not in chosen],
-        [p for i, p in enumerate(photos) if i in chosen],
-    )
-
-
-def spread(held: list[list[int]], num_classes: int, number: int) -> list[int]:
-    """For pictures that hold these classes, their places, with the `number` to hold out first (see
-    `hold_out`); where the classes leave a choice, earlier pictures are taken first."""
-    counts = np.bincount(
-        np.array([c for classes in held for c in classes], np.int64), minlength=num_classes
-    )
-    left, taken = counts.copy(), {}  # a dict keeps the order
-    homes: list[list[int]] = [[] for _ in counts]
-    for i, classes in enumerate(held):
-        for c in classes:
-            homes[c].append(i)
-
-    def take(places: Iterable[int], most: int) -> None:
-        for least in (0, 2):  # a class's only picture only if there is no other
-            for i in places:
-                if (
-                    most > 0
-                    and i not in taken
-                    and all(left[c] > 1 or counts[c] < least for c in held[i])
-                ):
-                    taken[i] = True
-                    left[held[i]] -= 1
-                    most -= 1
-
-    for c in np.argsort(counts, kind="stable"):
-        if counts[c] > 1 and left[c] == counts[c]:
-            take(homes[c], 1)
-    take(range(len(held)), number - len(taken))
-    return [*taken, *(i for i in range(len(held)) if i not in taken)]
 
 
 def labels_read(photos: list[Photo]) -> list[Photo]:
@@ -933,79 +506,6 @@ class Views(Dataset):
             return self.augment(image, photo, rng(self.seed, self.name, step, sample)), skipped
         raise RankError(
             f"None of the {len(self.photos)} {self.name} images can be read, such as {photo.image}."
-        )
-
-
-class Stream(datasets.Stream):
-    """Batches of keys (index, step, sample) of this process for steps start..stop: passes over n
-    pictures, each in an order of its own. With `factors` (n,), a pass holds a picture floor(r) or
-    floor(r) + 1 times, on average r times."""
-
-    def __init__(
-        self,
-        n: int,
-        batch_size: int,
-        seed: int,
-        name: str,
-        start: int,
-        stop: int,
-        world: World,
-        factors: np.ndarray | None = None,
-    ):
-        super().__init__(n, batch_size, seed, name, start, stop, world)
-        self.factors = factors
-
-    def passes(self, place: int) -> Iterator[tuple[int, np.ndarray]]:
-        """(where it begins, its order) of each pass, from one at or before the sample `place` of
-        the run."""
-        turn = 0 if self.factors is not None else place // self.n
-        begin = turn * self.n
-        while True:
-            draw, order = rng(self.seed, "order", self.name, turn), self.n
-            if self.factors is not None:
-                whole = np.floor(self.factors).astype(np.int64)
-                order = np.arange(self.n).repeat(
-                    whole + (draw.random(self.n) < self.factors - whole)
-                )
-            order = draw.permutation(order)
-            yield begin, order
-            turn, begin = turn + 1, begin + len(order)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
-        local = self.batch_size // self.world.size
-        mine = range(self.world.rank * local, (self.world.rank + 1) * local)
-        passes = self.passes(self.steps.start * self.batch_size + mine.start)
-        begin, order = next(passes)
-        for step in self.steps:
-            keys = []
-            for sample in mine:
-                while (place := step * self.batch_size + sample - begin) >= len(order):
-                    begin, order = next(passes)
-                keys.append((int(order[place]), step, sample))
-            yield keys
-
-
-def stream(
-    views: Views,
-    batch_size: int,
-    start: int,
-    stop: int,
-    world: World,
-    workers: int,
-    factors: np.ndarray | None = None,
-    collate: Callable = list,
-) -> Iterator:
-    """What `collate` makes of this process's samples (sample, skipped) of each step start..stop;
-    nothing is read before the first is asked for. Torch's own generator is left alone."""
-    if start < stop:
-        keys = Stream(len(views), batch_size, views.seed, views.name, start, stop, world, factors)
-        yield from DataLoader(
-            views,
-            batch_sampler=keys,
-            collate_fn=collate,
-            generator=torch.Generator(),
-            pin_memory=world.device.type == "cuda",
-            **helpers(workers),
         )
 
 

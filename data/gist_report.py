@@ -15,9 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import plots, runs
-from common.runs import UserError
-from data import read
+from common import files, plots, semantic
+from common.errors import UserError
 
 GROUP = 5  # paths in a group of Table II
 
@@ -91,7 +90,7 @@ def write(tree, results: dict, out: Path) -> dict:
         key=lambda p: (store.record(p)["stage"], p),
     )
     records = [store.record(p) for p in nodes]
-    logs = [runs.read_log(f) for p in nodes if (f := store.folder(p) / "log.jsonl").is_file()]
+    logs = [files.read_log(f) for p in nodes if (f := store.folder(p) / "log.jsonl").is_file()]
     speeds = sorted(
         line["images_per_second"] for log in logs for line in log if "images_per_second" in line
     )
@@ -101,15 +100,15 @@ def write(tree, results: dict, out: Path) -> dict:
         "seconds": round(sum(r["seconds"] for r in records), 1),
         "images_per_second": speeds[len(speeds) // 2] if speeds else None,
     }
-    runs.write_text(out / "log.jsonl", "".join(json.dumps(r) + "\n" for r in records))
+    files.write_text(out / "log.jsonl", "".join(json.dumps(r) + "\n" for r in records))
     val = {p: val_of(tree, p) for p in nodes}
-    runs.write_text(out / "report.md", "\n".join(tables(tree, results, nodes, val)))
+    files.write_text(out / "report.md", "\n".join(tables(tree, results, nodes, val)))
     draw_tree(tree, nodes, {tree.best(paths) for paths in visited.values()}, out / "tree.png")
     draw_curves(tree, visited, val, out / "curves.png")
     for name, paths in visited.items():
         end = deepest(tree, paths)
         draw_masks(tree, end, out / "previews" / f"{name.replace(' ', '-')}-{end or 'stage0'}.png")
-    runs.write_text(out / "results.json", json.dumps(results, indent=1))
+    files.write_text(out / "results.json", json.dumps(results, indent=1))
     said = [
         f"{name} {r['miou']:.2f} ({r['path'] or 'stage 0'})"
         for name, r in results.items()
@@ -353,7 +352,7 @@ def draw_masks(tree, path: str, file: Path) -> None:
     masks = [np.load(tree.store.folder(p) / "scores.npz") for p in shown]
     rows = []
     for i, picture in enumerate(tree.dev[:6]):
-        image, label = read.load(picture, tree.data)
+        image, label = semantic.load_picture(picture, tree.data)
         rows.append(
             [
                 image.permute(1, 2, 0).numpy(),

@@ -4,19 +4,98 @@ a run learns from.
 Layouts are described in data/README.md; --split and --unlabeled are read here."""
 
 import itertools
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
-from common.runs import UserError
-from data import shapes, splits
-from data.read import IMAGES, Picture, Segmentation, image_files, read_label
+from common import splits
+from common.distributed import World, rng
+from common.errors import RankError, UserError
+from common.files import IMAGES, BrokenImage, image_files, read_image
+from common.loading import helpers
+
+
+class Picture(NamedTuple):
+    """One image on disk; `label` is None when there is no label file, or none may be opened."""
+
+    name: str
+    image: Path
+    label: Path | None
+
+
+@dataclass
+class Segmentation:
+    """A data set as found on disk. `to_class` maps the values of a label file to class indices
+    (None: as they are)."""
+
+    name: str
+    root: Path
+    classes: list[str]
+    train: dict[str, Picture]
+    val: list[Picture]
+    extra: list[Picture] = field(default_factory=list)  # images that never had labels
+    to_class: np.ndarray | None = None
+
+
+def read_label(path: Path, data: Segmentation) -> Tensor:
+    """(H, W) uint8 class indices. Palette files are read as indices, never as colours or grey
+    values.
+
+    Raises UserError (RankError, one process may meet it alone) when a value is not a class."""
+    try:
+        with Image.open(path) as file:
+            mode, values = file.mode, np.array(file)
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+        raise RankError(
+            f"The label {path} cannot be read ({error}); fetch or make it again."
+        ) from None
+    if values.ndim != 2 or mode not in ("P", "L", "1", "I", "I;16"):
+        raise RankError(
+            f"The label {path} is a colour picture (mode {mode}); labels are single-channel PNGs of class "
+            f"indices."
+        )
+    if data.to_class is not None:
+        return torch.from_numpy(data.to_class[np.clip(values, 0, 255)])
+    wrong = values[(values >= len(data.classes)) & (values != 255)]
+    if wrong.size:
+        raise RankError(
+            f"The label {path} holds the value {int(wrong.flat[0])}, but there are {len(data.classes)} "
+            f"classes (0 to {len(data.classes) - 1}, 255 to ignore); correct the file or classes.txt."
+        )
+    return torch.from_numpy(values.astype(np.uint8))
+
+
+def load_picture(
+    picture: Picture, data: Segmentation, labels: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """Image and, when `labels`, its label (None for a picture without one); they must be of one
+    size."""
+    image = read_image(picture.image)
+    if not labels or picture.label is None:
+        return image, None
+    label = read_label(picture.label, data)
+    if label.shape != image.shape[-2:]:
+        raise RankError(
+            f"{picture.image} has {image.shape[2]}x{image.shape[1]} pixels but its label {picture.label} "
+            f"has {label.shape[1]}x{label.shape[0]}; they must agree."
+        )
+    return image, label
+
 
 VOC_CLASSES = (
     "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
     "person pottedplant sheep sofa train tvmonitor"
 ).split()
+
+
 CITYSCAPES_CLASSES = [
     "road",
     "sidewalk",
@@ -38,6 +117,8 @@ CITYSCAPES_CLASSES = [
     "motorcycle",
     "bicycle",
 ]
+
+
 # labelId of trainId i
 CITYSCAPES_IDS = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
 
@@ -45,9 +126,7 @@ CITYSCAPES_IDS = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 
 # ------------------------------------------------------------------------------------------ on disk
 def find(name: str, root: Path, val: str = "val", classes: list[str] | None = None) -> Segmentation:
     """The data set `name` under `root`, scored on its `val` list; UserError when it is not there,
-    or has not `classes`.
-
-    The embedded set, shapes, is drawn on first use."""
+    or has not `classes`. The embedded set, shapes, lies on disk as VOC does."""
     readers = {
         "voc": find_voc,
         "shapes": find_voc,
@@ -56,8 +135,6 @@ def find(name: str, root: Path, val: str = "val", classes: list[str] | None = No
     }
     if root.exists() and not root.is_dir():
         raise missing(name, root, "a folder")
-    if name == "shapes":
-        root = shapes.make_voc(root / "voc")
     if not root.is_dir():
         raise missing(name, root, "the folder itself")
     data = readers[name](root, val)
@@ -378,3 +455,81 @@ def unlabeled_pictures(text: str, data: Segmentation) -> list[Picture]:
 
 def classes_in(data: Segmentation, picture: Picture) -> set[int]:
     return set(np.unique(read_label(picture.label, data).numpy()).tolist()) - {255}
+
+
+class Batch(NamedTuple):
+    """`images` (B, 3, H, W) uint8, `valid` (B, H, W) bool, `label` (B, H, W) uint8 (all 255 where
+    none was opened)."""
+
+    images: Tensor
+    valid: Tensor
+    label: Tensor
+    skipped: Tensor  # (B,) how many broken images were passed over
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(*(t.to(device, non_blocking=True) for t in self))
+
+
+class Pictures(Dataset):
+    """Training samples by key (index, step, sample); `augment(image, label or None, rng)` -> image,
+    label, valid."""
+
+    def __init__(
+        self,
+        pictures: list[Picture],
+        data: Segmentation,
+        labels: bool,
+        augment: Callable,
+        seed: int,
+        name: str,
+    ):
+        self.pictures, self.data, self.labels, self.augment = pictures, data, labels, augment
+        self.seed, self.name = seed, name
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, place: tuple[int, int, int]) -> Batch:
+        index, step, sample = place
+        for skipped in range(len(self.pictures)):
+            picture = self.pictures[(index + skipped) % len(self.pictures)]
+            try:
+                image, label = load_picture(picture, self.data, self.labels)
+            except BrokenImage as error:
+                warnings.warn(f"{error}; training goes on without it", stacklevel=2)
+                continue
+            out = self.augment(image, label, rng(self.seed, self.name, step, sample))
+            return Batch(out[0], out[2], out[1], torch.tensor(skipped))
+        raise RankError(
+            f"None of the {len(self.pictures)} {self.name} images can be read, such as {picture.image}."
+        )
+
+
+class Whole(Dataset):
+    """Whole pictures. With labels, for scoring, a broken one stops the evaluation, which needs
+    every image; without labels, its image is None."""
+
+    def __init__(self, pictures: list[Picture], data: Segmentation, labels: bool = True):
+        self.pictures, self.data, self.labels = pictures, data, labels
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor | None, Tensor | None]:
+        try:
+            return (index, *load_picture(self.pictures[index], self.data, self.labels))
+        except BrokenImage as error:
+            if self.labels:
+                raise
+            warnings.warn(f"{error}; it is left out", stacklevel=2)
+            return index, None, None
+
+
+def score_loader(
+    pictures: list[Picture], data: Segmentation, world: World, workers: int, labels: bool = True
+) -> DataLoader:
+    """(index, image, label), one picture at a time, each on exactly one process."""
+    mine = torch.utils.data.Subset(
+        Whole(pictures, data, labels), range(world.rank, len(pictures), world.size)
+    )
+    return DataLoader(mine, batch_size=None, **helpers(min(workers, 4)))

@@ -1,0 +1,136 @@
+"""Checkpoints, atomically saved and safely loaded, and files of weights from elsewhere."""
+
+import io
+import pickle
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from common.errors import UserError
+from common.files import write_bytes
+
+
+# -------------------------------------------------------------------------------------- checkpoints
+def save_checkpoint(path: Path, script: str, state: dict) -> None:
+    """torch.save, atomically. `state` holds tensors, numbers, strings, lists and dicts only."""
+    buffer = io.BytesIO()
+    torch.save({"script": script, **state}, buffer)
+    write_bytes(path, buffer.getbuffer())
+
+
+def load_checkpoint(path: Path, script: str) -> dict:
+    """Read what `save_checkpoint` wrote; UserError for a missing, broken or foreign file."""
+    if not path.is_file():
+        raise UserError(f"There is no checkpoint {path}.")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # noqa: BLE001 (zip, pickle, runtime errors)
+        raise UserError(
+            f"{path} is not a readable checkpoint ({type(error).__name__}); "
+            f"use another one, or start again with another --out."
+        ) from None
+    if not isinstance(state, dict) or "script" not in state:
+        raise UserError(
+            f"{path} is a file of weights, not a checkpoint of {script}; give it to --weights."
+        )
+    if state["script"] != script:
+        raise UserError(f"{path} is a checkpoint of {state['script']}, not of {script}.")
+    return state | {"path": str(path)}
+
+
+def read_weights(path: Path, flag: str = "--weights") -> dict[str, Tensor]:
+    """A flat dict of tensors from .pth/.pt/.bin (weights_only), .safetensors or .pkl, without
+    wrappers' prefixes."""
+    if not path.is_file():
+        raise UserError(f"{flag} {path}: no such file; give imagenet, none or a file.")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            weights = load_file(str(path))
+        elif path.suffix == ".pkl":
+            pass
+
+            weights = read_pickle(path)
+        else:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # noqa: BLE001 (each format has its own)
+        raise UserError(
+            f"{flag} {path} cannot be read as weights ({type(error).__name__}); save it again as a "
+            f"plain state dict."
+        ) from None
+    for wrapper in ("networks", "model", "state_dict", "teacher", "supervised", "student"):
+        if isinstance(weights, dict) and isinstance(weights.get(wrapper), dict):
+            weights = weights[wrapper]
+    weights = weights if isinstance(weights, dict) else {}
+    weights = {k: torch.as_tensor(v) for k, v in weights.items() if hasattr(v, "shape")}
+    while weights and all(k.startswith("module.") for k in weights):
+        weights = {k.removeprefix("module."): v for k, v in weights.items()}
+    if not weights:
+        raise UserError(f"{flag} {path} holds no tensors.")
+    return weights
+
+
+def load_exact(network: nn.Module, weights: dict[str, Tensor], path: str) -> None:
+    """Load all tensors of the checkpoint `path`; UserError when the network was built with other
+    settings."""
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip()[:90]
+        raise UserError(
+            f"{path} does not fit the network of these settings ({first}); leave --backbone, --width and "
+            f"other network flags as they were."
+        ) from None
+
+
+def load_matching(network: nn.Module, weights: dict[str, Tensor], what: str) -> list[str]:
+    """Load every tensor whose name and shape fit; return lines that report each one that did not.
+
+    Raises UserError when nothing fits."""
+    own = network.state_dict()
+    fits = {k: v for k, v in weights.items() if k in own and own[k].shape == v.shape}
+    if not any(v.dim() > 1 for v in fits.values()):
+        raise UserError(
+            f"None of the {len(weights)} tensors of {what} fits this --backbone "
+            f"(for example {next(iter(weights))})."
+        )
+    network.load_state_dict(fits, strict=False)
+    wrong = [k for k in weights if k in own and k not in fits]
+    fresh = [k for k in own if k not in fits and not k.endswith("num_batches_tracked")]
+    unused = [k for k in weights if k not in own]
+    return [
+        f"{label} ({len(keys)}): {', '.join(keys)}"
+        for label, keys in [
+            ("of another shape, left fresh", wrong),
+            ("not in the file, left fresh", fresh),
+            ("in the file, not in the network", unused),
+        ]
+        if keys
+    ]
+
+
+# ------------------------------------------------------------------------------------- weight files
+class ArraysOnly(pickle.Unpickler):
+    """Detectron2 and Caffe2 .pkl files: dicts of numpy arrays and nothing else may be built."""
+
+    ALLOWED = {
+        ("numpy.core.multiarray", "_reconstruct"),
+        ("numpy._core.multiarray", "_reconstruct"),
+        ("numpy", "ndarray"),
+        ("numpy", "dtype"),
+        ("collections", "OrderedDict"),
+        ("_codecs", "encode"),
+    }
+
+    def find_class(self, module: str, name: str):
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a weight file")
+        return super().find_class(module, name)
+
+
+def read_pickle(path: Path):
+    """A pickled dict of arrays, without the means to run anything."""
+    with open(path, "rb") as file:
+        return ArraysOnly(file, encoding="latin1").load()
