@@ -1,10 +1,14 @@
 """From a dataclass to a command line, and what is printed when something goes wrong."""
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated, get_args, get_origin, get_type_hints
+
+import msgspec
 
 from common.checkpoints import load_checkpoint
 from common.errors import LOST, RankError, Stopped, UserError, user_sentence
@@ -64,9 +68,68 @@ def leave(code: int) -> None:
     os._exit(code)
 
 
-def check_ranges(args, limits: dict[str, tuple[float, float]]) -> None:
-    """UserError when a number, or a pair of them, is negative, outside its (low, high), or not in
-    order."""
+def check_ranges(args, limits: dict[str, tuple[float, float]] | None = None) -> None:
+    """UserError when a setting is not of its field's type, or outside the range at its field.
+
+    A range is written `Annotated[float, msgspec.Meta(ge=0, le=1)]`, in a tuple once for each
+    element. Every number must be finite, and must not be negative unless its field names a lower
+    bound. `args` is a dataclass with any fields."""
+    if limits is not None:  # of a script that does not write its ranges at the fields yet
+        check_limits(args, limits)
+        return
+    types = get_type_hints(type(args), include_extras=True)
+    for name, value in vars(args).items():
+        bounds = bounds_of(types[name])
+        flag = f"--{name.replace('_', '-')}"
+        said = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        try:
+            msgspec.convert(value, types[name])
+        except msgspec.ValidationError as error:
+            if bounds is None or not numbers_in(value):
+                raise UserError(f"{flag} {said} is not allowed here ({error}).") from None
+            raise UserError(f"{flag} {said} is {words_of(bounds)}.") from None
+        for number in numbers_in(value):
+            if not math.isfinite(number):
+                raise UserError(f"{flag} {said} is not a finite number.")
+            if number < 0 and (bounds is None or (bounds.ge is None and bounds.gt is None)):
+                raise UserError(f"{flag} {said} is below 0.")
+
+
+def numbers_in(value) -> list[float]:
+    """The numbers that a setting consists of; none when it is of another kind."""
+    values = value if isinstance(value, tuple) else (value,)
+    return [v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)]
+
+
+def bounds_of(annotation) -> msgspec.Meta | None:
+    """The first range in the annotation of a field, at any depth."""
+    if get_origin(annotation) is Annotated:
+        for note in annotation.__metadata__:
+            if isinstance(note, msgspec.Meta):
+                return note
+    for part in get_args(annotation):
+        bounds = bounds_of(part)
+        if bounds is not None:
+            return bounds
+    return None
+
+
+def words_of(bounds: msgspec.Meta) -> str:
+    """How a value lies that is not within the bounds: "outside 0 to 1", "below 1"."""
+    low = bounds.ge if bounds.ge is not None else bounds.gt
+    high = bounds.le if bounds.le is not None else bounds.lt
+    if high is None:
+        return f"below {low:g}" if bounds.gt is None else f"not above {low:g}"
+    if low is None:
+        low = 0
+    excluded = [f"{x:g}" for x in (bounds.gt, bounds.lt) if x is not None]
+    if excluded:
+        return f"outside {low:g} to {high:g} ({' and '.join(excluded)} excluded)"
+    return f"outside {low:g} to {high:g}"
+
+
+def check_limits(args, limits: dict[str, tuple[float, float]]) -> None:
+    """`check_ranges` of a script that keeps its ranges in a table."""
     for name, values in vars(args).items():
         values = values if isinstance(values, tuple) else (values,)
         if not all(isinstance(v, (int, float)) for v in values):

@@ -1,5 +1,4 @@
-"""The run folder: settings, log, progress, atomic checkpoints, resume, signals, weight files,
-errors for the user."""
+"""The run folder: settings, log, progress, checkpoints, resume, signals, results."""
 
 import contextlib
 import dataclasses
@@ -12,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -51,7 +51,8 @@ def default_out(script: str, args) -> Path:
 
 
 def open_run(out: Path, script: str, args, resume: bool, main: bool) -> bool:
-    """Check and make the run folder; True when there is a checkpoint to continue from.
+    """Check and make the run folder; True when there is a checkpoint to continue from. A resumed
+    run has the settings it was started with, --steps too: schedules depend on its length.
 
     Raises UserError when the folder holds another run, or the same run with other settings."""
     config, last = out / "config.json", out / "last.pt"
@@ -144,69 +145,115 @@ def commit() -> str:
     return ""
 
 
+class Signals:
+    """Hears SIGTERM and Ctrl-C, so that a run can save its state before it leaves.
+
+    `name` is the signal that came, or "". `give_back` restores the handlers that were there
+    before. Away from the main thread Python allows no handlers, and nothing is heard."""
+
+    def __init__(self, say: bool = True):
+        self.name = ""
+        self.say = say
+        self.handlers_before = {}
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with contextlib.suppress(ValueError):  # not the main thread
+                self.handlers_before[number] = signal.signal(number, self.hear)
+
+    def hear(self, number, frame) -> None:
+        """Note the signal; a second Ctrl-C leaves at once."""
+        self.name = signal.Signals(number).name
+        if self.say:  # print is not safe in a signal handler
+            os.write(2, b"\nStopping after this step or evaluation; Ctrl-C again leaves at once.\n")
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def give_back(self) -> None:
+        for number, handler in self.handlers_before.items():
+            signal.signal(number, handler)
+        self.handlers_before = {}
+
+
 class Run:
     """A run's folder while it trains: config, log, checkpoints, progress bar, clock, signals.
 
-    `before` is the checkpoint it continues from, if any; `extra` is written into config.json. All
-    processes make one; only the main one writes. log.jsonl has one object a line (and TensorBoard
-    the same, when it is installed)."""
+    `args` is a dataclass of settings. It is written into config.json beside `facts`, which the run
+    found out by itself. Of its fields, `log_every`, `save_every` and `eval_every` are used where
+    it has them (0 means at the end only). `ends` are the steps at which a stage of the training
+    ends, by default `args.steps` alone. `state` is the checkpoint that the run continues from, or
+    None; `step` is where it continues.
+
+    Every process makes a Run, and the main one writes. log.jsonl has one object a line;
+    TensorBoard gets the same when it is installed. A loop calls, after each step and in this
+    order: `tally`; `log` when `log_is_due`; `save` when `save_is_due`; `leave_if_asked`; and, when
+    `score_is_due`, its own scoring, which writes with `write`. So a checkpoint is saved before the
+    scoring that may fail. A checkpoint holds, beside what the script needs, `step` and `scored`,
+    the last step that was scored; a resumed run scores first if its step is later and a score was
+    due there.
+
+    `signals` are those of a program that makes several runs one after the other; by default a run
+    hears by itself, and gives the handlers back in `close`."""
 
     def __init__(
-        self, out: Path, script: str, args, world, step: int, before: dict | None, extra: dict
+        self,
+        out: Path,
+        script: str,
+        args,
+        world,
+        step: int,
+        state: dict | None,
+        facts: dict,
+        ends: Sequence[int] | None = None,
+        eval_every: int | None = None,
+        signals: Signals | None = None,
     ):
+        settings = vars(args)
+        if ends is None:
+            ends = (settings["steps"],) if "steps" in settings else ()
+        if eval_every is None:
+            eval_every = settings.get("eval_every", 0)
+        state = state or {}
         self.out, self.script, self.args, self.world = out, script, args, world
-        self.seconds, self.skipped_before = (
-            (before or {}).get("seconds", 0.0),
-            (before or {}).get("skipped", 0),
-        )
-        self.first_bad, self.values, self.images, self.signal = {}, {}, 0, ""
+        self.ends = tuple(ends)
+        self.log_every = settings.get("log_every", 0)
+        self.save_every = settings.get("save_every", 0)
+        self.eval_every = eval_every
+        self.seconds = state.get("seconds", 0.0)
+        self.skipped_before = state.get("skipped", 0)
         self.skipped = torch.zeros((), dtype=torch.int64, device=world.device)
-        self.file = self.writer = None
-        world.barrier()  # all have looked into the folder before it changes
+        self.values = {}  # what the last step gave
+        self.first_bad = {}  # the first step at which a loss was not finite, or -1
+        self.images = 0  # read since the last line of the log
+        self.leaving = ""  # the signal after which the run leaves at this step
+        self.file = None
+        self.writer = None
+        world.barrier()  # all processes have looked into the folder before it changes
         if world.main:
-            for left in out.glob(".*.tmp"):  # of a process that was killed while saving
-                left.unlink(missing_ok=True)
-            path = out / "log.jsonl"
-            if path.exists():  # cut back to the checkpoint we continue from
-                lines = path.read_text().splitlines()
-                write_text(
-                    path,
-                    "".join(x + "\n" for x in lines if parse_line(x).get("step", step + 1) <= step),
-                )
-            self.file = open(path, "a", buffering=1)
-            with contextlib.suppress(ImportError):
-                from torch.utils.tensorboard import SummaryWriter
-
-                self.writer = SummaryWriter(str(out), purge_step=step + 1)
-            write_config(out, script, args, world, extra)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            with contextlib.suppress(ValueError):  # not the main thread: no signals
-                signal.signal(number, self.ask)
+            self.open_log(step, state.get("scored", step))
+            write_config(out, script, args, world, facts)
+        self.signals_are_own = signals is None
+        self.signals = Signals(say=world.main) if signals is None else signals
         self.clock = time.perf_counter()
 
-    def say(self, *lines: str) -> None:
-        """Lines for the user, from the main process alone."""
-        if self.world.main:
-            print(*lines, sep="\n", flush=True)
+    def open_log(self, step: int, scored: int) -> None:
+        """Cut the log back to what the checkpoint knows, and remove half-written files. Training
+        lines stay up to its `step`, evaluations up to the last one it has `scored`."""
+        for temporary in self.out.glob(".*.tmp"):  # of a process that was killed while saving
+            temporary.unlink(missing_ok=True)
+        path = self.out / "log.jsonl"
+        if path.exists():
+            kept = []
+            for line in path.read_text().splitlines():
+                record = parse_line(line)
+                last = step if "images_per_second" in record else scored
+                if record.get("step", last + 1) <= last:
+                    kept.append(line + "\n")
+            write_text(path, "".join(kept))
+        self.file = open(path, "a", buffering=1)
+        with contextlib.suppress(ImportError):
+            from torch.utils.tensorboard import SummaryWriter
 
-    def ask(self, number, frame) -> None:
-        """SIGTERM or Ctrl-C: save and leave after this step; a second Ctrl-C leaves at once."""
-        self.signal = signal.Signals(number).name  # print is not safe here
-        os.write(
-            2,
-            b"\nStopping after this step or evaluation; Ctrl-C again leaves at once.\n"
-            * self.world.main,
-        )
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+            self.writer = SummaryWriter(str(self.out), purge_step=step + 1)
 
-    def asked(self, step: int) -> str:
-        """The signal that some process got, or "". Several processes agree on every fifth step only
-        (it is a wait)."""
-        if self.world.size == 1 or step % 5:
-            return self.signal if self.world.size == 1 else ""
-        number = self.world.sum(torch.tensor(float(bool(self.signal)), device=self.world.device))
-        return (self.signal or "a signal to another process") if number.item() else ""
-
+    # ------------------------------------------------------------------------------- what is due
     def steps(self, start: int, total: int):
         """range(start, total) with a progress bar; a line a minute where there is no terminal."""
         from tqdm import tqdm
@@ -222,16 +269,70 @@ class Run:
             mininterval=0.5 if sys.stderr.isatty() else 60,
         )
 
+    def score_is_due(self, step: int) -> bool:
+        """Every `eval_every` steps, and where a stage ends."""
+        return step in self.ends or is_multiple(step, self.eval_every)
+
+    def log_is_due(self, step: int) -> bool:
+        """Every `log_every` steps, and wherever a score is due."""
+        return self.score_is_due(step) or is_multiple(step, self.log_every)
+
+    def save_is_due(self, step: int) -> bool:
+        """Every `save_every` steps, before a score, and after a signal. Called once after each
+        step by every process: they agree here whether they leave."""
+        self.leaving = self.asked(step)
+        if self.leaving or self.score_is_due(step):
+            return True
+        return is_multiple(step, self.save_every)
+
+    def leave_if_asked(self, step: int) -> None:
+        """After a signal, and after saving: say where the run stands, and raise Stopped. What was
+        due to be scored is scored when the run is resumed."""
+        if self.leaving:
+            self.leave(step)
+
+    def asked(self, step: int) -> str:
+        """The signal that some process got, or "". Several processes agree on every fifth step
+        only, because they wait for each other there."""
+        if self.world.size == 1:
+            return self.signals.name
+        if step % 5 and step not in self.ends:
+            return ""
+        heard = torch.tensor(float(bool(self.signals.name)), device=self.world.device)
+        if self.world.sum(heard).item() == 0:
+            return ""
+        return self.signals.name or "a signal to another process"
+
+    def leave(self, step: int) -> None:
+        """Say where the run stands after a signal, and raise Stopped."""
+        self.world.barrier()
+        self.close()
+        heard = self.leaving or self.signals.name or "a signal"
+        raise Stopped(
+            f"Stopped by {heard} after step {step}; {self.out / 'last.pt'} is saved, continue with "
+            f"--resume."
+        )
+
+    # ------------------------------------------------------------------------------ what happened
+    def say(self, *lines: str) -> None:
+        """Lines for the user, from the main process alone."""
+        if self.world.main:
+            print(*lines, sep="\n", flush=True)
+
     def tally(self, step: int, values: dict[str, Tensor], *batches) -> None:
         """Note what a step gave and read, without waiting for the device, and when a loss first was
-        not finite."""
-        self.values = values
-        for batch in (b for b in batches if b is not None):
-            self.images += len(batch.skipped) * self.world.size
-            self.skipped = self.skipped + batch.skipped.sum()
-        for name in (n for n in values if n.startswith("loss")):
-            old = self.first_bad.get(name, torch.full((), -1, device=values[name].device))
-            self.first_bad[name] = torch.where((old < 0) & ~torch.isfinite(values[name]), step, old)
+        not finite. Each batch has `skipped` (B,), which images of it could not be read; None is no
+        batch."""
+        self.values = {name: torch.as_tensor(value) for name, value in values.items()}
+        for batch in batches:
+            if batch is not None:
+                self.images += len(batch.skipped) * self.world.size
+                self.skipped = self.skipped + batch.skipped.sum()
+        for name, value in self.values.items():
+            if name.startswith("loss"):
+                before = self.first_bad.get(name, torch.full((), -1, device=value.device))
+                is_bad = (before < 0) & ~torch.isfinite(value)
+                self.first_bad[name] = torch.where(is_bad, step, before)
 
     def check(self) -> None:
         """Raise when a loss was not finite, so that nothing is saved over the last good
@@ -249,30 +350,38 @@ class Run:
         self.check()
         if self.world.device.type == "cuda":  # of the main process, since the start
             extra["peak_gpu_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-        means = self.world.mean(torch.stack([v.float() for v in self.values.values()])).tolist()
+        means = []
+        if self.values:
+            stacked = torch.stack([value.float() for value in self.values.values()])
+            means = self.world.mean(stacked).tolist()
         elapsed = time.perf_counter() - self.clock
-        if self.skipped_total():
-            extra["skipped_images"] = self.skipped_total()
+        skipped = self.skipped_total()
+        if skipped:
+            extra["skipped_images"] = skipped
         self.write(
             step,
             **dict(zip(self.values, means, strict=True)),
             **extra,
             images_per_second=round(self.images / elapsed, 2),
         )
-        self.seconds, self.images, self.clock = self.seconds + elapsed, 0, time.perf_counter()
+        self.seconds += elapsed
+        self.images = 0
+        self.clock = time.perf_counter()
 
     def write(self, step: int, **values) -> None:
+        """A line of the log with these values, from the main process; a score is written so."""
         if self.file is not None:
             self.file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items() if self.writer else ():
-            if isinstance(value, (int, float)):
-                self.writer.add_scalar(name, value, step)
+        if self.writer is not None:
+            for name, value in values.items():
+                if isinstance(value, (int, float)):
+                    self.writer.add_scalar(name, value, step)
 
     def save(self, name: str, state: dict) -> None:
         """A checkpoint, atomically; restarts the clock, so that saving and scoring do not count as
-        training."""
+        training. Weights in state["networks"] must be finite."""
         self.check()
-        for network, weights in state["networks"].items():
+        for network, weights in state.get("networks", {}).items():
             if not all(bool(torch.isfinite(w).all()) for w in weights.values()):
                 raise RankError(
                     f"The weights of {network} are not finite after step {state['step'] - 1}, so training "
@@ -280,55 +389,70 @@ class Run:
                 )
         skipped = self.skipped_total()
         if self.world.main:
-            save_checkpoint(
-                self.out / name, self.script, {**state, "seconds": self.seconds, "skipped": skipped}
-            )
+            complete = {**state, "seconds": self.seconds, "skipped": skipped}
+            save_checkpoint(self.out / name, self.script, complete)
         self.clock = time.perf_counter()
 
     def skipped_total(self) -> int:
         """Broken images that all processes passed over since the run began."""
         return self.skipped_before + int(self.world.sum(self.skipped))
 
-    def leave(self, step: int) -> None:
-        """After a signal, and after saving: say where the run stands."""
-        self.world.barrier()
-        raise Stopped(
-            f"Stopped by {self.asked(0)} after step {step}; {self.out / 'last.pt'} is saved, continue with "
-            f"--resume."
-        )
-
-    def finish(self, scores: dict, facts: dict, headline: str, metric: str) -> dict:
-        """results.json (`scores` of each network, and `facts`) and curves.png; says what `headline`
-        reached and where everything is. Returns what results.json holds."""
-        from common import plots
-
-        a = self.args
-        results = scores | {
-            "dataset": a.dataset,
-            "split": a.split,
-            "split_seed": a.split_seed,
-            "seed": a.seed,
-            **facts,
-            "seconds": round(self.seconds, 1),
-        }
+    def close(self) -> None:
+        """Close the log and give the signal handlers back, if the run took them."""
         if self.writer is not None:
             self.writer.close()
         if self.file is not None:
             self.file.close()
+        self.writer = None
+        self.file = None
+        if self.signals_are_own:
+            self.signals.give_back()
+
+    def finish(self, scores: dict, facts: dict, headline: str, metric: str) -> dict:
+        """results.json (`scores` of each network, and `facts`) and curves.png; says what `headline`
+        reached and where everything is. Returns what results.json holds.
+
+        `scores` maps each network to its "last" and "best" record, which have `metric` and "step".
+        """
+        self.close()
+        names = ("dataset", "split", "split_seed", "seed")
+        identity = {name: vars(self.args)[name] for name in names if name in vars(self.args)}
+        results = scores | identity | facts | {"seconds": round(self.seconds, 1)}
+        if self.world.main:
+            from common import plots
+
             records = read_log(self.out / "log.jsonl")
             speeds = sorted(r["images_per_second"] for r in records if "images_per_second" in r)
             results["images_per_second"] = speeds[len(speeds) // 2] if speeds else None
             write_text(self.out / "results.json", json.dumps(results, indent=1))
             plots.curves(records, self.out / "curves.png", str(self.out))
-            said = [
-                f"{name} {s['last'][metric]:.2f} (best {s['best'][metric]:.2f} at step {s['best']['step']})"
-                for name, s in sorted(scores.items(), key=lambda item: item[0] != headline)
-            ]
-            print(
-                f"\n{metric}: {', '.join(said)}\nin {self.out}: "
-                f"{', '.join(sorted(p.name for p in self.out.iterdir() if not p.name.startswith(('.', 'events'))))}"
+            reached = []
+            for name, score in sorted(scores.items(), key=lambda item: item[0] != headline):
+                last, best = score["last"], score["best"]
+                reached.append(
+                    f"{name} {last[metric]:.2f} (best {best[metric]:.2f} at step {best['step']})"
+                )
+            files = sorted(
+                path.name
+                for path in self.out.iterdir()
+                if not path.name.startswith((".", "events"))
             )
+            print(f"\n{metric}: {', '.join(reached)}\nin {self.out}: {', '.join(files)}")
         return results
+
+    # for scripts that still keep their own signals
+    @property
+    def signal(self) -> str:
+        return self.signals.name
+
+    @signal.setter
+    def signal(self, name: str) -> None:
+        self.signals.name = name
+
+
+def is_multiple(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps (0: never) happens at this one."""
+    return every > 0 and step % every == 0
 
 
 def write_scores(path: Path, scores: dict, facts: dict, metric: str, where: str) -> None:
