@@ -1,11 +1,14 @@
 """How tests start the scripts: forked from a warm server (a tenth of a second), as commands, and
 under torchrun."""
 
+import fcntl
 import importlib
+import itertools
 import json
 import multiprocessing
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -213,10 +216,35 @@ def ranks(
     return [p.wait() for p in begin_ranks(n, line, folder, setup, name)]
 
 
+# Each worker of pytest-xdist asks for ports of a range of its own, below those that the system
+# gives away by itself, so that no other takes a port between `free_port` and its use.
+_worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+_ports = itertools.count(os.getpid() % 100)
+
+
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """A port of this machine on which nobody listens, another one at each call."""
+    for number in _ports:
+        port = 12_000 + 200 * (_worker % 90) + number % 200
+        with socket.socket() as s:
+            try:
+                s.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+
+
+def once(folder: Path, make: Callable[[Path], object]) -> Path:
+    """`folder`, filled by make(folder) unless a process of this run has done so; others wait."""
+    with open(folder.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.is_dir():
+            unfinished = folder.with_suffix(".unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
+            make(unfinished)
+            unfinished.rename(folder)
+    return folder
 
 
 def environment() -> dict[str, str]:
