@@ -1,20 +1,25 @@
-# Everything is set up on the way: make demo and make test work in a fresh clone with Python 3.10 to 3.13.
+# Everything is set up on the way: make demo and make test work in a fresh clone, Python 3.10 to 3.13.
 PYTHON ?= python3
 BIN := .venv/bin
+export OMP_NUM_THREADS := 1
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint format bench clean
 
 demo: .venv/ready  ## the method and its baseline on drawn scenes, about five minutes on two cores
-	OMP_NUM_THREADS=1 $(BIN)/python gta_seg.py --dataset shapes --method suponly --resume --out runs/demo-suponly
-	OMP_NUM_THREADS=1 $(BIN)/python gta_seg.py --dataset shapes --resume --out runs/demo-gta
+	$(BIN)/python gta_seg.py --dataset shapes --method suponly --resume --out runs/demo-suponly
+	$(BIN)/python gta_seg.py --dataset shapes --resume --out runs/demo-gta
 	$(BIN)/python docs/compare.py runs/demo-suponly runs/demo-gta --strip runs/demo.png
 
-test: .venv/tests
-	$(BIN)/python -m ruff check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+test: lint  ## all tests on all cores; ARGS="-k words -x" chooses among them
+	$(BIN)/python -m pytest -n auto --dist loadgroup $(ARGS)
 
 lint: .venv/tests
 	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+format: .venv/tests
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
 
 bench: .venv/tests  ## step cost, loader, EMA, metrics: ratios measured in one run
 	for f in tests/bench_*.py; do $(BIN)/python -m tests.$$(basename $$f .py) || exit 1; done
@@ -29,4 +34,4 @@ bench: .venv/tests  ## step cost, loader, EMA, metrics: ratios measured in one r
 	touch $@
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
