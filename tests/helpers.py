@@ -64,6 +64,11 @@ _server.set_forkserver_preload(
 )
 
 
+# What multiprocessing reports when the server ended before it could pass on a child's exit code.
+# Then the child itself, which is not hurt by that, says whether it came to its end.
+SERVER_IS_GONE = 255
+
+
 class Ran(NamedTuple):
     """What a finished command left. `code` is negative when a signal ended it."""
 
@@ -116,8 +121,9 @@ class Started:
         folder.mkdir(parents=True, exist_ok=True)
         name = f"{time.monotonic_ns()}{random.randrange(1000)}"
         self.files = folder / f"{name}.out", folder / f"{name}.err"
+        self.returned = folder / f"{name}.returned"
         self.process = _server.Process(
-            target=_child, args=(target, args, self.files, env or {}, cwd)
+            target=_child, args=(target, args, self.files, self.returned, env or {}, cwd)
         )
         self.process.start()
         self.pid = self.process.pid
@@ -136,7 +142,11 @@ class Started:
             self.process.join()
             out, err = self.read()
             raise AssertionError(f"still running after {seconds} s\n{out}\n{err[-3000:]}")
-        return Ran(self.process.exitcode, *self.read())
+        code = self.process.exitcode
+        if code == SERVER_IS_GONE:
+            until(lambda: not Path(f"/proc/{self.pid}").exists(), seconds=seconds)
+            code = 0 if self.returned.exists() else code
+        return Ran(code, *self.read())
 
     def read(self) -> tuple[str, str]:
         out, err = (f.read_text() if f.exists() else "" for f in self.files)
@@ -144,7 +154,12 @@ class Started:
 
 
 def _child(
-    target: Callable, args: tuple, files: tuple[Path, Path], env: dict[str, str], cwd: Path
+    target: Callable,
+    args: tuple,
+    files: tuple[Path, Path],
+    returned: Path,
+    env: dict[str, str],
+    cwd: Path,
 ) -> None:
     for number, file in zip((1, 2), files, strict=True):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), number)
@@ -154,6 +169,7 @@ def _child(
     torch.set_num_threads(1)
     target(*args)
     sys.stdout.flush()
+    returned.touch()
 
 
 def script(line: list[str], setup: Callable | None = None, name: str = "gta_seg") -> None:
@@ -216,16 +232,17 @@ def ranks(
     return [p.wait() for p in begin_ranks(n, line, folder, setup, name)]
 
 
-# Each worker of pytest-xdist asks for ports of a range of its own, below those that the system
-# gives away by itself, so that no other takes a port between `free_port` and its use.
-_worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 _ports = itertools.count(os.getpid() % 100)
 
 
 def free_port() -> int:
-    """A port of this machine on which nobody listens, another one at each call."""
+    """A port of this machine on which nobody listens, another one at each call.
+
+    Each worker of pytest-xdist has a range of its own, below the ports that the system gives away
+    by itself, so that no other takes a port between this call and its use."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     for number in _ports:
-        port = 12_000 + 200 * (_worker % 90) + number % 200
+        port = 12_000 + 200 * (worker % 90) + number % 200
         with socket.socket() as s:
             try:
                 s.bind(("127.0.0.1", port))
