@@ -66,7 +66,9 @@ class Row(NamedTuple):
 
 def rows(docstring: str) -> list[Row]:
     lines = docstring.splitlines()
-    head = next(i for i, line in enumerate(lines) if re.match(r"\s*paper\s{2,}this file", line))
+    head = next(
+        i for i, line in enumerate(lines) if re.match(r"\s*paper\s{2,}.*(here|this file)$", line)
+    )
     indent = len(lines[head]) - len(lines[head].lstrip())
     joined = []
     for line in lines[head + 1 :]:
