@@ -1,4 +1,4 @@
-"""Pieces of the scripts work elsewhere: each is cut out, pasted into an empty file and run there."""
+"""Pieces of the scripts work elsewhere: each is cut out, pasted into an empty file, and run."""
 
 import ast
 import builtins
