@@ -1,12 +1,17 @@
 """A small call of each piece that test_copying.py cuts out. `m` is the file into which the piece
 was pasted; what a call returns must be finite."""
 
+import numpy as np
 import torch
 from torch import nn
 
 
 def images(*shape: int) -> torch.Tensor:
     return torch.randn(*shape)
+
+
+def picture() -> torch.Tensor:
+    return torch.randint(256, (3, 32, 48), dtype=torch.uint8)
 
 
 def labels(*shape: int, classes: int = 3) -> torch.Tensor:
@@ -91,14 +96,62 @@ GIST_RIST = {
 
 
 def heads(m):
-    """L = 2 heads, B = 2 images, Q = 5 queries, K = 3 classes, C = 4 channels."""
+    """L = 2 heads, B = 2 images, Q = 5 queries, K = 3 classes, C = 4 channels, 8 x 8 cells."""
     return m.Heads(torch.randn(2, 2, 5, 4), torch.randn(2, 2, 5, 4), torch.randn(2, 4, 8, 8))
 
 
+def target(m, count: int = 2):
+    masks = torch.rand(count, 16, 16) > 0.5
+    return m.Target(torch.arange(count) % 3, masks.to(torch.uint8))
+
+
+def generators(count: int = 2) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(i) for i in range(count)]
+
+
+def criterion(m):
+    targets = [target(m, 2), target(m, 0)]
+    norms = m.normalisers(targets, 5)
+    return m.criterion(heads(m), targets, norms, generators(), num_points=32)
+
+
+def matched_costs(m):
+    mask_embed, features = torch.randn(2, 5, 4), torch.randn(4, 8, 8)
+    return m.match_costs(torch.randn(2, 5, 4), mask_embed, features, target(m), torch.rand(32, 2))
+
+
+def assigned(m):
+    matches, not_finite = m.assign([torch.rand(2, 5, 3), torch.rand(2, 5, 0)])
+    assert not_finite == 0 and sorted(set(matches[0][0].tolist()) - {-1}) != []
+    return matches
+
+
 GUIDED_DISTILLATION = {
+    "weighted_loss": lambda m: m.weighted_loss(*torch.rand(3)),
+    "batch_average": lambda m: m.batch_average(torch.rand(6), torch.ones(6), torch.tensor(6.0)),
+    "criterion": criterion,
+    "match": lambda m: m.match(heads(m), [target(m), target(m)], generators(), num_points=32)[0],
+    "match_costs": matched_costs,
+    "assign": assigned,
+    "normalisers": lambda m: m.normalisers([target(m), target(m)], 5),
+    "mask_losses": lambda m: m.mask_losses(
+        images(3, 2, 8, 8),
+        torch.rand(3, 16, 16) > 0.5,
+        torch.rand(3, 2, 96, 2),
+        torch.rand(3, 2, 8, 2),
+    ),
     "pseudo_labels": lambda m: m.pseudo_labels(heads(m), 0.2, 1.0),
     "total_loss": lambda m: m.total_loss(torch.tensor(1.0), torch.tensor(2.0), 2.0),
     "ema_update": lambda m: averaged(m, "ema_update"),
+    "blocked": lambda m: m.blocked(torch.randn(2, 5, 64)),
+    "sine_positions": lambda m: m.sine_positions((4, 6), 16, torch.device("cpu")),
+    "teaching_plan": lambda m: m.teaching_plan("guided", 30_000),
+    "learning_rate_factor": lambda m: m.learning_rate_factor(3, 10, "poly"),
+    "strong_view": lambda m: m.strong_view(picture(), np.random.default_rng(0)),
+    "erase_boxes": lambda m: m.erase_boxes(picture(), np.random.default_rng(0)),
+    "photometric_distortion": lambda m: m.photometric_distortion(
+        picture(), np.random.default_rng(0)
+    ),
 }
 
 
