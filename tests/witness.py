@@ -34,6 +34,7 @@ import os
 import re
 import runpy
 import shutil
+import socket
 import subprocess
 import sys
 import tarfile
@@ -48,8 +49,9 @@ REPO = Path(__file__).resolve().parents[1]
 # ----------------------------------------------------------------------------------------- the runs
 # Each is one command line, or several that are run in turn, with " && " between them. {data} is
 # the folder of the drawn data, {out} the run's own folder, {runs} the folder of all runs:
-# {runs}/gta is the {out} of the run `gta`, which is then made first. A flag that is given twice has
-# its last value. Flags are spelt out wherever a default might change.
+# {runs}/gta is the {out} of the run `gta`, which is then made first. "@2 " before a command: on two
+# processes, as under torchrun. A flag that is given twice has its last value. Flags are spelt out
+# wherever a default might change.
 GTA_TINY = (
     "gta_seg.py --dataset shapes --root {data} --val few --split {data}/labeled.txt --workers 0"
     " --backbone test_resnet --weights none --width 8 --batch-size 4 --crop-size 32 --lr 0.1"
@@ -87,6 +89,9 @@ GTA_RUNS = {
     "gta mobilenet": GTA_TINY
     + " --method suponly --backbone mobilenet_v2 --output-stride 16 --steps 2",
     "gta random split": GTA + " --split random:12 --split-seed 1 --steps 4",
+    "gta two": "@2 " + GTA,
+    "gta released two": "@2 " + GTA + " --recipe released --steps 8",
+    "gta mt two": "@2 " + GTA + " --method mt --reweight laplace",
     "gta preset": "gta_seg.py --dataset shapes --root {data} --val few --workers 0"
     " --warmup-epochs 0.03 --cutmix 1.0 --steps 6 --eval-every 6 --log-every 1 --out {out}",
     "gta folder": "gta_seg.py --dataset folder --root {data}/folder --split random:4 --workers 0"
@@ -187,6 +192,8 @@ GUIDED_RUNS = {
     " --vit-resize nearest",
     "guided swin": GUIDED_TINY
     + " --stage teacher --backbone swin_tiny_patch4_window7_224 --steps 2 --drop-path 0.5",
+    "guided two": "@2 " + GUIDED,
+    "guided live two": "@2 " + GUIDED_TINY + " --stage teacher --norm live --batch-size 4",
     "guided preset": "guided_distillation.py --dataset shapes --root {data} --split 5% --workers 0"
     " --val-json {data}/few-things/annotations/instances_val.json --steps 4 --burn-in-steps 2"
     " --eval-every 4 --log-every 1 --class-threshold 0.2 --device cpu --out {out}",
@@ -300,6 +307,7 @@ BETTER_RUNS = {
     " --head-convs 1 --anchor-scale 4.0 --proposals 20 --rpn-batch 32 --roi-batch 16"
     " --embed-size 32 --stage teacher --teacher-batch-size 2 --teacher-steps 2 --lr 1e-3"
     " --eval-every 99 --log-every 1 --workers 0 --device cpu --scale 0.7 1.4 --out {out}",
+    "better two": "@2 " + BETTER,
     "better preset": "better_pseudo_labels.py --dataset shapes --root {data} --workers 0"
     " --device cpu --val-json {data}/few-tail/annotations/lvis_val.json --teacher-steps 2"
     " --steps 2 --eval-every 99 --log-every 1 --threshold 0.3 --out {out}",
@@ -342,6 +350,20 @@ class Side:
     runs: Path
     lines: dict[str, str]
 
+    def out(self, name: str) -> Path:
+        """The folder of a run; its name holds what the run follows from."""
+        text = self.lines[name]
+        for other in needed_by(text):
+            text += self.out(other).name
+        return self.runs / f"{folder_of(name)}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+    def mark(self, name: str) -> Path:
+        """A file that says that the run is complete."""
+        return self.out(name).with_suffix(".done")
+
+    def log(self, name: str) -> Path:
+        return self.out(name).with_suffix(".log")
+
 
 def git(*line: str) -> bytes:
     return subprocess.run(["git", "-C", str(REPO), *line], check=True, capture_output=True).stdout
@@ -366,7 +388,11 @@ def alone(folder: Path):
     """Only one witness at a time works on `folder`."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_name(f"{folder.name}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another witness, which works on {folder}", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
@@ -375,8 +401,9 @@ def folder_of(name: str) -> str:
 
 
 def needed_by(line: str) -> set[str]:
-    """The folders of the runs that a command line builds on."""
-    return set(re.findall(r"\{runs\}/([\w-]+)", line))
+    """The runs that a command line builds on."""
+    folders = set(re.findall(r"\{runs\}/([\w-]+)", line))
+    return {name for name in RUNS if folder_of(name) in folders}
 
 
 def line_now(name: str) -> str:
@@ -393,11 +420,10 @@ def chosen(patterns: list[str]) -> list[str]:
         if not fnmatch.filter(RUNS, pattern):
             sys.exit(f"error: no run is named {pattern}; see --list.")
     wanted = {name for name in RUNS if any(fnmatch.fnmatch(name, p) for p in patterns)}
-    by_folder = {folder_of(name): name for name in RUNS}
     waiting = list(wanted)
     while waiting:
         name = waiting.pop()
-        needed = {by_folder[folder] for folder in needed_by(RUNS[name]) | needed_by(line_now(name))}
+        needed = needed_by(RUNS[name]) | needed_by(line_now(name))
         waiting += needed - wanted
         wanted |= needed
     return [name for name in RUNS if name in wanted]
@@ -502,21 +528,40 @@ def preload() -> None:
 
 
 def perform(tree: Path, commands: list[list[str]], log: Path) -> None:
-    """One command after the other, each in a process of its own, until one fails."""
+    """One command after the other, each in processes of its own, until one fails."""
     for command in commands:
-        process = forked.Process(target=execute, args=(tree, command, log))
-        process.start()
-        process.join()
-        if process.exitcode != 0:
+        number = 1
+        if command[0].startswith("@"):
+            number, command = int(command[0][1:]), command[1:]
+        port = free_port()
+        processes = []
+        for rank in range(number):
+            environment = {}
+            if number > 1:
+                environment = {"WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number, "RANK": rank}
+                environment |= {"LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            process = forked.Process(target=execute, args=(tree, command, log, environment))
+            process.start()
+            processes.append(process)
+        for process in processes:
+            process.join()
+        if any(process.exitcode != 0 for process in processes):
             sys.exit(1)
 
 
-def execute(tree: Path, command: list[str], log: Path) -> None:
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def execute(tree: Path, command: list[str], log: Path, environment: dict) -> None:
     """What `python COMMAND` does in `tree`; its output goes to `log`."""
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.write(file, f"$ {' '.join(command)}\n".encode())
     os.dup2(file, 1)
     os.dup2(file, 2)
+    os.environ.update({name: str(value) for name, value in environment.items()})
     os.chdir(tree)
     sys.path[0] = str(tree)
     sys.argv = command
@@ -525,10 +570,12 @@ def execute(tree: Path, command: list[str], log: Path) -> None:
 
 def commands_of(side: Side, name: str) -> list[list[str]]:
     """A run's commands, each as a list of words."""
-    places = {"data": side.data, "runs": side.runs, "out": side.runs / folder_of(name)}
+    line = side.lines[name]
+    for other in needed_by(line):
+        line = re.sub(rf"\{{runs\}}/{folder_of(other)}(?=/)", str(side.out(other)), line)
     commands = []
-    for line in side.lines[name].split(" && "):
-        words = [word.format(**places) for word in line.split()]
+    for text in line.split(" && "):
+        words = [word.format(data=side.data, out=side.out(name)) for word in text.split()]
         commands.append(["" if word == "''" else word for word in words])
     return commands
 
@@ -536,13 +583,13 @@ def commands_of(side: Side, name: str) -> list[list[str]]:
 def make_runs(side: Side, names: list[str], jobs: int, again: bool) -> dict[str, str]:
     """Make all runs that are not there, `jobs` at a time; what went wrong, by the names of runs."""
     failed: dict[str, str] = {}
-    waiting = [name for name in names if again or not is_made(side, name)]
-    made = {folder_of(name) for name in names if name not in waiting}
+    waiting = [name for name in names if again or not side.mark(name).is_file()]
+    made = set(names) - set(waiting)
     running: dict[int, tuple[str, multiprocessing.Process, float]] = {}
     while waiting or running:
         for name in list(waiting):
             needs = needed_by(side.lines[name])
-            if any(folder_of(other) in needs for other in failed):
+            if needs & failed.keys():
                 waiting.remove(name)
                 failed[name] = "builds on a run that failed"
             elif needs <= made and len(running) < jobs:
@@ -554,11 +601,11 @@ def make_runs(side: Side, names: list[str], jobs: int, again: bool) -> dict[str,
             process.join()
             seconds = time.perf_counter() - began
             if process.exitcode == 0:
-                forget_optimizers(side.runs / folder_of(name))
-                made.add(folder_of(name))
-                mark_of(side, name).write_text(side.lines[name])
+                forget_optimizers(side.out(name))
+                made.add(name)
+                side.mark(name).touch()
             else:
-                failed[name] = f"fails, see {log_of(side, name)}: {last_line(log_of(side, name))}"
+                failed[name] = f"fails, see {side.log(name)}: {last_line(side.log(name))}"
             print(
                 f"  {side.name}: {name}, {seconds:.1f} s{', FAILED' * (name in failed)}", flush=True
             )
@@ -566,14 +613,12 @@ def make_runs(side: Side, names: list[str], jobs: int, again: bool) -> dict[str,
 
 
 def start(side: Side, name: str) -> multiprocessing.Process:
-    out = side.runs / folder_of(name)
-    shutil.rmtree(out, ignore_errors=True)
-    mark_of(side, name).unlink(missing_ok=True)
-    log_of(side, name).unlink(missing_ok=True)
-    out.mkdir(parents=True)
-    process = forked.Process(
-        target=perform, args=(side.tree, commands_of(side, name), log_of(side, name))
-    )
+    shutil.rmtree(side.out(name), ignore_errors=True)
+    side.mark(name).unlink(missing_ok=True)
+    side.log(name).unlink(missing_ok=True)
+    side.out(name).mkdir(parents=True)
+    commands = commands_of(side, name)
+    process = forked.Process(target=perform, args=(side.tree, commands, side.log(name)))
     process.start()
     return process
 
@@ -585,20 +630,6 @@ def forget_optimizers(out: Path) -> None:
     for path in out.rglob("last.pt"):
         state = torch.load(path, map_location="cpu", weights_only=True)
         torch.save({"networks": state["networks"]}, path)
-
-
-def mark_of(side: Side, name: str) -> Path:
-    """A file beside a run's folder: the run is complete; it holds its command line."""
-    return side.runs / f"{folder_of(name)}.done"
-
-
-def log_of(side: Side, name: str) -> Path:
-    return side.runs / f"{folder_of(name)}.log"
-
-
-def is_made(side: Side, name: str) -> bool:
-    mark = mark_of(side, name)
-    return mark.is_file() and mark.read_text() == side.lines[name]
 
 
 def last_line(log: Path) -> str:
@@ -703,6 +734,15 @@ def tensor_distance(a, b) -> float:
     return (a.double() - b.double()).abs().max().item()
 
 
+def same_picture(a, b) -> bool:
+    return a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+def picture_distance(a, b) -> float:
+    """The share of pixels that are not the same."""
+    return float((a != b).mean()) if a.shape == b.shape else math.inf
+
+
 def same_number(a, b) -> bool:
     return type(a) is type(b) and (a == b or (a != a and b != b))
 
@@ -776,18 +816,14 @@ def compare(name: str, then: Path, now: Path) -> tuple[list[str], str]:
     wrong = lost_weights(weights_then, weights_now)
     wrong += differences("tensors", weights_then, weights_now, same_tensor, tensor_distance)
     wrong += differences("numbers", numbers_then, numbers_now, same_number, number_distance)
-    for place in pictures_then.keys() & pictures_now.keys():
-        if (pictures_then[place].shape, pictures_then[place].tobytes()) != (
-            pictures_now[place].shape,
-            pictures_now[place].tobytes(),
-        ):
-            wrong.append(f"the picture {place}")
-            break
+    wrong += differences("pictures", pictures_then, pictures_now, same_picture, picture_distance)
     if wrong:
         wrong[-1] += first_step(then, now)
     common = numbers_then.keys() & numbers_now.keys()
     if numbers_then and not common:
         wrong.append("no number has the same name in both versions, see RENAMED")
+    if pictures_then and not pictures_then.keys() & pictures_now.keys():
+        wrong.append("no predicted picture has the same name in both versions, see FILES")
     text = f"{len(weights_then.keys() & weights_now.keys())} tensors, {len(common)} numbers"
     if pictures_then:
         text += f", {len(pictures_then.keys() & pictures_now.keys())} pictures"
@@ -807,24 +843,29 @@ def reason(name: str, table: dict[str, str]) -> str:
 
 
 def compare_data(base: Side, now: Side) -> tuple[list[str], str]:
-    """The same of the drawn data: all files, byte by byte."""
+    """The same of the drawn data: all files byte by byte, and the weights of the pre-training."""
     if base.data == now.data:
         return [], "the same code has drawn them"
-    files = []
-    for side in (base, now):
-        listed = [
-            p
-            for p in side.data.rglob("*")
-            if p.is_file() and p.suffix in (".jpg", ".png", ".json", ".txt")
-        ]
-        files.append(
-            {p.relative_to(side.data).as_posix(): p for p in listed if p.name != "version.txt"}
-        )
-    then, new = files
-    wrong = [n for n in sorted(then.keys() | new.keys()) if n not in then or n not in new]
-    wrong += [n for n in then.keys() & new.keys() if then[n].read_bytes() != new[n].read_bytes()]
-    text = f"{len(then)} files"
-    return [f"{len(wrong)} of {text}, first {wrong[0]}"] if wrong else [], text
+    then, new = drawn(base.data), drawn(now.data)
+    lost = sorted(then.keys() ^ new.keys())
+    wrong = [f"{len(lost)} files of one version only, first {lost[0]}"] if lost else []
+    wrong += differences("files", then, new, lambda a, b: a == b, lambda a, b: math.inf)
+    return wrong, f"{len(then)} files"
+
+
+def drawn(data: Path) -> dict[str, bytes]:
+    """What the drawing code wrote, by file; of weights the values alone."""
+    found = {}
+    for path in sorted(data.rglob("*")):
+        name = path.relative_to(data).as_posix()
+        if path.suffix in (".jpg", ".png", ".json", ".txt") and not name.startswith("weights/"):
+            found[name] = b"" if path.name == "version.txt" else path.read_bytes()
+        elif path.suffix == ".pth":
+            import torch
+
+            for key, tensor in torch.load(path, weights_only=True).items():
+                found[f"{name}: {key}"] = tensor.numpy().tobytes()
+    return found
 
 
 def report(base: Side, now: Side, names: list[str], failed: dict[str, str]) -> int:
@@ -844,7 +885,7 @@ def report(base: Side, now: Side, names: list[str], failed: dict[str, str]) -> i
         elif name == "drawn data":
             wrong, text = compare_data(base, now)
         else:
-            wrong, text = compare(name, base.runs / folder_of(name), now.runs / folder_of(name))
+            wrong, text = compare(name, base.out(name), now.out(name))
         if wrong and why:
             counts["as named"] += 1
             print(f"{name:24} differs, as named: {why} ({'; '.join(wrong)})")
