@@ -138,14 +138,14 @@ def test_a_circle_is_found(tmp_path, text):
 # ------------------------------------------------------------------------------------ stands alone
 # Two steps of a tiny network with random weights.
 SMALL = "--backbone test_resnet --weights none --workers 0 --steps 2 --device cpu --split random:4"
-SEMANTIC = "--dataset folder --width 8 --crop-size 32 --batch-size 4"
 MASK2FORMER = (
     "--width 64 --encoder-layers 1 --decoder-layers 2 --queries 8 --points 64 --crop-size 64 64"
 )
 CASCADE = "--image-size 64 --width 32 --fc 64 --teacher-steps 2 --teacher-batch-size 2"
 ALONE = {
-    "gta_seg": f"{SEMANTIC} --warmup-epochs 0",
-    "gist_rist": f"{SEMANTIC} --search gist --stages 1 --initial-steps 2",
+    "gta_seg": "--dataset folder --width 8 --crop-size 32 --batch-size 4 --warmup-epochs 0",
+    "gist_rist": "--dataset folder --crop-size 32 32 --batch-size 4 --bn live --stage0-steps 2 "
+    "--dev-size 2 --search gist --stages 1",
     "guided_distillation": f"--dataset coco {MASK2FORMER} --test-size 96 96 --batch-size 2",
     "better_pseudo_labels": f"--dataset coco {CASCADE} --batch-size 2",
 }
