@@ -265,13 +265,3 @@ def test_a_piece_runs_with_what_comes_along_and_nothing_else(piece, tmp_path):
     module = paste(tmp_path / "elsewhere.py", [*imports_of(script, rooms), *blocks])
     for name in names:
         call(script, name, module)
-
-
-@pytest.mark.parametrize("piece", all_pieces(), ids=lambda p: f"{p[0]}-{p[1][0]}")
-def test_nothing_comes_along_with_a_piece_that_it_does_not_need(piece):
-    script, names, with_it, _ = piece
-    needed = set()
-    for name in names:
-        for part in along(script, name):
-            needed |= set(part)
-    assert set(with_it) - needed - set(names) == set()
