@@ -1,44 +1,67 @@
 """GTA-Seg: Semi-Supervised Semantic Segmentation via Gentle Teaching Assistant.
 Jin, Wang, Lin. NeurIPS 2022. https://arxiv.org/abs/2301.07340
 
-Pseudo labels are good for the feature extractor f and bad for the mask predictor g. So an assistant
-(GTA) learns from them and hands the student its feature extractor only, by EMA; the student alone
-sees human labels, and the teacher, which makes the pseudo labels and is the result, is the
-student's EMA.
+Trains a network that gives each pixel of an image a class, from a few labeled images and many
+unlabeled ones. A teacher labels the unlabeled images. These pseudo labels are often wrong; the
+paper says that they still teach good features, but spoil the last layers. So an assistant (GTA)
+learns from them and hands the student its feature extractor f only, by a moving average; the
+student itself learns from human labels, and only these reach its mask predictor g. The teacher is
+a moving average of the student, and the result.
 
-    paper                                           this file
-    Sec. 3.1  f and g                               Features, Predictor (SegNet.features, SegNet.predictor)
-    Eq. 1     prediction and confidence             confidence
-    Eq. 2     threshold, pseudo label               drop_threshold, pseudo_label
-    Eq. 3     teacher-student loss L_l + mu L_u     loss_on("both"), mean_teacher_step
-    Eq. 6     confidence weights, Laplace smoothed  reweight
-    Eq. 7     unsupervised loss L_u                 unsupervised_loss
-    Eq. 10    supervised loss L_l                   supervised_loss
-    Eqs. 4, 8, 11  gradient steps                   update
-    Eqs. 5, 9, 12  exponential moving averages      ema_update, ema_decay
-    Algorithm 1                                     end_of_warmup (line 1), train_step (lines 3 to 12)
-    Sec. 4.2  poly schedule, warm-up, evaluation    poly, warmup_step, evaluate
-    Tables 4-9                                      flags under "the paper's tables" in Args
-    (not in the paper) the released code's loop     train_step_released, see docs/gta_seg.md
+    paper                                         this file
+    Sec. 3.1  feature extractor f, predictor g    Features, Predictor, SegNet
+    Eq. 1     prediction and its confidence       confidence
+    Eq. 2     pseudo labels over a threshold      pseudo_label
+    Eq. 3     teacher-student loss                teacher_student_loss
+    Eq. 4     gradient step of the student        update (called by mean_teacher_step)
+    Eq. 5     teacher follows the student         ema_update (called by mean_teacher_step)
+    Eq. 6     weights of pseudo labels            reweight
+    Eq. 7     unsupervised loss L_u               unsupervised_loss
+    Eq. 8     gradient step of the assistant      update (called by train_step)
+    Eq. 9     student's f follows the assistant's ema_update_parameters (called by train_step)
+    Eq. 10    supervised loss L_l                 supervised_loss
+    Eq. 11    gradient step of the student        update (called by train_step)
+    Eq. 12    teacher follows the student         ema_update (called by train_step)
+    Algorithm 1  line 1 (initialization)          end_of_warmup
+    Algorithm 1  lines 3 to 12 (a minibatch)      train_step
+    Sec. 4.2  optimizer, poly schedule            sgd, learning_rate_factor
+    Sec. 4.2  warm-up on labels                   warmup_step, --warmup-epochs, --warmup-over
+    Sec. 4.2  20 % of pseudo labels abandoned     drop_threshold, --drop
+    Sec. 4.2  evaluation                          evaluate, predict_logits
+    Table 1   VOC; SupOnly, MT, CutMix rows       --split, --method, --cutmix
+    Table 2   VOC, augmented training set         --split
+    Table 3   Cityscapes                          --dataset, --split
+    Table 4   components                          --method, --reweight
+    Table 5   what the assistant hands over       --transfer, --method, unbiased_st_step
+    Table 6   the three networks                  evaluate (scores all of them in each run)
+    Table 7   who learns from which labels        --gta-data, --student-data, loss_on
+    Table 8   alpha, warm-up                      --alpha-gta, --alpha-teacher, --warmup-epochs
+    Table 9   re-weighting, Laplace smoothing     --reweight, --tau
+    Fig. 1    (a) and (b): earlier frameworks     mean_teacher_step
+    Fig. 2    overview, Fig. 1 (c)                train_step, teach
+    Figs. 3, 4  pictures of predictions           score_networks, docs/compare.py
+    (released)  the loop that the authors released  train_step_released, --recipe
 
 Shapes: B images, K classes, H x W pixels, h x w cells of stride 4. Suffix _l labeled, _u unlabeled.
 Lines marked DEPARTS[name] leave the paper or decide what it leaves open; docs/gta_seg.md says why.
 
-    torchrun --nproc_per_node 8 gta_seg.py --split 183      # VOC 2012, 183 labels
-    python gta_seg.py --dataset shapes                      # embedded data, no download, CPU, minutes
+    torchrun --nproc_per_node 8 gta_seg.py --split 183    # VOC 2012, 183 labels
+    python gta_seg.py --dataset shapes                    # embedded data, no download, CPU, minutes
 """
 
-import itertools
+from __future__ import annotations
+
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from msgspec import Meta
 from torch import Tensor, nn
 
 from common import (
@@ -56,109 +79,1182 @@ from common import (
 )
 from common.distributed import World, rng
 from common.errors import UserError
-from common.metrics import confusion
 from common.semantic import Batch, Segmentation
-from common.transforms import normalize
-from data import shapes
 
-SCRIPT, IGNORE = "gta_seg.py", 255
-
-
+SCRIPT = "gta_seg.py"
+IGNORE = 255  # the label of a pixel without a label
 OHEM_KEPT = 50_000  # labeled pixels an image that --ohem keeps at least
+PREVIEWS = 6  # scored images that are drawn
 
 
 # ========================================================================================= settings
+Share = Annotated[float, Meta(ge=0, le=1)]
+Number = Annotated[float, Meta(ge=0, le=1e15)]
+Count = Annotated[int, Meta(ge=0)]
+Dilation = Annotated[int, Meta(ge=1, le=512)]
+Factor = Annotated[float, Meta(ge=0.01, le=100)]
+
+
 @dataclass
 class Args:
-    """GTA-Seg. --dataset picks the paper's numbers, other flags override them. DEPARTS: see
-    docs."""
+    """Train a network that gives each pixel of an image a class, from a few labeled and many
+    unlabeled images (GTA-Seg, NeurIPS 2022). --dataset, --method and --recipe pick the numbers of
+    the paper; every other flag overrides them. DEPARTS[name] is explained in docs/gta_seg.md."""
 
-    # data and bookkeeping
+    # what to run
+
     # what to train on; also picks the defaults
     dataset: Literal["voc", "cityscapes", "shapes", "folder"] = "voc"
-    # Algorithm 1, or what the released code does instead
+    # gta: the paper's. suponly: labels alone. mt: mean teacher. Tables 1, 4, 5
+    method: Literal["gta", "suponly", "mt", "unbiased-st"] = "gta"
+    # Algorithm 1 as printed, or the loop that the authors released
     recipe: Literal["paper", "released"] = "paper"
     root: str = "datasets/voc"  # where the data lie, see data/README.md
     # labeled images: a published list, random:N, random:1/N, random:N%, all, or a list file
     split: str = "183"
-    split_seed: int = 0  # which draw, for random splits
+    split_seed: Count = 0  # which draw, for random splits
     unlabeled: str = ""  # folder or list of unlabeled images; empty: all other training images
     val: str = "val"  # name of the list or folder that is scored
     out: str = ""  # run folder; empty: runs/gta_seg-<dataset>-<split>-d<split seed>-s<seed>
     resume: bool = False  # continue the run in --out; starts afresh when there is none
     # initial weights, order of images, augmentation. The paper averages 0, 1, 2 (Sec. 4.2)
-    seed: int = 0
-    workers: int = loading.default_workers()  # decoding processes per training process and stream
-    device: str = "auto"  # auto, cpu, cuda
-    # inside the network; auto: bf16 on GPUs, fp32 elsewhere
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    # torch.compile the networks in training; scoring and predicting never are
-    compile: bool = False
-    eval_every: int = 0  # steps between evaluations; 0: once per epoch
-    save_every: int = 0  # steps between checkpoints; 0: with every evaluation
-    log_every: int = 20  # steps between log lines
-    # open the unlabeled images' labels to log how right pseudo labels are; never to learn
-    monitor_labels: bool = False
+    seed: Count = 0
     eval: str = ""  # evaluate this checkpoint, train nothing
     # checkpoint, then images or folders: write predictions
     predict: list[str] = field(default_factory=list)
 
+    # the method (Sec. 3.2) and the tables
+
+    alpha_gta: Share = 0.99  # EMA assistant -> student, Eq. 9, Table 8
+    alpha_teacher: Share = 0.99  # EMA student -> teacher, Eqs. 5 and 12, Table 8
+    ramp_gta: bool = False  # let --alpha-gta rise from 0, as released. DEPARTS[ramp]
+    ramp_teacher: bool = False  # let --alpha-teacher rise from 0, as released. DEPARTS[ramp]
+    mu: Number = 1.0  # weight of L_u, Eq. 3; also scales the assistant's step, DEPARTS[mu]
+    tau: Number = 1.0  # Laplace smoothing, Eq. 6; Table 9
+    reweight: Literal["laplace", "none"] = "laplace"  # Eq. 6, or equal weights: Tables 4, 9
+    # share of the least confident pixels that get no pseudo label, Sec. 4.2
+    drop: Annotated[float, Meta(ge=0, lt=1)] = 0.2
+    # on labels alone, before the assistant exists, Sec. 4.2, Table 8
+    warmup_epochs: Number = 1
+    # an epoch of the warm-up is a pass over these images. DEPARTS[warmup-epoch]
+    warmup_over: Literal["unlabeled", "labeled"] = "unlabeled"
+    # what the assistant learns from, Table 7
+    gta_data: Literal["pseudo", "labeled", "both"] = "pseudo"
+    # what the student learns from, Table 7
+    student_data: Literal["labeled", "pseudo"] = "labeled"
+    # what the assistant hands over, Table 5. DEPARTS[original-ema]
+    transfer: Literal["features", "all"] = "features"
+    # probability, per step, to mix the unlabeled batch, Table 1. DEPARTS[cutmix]
+    cutmix: Share = 0.5
+    # the same for the labeled batch, for fair baselines. DEPARTS[cutmix]
+    cutmix_labeled: Share = 0
+    # student and assistant share g, as in the released loop. DEPARTS[share-predictor]
+    share_predictor: bool = False
+
+    # optimisation (Sec. 4.2)
+
+    # labeled images per step over all processes, and as many unlabeled. DEPARTS[batch]
+    batch_size: int = 16
+    # pixels a side in training. DEPARTS[open]
+    crop_size: Annotated[int, Meta(ge=16, le=100_000)] = 513
+    scale: tuple[Factor, Factor] = (0.5, 2.0)  # random scaling of training images. DEPARTS[open]
+    epochs: Number = 80  # passes over the unlabeled images. DEPARTS[open]
+    steps: Count = 0  # whole run, warm-up included; 0: as many as `epochs` makes
+    lr: Number = 0.001  # of the backbone, Sec. 4.2
+    # times lr, for everything behind the backbone, Sec. 4.2. DEPARTS[decoder-lr]
+    decoder_lr: Number = 10
+    weight_decay: Number = 1e-4  # Sec. 4.2
+    aux: Number = 0  # weight of an auxiliary loss on the third stage. DEPARTS[cityscapes]
+    # keep labeled pixels up to this true-class probability, 50,000 an image at least; 0: keep all.
+    # DEPARTS[cityscapes]
+    ohem: Share = 0
+
     # network (Sec. 4.2: ResNet-101, DeepLabv3+, 512-dimensional features)
+
     # a timm name, else a torchvision one. DEPARTS[deep-stem]
     backbone: str = "resnet101s.gluon_in1k"
     # imagenet, none, a file of backbone weights, or shapes (made on first use)
     weights: str = "imagenet"
     # image pixels per cell of the deepest features. DEPARTS[open]
     output_stride: Literal[8, 16, 32] = 8
-    aspp_rates: tuple[int, int, int] = (12, 24, 36)  # dilations of ASPP. DEPARTS[open]
-    width: int = 256  # channels of the decoder; the paper's 512-dim features are twice that
+    # dilations of ASPP. DEPARTS[open]
+    aspp_rates: tuple[Dilation, Dilation, Dilation] = (12, 24, 36)
+    # channels of the decoder; the paper's 512-dimensional features are twice that
+    width: Annotated[int, Meta(ge=4, le=4096)] = 256
 
-    # optimisation (Sec. 4.2)
-    # labeled images per step over all processes, and as many unlabeled. DEPARTS[batch]
-    batch_size: int = 16
-    crop_size: int = 513  # pixels a side in training. DEPARTS[open]
-    scale: tuple[float, float] = (0.5, 2.0)  # random scaling of training images. DEPARTS[open]
-    epochs: float = 80  # passes over the unlabeled images. DEPARTS[open]
-    steps: int = 0  # whole run, warm-up included; 0: as many as `epochs` makes
-    lr: float = 0.001  # of the backbone, Sec. 4.2
-    decoder_lr: float = 10  # times lr, for everything behind the backbone, Sec. 4.2
-    weight_decay: float = 1e-4  # Sec. 4.2
-    aux: float = 0  # weight of an auxiliary loss on the third stage. DEPARTS[cityscapes]
-    # keep labeled pixels up to this true-class probability, 50,000 an image at least (crops under
-    # 224: all); 0: all
-    ohem: float = 0
-    # side of the sliding window in evaluation; 0: whole images. DEPARTS[whole-image]
-    window: int = 0
+    # evaluation and bookkeeping
 
-    # the method (Sec. 3.2) and the paper's tables
-    method: Literal["gta", "suponly", "mt", "unbiased-st"] = "gta"  # Tables 1, 4, 5
-    alpha_gta: float = 0.99  # EMA assistant -> student, Eq. 9, Table 8
-    alpha_teacher: float = 0.99  # EMA student -> teacher, Eqs. 5 and 12, Table 8
-    mu: float = 1.0  # weight of L_u, Eq. 3; also scales the assistant's step, Eq. 8
-    tau: float = 1.0  # Laplace smoothing, Eq. 6
-    # Eq. 6 or equal weights: Tables 4, 9 (its second row: --tau 0)
-    reweight: Literal["laplace", "none"] = "laplace"
-    drop: float = 0.2  # share of the least confident pixels that get no pseudo label, Sec. 4.2
-    threshold: float = 0  # fixed gamma_t of Eq. 2 in place of `drop`; 0: use `drop`
-    warmup_epochs: float = 1  # on labels alone, before the assistant exists, Sec. 4.2, Table 8
-    # what the assistant learns from, Table 7
-    gta_data: Literal["pseudo", "labeled", "both"] = "pseudo"
-    # what the student learns from, Table 7
-    student_data: Literal["labeled", "pseudo", "both"] = "labeled"
-    # what the assistant hands over, Table 5
-    transfer: Literal["features", "all", "none"] = "features"
-    cutmix: float = 0.5  # probability, per step, to mix the unlabeled batch. DEPARTS[cutmix]
-    # the same for the labeled batch: a fair baseline has it, the paper does not
-    cutmix_labeled: float = 0
-    gta_lr: Literal["poly", "constant"] = "poly"  # the assistant's schedule. DEPARTS[gta-lr]
-    # assistant and student see both batches, each learns from its own. DEPARTS[joint-bn]
-    joint_bn: bool = False
-    # student and assistant share g, as in the released code. DEPARTS[share-predictor]
-    share_predictor: bool = False
+    window: Count = 0  # side of the sliding window; 0: whole images. DEPARTS[whole-image]
+    eval_every: Count = 0  # steps between evaluations; 0: once per epoch
+    save_every: Count = 0  # steps between checkpoints; 0: with every evaluation
+    log_every: Annotated[int, Meta(ge=1)] = 20  # steps between log lines
+    # open the unlabeled images' labels to log how right pseudo labels are; never to learn
+    monitor_labels: bool = False
+    workers: Count = loading.default_workers()  # decoding processes per process and stream
+    device: str = "auto"  # auto, cpu, cuda
+    # inside the network; auto: bf16 on GPUs, fp32 elsewhere
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    # torch.compile the networks in training; scoring and predicting never are
+    compile: bool = False
 
 
+# ======================================================================================== equations
+def confidence(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Eq. 1: logits (B, K, H, W) -> confidence c (B, H, W) in [0, 1] and its class (B, H, W)."""
+    conf, label = logits.softmax(dim=1).max(dim=1)
+    return conf, label
+
+
+def drop_threshold(conf: Tensor, valid: Tensor, drop: float) -> Tensor:
+    """Sec. 4.2: the gamma_t of Eq. 2 that leaves out the `drop` share of least confident valid
+    pixels. `conf`, `valid` (B, H, W) of the whole batch -> ().
+
+    It is their k-th smallest confidence with k = floor(drop (n - 1)) + 1, so that `conf > gamma_t`
+    equals numpy's percentile rule; -1 when `drop` is 0 or nothing is valid."""
+    # sorted, and not torch.kthvalue, which would copy k to the host and wait for the device
+    ordered = torch.where(valid, conf, torch.inf).flatten().sort().values
+    n = valid.sum()
+    index = (drop * (n - 1).double()).floor().long().clamp(min=0)
+    gamma = ordered.gather(0, index[None])[0]
+    return torch.where((n > 0) & (drop > 0), gamma, torch.full_like(gamma, -1))
+
+
+def pseudo_label(label: Tensor, conf: Tensor, valid: Tensor, gamma: Tensor | float) -> Tensor:
+    """Eq. 2: the teacher's class where it is sure, 255 elsewhere and in padding; all (B, H, W)."""
+    return label.masked_fill(~(valid & (conf > gamma)), IGNORE)
+
+
+def reweight(
+    conf: Tensor, keep: Tensor, tau: float, total: Callable[[Tensor], Tensor] = lambda x: x
+) -> Tensor:
+    """Eq. 6: weights (B, H, W) in proportion to c + tau on kept pixels, 0 elsewhere; they sum to
+    the number of kept pixels. `conf` is float32 and carries no gradient.
+
+    `total` sums a tensor over all processes, so that the weights belong to the global batch."""
+    raw = (conf + tau) * keep
+    return raw * (total(keep.sum()) / total(raw.sum()).clamp(min=1e-12))
+
+
+def unsupervised_loss(
+    logits: Tensor, label: Tensor, weight: Tensor, mean: Callable[[Tensor], Tensor] = lambda x: x
+) -> Tensor:
+    """Eq. 7, divided by the number of kept pixels. DEPARTS[mean] logits (B, K, H, W); label, weight
+    (B, H, W) -> ().
+
+    `mean` averages a count over all processes. As DDP averages gradients, the two together divide
+    by the count of the global batch."""
+    loss = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="none")  # 0 where ignored
+    kept = mean((label != IGNORE).sum())
+    return (weight * loss).sum() / kept.clamp(min=1e-6)  # a mean count may be below 1
+
+
+def supervised_loss(
+    logits: Tensor, label: Tensor, mean: Callable[[Tensor], Tensor] = lambda x: x
+) -> Tensor:
+    """Eq. 10, divided by the number of labeled pixels. DEPARTS[mean] logits (B, K, H, W), label
+    (B, H, W) -> (). `mean` as in Eq. 7."""
+    loss = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="none")
+    labeled = mean((label != IGNORE).sum())
+    return loss.sum() / labeled.clamp(min=1e-6)
+
+
+def teacher_student_loss(loss_l: Tensor, loss_u: Tensor, mu: float) -> Tensor:
+    """Eq. 3: L = L_l + mu L_u."""
+    return loss_l + mu * loss_u
+
+
+def update(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """Eqs. 4, 8, 11: one gradient step on the loss."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+
+
+@torch.no_grad()
+def ema_update(target: nn.Module, source: nn.Module, decay: float) -> None:
+    """target <- decay * target + (1 - decay) * source, in place, for every parameter and for
+    BatchNorm's running statistics; its integer counters stay. A decay of 0 copies."""
+    targets = [*target.parameters(), *target.buffers()]
+    sources = [*source.parameters(), *source.buffers()]
+    pairs = [(t, s) for t, s in zip(targets, sources, strict=True) if t.is_floating_point()]
+    torch._foreach_lerp_([t for t, _ in pairs], [s for _, s in pairs], 1 - decay)
+
+
+@torch.no_grad()
+def ema_update_parameters(target: nn.Module, source: nn.Module, decay: float) -> None:
+    """Eq. 9: target <- decay * target + (1 - decay) * source, in place, for parameters only: the
+    student keeps its own BatchNorm statistics. DEPARTS[bn-ema]"""
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), 1 - decay)
+
+
+def ema_decay(n: int, alpha: float, ramp: bool) -> float:
+    """The alpha of Eqs. 5, 9, 12 in the n-th update (n = 0, 1, ...): constant as printed, or with
+    `ramp` a plain mean of all updates until that reaches alpha. DEPARTS[ramp]"""
+    if ramp:
+        return min(1 - 1 / (n + 1), alpha)
+    return alpha
+
+
+def learning_rate_factor(step: int, total: int) -> float:
+    """Sec. 4.2: lr / lr_init = (1 - t / T)^0.9."""
+    return max(0.0, 1 - step / total) ** 0.9
+
+
+def hard_pixels(
+    logits: Tensor,
+    label: Tensor,
+    thresh: float,
+    min_kept: int,
+    gather: Callable[[Tensor], Tensor] = lambda x: x,
+) -> Tensor:
+    """OHEM: logits (B, K, H, W), label (B, H, W) -> the label without its easy pixels.
+    DEPARTS[cityscapes]
+
+    Hard is a true-class probability of at most `thresh`, or among the `min_kept` smallest of the
+    batch; fewer valid pixels than that are all kept. `gather` concatenates over all processes."""
+    valid = label != IGNORE
+    prob = logits.softmax(dim=1).gather(1, label.masked_fill(~valid, 0)[:, None])[:, 0]  # (B, H, W)
+    ordered = gather(torch.where(valid, prob, torch.inf).flatten()).sort().values
+    cut = ordered[min(min_kept, len(ordered)) - 1].clamp(min=thresh)  # inf when too few are valid
+    return label.masked_fill(prob > cut, IGNORE)
+
+
+# ========================================================================================== network
+def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, C, h, w) -> (B, C, *size), corners aligned as everywhere in this network."""
+    return F.interpolate(logits, size=size, mode="bilinear", align_corners=True)
+
+
+def conv_bn(
+    inputs: int, outputs: int, kernel: int, dilation: int = 1, bias: bool = False
+) -> nn.Sequential:
+    padding = dilation * (kernel // 2)
+    conv = nn.Conv2d(inputs, outputs, kernel, padding=padding, dilation=dilation, bias=bias)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+
+
+class ASPP(nn.Module):
+    """(B, C, h', w') -> (B, 5 * width, h', w'): image pooling, 1x1 and three dilated 3x3 branches,
+    side by side."""
+
+    def __init__(self, inputs: int, width: int, rates: tuple[int, ...]):
+        super().__init__()
+        self.pool = conv_bn(inputs, width, 1)
+        dilated = [conv_bn(inputs, width, 3, rate) for rate in rates]
+        self.branches = nn.ModuleList([conv_bn(inputs, width, 1), *dilated])
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = self.pool(x.mean((2, 3), keepdim=True)).expand(-1, -1, *x.shape[-2:])
+        return torch.cat([pooled, *(branch(x) for branch in self.branches)], dim=1)
+
+
+class Features(nn.Module):
+    """The paper's f: images (B, 3, H, W) -> features (B, 2 * width, h, w) at stride 4, and the
+    third stage's map (B, C, h', w') for an auxiliary head.
+
+    Wider than DeepLabv3+: `width` low-level channels, no projection inside ASPP. DEPARTS[open]"""
+
+    def __init__(
+        self, backbone: str, stride: int, rates: tuple[int, ...], width: int, pretrained: bool
+    ):
+        super().__init__()
+        self.backbone, reductions, channels = backbones.build(backbone, stride, pretrained)
+        deeplab_resnet(self.backbone, stride)
+        self.low_map = 0  # the deepest map of stride 4, or the first where none is that fine
+        for i, reduction in enumerate(reductions):
+            if reduction <= 4:
+                self.low_map = i
+        self.third_channels = channels[-2]
+        self.aspp = ASPP(channels[-1], width, rates)
+        self.head = nn.Sequential(*conv_bn(5 * width, width, 3), nn.Dropout2d(0.1))
+        self.low = conv_bn(channels[self.low_map], width, 1, bias=True)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        maps = self.backbone(images)
+        low = self.low(maps[self.low_map])
+        deep = self.head(self.aspp(maps[-1]))
+        return torch.cat([low, upsample(deep, low.shape[-2:])], dim=1), maps[-2]
+
+
+def deeplab_resnet(body: nn.Module, stride: int) -> None:
+    """What the released network changes in a ResNet: max pooling in ceil mode and, at stride 8,
+    dilations 4, 8, 16 in the three bottlenecks of the last stage. Other backbones stay as they
+    are. DEPARTS[open]"""
+    if not hasattr(body, "layer4"):
+        return
+    if isinstance(getattr(body, "maxpool", None), nn.MaxPool2d):
+        body.maxpool.ceil_mode = True
+    blocks = list(body.layer4)
+    bottlenecks = all(
+        hasattr(block, "conv3") and isinstance(getattr(block, "conv2", None), nn.Conv2d)
+        for block in blocks
+    )
+    if stride == 8 and len(blocks) == 3 and bottlenecks:
+        for block, dilation in zip(blocks, (4, 8, 16), strict=True):
+            block.conv2.dilation = block.conv2.padding = (dilation, dilation)
+
+
+class Predictor(nn.Module):
+    """The paper's g: features (B, 2 * width, h, w) -> logits (B, K, h, w), and in training those of
+    an auxiliary head on the third stage's map, if there are `aux_channels`; else None."""
+
+    def __init__(self, width: int, num_classes: int, aux_channels: int = 0):
+        super().__init__()
+        self.classifier = nn.Sequential(
+            *conv_bn(2 * width, width, 3, bias=True),
+            nn.Dropout2d(0.1),
+            *conv_bn(width, width, 3, bias=True),
+            nn.Dropout2d(0.1),
+            nn.Conv2d(width, num_classes, 1),
+        )
+        self.aux = None
+        if aux_channels:
+            self.aux = nn.Sequential(
+                *conv_bn(aux_channels, width, 3, bias=True),
+                nn.Dropout2d(0.1),
+                nn.Conv2d(width, num_classes, 1),
+            )
+
+    def forward(self, features: Tensor, third: Tensor) -> tuple[Tensor, Tensor | None]:
+        logits = self.classifier(features)
+        if self.aux is None or not self.training:
+            return logits, None
+        return logits, self.aux(third)
+
+
+class SegNet(nn.Module):
+    """DeepLabv3+, cut into f and g as in the paper: images (B, 3, H, W) -> float32 logits
+    (B, K, h, w), and auxiliary ones or None. `pretrained`: with timm's ImageNet weights."""
+
+    def __init__(self, args: Args, num_classes: int, pretrained: bool = False, bf16: bool = False):
+        super().__init__()
+        self.features = Features(
+            args.backbone, args.output_stride, args.aspp_rates, args.width, pretrained
+        )
+        aux_channels = self.features.third_channels if args.aux else 0
+        self.predictor = Predictor(args.width, num_classes, aux_channels)
+        self.bf16 = bf16
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        device = "cuda" if images.is_cuda else "cpu"
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=self.bf16):
+            logits, aux = self.predictor(*self.features(images))
+        return logits.float(), None if aux is None else aux.float()
+
+
+# ========================================================================================= the step
+@dataclass
+class State:
+    """All that training changes (saved whole), and the forward passes that DDP wraps."""
+
+    student: SegNet
+    teacher: SegNet | None  # no gradients, eval mode
+    gta: SegNet | None  # the assistant
+    opt_student: torch.optim.Optimizer
+    opt_gta: torch.optim.Optimizer | None
+    forward_student: Callable
+    forward_gta: Callable | None
+    warmup: int  # steps on labels alone
+    epoch: int  # steps per pass over the unlabeled images
+    step: int = 0
+    scored: int = 0  # the last step that was scored
+    last: dict = field(default_factory=dict)  # network -> its newest score
+    best: dict = field(default_factory=dict)  # network -> its best one
+
+    def networks(self) -> dict[str, SegNet]:
+        """Those that the method has, by name."""
+        found = {"student": self.student, "teacher": self.teacher, "gta": self.gta}
+        return {name: net for name, net in found.items() if net is not None}
+
+    def result(self) -> str:
+        """Algorithm 1, Output: the teacher; the student of a method without one."""
+        return "student" if self.teacher is None else "teacher"
+
+
+class Pseudo(NamedTuple):
+    """What the teacher made of the unlabeled batch."""
+
+    images: Tensor  # (B, 3, H, W), mixed
+    label: Tensor  # (B, H, W), 255 where there is none
+    weight: Tensor  # (B, H, W), 0 where there is none
+    log: dict[str, Tensor]
+
+
+def train_step(
+    s: State, labeled: Batch, unlabeled: Batch, args: Args, world: World
+) -> dict[str, Tensor]:
+    """Algorithm 1, lines 3 to 12: one minibatch. Composes the equations.
+
+    `labeled` has normalised images (B, 3, H, W) and int64 labels (B, H, W). `unlabeled` has images
+    and `valid` (False where padded) of any number and any size; its labels are not looked at."""
+    n = s.step - s.warmup
+    # line 3, Step 1: the teacher labels the unlabeled images and weighs its labels
+    pseudo = teach(s.teacher, unlabeled, args, s.step, world)  # line 4, Eqs. 1, 2; line 5, Eq. 6
+    loss_u = loss_on(args.gta_data, s.forward_gta, labeled, pseudo, args, world)  # line 5, Eq. 7
+    # line 6, Step 2: the assistant, and nobody else, learns from them; it hands over f, and not g
+    update(s.opt_gta, loss_u)  # line 7, Eq. 8
+    alpha = ema_decay(n, args.alpha_gta, args.ramp_gta)
+    ema_update_parameters(s.student.features, s.gta.features, alpha)  # line 8, Eq. 9
+    if args.transfer == "all":  # Table 5: g, too. DEPARTS[original-ema]
+        ema_update_parameters(s.student.predictor.classifier, s.gta.predictor.classifier, alpha)
+    # line 9, Step 3: the student learns from human labels; the teacher follows it
+    loss_l = loss_on(args.student_data, s.forward_student, labeled, pseudo, args, world)  # line 10
+    update(s.opt_student, loss_l)  # line 11, Eq. 11
+    ema_update(s.teacher, s.student, ema_decay(n, args.alpha_teacher, args.ramp_teacher))  # line 12
+    return {"loss_l": loss_l.detach(), "loss_u": loss_u.detach(), **pseudo.log}
+
+
+@torch.no_grad()
+def teach(teacher: SegNet, unlabeled: Batch, args: Args, step: int, world: World) -> Pseudo:
+    """Step 1: the teacher sees clean images (Eq. 1); images, labels and confidences are mixed alike
+    (CutMix); Eq. 2; Eq. 6. The teacher is in eval mode."""
+    size = unlabeled.images.shape[-2:]
+    conf, label = confidence(upsample(teacher(unlabeled.images)[0], size))  # Eq. 1
+    images, valid, label, conf = mix(
+        args.cutmix, "u", args, step, world, unlabeled.images, unlabeled.valid, label, conf
+    )
+    gamma = drop_threshold(world.gather(conf), world.gather(valid), args.drop)
+    label = pseudo_label(label, conf, valid, gamma)  # Eq. 2
+    keep = label != IGNORE
+    if args.reweight == "laplace":
+        weight = reweight(conf, keep, args.tau, world.sum)  # Eq. 6
+    else:
+        weight = keep.float()
+    pixels = valid.sum().clamp(min=1)
+    log = {"conf": (conf * valid).sum() / pixels, "kept": keep.sum() / pixels}
+    if args.monitor_labels:  # watched, never learned from; the same boxes as above
+        (truth,) = mix(args.cutmix, "u", args, step, world, unlabeled.label)
+        log["pseudo_acc"] = pseudo_accuracy(label, truth)
+    return Pseudo(images, label, weight, log)
+
+
+def pseudo_accuracy(label: Tensor, truth: Tensor) -> Tensor:
+    """Share of right pseudo labels, (B, H, W) each -> (), where both exist and one is no
+    background (class 0)."""
+    asked = (label != IGNORE) & (truth != IGNORE) & ((truth > 0) | (label > 0))
+    return ((label == truth) & asked).sum() / asked.sum().clamp(min=1)
+
+
+def loss_on(
+    data: str, forward: Callable, labeled: Batch, pseudo: Pseudo, args: Args, world: World
+) -> Tensor:
+    """What a network learns from (Table 7): "labeled": L_l (Eq. 10); "pseudo": mu L_u (Eq. 7), for
+    mu scales the step of Eq. 8, too, DEPARTS[mu]; "both": their sum (Eq. 3)."""
+    if data == "labeled":
+        logits, aux = forward(labeled.images)
+        return labeled_loss(logits, aux, labeled.label, args, world)
+    if data == "pseudo":
+        logits, aux = forward(pseudo.images)
+        unused = 0 if aux is None else 0 * aux.sum()  # DDP waits for every parameter's gradient
+        return args.mu * pseudo_loss(logits, pseudo, world) + unused
+    # Both batches in one pass, so that they share BatchNorm's batch statistics; equal sizes.
+    logits, aux = forward(torch.cat([labeled.images, pseudo.images]))
+    b = len(labeled.images)
+    aux_l = None if aux is None else aux[:b]
+    loss_l = labeled_loss(logits[:b], aux_l, labeled.label, args, world)
+    return teacher_student_loss(loss_l, pseudo_loss(logits[b:], pseudo, world), args.mu)
+
+
+def labeled_loss(
+    logits: Tensor, aux: Tensor | None, label: Tensor, args: Args, world: World
+) -> Tensor:
+    """Eq. 10, and on Cityscapes of hard pixels, plus the weighted loss of the auxiliary head.
+    DEPARTS[cityscapes]"""
+    loss = head_loss(logits, label, args, world)
+    if aux is not None:
+        loss = loss + args.aux * head_loss(aux, label, args, world)
+    return loss
+
+
+def head_loss(logits: Tensor, label: Tensor, args: Args, world: World) -> Tensor:
+    """Eq. 10 of one head at the size of the labels; with --ohem, of the hard pixels alone."""
+    logits = upsample(logits, label.shape[-2:])
+    if args.ohem:
+        kept = OHEM_KEPT * args.batch_size  # of the global batch
+        label = hard_pixels(logits.detach(), label, args.ohem, kept, world.gather)
+    return supervised_loss(logits, label, world.mean)
+
+
+def pseudo_loss(logits: Tensor, pseudo: Pseudo, world: World) -> Tensor:
+    """Eq. 7 at the pseudo labels' size."""
+    logits = upsample(logits, pseudo.label.shape[-2:])
+    return unsupervised_loss(logits, pseudo.label, pseudo.weight, world.mean)
+
+
+def warmup_step(s: State, labeled: Batch, args: Args, world: World) -> dict[str, Tensor]:
+    """Sec. 4.2: labels alone. The paper trains "all three components"; here one is trained, and
+    copied at the end: three equal copies that are trained alike stay equal. DEPARTS[warmup]"""
+    logits, aux = s.forward_student(labeled.images)
+    loss = labeled_loss(logits, aux, labeled.label, args, world)
+    update(s.opt_student, loss)
+    return {"loss_l": loss.detach()}
+
+
+def end_of_warmup(s: State, args: Args) -> None:
+    """Algorithm 1, line 1: assistant and teacher start as copies, by value, of the warmed-up
+    student. DEPARTS[warmup] The released loop ties the parameters in its own step, and never copies
+    the statistics."""
+    if args.recipe == "released":
+        return
+    weights = s.student.state_dict()
+    for net in (s.teacher, s.gta):
+        if net is not None:
+            # the assistant has no auxiliary head
+            net.load_state_dict({name: weights[name] for name in net.state_dict()})
+
+
+# ---------------------------------------------------------------------- other methods of the tables
+def mean_teacher_step(
+    s: State, labeled: Batch, unlabeled: Batch, args: Args, world: World
+) -> dict[str, Tensor]:
+    """Sec. 3.1, Fig. 1 (b), Tables 1, 4: the student itself learns from labels and pseudo labels.
+    Composes Eqs. 1 to 5. DEPARTS[mean-teacher]: neither CutMix nor Eq. 6, unless asked for."""
+    pseudo = teach(s.teacher, unlabeled, args, s.step, world)  # Eqs. 1, 2
+    loss = loss_on("both", s.forward_student, labeled, pseudo, args, world)  # Eq. 3
+    update(s.opt_student, loss)  # Eq. 4
+    alpha = ema_decay(s.step - s.warmup, args.alpha_teacher, args.ramp_teacher)
+    ema_update(s.teacher, s.student, alpha)  # Eq. 5
+    return {"loss": loss.detach(), **pseudo.log}
+
+
+def unbiased_st_step(
+    s: State, labeled: Batch, unlabeled: Batch, args: Args, world: World
+) -> dict[str, Tensor]:
+    """Table 5, "Unbiased ST": student and assistant share the parameters of f, and each has its g;
+    so pseudo labels train f directly, and nothing is averaged. DEPARTS[unbiased-st]"""
+    pseudo = teach(s.teacher, unlabeled, args, s.step, world)
+    loss_u = loss_on("pseudo", s.forward_gta, labeled, pseudo, args, world)
+    update(s.opt_gta, loss_u)
+    loss_l = loss_on("labeled", s.forward_student, labeled, pseudo, args, world)
+    update(s.opt_student, loss_l)
+    alpha = ema_decay(s.step - s.warmup, args.alpha_teacher, args.ramp_teacher)
+    ema_update(s.teacher, s.student, alpha)
+    return {"loss_l": loss_l.detach(), "loss_u": loss_u.detach(), **pseudo.log}
+
+
+# ------------------------------------------------------------ the released loop, beside the paper's
+def train_step_released(
+    s: State, labeled: Batch, unlabeled: Batch, args: Args, world: World
+) -> dict[str, Tensor]:
+    """train_step as the authors released it; read it as a diff. Recipe and consequences are in
+    docs/gta_seg.md. Each process has its own threshold, weights and denominators."""
+    n, b, size = s.step - s.warmup, len(labeled.images), labeled.images.shape[-2:]
+    if n < s.epoch:  # copied by reference, in every step of the first epoch
+        alias(s.gta, s.student)
+        alias(s.teacher, s.student)
+    with torch.no_grad():
+        label = confidence(upsample(s.teacher(unlabeled.images)[0], size))[1]  # first pass: labels
+        images_u, label = mix(args.cutmix, "u", args, s.step, world, unlabeled.images, label)
+        both = torch.cat([labeled.images, images_u])
+        s.teacher.train()  # second pass, batch statistics and dropout on: confidence
+        conf = confidence(upsample(s.teacher(both)[0][b:], size))[0]
+        s.teacher.eval()
+        everywhere = torch.ones_like(conf, dtype=torch.bool)  # padding counts, too
+        label = pseudo_label(label, conf, everywhere, drop_threshold(conf, everywhere, args.drop))
+        keep = label != IGNORE
+        raw = conf * keep + args.tau  # dropped pixels stay in the denominator of Eq. 6 with tau
+        weight = raw / raw.sum() * keep.sum()
+    loss_u = unsupervised_loss(upsample(s.forward_gta(both)[0][b:], size), label, weight)
+    update(s.opt_gta, loss_u)
+    ema_rebind(s.student.features, s.gta.features, ema_decay(n, args.alpha_gta, args.ramp_gta))
+    loss_l = supervised_loss(upsample(s.forward_student(both)[0][:b], size), labeled.label)
+    update(s.opt_student, loss_l)
+    alpha = ema_decay(n, args.alpha_teacher, args.ramp_teacher)
+    ema_rebind(s.teacher, s.student, alpha)  # never the statistics
+    return {
+        "loss_l": loss_l.detach(),
+        "loss_u": loss_u.detach(),
+        "conf": conf.mean(),
+        "kept": keep.float().mean(),
+    }
+
+
+def warmup_step_released(s: State, labeled: Batch, args: Args, world: World) -> dict[str, Tensor]:
+    """The student is trained, with denominators of its own in each process; teacher and assistant
+    only see the images, which moves their BatchNorm statistics."""
+    with torch.no_grad():
+        for net in (s.teacher.train(), s.gta):
+            net(labeled.images)
+    s.teacher.eval()
+    logits, _ = s.forward_student(labeled.images)
+    loss = supervised_loss(upsample(logits, labeled.label.shape[-2:]), labeled.label)
+    update(s.opt_student, loss)
+    return {"loss_l": loss.detach()}
+
+
+def alias(target: nn.Module, source: nn.Module) -> None:
+    """Make the parameters of `target` share the storage of those of `source`: what `t.data =
+    s.data` does."""
+    for t, s in zip(target.parameters(), source.parameters(), strict=True):
+        t.data = s.data
+
+
+def ema_rebind(target: nn.Module, source: nn.Module, decay: float) -> None:
+    """ema_update_parameters that assigns new tensors, and so ends an alias."""
+    for t, s in zip(target.parameters(), source.parameters(), strict=True):
+        t.data = t.data.clone().mul_(decay).add_(s.data, alpha=1 - decay)
+
+
+# ================================================================================ views and batches
+def augment(
+    args: Args, image: Tensor, label: Tensor | None, generator: np.random.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One image and its label -> image, label, valid at the crop's size: scaling, flip and crop of
+    the released code, for the paper names none. DEPARTS[open], DEPARTS[padding]"""
+    image, label = random_scale(image, label, *args.scale, generator)
+    image, label = transforms.random_flip(image, label, generator)
+    pad_label = IGNORE if args.recipe == "paper" else 0
+    return transforms.random_crop(image, label, args.crop_size, generator, pad_label)
+
+
+def random_scale(
+    image: Tensor, label: Tensor | None, low: float, high: float, rng: np.random.Generator
+) -> tuple[Tensor, Tensor | None]:
+    """Scale both sides by one factor. Factors under and over 1 are equally likely when the range
+    holds 1: half of the time uniform in [low, 1], else uniform in [1, high]."""
+    if low < 1 < high:
+        factor = rng.uniform(low, 1) if rng.random() < 0.5 else rng.uniform(1, high)
+    else:
+        factor = rng.uniform(low, high)
+    height, width = image.shape[-2:]
+    size = (max(int(height * factor), 2), max(int(width * factor), 2))
+    return transforms.resize(image, label, size)
+
+
+def prepare(batch: Batch, world: World) -> Batch:
+    """To the device: normalised images, channels last, and int64 labels."""
+    batch = batch.to(world.device)
+    images = transforms.normalize(batch.images, batch.valid)
+    images = images.contiguous(memory_format=torch.channels_last)
+    return batch._replace(images=images, label=batch.label.long())
+
+
+def mix_labeled(batch: Batch, args: Args, step: int, world: World) -> Batch:
+    """CutMix for the labeled batch, with --cutmix-labeled."""
+    images, valid, label = mix(
+        args.cutmix_labeled, "l", args, step, world, batch.images, batch.valid, batch.label
+    )
+    return batch._replace(images=images, valid=valid, label=label)
+
+
+def mix(
+    probability: float, stream: str, args: Args, step: int, world: World, *maps: Tensor
+) -> tuple[Tensor, ...]:
+    """CutMix the maps of a batch alike with `probability`: one coin a step for all processes, one
+    box an image. DEPARTS[cutmix]
+
+    `stream` is l or u. Coin and boxes depend on (seed, stream, step, sample) alone, so the number
+    of processes does not matter, and a second call mixes another map in the same way."""
+    if rng(args.seed, "cutmix", stream, step).random() >= probability:
+        return maps
+    b, device = len(maps[0]), maps[0].device
+    samples = range(world.rank * b, (world.rank + 1) * b)
+    generators = [rng(args.seed, "box", stream, step, sample) for sample in samples]
+    boxes = cutmix_boxes(maps[0].shape[-2:], generators)
+    if args.recipe == "released":
+        partner = torch.arange(b).roll(-1)  # the next image of the process
+    else:
+        partner = neighbours(b)
+    boxes = boxes.to(device, non_blocking=True)
+    partner = partner.to(device, non_blocking=True)
+    return cutmix(boxes, partner, *maps)
+
+
+def neighbours(count: int) -> Tensor:
+    """Whose pixels show in whose box: 0 and 1 swap, 2 and 3, ... In an odd batch the last image
+    shows the first one's; an image that is alone stays as it is."""
+    partner = torch.arange(count) ^ 1
+    return torch.where(partner < count, partner, 0)
+
+
+def cutmix_boxes(size: tuple[int, int], generators: list[np.random.Generator]) -> Tensor:
+    """A box of half the image's area from each generator: (B, 4) rows of top, bottom, left, right.
+    DEPARTS[cutmix]"""
+    height, width = size
+    boxes = []
+    for generator in generators:
+        w = int(generator.integers(max(width // 2, 1), max(width, 2)))
+        h = min(round(height * width / 2 / w), height)
+        top = int(generator.integers(0, height - h + 1))
+        left = int(generator.integers(0, width - w + 1))
+        boxes.append((top, top + h, left, left + w))
+    return torch.tensor(boxes)
+
+
+def cutmix(boxes: Tensor, partner: Tensor, *maps: Tensor) -> tuple[Tensor, ...]:
+    """Paste into image i, inside box i, what the unmixed image partner[i] shows there; alike for
+    images (B, C, H, W) and for labels, confidences and validity (B, H, W)."""
+    height, width = maps[0].shape[-2:]
+    ys = torch.arange(height, device=boxes.device)
+    xs = torch.arange(width, device=boxes.device)
+    top, bottom, left, right = boxes[:, :, None].unbind(1)  # (B, 1) each
+    rows = (ys >= top) & (ys < bottom)  # (B, H)
+    columns = (xs >= left) & (xs < right)  # (B, W)
+    inside = rows[:, :, None] & columns[:, None, :]  # (B, H, W)
+    mixed = []
+    for m in maps:
+        mask = inside[:, None] if m.dim() == 4 else inside
+        mixed.append(torch.where(mask, m[partner], m))
+    return tuple(mixed)
+
+
+# ======================================================================================= evaluation
+@torch.no_grad()
+# images of many sizes: no time to try convolution algorithms for each
+@torch.backends.cudnn.flags(enabled=True, benchmark=False)
+def evaluate(
+    networks: dict[str, SegNet], data: Segmentation, args: Args, world: World
+) -> tuple[dict[str, Tensor], list[list]]:
+    """Confusion counts (K, K) of each network, and rows of preview pictures (image, label,
+    predictions).
+
+    Sec. 4.2. Single scale, no flip, every image once on any number of processes; absent classes
+    stay out of the mean. VOC and others: whole images, no padding scored. DEPARTS[whole-image]
+    Cityscapes: sliding window, mean of logits."""
+    num_classes = len(data.classes)
+    counts = {name: torch.zeros(num_classes, num_classes, dtype=torch.int64) for name in networks}
+    previews: list[list] = []
+    training = {name: net.training for name, net in networks.items()}
+    for net in networks.values():
+        net.eval()
+    for _, image, label in semantic.score_loader(data.val, data, world, args.workers):
+        valid = None
+        if args.recipe == "released" and args.dataset == "voc":
+            image, label, valid = centre_crop(image, label, args.crop_size)
+            valid = valid[None].to(world.device)
+        x = transforms.normalize(image[None].to(world.device), valid)
+        row = [image.permute(1, 2, 0).numpy(), plots.colour(label)]
+        for name, net in networks.items():
+            prediction = predict_logits(net, x, args.window).argmax(1)[0]
+            counts[name] += metrics.confusion(prediction, label.to(prediction.device), num_classes)
+            if len(previews) < PREVIEWS:
+                row.append(plots.colour(prediction))
+        if len(previews) < PREVIEWS:
+            previews.append(row)
+    for name, net in networks.items():
+        net.train(training[name])
+    return {name: world.sum(c) for name, c in counts.items()}, previews
+
+
+def centre_crop(image: Tensor, label: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The released code's view of a scored image: `size` pixels a side around the centre; padding
+    is scored as class 0."""
+    height, width = label.shape
+    top, left = -((size - height) // 2), -((size - width) // 2)
+    return transforms.crop(image, label, top, left, size, size, pad_label=0)
+
+
+def predict_logits(net: SegNet, images: Tensor, window: int = 0) -> Tensor:
+    """Normalised images (1, 3, H, W) -> logits (1, K, H, W): of the whole image, or with a `window`
+    the mean over square windows two thirds apart."""
+    height, width = images.shape[-2:]
+    if not window or max(height, width) <= window:
+        # net.forward is never compiled, as net(...) may be: each size would be compiled once more
+        return upsample(net.forward(images)[0], (height, width))
+    stride = -(-window * 2 // 3)
+    total, count = 0, 0
+    for top in window_starts(height, window, stride):
+        for left in window_starts(width, window, stride):
+            part = images[:, :, top : top + window, left : left + window]
+            logits = upsample(net.forward(part)[0], part.shape[-2:])
+            border = (left, width - left - part.shape[-1], top, height - top - part.shape[-2])
+            total = total + F.pad(logits, border)
+            count = count + F.pad(torch.ones_like(logits[:, :1]), border)
+    return total / count
+
+
+def window_starts(side: int, window: int, stride: int) -> list[int]:
+    """Where windows begin along one side: `stride` apart, and one that ends at the border."""
+    last = max(side - window, 0)
+    return [*range(0, last, stride), last]
+
+
+# ========================================================================================= training
+def train(args: Args) -> dict:
+    """One run, from the start or from its checkpoint, to results.json, whose contents are
+    returned."""
+    check(args, distributed.launched())
+    data = find_data(args)
+    chosen = semantic.choose(
+        data, args.split, args.split_seed, args.unlabeled, "gta_seg", args.method != "suponly"
+    )
+    epoch = epoch_steps(chosen.unlabeled or chosen.labeled, args)
+    warmup = warmup_steps(chosen, args)
+    args = finish_settings(args, epoch, warmup)
+    out = Path(args.out)
+    resuming = runs.open_run(out, SCRIPT, args, args.resume, distributed.launched().main)
+    world = distributed.start(args.device)
+    s, notes = build(args, len(data.classes), world, warmup, epoch)
+    state = checkpoints.load_checkpoint(out / "last.pt", SCRIPT) if resuming else None
+    if state is not None:
+        restore(s, state, args)
+    facts = {
+        "dataset": args.dataset,
+        "split": args.split,
+        "split_seed": args.split_seed,
+        "split_fingerprint": chosen.fingerprint,
+        "seed": args.seed,
+        "method": args.method,
+        "recipe": args.recipe,
+        "val": args.val,
+    }
+    run = runs.Run(
+        out,
+        SCRIPT,
+        args,
+        world,
+        s.step,
+        state,
+        facts | {"classes": data.classes, "images": chosen.text, "weights_notes": notes},
+    )
+    run.say(
+        f"{chosen.text}; scored on {len(data.val)}",
+        *(f"weights {note}" for note in notes),
+        f"{args.method}, {args.recipe} recipe: steps {s.step} to {args.steps}, "
+        f"warm-up {warmup}, {epoch} an epoch; in {out}",
+    )
+    if s.step > s.scored and run.score_is_due(s.step):
+        score_networks(s, data, args, world, run)  # the run ended between saving and scoring
+
+    warm_up, learn = steps_of(args)
+    labeled_batches = batches(chosen.labeled, "labeled", True, s.step, data, args, world)
+    start = max(s.step, s.warmup)
+    monitored = args.monitor_labels
+    unlabeled_batches = batches(chosen.unlabeled, "unlabeled", monitored, start, data, args, world)
+    s.student.train()
+    for step in run.steps(s.step, args.steps):
+        schedule(s, step, args)
+        labeled = mix_labeled(prepare(next(labeled_batches), world), args, step, world)
+        if step < s.warmup:
+            unlabeled = None
+            distributed.seed_torch(args.seed, "step", step, world.rank)  # dropout
+            values = warm_up(s, labeled, args, world)
+        else:
+            unlabeled = prepare(next(unlabeled_batches), world)
+            distributed.seed_torch(args.seed, "step", step, world.rank)  # dropout
+            values = learn(s, labeled, unlabeled, args, world)
+        distributed.average_buffers(world, *s.networks().values())
+        s.step = step + 1
+        if s.step == s.warmup:
+            end_of_warmup(s, args)
+
+        run.tally(step, values, labeled, unlabeled)
+        if run.log_is_due(s.step):
+            run.log(s.step, lr=s.opt_student.param_groups[0]["lr"], **distance(s))
+        if run.save_is_due(s.step):
+            run.save("last.pt", snapshot(s, data, args))  # before the evaluation, which may fail
+        run.leave_if_asked(s.step)
+        if run.score_is_due(s.step):
+            score_networks(s, data, args, world, run)
+
+    scores = {name: {"last": s.last[name], "best": s.best[name]} for name in s.networks()}
+    return run.finish(scores, facts, s.result(), "miou")
+
+
+def finish_settings(args: Args, epoch: int, warmup: int) -> Args:
+    """The settings with the numbers that follow from the data, decided once: steps, evaluations and
+    the run's folder."""
+    steps = args.steps or round(args.epochs * epoch)
+    if steps <= warmup:
+        raise UserError(
+            f"--steps {steps} end in the warm-up ({warmup}); see also --epochs and --warmup-epochs."
+        )
+    out = str(runs.default_out(SCRIPT, args))
+    return replace(args, steps=steps, eval_every=args.eval_every or epoch, out=out)
+
+
+def steps_of(args: Args) -> tuple[Callable, Callable]:
+    """A step of the warm-up, and one of the method."""
+    if args.recipe == "released":
+        return warmup_step_released, train_step_released
+    if args.method == "mt":
+        return warmup_step, mean_teacher_step
+    if args.method == "unbiased-st":
+        return warmup_step, unbiased_st_step
+    return warmup_step, train_step  # gta; suponly, too, whose warm-up never ends
+
+
+def check(args: Args, world: World) -> None:
+    """Refuse, before any work, what cannot run or would spoil a comparison."""
+    cli.check_ranges(args)
+    if args.scale[0] > args.scale[1]:
+        raise UserError(f"--scale {args.scale[0]} {args.scale[1]}: the smaller factor comes first.")
+    # CutMix pairs neighbours, so each process has an even number of images
+    world.share(args.batch_size, multiple=1 if args.recipe == "released" else 2)
+    if args.ohem and args.crop_size**2 <= OHEM_KEPT:
+        raise UserError(
+            f"--ohem keeps {OHEM_KEPT:,} pixels an image at least, which is all of a crop of "
+            f"--crop-size {args.crop_size}; take a larger one, or --ohem 0."
+        )
+    if args.recipe != "released":
+        return
+    if args.method != "gta":
+        raise UserError(
+            f"--recipe released is a loop of --method gta; --method {args.method} has the paper's "
+            f"only."
+        )
+    table_7 = (args.gta_data, args.student_data) != ("pseudo", "labeled")
+    if table_7 or args.transfer != "features" or args.reweight != "laplace" or args.mu != 1:
+        raise UserError(
+            "--recipe released is one fixed loop, without --gta-data, --student-data, --transfer, "
+            "--reweight and --mu; leave them out, or take --recipe paper."
+        )
+    if args.aux or args.ohem or args.share_predictor:
+        raise UserError(
+            "--recipe released has neither --aux nor --ohem, and shares its predictor by itself; "
+            "leave them and --share-predictor out."
+        )
+
+
+def epoch_steps(pictures: list[semantic.Picture], args: Args) -> int:
+    """Steps of a pass over the pictures."""
+    return max(len(pictures) // args.batch_size, 1)
+
+
+def warmup_steps(chosen: semantic.Chosen, args: Args) -> int:
+    """Sec. 4.2: "on labeled data for one epoch". An epoch is a pass over the unlabeled images, as
+    everywhere in the run, or literally one over the labeled ones. DEPARTS[warmup-epoch]"""
+    if args.method == "suponly":
+        return 0
+    pictures = chosen.unlabeled if args.warmup_over == "unlabeled" else chosen.labeled
+    return round(args.warmup_epochs * epoch_steps(pictures, args))
+
+
+def batches(
+    pictures: list[semantic.Picture],
+    name: str,
+    labels: bool,
+    start: int,
+    data: Segmentation,
+    args: Args,
+    world: World,
+) -> Iterator[Batch]:
+    """This process's augmented batches from step `start` on; `name` seeds order and views."""
+    views = semantic.Pictures(pictures, data, labels, partial(augment, args), args.seed, name)
+    return loading.stream(views, args.batch_size, start, args.steps, world, args.workers)
+
+
+def score_networks(s: State, data: Segmentation, args: Args, world: World, run: runs.Run) -> None:
+    """Evaluate all networks: scores into the log, pictures (Figs. 3, 4) into previews/, and best.pt
+    when the result was never better."""
+    networks = s.networks()
+    counts, previews = evaluate(networks, data, args, world)
+    s.last = {name: metrics.iou_record(c, data.classes, s.step) for name, c in counts.items()}
+    for name, record in s.last.items():
+        if name not in s.best or record["miou"] > s.best[name]["miou"]:
+            s.best[name] = record
+    s.scored = s.step
+    run.write(s.step, **{f"miou_{name}": record["miou"] for name, record in s.last.items()})
+    if world.main:
+        path = run.out / "previews" / f"{s.step:07d}.png"
+        plots.strip(previews, ["image", "label", *networks], path)
+    if s.best[s.result()] is s.last[s.result()]:
+        run.save("best.pt", snapshot(s, data, args, optimizers=False))
+
+
+def distance(s: State) -> dict[str, float]:
+    """For the log: how far the student's f is from the assistant's, relative to the latter."""
+    if s.gta is None:
+        return {}
+    return {"f_distance": metrics.distance(s.student.features, s.gta.features)}
+
+
+def sgd(net: SegNet, args: Args, world: World) -> torch.optim.SGD:
+    """SGD as in Sec. 4.2; everything behind the backbone learns `decoder_lr` times faster.
+    DEPARTS[open]: momentum"""
+    f = net.features
+    groups = [{"params": list(f.backbone.parameters()), "initial_lr": args.lr}]
+    for part in (f.aspp, f.head, f.low, net.predictor):
+        rate = args.lr * args.decoder_lr
+        groups.append({"params": list(part.parameters()), "initial_lr": rate})
+    for group in groups:
+        group["lr"] = group["initial_lr"]
+    fused = world.device.type == "cuda"
+    return torch.optim.SGD(groups, momentum=0.9, weight_decay=args.weight_decay, fused=fused)
+
+
+def schedule(s: State, step: int, args: Args) -> None:
+    """The learning rates of this step, Sec. 4.2."""
+    factor = learning_rate_factor(step, args.steps)
+    set_learning_rates(s.opt_student, factor)
+    if s.opt_gta is not None:
+        # the released code never schedules the assistant. DEPARTS[gta-lr]
+        set_learning_rates(s.opt_gta, 1.0 if args.recipe == "released" else factor)
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
+
+
+# ========================================================================= networks of a run, files
+def build(
+    args: Args,
+    num_classes: int,
+    world: World,
+    warmup: int = 0,
+    epoch: int = 1,
+    train: bool = True,
+) -> tuple[State, list[str]]:
+    """Networks, optimizers and forward passes of a method; also lines on weights that did not load.
+    Without `train` the networks are for the weights of a checkpoint: nothing is fetched."""
+    weights = backbone_weights(args) if train else None
+    pretrained = train and args.weights == "imagenet"
+    notes: list[str] = []
+
+    def network(name: str, aux: float) -> SegNet:
+        # one start for all; the released code starts three networks, and ties them later
+        distributed.seed_torch(args.seed, name if args.recipe == "released" else "student")
+        bf16 = world.bf16(args.precision)
+        net = SegNet(replace(args, aux=aux), num_classes, pretrained, bf16)
+        if weights is not None:
+            notes[:] = checkpoints.load_matching(net.features.backbone, weights, args.weights)
+        net = distributed.sync_batchnorm(net, world)
+        net = net.to(world.device, memory_format=torch.channels_last)
+        if args.compile:
+            net.compile()
+        return net
+
+    student = network("student", args.aux)
+    teacher = gta = None
+    if args.method != "suponly":
+        teacher = network("teacher", args.aux).requires_grad_(False).eval()
+    if args.method in ("gta", "unbiased-st"):
+        gta = network("gta", aux=0)  # it sees no labels, which an auxiliary head learns from
+        if args.share_predictor:  # DEPARTS[share-predictor]
+            alias(gta.predictor.classifier, student.predictor.classifier)
+        if args.method == "unbiased-st":  # one f, two g. DEPARTS[unbiased-st]
+            alias(gta.features, student.features)
+
+    def parallel(net: SegNet) -> nn.Module:
+        return distributed.parallel(net, world) if train else net
+
+    s = State(
+        student=student,
+        teacher=teacher,
+        gta=gta,
+        opt_student=sgd(student, args, world),
+        opt_gta=None if gta is None else sgd(gta, args, world),
+        forward_student=parallel(student),
+        forward_gta=None if gta is None else parallel(gta),
+        warmup=args.steps if args.method == "suponly" else warmup,
+        epoch=epoch,
+    )
+    return s, notes
+
+
+def backbone_weights(args: Args) -> dict[str, Tensor] | None:
+    """The tensors that --weights names, a file's or the embedded data's own; None for imagenet and
+    none."""
+    if args.weights in ("imagenet", "none"):
+        return None
+    if args.weights == "shapes":
+        from data import shapes
+
+        return checkpoints.read_weights(shapes.pretrained(Path(args.root), args.backbone))
+    return checkpoints.read_weights(Path(args.weights))
+
+
+def find_data(args: Args, classes: list[str] | None = None) -> Segmentation:
+    """The data set that --dataset and --root name; the embedded one is drawn on first use."""
+    root = Path(args.root)
+    if args.dataset == "shapes":
+        from data import shapes
+
+        root = shapes.make_voc(root / "voc")
+    return semantic.find(args.dataset, root, args.val, classes)
+
+
+def snapshot(s: State, data: Segmentation, args: Args, optimizers: bool = True) -> dict:
+    """What a checkpoint holds. best.pt has no `optimizers`: it is there to score and to predict."""
+    state = {
+        "settings": json.loads(json.dumps(vars(args))),
+        "classes": data.classes,
+        "step": s.step,
+        "scored": s.scored,
+        "last": s.last,
+        "best": s.best,
+        "networks": {name: net.state_dict() for name, net in s.networks().items()},
+    }
+    if optimizers:
+        state["opt_student"] = s.opt_student.state_dict()
+        if s.opt_gta is not None:
+            state["opt_gta"] = s.opt_gta.state_dict()
+    return state
+
+
+def restore(s: State, state: dict, args: Args) -> None:
+    """The reverse of `snapshot`, in place, so that shared storage stays shared."""
+    s.step, s.scored = state["step"], state["scored"]
+    s.last, s.best = state["last"], state["best"]
+    if args.recipe == "released" and "opt_gta" in state and s.step > s.warmup:
+        alias(s.gta.predictor, s.student.predictor)  # tied in the first epoch, and so it stays
+    networks = s.networks()
+    for name, weights in state["networks"].items():
+        checkpoints.load_exact(networks[name], weights, state.get("path", "the checkpoint"))
+    if "opt_student" in state:
+        s.opt_student.load_state_dict(state["opt_student"])
+    if "opt_gta" in state:
+        s.opt_gta.load_state_dict(state["opt_gta"])
+
+
+class Loaded(NamedTuple):
+    """A checkpoint, ready to score and to predict."""
+
+    networks: dict[str, SegNet]
+    state: dict
+    world: World
+
+
+def load(path: str, args: Args) -> Loaded:
+    """The networks of a checkpoint, built from the settings it holds."""
+    state = checkpoints.load_checkpoint(Path(path), SCRIPT)
+    world = distributed.start(args.device)
+    s, _ = build(args, len(state["classes"]), world, train=False)
+    restore(s, {name: value for name, value in state.items() if not name.startswith("opt_")}, args)
+    return Loaded({name: net.eval() for name, net in s.networks().items()}, state, world)
+
+
+def score_checkpoint(args: Args) -> dict:
+    """--eval: score a checkpoint's networks and write <checkpoint>.results.json."""
+    networks, state, world = load(args.eval, args)
+    data = find_data(args, state["classes"])
+    counts, previews = evaluate(networks, data, args, world)
+    scores = {
+        name: {"last": metrics.iou_record(c, data.classes, state["step"])}
+        for name, c in counts.items()
+    }
+    facts = {
+        "dataset": args.dataset,
+        "split": args.split,
+        "val": args.val,
+        "seed": args.seed,
+        "confusion": {name: c.tolist() for name, c in counts.items()},
+    }
+    if world.main:
+        plots.strip(previews, ["image", "label", *networks], Path(f"{args.eval}.previews.png"))
+        path, where = Path(f"{args.eval}.results.json"), f"{len(data.val)} of {data.root}"
+        runs.write_scores(path, scores, facts, "miou", where)
+    return scores | facts
+
+
+def predict(args: Args) -> None:
+    """--predict CKPT IMAGES...: index PNGs and overlays of images or folders into
+    <checkpoint>.predictions/."""
+    checkpoint, *images = args.predict
+    networks, state, world = load(checkpoint, args)
+    net = networks["teacher"] if "teacher" in networks else networks["student"]
+
+    def logits_of(image: Tensor) -> Tensor:
+        return predict_logits(net, transforms.normalize(image), args.window)
+
+    out = Path(f"{checkpoint}.predictions")
+    predictions.predict_labels(images, out, state["classes"], logits_of, world)
+
+
+# ================================================================================ presets, command
 PRESETS: dict[str, dict[str, Any]] = {
-    "voc": {},
+    "voc": {},  # the defaults of Args
     "cityscapes": dict(
         root="datasets/cityscapes",
         split="186",
@@ -193,957 +1289,55 @@ PRESETS: dict[str, dict[str, Any]] = {
     "folder": dict(root="datasets/folder", split="random:1/8", crop_size=321),
 }
 
+# the earlier framework as Table 1 quotes it: no CutMix, and without the paper's Eq. 6
+MEAN_TEACHER: dict[str, Any] = dict(cutmix=0.0, reweight="none")
 
+# what the released configuration has, and its loop does not fix by itself
 RELEASED: dict[str, Any] = dict(
-    batch_size=12, alpha_gta=0.999, alpha_teacher=0.999, gta_lr="constant", aux=0, ohem=0
+    alpha_gta=0.999, alpha_teacher=0.999, ramp_gta=True, ramp_teacher=True, aux=0.0, ohem=0.0
 )
 
 
-def preset(dataset: str = "voc", recipe: str = "paper", **overrides: Any) -> Args:
-    """The settings of a data set and recipe; the released recipe's batch was published for VOC
-    only."""
-    values: dict[str, Any] = dict(dataset=dataset, recipe=recipe) | PRESETS[dataset]
+def preset(
+    dataset: str = "voc", recipe: str = "paper", method: str = "gta", **overrides: Any
+) -> Args:
+    """The settings of a data set, a recipe and a method, and what overrides them."""
+    values: dict[str, Any] = dict(dataset=dataset, recipe=recipe, method=method)
+    values |= PRESETS[dataset]
+    if method == "mt":
+        values |= MEAN_TEACHER
     if recipe == "released":
-        values |= {k: v for k, v in RELEASED.items() if k != "batch_size" or dataset == "voc"}
+        values |= RELEASED
+        if dataset == "voc":
+            values["batch_size"] = 12  # published for VOC only
     return Args(**(values | overrides))
 
 
-# ========================================================================================== network
-def deeplab_resnet(body: nn.Module, stride: int) -> None:
-    """Where a ResNet has them: ceil-mode pooling; at stride 8, last bottlenecks dilated by 4, 8,
-    16. DEPARTS[open]"""
-    if isinstance(getattr(body, "maxpool", None), nn.MaxPool2d):
-        body.maxpool.ceil_mode = True
-    blocks = list(getattr(body, "layer4", ()))
-    if stride == 8 and len(blocks) == 3 and hasattr(blocks[0], "conv3"):
-        for block, dilation in zip(blocks, (4, 8, 16), strict=True):
-            block.conv2.dilation = block.conv2.padding = (dilation, dilation)
-
-
-def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """(B, C, h, w) -> (B, C, *size), corners aligned as everywhere in this network."""
-    return F.interpolate(logits, size=size, mode="bilinear", align_corners=True)
-
-
-def conv_bn(
-    inputs: int, outputs: int, kernel: int, dilation: int = 1, bias: bool = False
-) -> nn.Sequential:
-    conv = nn.Conv2d(
-        inputs, outputs, kernel, padding=dilation * (kernel // 2), dilation=dilation, bias=bias
-    )
-    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
-
-
-class ASPP(nn.Module):
-    """(B, C, h', w') -> (B, 5 * width, h', w'): image pooling, 1x1 and three dilated 3x3 branches,
-    side by side."""
-
-    def __init__(self, inputs: int, width: int, rates: tuple[int, ...]):
-        super().__init__()
-        self.pool = conv_bn(inputs, width, 1)
-        self.branches = nn.ModuleList(
-            [conv_bn(inputs, width, 1), *(conv_bn(inputs, width, 3, rate) for rate in rates)]
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        pooled = self.pool(x.mean((2, 3), keepdim=True)).expand(-1, -1, *x.shape[-2:])
-        return torch.cat([pooled, *(branch(x) for branch in self.branches)], dim=1)
-
-
-class Features(nn.Module):
-    """The paper's f: (B, 3, H, W) -> (B, 2 * width, h, w) at stride 4, and the third stage's map
-    (B, C, h', w'). Wider than DeepLabv3+: `width` low-level channels, no projection inside ASPP.
-    DEPARTS[open]"""
-
-    def __init__(self, args: Args):
-        super().__init__()
-        pretrained = args.weights == "imagenet"
-        self.backbone, reduction, channels = backbones.build(
-            args.backbone, args.output_stride, pretrained
-        )
-        if args.backbone.startswith("resnet") and not args.backbone.startswith("resnetv2"):
-            deeplab_resnet(self.backbone, args.output_stride)
-        self.low_map = max((i for i, r in enumerate(reduction) if r <= 4), default=0)
-        self.third_channels = channels[-2]
-        self.aspp = ASPP(channels[-1], args.width, args.aspp_rates)
-        self.head = nn.Sequential(*conv_bn(5 * args.width, args.width, 3), nn.Dropout2d(0.1))
-        self.low = conv_bn(channels[self.low_map], args.width, 1, bias=True)
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        maps = self.backbone(images)
-        low, deep = self.low(maps[self.low_map]), self.head(self.aspp(maps[-1]))
-        return torch.cat([low, upsample(deep, low.shape[-2:])], dim=1), maps[-2]
-
-
-class Predictor(nn.Module):
-    """The paper's g: features (B, 2 * width, h, w) -> logits (B, K, h, w); also the auxiliary
-    logits, or None."""
-
-    def __init__(self, args: Args, num_classes: int, third_channels: int):
-        super().__init__()
-        w = args.width
-        self.classifier = nn.Sequential(
-            *conv_bn(2 * w, w, 3, bias=True),
-            nn.Dropout2d(0.1),
-            *conv_bn(w, w, 3, bias=True),
-            nn.Dropout2d(0.1),
-            nn.Conv2d(w, num_classes, 1),
-        )
-        self.aux = (
-            nn.Sequential(
-                *conv_bn(third_channels, w, 3, bias=True),
-                nn.Dropout2d(0.1),
-                nn.Conv2d(w, num_classes, 1),
-            )
-            if args.aux
-            else None
-        )
-
-    def forward(self, features: Tensor, third: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self.classifier(features), self.aux(
-            third
-        ) if self.aux is not None and self.training else None
-
-
-class SegNet(nn.Module):
-    """DeepLabv3+, cut into f and g as in the paper: images -> float32 logits (B, K, h, w),
-    auxiliary ones or None."""
-
-    def __init__(self, args: Args, num_classes: int, bf16: bool = False):
-        super().__init__()
-        self.features = Features(args)
-        self.predictor = Predictor(args, num_classes, self.features.third_channels)
-        self.bf16 = bf16
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        with torch.autocast(
-            "cuda" if images.is_cuda else "cpu", dtype=torch.bfloat16, enabled=self.bf16
-        ):
-            logits, aux = self.predictor(*self.features(images))
-        return logits.float(), None if aux is None else aux.float()
-
-
-# ======================================================================================== equations
-def confidence(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Eq. 1: logits (B, K, H, W) -> confidence c (B, H, W) in [0, 1] and its class (B, H, W)."""
-    return tuple(logits.softmax(dim=1).max(dim=1))
-
-
-def drop_threshold(conf: Tensor, valid: Tensor, drop: float) -> Tensor:
-    """Sec. 4.2: the gamma_t of Eq. 2 that leaves out the `drop` share of least confident valid
-    pixels. It is their k-th smallest confidence with k = floor(drop (n - 1)) + 1, so that `conf >
-    gamma_t` equals numpy's percentile rule; -1 when `drop` is 0 or nothing is valid. `conf`,
-    `valid` (B, H, W) of the whole batch -> ()."""
-    # no kthvalue: k stays on the device
-    ordered = torch.where(valid, conf, torch.inf).flatten().sort().values
-    n = valid.sum()
-    index = (drop * (n - 1).double()).floor().long().clamp(min=0)
-    return torch.where(
-        (n > 0) & (drop > 0), ordered.gather(0, index[None])[0], torch.full_like(ordered[0], -1)
-    )
-
-
-def pseudo_label(label: Tensor, conf: Tensor, valid: Tensor, gamma: Tensor | float) -> Tensor:
-    """Eq. 2: the teacher's class where it is sure, ignore elsewhere and in padding. (B, H, W) ->
-    (B, H, W)."""
-    return label.masked_fill(~(valid & (conf > gamma)), IGNORE)
-
-
-def reweight(
-    conf: Tensor, keep: Tensor, tau: float, total: Callable[[Tensor], Tensor] = lambda x: x
-) -> Tensor:
-    """Eq. 6: weights (B, H, W) in proportion to c + tau on kept pixels, 0 elsewhere; they sum to
-    the kept count. `total` sums a tensor over all processes, so that the weights belong to the
-    global batch."""
-    raw = (conf + tau) * keep
-    return raw * (total(keep.sum()) / total(raw.sum()).clamp(min=1e-12))
-
-
-def unsupervised_loss(
-    logits: Tensor, label: Tensor, weight: Tensor, share: Callable[[Tensor], Tensor] = lambda x: x
-) -> Tensor:
-    """Eq. 7 divided by the number of kept pixels. DEPARTS[mean] logits (B, K, H, W); label, weight
-    (B, H, W) -> (). `share` averages a count over processes, as DDP averages gradients: together
-    they make the global mean."""
-    loss = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="none")  # 0 where ignored
-    # a mean count may be below 1
-    return (weight * loss).sum() / share((label != IGNORE).sum()).clamp(min=1e-6)
-
-
-def supervised_loss(
-    logits: Tensor, label: Tensor, share: Callable[[Tensor], Tensor] = lambda x: x
-) -> Tensor:
-    """Eq. 10 divided by the number of labeled pixels. DEPARTS[mean] logits (B, K, H, W), label (B,
-    H, W) -> ()."""
-    loss = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="none")
-    return loss.sum() / share((label != IGNORE).sum()).clamp(min=1e-6)
-
-
-def hard_pixels(
-    logits: Tensor,
-    label: Tensor,
-    thresh: float,
-    min_kept: int,
-    gather: Callable[[Tensor], Tensor] = lambda x: x,
-) -> Tensor:
-    """OHEM: logits (B, K, H, W), label (B, H, W) -> label without its easy pixels. Hard is a
-    true-class probability of at most `thresh`, or among the `min_kept` smallest of the batch; fewer
-    valid pixels than that are all kept."""
-    valid = label != IGNORE
-    prob = logits.softmax(dim=1).gather(1, label.masked_fill(~valid, 0)[:, None])[:, 0]  # (B, H, W)
-    ordered = gather(torch.where(valid, prob, torch.inf).flatten()).sort().values
-    cut = ordered[min(min_kept, len(ordered)) - 1].clamp(min=thresh)  # inf when too few are valid
-    return label.masked_fill(prob > cut, IGNORE)
-
-
-def ema_decay(n: int, alpha: float) -> float:
-    """The decay of the n-th update (n = 0, 1, ...): a plain mean at first, alpha in the end.
-    DEPARTS[ramp]"""
-    return min(1 - 1 / (n + 1), alpha)
-
-
-@torch.no_grad()
-def ema_update(target: nn.Module, source: nn.Module, decay: float, buffers: bool = False) -> None:
-    """Eqs. 5, 9, 12: target <- decay * target + (1 - decay) * source, in place; `buffers`:
-    BatchNorm statistics, too (counters are copied). DEPARTS[bn-ema]"""
-    pairs = list(zip(target.parameters(), source.parameters(), strict=True))
-    pairs += zip(target.buffers(), source.buffers(), strict=True) if buffers else ()
-    mean = [(t, s) for t, s in pairs if t.is_floating_point()]
-    torch._foreach_lerp_([t for t, _ in mean], [s for _, s in mean], 1 - decay)
-    for t, s in pairs:
-        if not t.is_floating_point():
-            t.copy_(s)
-
-
-def cutmix_boxes(size: tuple[int, int], generators: list[np.random.Generator]) -> Tensor:
-    """A box of half the image's area from each generator: (B, 4) rows of top, bottom, left, right.
-    DEPARTS[cutmix]"""
-    (height, width), boxes = size, []
-    for g in generators:
-        w = int(g.integers(max(width // 2, 1), max(width, 2)))
-        h = min(round(height * width / 2 / w), height)
-        top, left = int(g.integers(0, height - h + 1)), int(g.integers(0, width - w + 1))
-        boxes.append((top, top + h, left, left + w))
-    return torch.tensor(boxes)
-
-
-def cutmix(boxes: Tensor, partner: Tensor, *maps: Tensor) -> tuple[Tensor, ...]:
-    """Paste into image i, inside box i, what image partner[i] shows there: the same for images (B,
-    C, H, W) and for labels, confidences and validity (B, H, W). Unmixed originals are pasted."""
-    height, width = maps[0].shape[-2:]
-    ys, xs = torch.arange(height, device=boxes.device), torch.arange(width, device=boxes.device)
-    top, bottom, left, right = (b[:, None] for b in boxes.unbind(1))  # (B, 1) each
-    rows, columns = (ys >= top) & (ys < bottom), (xs >= left) & (xs < right)  # (B, H), (B, W)
-    inside = rows[:, :, None] & columns[:, None, :]  # (B, H, W)
-    return tuple(
-        torch.where(inside[:, None] if m.dim() == 4 else inside, m[partner], m) for m in maps
-    )
-
-
-def poly(step: int, total: int) -> float:
-    """Sec. 4.2: lr / lr_init = (1 - t / T)^0.9."""
-    return max(0.0, 1 - step / total) ** 0.9
-
-
-# ========================================================================================= training
-@dataclass
-class State:
-    """All that training changes (saved whole), and the forward passes that DDP wraps."""
-
-    student: SegNet
-    teacher: SegNet | None  # no gradients, eval mode
-    gta: SegNet | None  # the assistant
-    opt_student: torch.optim.Optimizer
-    opt_gta: torch.optim.Optimizer | None
-    forward_student: Callable
-    forward_gta: Callable | None
-    # (of the student, of the assistant): what Eq. 9 averages
-    transfer: list[tuple[nn.Module, nn.Module]]
-    warmup: int  # steps on labels alone
-    epoch: int  # steps per pass over the unlabeled images
-    step: int = 0
-    last: dict = field(default_factory=dict)  # network -> its newest score
-    best: dict = field(default_factory=dict)  # network -> its best one
-
-    def networks(self) -> dict[str, SegNet]:
-        return {
-            n: net for n in ("student", "teacher", "gta") if (net := getattr(self, n)) is not None
-        }
-
-
-class Pseudo(NamedTuple):
-    """What the teacher made of the unlabeled batch: mixed images (B, 3, H, W); label (255: none),
-    weight (B, H, W)."""
-
-    images: Tensor
-    label: Tensor
-    weight: Tensor
-    log: dict[str, Tensor]
-
-
-def train_step(
-    s: State, labeled: Batch, unlabeled: Batch, args: Args, world: World
-) -> dict[str, Tensor]:
-    """Algorithm 1, lines 3 to 12."""
-    n = s.step - s.warmup
-    # Step 1: the teacher labels the unlabeled images and weighs its labels
-    pseudo = teach(s.teacher, unlabeled, args, s.step, world)  # Eqs. 1, 2, 6
-    # Step 2: the assistant, and nobody else, learns from them, and hands over its feature extractor
-    loss_u = loss_on(args.gta_data, s.forward_gta, labeled, pseudo, args, world)  # Eq. 7
-    update(s.opt_gta, loss_u)  # Eq. 8
-    for of_student, of_gta in s.transfer:
-        ema_update(of_student, of_gta, ema_decay(n, args.alpha_gta))  # Eq. 9
-    # Step 3: the student learns from human labels; the teacher follows it
-    loss_l = loss_on(args.student_data, s.forward_student, labeled, pseudo, args, world)  # Eq. 10
-    update(s.opt_student, loss_l)  # Eq. 11
-    ema_update(s.teacher, s.student, ema_decay(n, args.alpha_teacher), buffers=True)  # Eq. 12
-    return {"loss_l": loss_l.detach(), "loss_u": loss_u.detach(), **pseudo.log}
-
-
-@torch.no_grad()
-def teach(teacher: SegNet, unlabeled: Batch, args: Args, step: int, world: World) -> Pseudo:
-    """Step 1: Eq. 1 on clean images, CutMix, Eq. 2, Eq. 6."""
-    # Eq. 1
-    conf, label = confidence(upsample(teacher(unlabeled.images)[0], unlabeled.images.shape[-2:]))
-    images, valid, label, conf, truth = mix(
-        args.cutmix,
-        "u",
-        args,
-        step,
-        world,
-        unlabeled.images,
-        unlabeled.valid,
-        label,
-        conf,
-        unlabeled.label,
-    )
-    gamma = args.threshold or drop_threshold(world.gather(conf), world.gather(valid), args.drop)
-    label = pseudo_label(label, conf, valid, gamma)  # Eq. 2
-    keep = label != IGNORE
-    # Eq. 6
-    weight = (
-        reweight(conf, keep, args.tau, world.sum) if args.reweight == "laplace" else keep.float()
-    )
-    log = {
-        "conf": (conf * valid).sum() / valid.sum().clamp(min=1),
-        "kept": keep.sum() / valid.sum().clamp(min=1),
-    }
-    if args.monitor_labels:  # watched, never learned from
-        thing = keep & (truth != IGNORE) & ((truth > 0) | (label > 0))
-        log["pseudo_acc"] = ((label == truth) & thing).sum() / thing.sum().clamp(min=1)
-    return Pseudo(images, label, weight, log)
-
-
-def loss_on(
-    data: str, forward: Callable, labeled: Batch, pseudo: Pseudo | None, args: Args, world: World
-) -> Tensor:
-    """L_l (Eq. 10) on "labeled", mu L_u (Eq. 7) on "pseudo", their sum (Eq. 3) on "both", from one
-    forward pass."""
-    use_l, use_u = data != "pseudo", data != "labeled"
-    joint = args.joint_bn and pseudo is not None  # see both batches, learn from one
-    images = [labeled.images] * (use_l or joint) + ([pseudo.images] if use_u or joint else [])
-    logits, aux = forward(torch.cat(images))  # (B or 2 B, K, h, w)
-    b, size = len(labeled.images), labeled.images.shape[-2:]
-    # DDP waits for every parameter's gradient
-    loss = logits.new_zeros(()) if aux is None else 0 * aux.sum()
-    if use_l:
-        for z, weight in [(logits, 1.0)] + ([] if aux is None else [(aux, args.aux)]):
-            z, label = upsample(z[:b], size), labeled.label
-            if args.ohem:  # DEPARTS[cityscapes]
-                label = hard_pixels(
-                    z.detach(), label, args.ohem, OHEM_KEPT * args.batch_size, world.gather
-                )
-            loss = loss + weight * supervised_loss(z, label, world.mean)
-    if use_u:
-        loss = loss + args.mu * unsupervised_loss(
-            upsample(logits[-b:], size), pseudo.label, pseudo.weight, world.mean
-        )
-    return loss
-
-
-def update(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    """One gradient step: Eqs. 4, 8, 11."""
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
-
-
-def warmup_step(s: State, labeled: Batch, args: Args, world: World) -> dict[str, Tensor]:
-    """Sec. 4.2: labels alone. One network is trained; three equal copies trained alike would be the
-    same."""
-    loss = loss_on("labeled", s.forward_student, labeled, None, args, world)
-    update(s.opt_student, loss)
-    return {"loss_l": loss.detach()}
-
-
-def mean_teacher_step(
-    s: State, labeled: Batch, unlabeled: Batch, args: Args, world: World
-) -> dict[str, Tensor]:
-    """Table 4, row 2 (Sec. 3.1, Fig. 1b): the student learns from labels and pseudo labels, Eqs. 2
-    to 5."""
-    pseudo = teach(s.teacher, unlabeled, args, s.step, world)
-    loss = loss_on("both", s.forward_student, labeled, pseudo, args, world)  # Eq. 3
-    update(s.opt_student, loss)  # Eq. 4
-    # Eq. 5
-    ema_update(s.teacher, s.student, ema_decay(s.step - s.warmup, args.alpha_teacher), buffers=True)
-    return {"loss": loss.detach(), **pseudo.log}
-
-
-# ------------------------------------------------------------ the released loop, beside the paper's
-def train_step_released(
-    s: State, labeled: Batch, unlabeled: Batch, args: Args, world: World
-) -> dict[str, Tensor]:
-    """train_step as the released code has it; read it as a diff. Recipe and consequences:
-    docs/gta_seg.md."""
-    n, b, size = s.step - s.warmup, len(labeled.images), labeled.images.shape[-2:]
-    if n < s.epoch:  # copied by reference, in every step of the first epoch
-        alias(s.gta, s.student)
-        alias(s.teacher, s.student)
-    with torch.no_grad():
-        label = confidence(upsample(s.teacher(unlabeled.images)[0], size))[1]  # first pass: labels
-        images_u, label = mix(args.cutmix, "u", args, s.step, world, unlabeled.images, label)
-        both = torch.cat([labeled.images, images_u])
-        s.teacher.train()  # second pass, batch statistics and dropout on: confidence
-        conf = confidence(upsample(s.teacher(both)[0][b:], size))[0]
-        s.teacher.eval()
-        # padding counts; the threshold is per process
-        everywhere = torch.ones_like(conf, dtype=torch.bool)
-        label = pseudo_label(label, conf, everywhere, drop_threshold(conf, everywhere, args.drop))
-        keep = label != IGNORE
-        raw = conf * keep + args.tau  # dropped pixels stay in the denominator of Eq. 6 with tau
-        weight = raw / raw.sum() * keep.sum()
-    loss_u = unsupervised_loss(upsample(s.forward_gta(both)[0][b:], size), label, weight)
-    update(s.opt_gta, loss_u)
-    ema_rebind(s.student.features, s.gta.features, ema_decay(n, args.alpha_gta))
-    loss_l = supervised_loss(upsample(s.forward_student(both)[0][:b], size), labeled.label)
-    update(s.opt_student, loss_l)
-    ema_rebind(s.teacher, s.student, ema_decay(n, args.alpha_teacher))  # never the statistics
-    return {
-        "loss_l": loss_l.detach(),
-        "loss_u": loss_u.detach(),
-        "conf": conf.mean(),
-        "kept": keep.float().mean(),
-    }
-
-
-def warmup_step_released(s: State, labeled: Batch, args: Args, world: World) -> dict[str, Tensor]:
-    """The student is trained; teacher and assistant only see the images, which moves their
-    BatchNorm statistics."""
-    with torch.no_grad():
-        for net in (s.teacher.train(), s.gta):
-            net(labeled.images)
-    s.teacher.eval()
-    return warmup_step(s, labeled, args, world)
-
-
-def alias(target: nn.Module, source: nn.Module) -> None:
-    """Make the parameters of `target` share the storage of those of `source`: what `t.data =
-    s.data` does."""
-    for t, s in zip(target.parameters(), source.parameters(), strict=True):
-        t.data = s.data
-
-
-def ema_rebind(target: nn.Module, source: nn.Module, decay: float) -> None:
-    """ema_update on parameters that assigns new tensors, and so ends an alias."""
-    for t, s in zip(target.parameters(), source.parameters(), strict=True):
-        t.data = t.data.clone().mul_(decay).add_(s.data, alpha=1 - decay)
-
-
-def mix(
-    probability: float, name: str, args: Args, step: int, world: World, *maps: Tensor
-) -> tuple[Tensor, ...]:
-    """CutMix a batch with `probability`, one coin per step for all processes. DEPARTS[cutmix]
-    `name` is the stream, l or u. Coins and boxes depend on (seed, step, sample) alone. The partner
-    of image i is its neighbour in the pair (i xor 1), on any number of processes; in the released
-    recipe the next of the process."""
-    if rng(args.seed, "cutmix", name, step).random() >= probability:
-        return maps
-    b, device = len(maps[0]), maps[0].device
-    boxes = cutmix_boxes(
-        maps[0].shape[-2:],
-        [rng(args.seed, "box", name, step, world.rank * b + i) for i in range(b)],
-    )
-    partner = torch.arange(b).roll(-1) if args.recipe == "released" else torch.arange(b) ^ 1
-    return cutmix(boxes.to(device, non_blocking=True), partner.to(device, non_blocking=True), *maps)
-
-
-def prepare(batch: Batch, args: Args, world: World, step: int, mixed: float = 0) -> Batch:
-    """To the device: normalised images, int64 labels; labeled batches are mixed here when asked
-    for."""
-    batch = batch.to(world.device)
-    images = transforms.normalize(batch.images, batch.valid).contiguous(
-        memory_format=torch.channels_last
-    )
-    images, valid, label = mix(
-        mixed, "l", args, step, world, images, batch.valid, batch.label.long()
-    )
-    return Batch(images, valid, label, batch.skipped)
-
-
-def augment(
-    args: Args, image: Tensor, label: Tensor | None, generator: np.random.Generator
-) -> tuple:
-    """Scaling, flip and crop as in the released code; the paper names none. DEPARTS[open],
-    DEPARTS[padding]"""
-    image, label = transforms.random_scale(image, label, *args.scale, generator)
-    image, label = transforms.random_flip(image, label, generator)
-    return transforms.random_crop(
-        image, label, args.crop_size, generator, IGNORE if args.recipe == "paper" else 0
-    )
-
-
-def sgd(net: SegNet, args: Args, world: World) -> torch.optim.SGD:
-    """SGD as in Sec. 4.2; everything behind the backbone learns `decoder_lr` times faster.
-    DEPARTS[open]: momentum"""
-    f = net.features
-    parts = [(f.backbone, 1.0)] + [
-        (m, args.decoder_lr) for m in (f.aspp, f.head, f.low, net.predictor)
-    ]
-    groups = [
-        {"params": list(m.parameters()), "lr": args.lr * x, "initial_lr": args.lr * x}
-        for m, x in parts
-    ]
-    return torch.optim.SGD(
-        groups, momentum=0.9, weight_decay=args.weight_decay, fused=world.device.type == "cuda"
-    )
-
-
-def set_lr(optimizer: torch.optim.Optimizer | None, factor: float) -> None:
-    for group in optimizer.param_groups if optimizer else []:
-        group["lr"] = group["initial_lr"] * factor
-
-
-def backbone_weights(args: Args) -> dict[str, Tensor] | None:
-    """The tensors that --weights names, a file's or the embedded data's own; None for imagenet and
-    none."""
-    if args.weights in ("imagenet", "none"):
-        return None
-    if args.weights == "shapes":
-        return checkpoints.read_weights(shapes.pretrained(Path(args.root), args.backbone))
-    return checkpoints.read_weights(Path(args.weights))
-
-
-def find_data(args: Args, classes: list[str] | None = None) -> Segmentation:
-    """The data set that --dataset and --root name; the embedded one is drawn on first use."""
-    root = Path(args.root)
-    if args.dataset == "shapes":
-        root = shapes.make_voc(root / "voc")
-    return semantic.find(args.dataset, root, args.val, classes)
-
-
-def build(
-    args: Args, num_classes: int, world: World, epoch: int = 1, train: bool = True
-) -> tuple[State, list[str]]:
-    """Networks, optimizers and forward passes of a method; also lines on weights that did not
-    load."""
-    weights, notes = backbone_weights(args) if train else None, []
-
-    def network(name: str) -> SegNet:
-        # three starts, tied later
-        distributed.seed_torch(args.seed, name if args.recipe == "released" else "student")
-        net = SegNet(
-            args if train else replace(args, weights="none"),
-            num_classes,
-            world.bf16(args.precision),
-        )
-        if weights is not None:
-            notes[:] = checkpoints.load_matching(net.features.backbone, weights, args.weights)
-        net = distributed.sync_batchnorm(net, world).to(
-            world.device, memory_format=torch.channels_last
-        )
-        if args.compile:
-            net.compile()
-        return net
-
-    student = network("student")
-    teacher = network("teacher").requires_grad_(False).eval() if args.method != "suponly" else None
-    gta = network("gta") if args.method in ("gta", "unbiased-st") else None
-    transfer = []
-    if gta is not None:
-        gta.predictor.aux = None  # it sees pseudo labels only. DEPARTS[cityscapes]
-        parts = {"features": ["features"], "all": ["features", "predictor.classifier"], "none": []}[
-            args.transfer
-        ]
-        transfer = [
-            (student.get_submodule(p), gta.get_submodule(p)) for p in parts if args.method == "gta"
-        ]
-        if args.share_predictor:  # DEPARTS[share-predictor]
-            alias(gta.predictor.classifier, student.predictor.classifier)
-        if args.method == "unbiased-st":  # one f, two g: no EMA. DEPARTS[unbiased-st]
-            alias(gta.features, student.features)
-    parallel = partial(distributed.parallel, world=world) if train else lambda net: net
-    return State(
-        student=student,
-        teacher=teacher,
-        gta=gta,
-        transfer=transfer,
-        epoch=epoch,
-        opt_student=sgd(student, args, world),
-        opt_gta=None if gta is None else sgd(gta, args, world),
-        forward_student=parallel(student),
-        forward_gta=None if gta is None else parallel(gta),
-        warmup=args.steps if args.method == "suponly" else round(args.warmup_epochs * epoch),
-    ), notes
-
-
-def end_of_warmup(s: State, args: Args) -> None:
-    """Assistant and teacher start as copies, by value, of the warmed-up student. DEPARTS[warmup]
-    The released loop ties parameters in its own step and never copies the statistics."""
-    for net in (s.teacher, s.gta) if args.recipe == "paper" else ():
-        if net is not None:
-            net.load_state_dict(
-                {k: v for k, v in s.student.state_dict().items() if k in net.state_dict()}
-            )
-
-
-# ======================================================================================= evaluation
-def evaluate(
-    networks: dict[str, SegNet], data: semantic.Segmentation, args: Args, world: World
-) -> tuple[dict, list]:
-    """Confusion counts (K, K) of each network, and rows of preview pictures (image, label,
-    predictions).
-
-    Sec. 4.2. Single scale, no flip, every image once on any number of processes; absent classes
-    stay out of the mean. VOC and others: whole images, no padding scored. DEPARTS[whole-image]
-    Cityscapes: sliding window, mean of logits."""
-
-    def view(image: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        (h, w), c = label.shape, args.crop_size
-        # centre crop, padding scored as background
-        if args.recipe == "released" and args.dataset == "voc":
-            return transforms.crop(
-                image, label, -((c - h) // 2), -((c - w) // 2), c, c, pad_label=0
-            )
-        return image, label, None
-
-    images = semantic.score_loader(data.val, data, world, args.workers)
-    logits_of = partial(predict_logits, window=args.window)
-    return score_images(networks, logits_of, images, view, len(data.classes), world)
-
-
-def predict_logits(net: SegNet, images: Tensor, window: int = 0) -> Tensor:
-    """Normalised images (1, 3, H, W) -> logits (1, K, H, W): whole, or the mean over windows two
-    thirds apart."""
-    size = images.shape[-2:]
-    if not window or max(size) <= window:
-        return upsample(net.forward(images)[0], size)  # not compiled: every size would be once more
-    stride, total, count = -(-window * 2 // 3), 0, images.new_zeros(1, 1, *size)
-    tops, lefts = (
-        [min(i, max(n - window, 0)) for i in range(0, max(n - window, 0) + stride, stride)]
-        for n in size
-    )
-    for top, left in itertools.product(tops, lefts):
-        part = images[:, :, top : top + window, left : left + window]
-        border = (left, size[1] - left - part.shape[-1], top, size[0] - top - part.shape[-2])
-        total = total + F.pad(upsample(net.forward(part)[0], part.shape[-2:]), border)
-        count[:, :, top : top + window, left : left + window] += 1
-    return total / count
-
-
-# ============================================================================================= main
-FLAGS_OF = {
-    "gta": "gta_data student_data transfer share_predictor joint_bn",
-    "gta released": "alpha_gta",
-    "gta released unbiased-st": "gta_lr",
-    "gta mt unbiased-st": "mu reweight threshold monitor_labels",
-    "gta released mt unbiased-st": "alpha_teacher tau drop cutmix warmup_epochs",
-    # methods -> flags that mean something to them
-    "suponly gta mt unbiased-st": "aux ohem",
-}
-
-
-RANGES = dict.fromkeys(
-    "alpha_gta alpha_teacher threshold cutmix cutmix_labeled ohem".split(), (0, 1)
-) | {
-    "crop_size": (16, 1e5),
-    "width": (4, 4096),
-    "scale": (0.01, 100),
-    "drop": (0, 0.999),
-    "aspp_rates": (1, 512),
-}
-
-
-def check(args: Args, world: World) -> None:
-    """Refuse, before any work, what cannot run and flags that the method would ignore."""
-    cli.check_ranges(args, RANGES)
-    # CutMix pairs neighbours
-    world.share(args.batch_size, multiple=1 if args.recipe == "released" else 2)
-    if args.recipe == "released" and args.method != "gta":
-        raise UserError(
-            f"--recipe released is a loop of --method gta; --method {args.method} has the paper's only."
-        )
-    if args.ohem and args.crop_size**2 <= OHEM_KEPT:
-        raise UserError(
-            f"--ohem keeps {OHEM_KEPT:,} pixels an image at least, which is all of a crop of --crop-size "
-            f"{args.crop_size}; take a larger one, or --ohem 0."
-        )
-    base, loop = (
-        preset(args.dataset, args.recipe),
-        "released" if args.recipe == "released" else args.method,
-    )
-    idle = {
-        "tau": args.reweight == "none",
-        "drop": args.threshold > 0,
-        "alpha_gta": args.transfer == "none",
-    }
-    cli.check_meaning(args, base, loop, FLAGS_OF, idle)
-
-
-def train(args: Args) -> dict:
-    """One run, from the start or from its checkpoint, to results.json, whose contents are
-    returned."""
-    check(args, distributed.launched())
-    data = find_data(args)
-    chosen = semantic.choose(
-        data, args.split, args.split_seed, args.unlabeled, "gta_seg", args.method != "suponly"
-    )
-    epoch, out = (
-        max(len(chosen.unlabeled or chosen.labeled) // args.batch_size, 1),
-        runs.default_out(SCRIPT, args),
-    )
-    steps = args.steps or round(args.epochs * epoch)
-    args = replace(args, steps=steps, eval_every=args.eval_every or epoch, out=str(out))
-    warmup = 0 if args.method == "suponly" else round(args.warmup_epochs * epoch)
-    if args.steps <= warmup:
-        raise UserError(
-            f"--steps {args.steps} end in the warm-up ({warmup}); see also --epochs and --warmup-epochs."
-        )
-    resuming = runs.open_run(out, SCRIPT, args, args.resume, distributed.launched().main)
-    world = distributed.start(args.device)
-    s, notes = build(args, len(data.classes), world, epoch)
-    state = checkpoints.load_checkpoint(out / "last.pt", SCRIPT) if resuming else None
-    if state is not None:
-        restore(s, state, args)
-    # Algorithm 1, Output
-    networks, result = s.networks(), "student" if args.method == "suponly" else "teacher"
-    run = runs.Run(
-        out,
-        SCRIPT,
-        args,
-        world,
-        s.step,
-        state,
-        {
-            "classes": data.classes,
-            "images": chosen.text,
-            "fingerprint": chosen.fingerprint,
-            "weights_notes": notes,
-        },
-    )
-    run.say(
-        f"{chosen.text}; scored on {len(data.val)}",
-        *(f"weights {note}" for note in notes),
-        f"{args.method}, "
-        f"{args.recipe} recipe: steps {s.step} to {args.steps}, warm-up {s.warmup}, {epoch} an epoch; in {out}",
-    )
-
-    streams = []
-    for name, pictures, labels, start in [
-        ("labeled", chosen.labeled, True, s.step),
-        ("unlabeled", chosen.unlabeled, args.monitor_labels, max(s.step, s.warmup)),
-    ]:
-        views = semantic.Pictures(pictures, data, labels, partial(augment, args), args.seed, name)
-        streams.append(
-            loading.stream(views, args.batch_size, start, args.steps, world, args.workers)
-        )
-    loops = {
-        "mt": (warmup_step, mean_teacher_step),
-        "released": (warmup_step_released, train_step_released),
-    }
-    warm, step_of = loops.get(args.recipe, loops.get(args.method, (warmup_step, train_step)))
-    s.student.train()
-    for step in run.steps(s.step, args.steps):
-        set_lr(s.opt_student, poly(step, args.steps))
-        set_lr(s.opt_gta, poly(step, args.steps) if args.gta_lr == "poly" else 1)  # DEPARTS[gta-lr]
-        labeled = prepare(next(streams[0]), args, world, step, args.cutmix_labeled)
-        unlabeled = prepare(next(streams[1]), args, world, step) if step >= s.warmup else None
-        # dropout: from (seed, step, process)
-        distributed.seed_torch(args.seed, "step", step, world.rank)
-        values = (
-            warm(s, labeled, args, world)
-            if unlabeled is None
-            else step_of(s, labeled, unlabeled, args, world)
-        )
-        run.tally(step, values, labeled, unlabeled)
-        distributed.average_buffers(world, *networks.values())
-        s.step = step + 1
-        if s.step == s.warmup:
-            end_of_warmup(s, args)
-
-        asked, scoring = run.asked(s.step), s.step % args.eval_every == 0 or s.step == args.steps
-        if s.step % args.log_every == 0 or scoring:
-            far = (
-                {"f_distance": metrics.distance(s.student.features, s.gta.features)}
-                if s.gta is not None
-                else {}
-            )
-            run.log(s.step, lr=s.opt_student.param_groups[0]["lr"], **far)
-        if scoring:
-            counts, rows = evaluate(networks, data, args, world)
-            s.last = {
-                name: metrics.iou_record(c, data.classes, s.step) for name, c in counts.items()
-            }
-            s.best |= {
-                n: r for n, r in s.last.items() if n not in s.best or r["miou"] > s.best[n]["miou"]
-            }
-            run.write(s.step, **{f"miou_{name}": r["miou"] for name, r in s.last.items()})
-            if world.main:
-                plots.strip(
-                    rows, ["image", "label", *networks], out / "previews" / f"{s.step:07d}.png"
-                )
-            if s.best[result] is s.last[result]:
-                run.save("best.pt", snapshot(s, args, data, optimizers=False))
-        if scoring or asked or (args.save_every and s.step % args.save_every == 0):
-            run.save("last.pt", snapshot(s, args, data))
-        if asked and s.step < args.steps:
-            run.leave(s.step)  # does not return
-
-    facts = {
-        "method": args.method,
-        "recipe": args.recipe,
-        "val": args.val,
-        "split_fingerprint": chosen.fingerprint,
-    }
-    return run.finish(
-        {name: {"last": s.last[name], "best": s.best[name]} for name in networks},
-        facts,
-        result,
-        "miou",
-    )
-
-
-def snapshot(s: State, args: Args, data: semantic.Segmentation, optimizers: bool = True) -> dict:
-    """What a checkpoint holds. best.pt has the networks without `optimizers`: to score and to
-    predict."""
-    state = {
-        "settings": json.loads(json.dumps(vars(args))),
-        "classes": data.classes,
-        "step": s.step,
-        "last": s.last,
-        "best": s.best,
-        "networks": {name: net.state_dict() for name, net in s.networks().items()},
-    }
-    both = {"opt_student": s.opt_student, "opt_gta": s.opt_gta} if optimizers else {}
-    return state | {name: o.state_dict() for name, o in both.items() if o is not None}
-
-
-def restore(s: State, state: dict, args: Args) -> None:
-    """The reverse of `snapshot`, in place, so that shared storage stays shared."""
-    s.step, s.last, s.best = state["step"], state["last"], state["best"]
-    if args.recipe == "released" and "opt_gta" in state and s.step > s.warmup:
-        alias(s.gta.predictor, s.student.predictor)  # tied in the first epoch, and so it stays
-    for name, weights in state["networks"].items():
-        checkpoints.load_exact(s.networks()[name], weights, state.get("path", "the checkpoint"))
-    for name in ("opt_student", "opt_gta"):
-        if name in state:
-            getattr(s, name).load_state_dict(state[name])
-
-
-def load(path: str, args: Args) -> tuple[dict[str, SegNet], dict, World]:
-    """The networks of a checkpoint, built from the settings it holds."""
-    state = checkpoints.load_checkpoint(Path(path), SCRIPT)
-    world = distributed.start(args.device)
-    s, _ = build(args, len(state["classes"]), world, train=False)
-    restore(s, {k: v for k, v in state.items() if not k.startswith("opt_")}, args)
-    return {name: net.eval() for name, net in s.networks().items()}, state, world
-
-
-def score(args: Args) -> dict:
-    """--eval: score a checkpoint's networks and write <checkpoint>.results.json."""
-    networks, state, world = load(args.eval, args)
-    data = find_data(args, state["classes"])
-    counts, rows = evaluate(networks, data, args, world)
-    scores = {
-        name: {"last": metrics.iou_record(c, data.classes, state["step"])}
-        for name, c in counts.items()
-    }
-    facts = {
-        "dataset": args.dataset,
-        "split": args.split,
-        "val": args.val,
-        "seed": args.seed,
-        "confusion": {name: c.tolist() for name, c in counts.items()},
-    }
-    if world.main:
-        plots.strip(rows, ["image", "label", *networks], Path(f"{args.eval}.previews.png"))
-        runs.write_scores(
-            Path(f"{args.eval}.results.json"),
-            scores,
-            facts,
-            "miou",
-            f"{len(data.val)} of {data.root}",
-        )
-    return scores | facts
-
-
-def predict(args: Args) -> None:
-    """--predict CKPT IMAGES...: index PNGs and overlays of images or folders into
-    <checkpoint>.predictions/."""
-    networks, state, world = load(args.predict[0], args)
-    best, out = networks.get("teacher", networks["student"]), Path(f"{args.predict[0]}.predictions")
-    predictions.predict_labels(
-        args.predict[1:],
-        out,
-        state["classes"],
-        lambda image: predict_logits(best, transforms.normalize(image), args.window),
-        world,
-    )
-
-
 def settings(
-    dataset: str = "voc", recipe: str = "paper", eval: str = "", predict: str = ""
+    dataset: str = "voc",
+    recipe: str = "paper",
+    method: str = "gta",
+    eval: str = "",
+    predict: str = "",
 ) -> Args:
     """What the command line starts from: a preset, or the settings inside a checkpoint to score or
     predict with."""
-    return (
-        cli.saved_settings(Args, Path(eval or predict), SCRIPT)
-        if eval or predict
-        else preset(dataset, recipe)
-    )
+    checkpoint = eval or predict
+    if checkpoint:
+        return cli.saved_settings(Args, Path(checkpoint), SCRIPT)
+    return preset(dataset, recipe, method)
 
 
 def main(args: Args) -> Any:
     try:
-        return score(args) if args.eval else predict(args) if args.predict else train(args)
+        if args.eval:
+            return score_checkpoint(args)
+        if args.predict:
+            return predict(args)
+        return train(args)
     finally:
         distributed.stop()
 
 
-@torch.no_grad()
-# many sizes: no time to try algorithms for each
-@torch.backends.cudnn.flags(enabled=True, benchmark=False)
-def score_images(
-    networks: dict[str, nn.Module],
-    logits_of: Callable,
-    images: Iterable,
-    view: Callable,
-    num_classes: int,
-    world,
-    previews: int = 6,
-) -> tuple[dict[str, Tensor], list]:
-    """Confusion counts (K, K) of each network over all processes' `images` (index, image, label),
-    and preview rows.
-
-    `view(image, label)` -> what is scored of it (image, label, valid or None); `logits_of(net, x)`
-    maps a normalised (1, 3, H, W) to logits (1, K, H, W). Networks are scored in eval mode and left
-    in the mode they came in."""
-    counts = {name: torch.zeros(num_classes, num_classes, dtype=torch.int64) for name in networks}
-    rows, modes = [], [(net, net.training) for net in networks.values()]
-    for _, image, label in images:
-        image, label, valid = view(image, label)
-        x = normalize(
-            image[None].to(world.device), None if valid is None else valid[None].to(world.device)
-        )
-        row = [image.permute(1, 2, 0).numpy(), plots.colour(label)] if len(rows) < previews else []
-        for name, net in networks.items():
-            prediction = logits_of(net.eval(), x).argmax(1)[0]
-            counts[name] += confusion(prediction, label.to(prediction.device), num_classes)
-            row += [plots.colour(prediction)] if len(rows) < previews else []
-        rows += [row] if len(rows) < previews else []
-    for net, training in modes:
-        net.train(training)
-    return {name: world.sum(c) for name, c in counts.items()}, rows
-
-
 if __name__ == "__main__":
-    cli.cli(Args, settings, main, choosers=("dataset", "recipe", "eval", "predict"))
+    cli.cli(Args, settings, main, choosers=("dataset", "recipe", "method", "eval", "predict"))

@@ -90,7 +90,7 @@ def plain(net: nn.Module) -> nn.Module:
 def tiny(args: Args, epoch: int = 2) -> State:
     """The networks of a run after one warm-up step and the copy that ends warm-up, at the first
     step of Algorithm 1."""
-    s, _ = gta_seg.build(args, CLASSES, WORLD, epoch)
+    s, _ = gta_seg.build(args, CLASSES, WORLD, warmup=epoch, epoch=epoch)
     for net in s.networks().values():
         plain(net)
     s.student.train()
@@ -287,12 +287,12 @@ def test_losses_of_nothing_are_zero_with_zero_gradient(loss_of):
 # --------------------------------------------------------------------------------- Eqs. 3, 5, 9, 12
 
 
-def test_ema_decay_ramps_from_a_plain_mean_to_alpha():
+def test_ema_decay_is_constant_or_ramps_from_a_plain_mean_to_alpha():
     for alpha in (0.0, 0.5, 0.99, 1.0):
         for n in range(300):
-            assert gta_seg.ema_decay(n, alpha) == pytest.approx(
-                min(1 - 1 / (n + 1), alpha), abs=1e-12
-            )
+            assert gta_seg.ema_decay(n, alpha, ramp=False) == alpha, "Eqs. 5, 9, 12 as printed"
+            ramp = gta_seg.ema_decay(n, alpha, ramp=True)
+            assert ramp == pytest.approx(min(1 - 1 / (n + 1), alpha), abs=1e-12)
 
 
 def norm_net(seed: int) -> nn.Module:
@@ -303,22 +303,20 @@ def norm_net(seed: int) -> nn.Module:
     return net
 
 
-@pytest.mark.parametrize("buffers", [False, True])
+@pytest.mark.parametrize("buffers", [False, True], ids=["Eq. 9", "Eqs. 5, 12"])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_ema_update_is_equations_5_9_12(buffers, frozen):
+def test_ema_updates_are_equations_5_9_12(buffers, frozen):
+    average = gta_seg.ema_update if buffers else gta_seg.ema_update_parameters
     target = norm_net(0).requires_grad_(not frozen)
     first, places = values(target), [t.data_ptr() for t in target.state_dict().values()]
     want = {name: tensor.double().numpy() for name, tensor in first.items()}
     for n in range(5):
         source, d = norm_net(n + 1), min(1 - 1 / (n + 1), 0.7)
         given = values(source)
-        # no buffers by default
-        gta_seg.ema_update(target, source, d, **dict(buffers=True) if buffers else {})
+        average(target, source, d)
         assert same(given, values(source)), "the source was changed"
         for name, tensor in source.state_dict().items():
-            if name.endswith("num_batches_tracked"):
-                want[name] = tensor.numpy() if buffers else want[name]
-            elif "running" not in name or buffers:
+            if "num_batches" not in name and ("running" not in name or buffers):
                 want[name] = d * want[name] + (1 - d) * tensor.double().numpy()
         for name, tensor in target.state_dict().items():
             assert np.allclose(tensor.numpy(), want[name], atol=1e-6), (n, name)
@@ -385,26 +383,6 @@ def test_loss_on_both_is_equation_3(aux):
             strict=True,
         ):
             assert torch.allclose(a, b, atol=1e-5), data
-
-
-def test_joint_passes_learn_each_from_its_own_half():
-    args = settings(joint_bn=True)
-    net, labeled, pseudo, seen = plain(gta_seg.SegNet(args, CLASSES)), pictures(1), made_up(), []
-    labeled.images.mul_(2).add_(1)  # other statistics than the unlabeled ones
-    net.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
-    z = up(net(torch.cat([labeled.images, pseudo.images]))[0], SIZE)
-    for data, want in (
-        ("labeled", flat_loss(z[:4], labeled.label)),
-        ("pseudo", flat_loss(z[4:], pseudo.label, pseudo.weight)),
-    ):
-        seen.clear()
-        got = gta_seg.loss_on(data, net, labeled, pseudo, args, WORLD)
-        assert len(seen) == 1 and torch.equal(seen[0], torch.cat([labeled.images, pseudo.images]))
-        assert got.item() == pytest.approx(want.item(), rel=1e-4)
-        separate = gta_seg.loss_on(data, net, labeled, pseudo, settings(), WORLD)
-        assert separate.item() != pytest.approx(want.item(), rel=1e-4), (
-            "BatchNorm does not see the other batch"
-        )
 
 
 # ----------------------------------------------------------------------------- OHEM, upsample, poly
@@ -475,11 +453,13 @@ def test_upsample_aligns_corners():
     assert np.allclose(got.numpy(), want, atol=1e-5)
 
 
-def test_poly_is_the_schedule_of_section_4_2():
+def test_learning_rate_factor_is_the_schedule_of_section_4_2():
     for total in (1, 7, 69280):
         for t in range(0, total + 1, max(total // 7, 1)):
-            assert gta_seg.poly(t, total) == pytest.approx((1 - t / total) ** 0.9, abs=1e-12)
-    assert gta_seg.poly(0, 10) == 1 and gta_seg.poly(10, 10) == 0
+            assert gta_seg.learning_rate_factor(t, total) == pytest.approx(
+                (1 - t / total) ** 0.9, abs=1e-12
+            )
+    assert gta_seg.learning_rate_factor(0, 10) == 1 and gta_seg.learning_rate_factor(10, 10) == 0
 
 
 def test_decoder_learns_ten_times_faster_at_every_step():
@@ -488,7 +468,7 @@ def test_decoder_learns_ten_times_faster_at_every_step():
     optimizer = gta_seg.sgd(net, args, WORLD)
     rates = {}
     for step in (0, 5, 9, 2):  # set from the first rate, not from the last one
-        gta_seg.set_lr(optimizer, gta_seg.poly(step, 10))
+        gta_seg.set_learning_rates(optimizer, gta_seg.learning_rate_factor(step, 10))
         rates = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
         for name, p in net.named_parameters():
             speed = 0.001 if name.startswith("features.backbone.") else 0.01
@@ -501,7 +481,6 @@ def test_decoder_learns_ten_times_faster_at_every_step():
         and not g["dampening"]
         for g in optimizer.param_groups
     ), "weight decay on everything, BatchNorm and biases too"
-    gta_seg.set_lr(None, 0.5)
 
 
 def test_presets_have_the_settings_of_section_4_2():
@@ -534,20 +513,31 @@ def test_presets_have_the_settings_of_section_4_2():
             0.2,
             1,
         )
-        assert (a.gta_data, a.student_data, a.transfer, a.reweight, a.threshold) == (
-            "pseudo",
-            "labeled",
-            "features",
-            "laplace",
-            0,
-        )
-        assert not a.joint_bn and not a.share_predictor and a.gta_lr == "poly" and a.cutmix == 0.5
-    assert (released.alpha_gta, released.alpha_teacher, released.gta_lr, released.batch_size) == (
-        0.999,
-        0.999,
-        "constant",
-        12,
-    )
+        learning = (a.gta_data, a.student_data, a.transfer, a.reweight)
+        assert learning == ("pseudo", "labeled", "features", "laplace")
+        assert not a.share_predictor and a.cutmix == 0.5 and a.cutmix_labeled == 0
+        assert not a.ramp_gta and not a.ramp_teacher, "Eqs. 5, 9, 12 have a constant alpha"
+    assert (released.alpha_gta, released.alpha_teacher, released.batch_size) == (0.999, 0.999, 12)
+    assert released.ramp_gta and released.ramp_teacher
+
+
+def test_the_mean_teacher_of_table_1_has_neither_cutmix_nor_equation_6():
+    for dataset in ("voc", "cityscapes", "shapes", "folder"):
+        mt = gta_seg.preset(dataset, method="mt")
+        assert (mt.cutmix, mt.reweight) == (0, "none")
+        gta = gta_seg.preset(dataset)
+        assert gta.cutmix > 0 and gta.reweight == "laplace"
+    assert gta_seg.preset("voc", method="mt", cutmix=0.5).cutmix == 0.5, "the row CutMix"
+
+
+@pytest.mark.parametrize(
+    "over, epochs, steps", [("unlabeled", 1, 649), ("labeled", 1, 11), ("unlabeled", 2, 1298)]
+)
+def test_an_epoch_of_the_warm_up(over, epochs, steps):
+    """183 labels and 10,399 unlabeled images, 16 a step."""
+    chosen = SimpleNamespace(labeled=[0] * 183, unlabeled=[0] * 10399)
+    args = gta_seg.preset("voc", warmup_over=over, warmup_epochs=epochs)
+    assert gta_seg.warmup_steps(chosen, args) == steps
 
 
 # ------------------------------------------------------------------------------------------- CutMix
@@ -656,13 +646,29 @@ def test_mix_depends_on_seed_step_and_sample_alone():
         )
 
 
+def test_neighbours_swap_and_an_odd_batch_loses_nobody():
+    for count in range(1, 8):
+        partner = gta_seg.neighbours(count).tolist()
+        for i in range(count):
+            assert partner[i] == (i ^ 1 if i ^ 1 < count else 0)
+            assert count == 1 or partner[i] != i, "an image is mixed with another one"
+
+
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_mix_takes_odd_batches(count):
+    images, label = gta_seg.mix(1.0, "u", settings(), 0, WORLD, *provenance(count))
+    assert torch.equal(images[:, 0].long(), label)
+    for i, partner in enumerate(gta_seg.neighbours(count).tolist()):
+        assert set(label[i].flatten().tolist()) == {i, partner}
+
+
 def test_mix_of_the_released_recipe_takes_the_next_image():
     _, label = gta_seg.mix(1, "unlabeled", settings("released"), 0, WORLD, *provenance(3))
     for i in range(3):
         assert set(label[i].flatten().tolist()) == {i, (i + 1) % 3}
 
 
-def test_prepare_normalises_pads_with_the_mean_and_mixes_labels_too():
+def test_prepare_normalises_and_pads_with_the_mean_and_labels_are_mixed_too():
     g = torch.Generator().manual_seed(0)
     raw = Batch(
         torch.randint(0, 256, (4, 3, 8, 8), generator=g, dtype=torch.uint8),
@@ -672,13 +678,13 @@ def test_prepare_normalises_pads_with_the_mean_and_mixes_labels_too():
     )
     raw.valid[..., 6:] = False
     raw.label[..., 6:] = IGNORE
-    got = gta_seg.prepare(raw, settings(), WORLD, 0)
+    got = gta_seg.prepare(raw, WORLD)
     mean, std = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
     for b, c, y, x in np.ndindex(4, 3, 8, 8):
         want = (raw.images[b, c, y, x].item() - mean[c]) / std[c] if raw.valid[b, y, x] else 0
         assert got.images[b, c, y, x].item() == pytest.approx(want, abs=1e-4)
     assert got.label.dtype == torch.int64 and torch.equal(got.label, raw.label.long())
-    mixed = gta_seg.prepare(raw, settings(), WORLD, 0, 1.0)
+    mixed = gta_seg.mix_labeled(got, settings(cutmix_labeled=1.0), 0, WORLD)
     for i, y, x in np.ndindex(4, 8, 8):
         sources = [
             j for j in (i, i ^ 1) if torch.equal(mixed.images[i, :, y, x], got.images[j, :, y, x])
@@ -718,7 +724,7 @@ def expected_pseudo(
         conf[i, y, x], best[i, y, x] = p[source, :, y, x].max(), p[source, :, y, x].argmax()
         inside[i, y, x] = unlabeled.valid[source, y, x]
     ordered = np.sort(conf[inside])
-    gamma = args.threshold or ordered[math.floor(args.drop * (len(ordered) - 1))]
+    gamma = ordered[math.floor(args.drop * (len(ordered) - 1))]
     keep = inside & (conf > gamma + 1e-9)
     weight = keep * (conf + args.tau if args.reweight == "laplace" else np.ones_like(conf))
     return np.where(keep, best, IGNORE), weight / weight.sum() * keep.sum()
@@ -739,7 +745,6 @@ FLAGS = [
     {"tau": 0.0},
     {"reweight": "none"},
     {"tau": 0.3, "cutmix": 1.0},
-    {"threshold": 0.6},
     {"drop": 0.5, "cutmix": 1.0},
 ]
 
@@ -920,6 +925,9 @@ class Reference:
             for name, p in s.student.named_parameters()
         }
 
+    def decay(self, alpha: float, ramp: bool) -> float:
+        return min(1 - 1 / (self.n + 1), alpha) if ramp else alpha
+
     def logits(self, net: nn.Module, images: Tensor) -> Tensor:
         return up(net(images)[0], SIZE)
 
@@ -928,9 +936,7 @@ class Reference:
         with torch.no_grad():
             p = self.logits(self.teacher.eval(), unlabeled.images).softmax(1).numpy()
         conf, label, valid = p.max(1), p.argmax(1), unlabeled.valid.numpy()
-        keep = valid & (
-            conf > (args.threshold or np.percentile(conf[valid].astype(float), 100 * args.drop))
-        )
+        keep = valid & (conf > np.percentile(conf[valid].astype(float), 100 * args.drop))
         raw = (conf + args.tau if args.reweight == "laplace" else np.ones_like(conf)) * keep
         return torch.from_numpy(np.where(keep, label, IGNORE)), torch.from_numpy(
             raw / raw.sum() * keep.sum()
@@ -945,7 +951,7 @@ class Reference:
         label: Tensor,
         weight: Tensor,
     ):
-        if data == "both" or self.args.joint_bn:
+        if data == "both":
             z_l, z_u = self.logits(net, torch.cat([labeled.images, unlabeled.images])).split(
                 len(labeled.images)
             )
@@ -962,24 +968,19 @@ class Reference:
         args, batches = self.args, (labeled, unlabeled, *self.pseudo(unlabeled))  # Eqs. 1, 2, 6
         if self.gta is not None:
             self.learn_gta(self.loss(self.gta, args.gta_data, *batches))  # Eqs. 7, 8
-            d, mine = (
-                min(1 - 1 / (self.n + 1), args.alpha_gta),
-                dict(self.student.named_parameters()),
-            )
+            d = self.decay(args.alpha_gta, args.ramp_gta)
+            mine = dict(self.student.named_parameters())
             for name, p in self.gta.named_parameters():  # Eq. 9
-                if args.transfer == "all" or (
-                    args.transfer == "features" and name.startswith("features.")
-                ):
+                if args.transfer == "all" or name.startswith("features."):
                     mine[name].data.copy_(d * mine[name].data + (1 - d) * p.data)
         # 10, 11
         self.learn_student(
             self.loss(self.student, args.student_data if self.gta else "both", *batches)
         )
-        d, theirs = min(1 - 1 / (self.n + 1), args.alpha_teacher), self.student.state_dict()
-        for name, tensor in self.teacher.state_dict().items():  # Eq. 12
-            tensor.copy_(
-                d * tensor + (1 - d) * theirs[name] if tensor.is_floating_point() else theirs[name]
-            )
+        d, theirs = self.decay(args.alpha_teacher, args.ramp_teacher), self.student.state_dict()
+        for name, tensor in self.teacher.state_dict().items():  # Eqs. 5, 12
+            if tensor.is_floating_point():
+                tensor.copy_(d * tensor + (1 - d) * theirs[name])
         self.n += 1
 
     def compare(self, s: State, where: object) -> None:
@@ -1014,15 +1015,15 @@ class Reference:
     [
         {},
         {"mu": 0.5, "tau": 0.3, "drop": 0.5},
-        {"joint_bn": True},
+        {"ramp_gta": True},
+        {"ramp_teacher": True},
         {"share_predictor": True},
         {"transfer": "all"},
-        {"transfer": "none"},
         {"gta_data": "labeled", "student_data": "pseudo"},
-        {"gta_data": "both"},
-        {"student_data": "both", "mu": 2.0},
-        {"reweight": "none", "threshold": 0.3},
+        {"gta_data": "both", "mu": 2.0},
+        {"reweight": "none"},
         {"method": "mt"},
+        {"method": "mt", "ramp_teacher": True, "reweight": "laplace", "mu": 0.5},
         {"alpha_gta": 1.0, "alpha_teacher": 0.0},
     ],
     ids=str,
@@ -1069,7 +1070,7 @@ class Record:
             {"student": set(), "gta": set()},
             {"student": set(), "gta": set()},
         )
-        for name in ("update", "ema_update", "ema_rebind"):
+        for name in ("update", "ema_update", "ema_update_parameters", "ema_rebind"):
             monkeypatch.setattr(gta_seg, name, self.wrap(name, getattr(gta_seg, name)))
 
     def name(self, module: nn.Module) -> str:
@@ -1123,7 +1124,7 @@ def test_who_learns_from_what(monkeypatch):
         ]
         assistant, transfer, student, teacher = record.events
         decays = [(event[3] + tuple(event[4].values()))[2] for event in (transfer, teacher)]
-        assert decays == pytest.approx([min(1 - 1 / (n + 1), 0.3), min(1 - 1 / (n + 1), 0.6)])
+        assert decays == [0.3, 0.6]
         _, before, after, _, _ = assistant
         for name in ("student", "teacher"):
             assert same(before["networks"][name], after["networks"][name]), (
@@ -1143,7 +1144,7 @@ def test_who_learns_from_what(monkeypatch):
                 event[1]["momenta"]["student"], event[2]["momenta"]["student"], strict=True
             ):
                 assert torch.equal(a, b), "the merge leaves the student's momentum alone"
-        d, gta = min(1 - 1 / (n + 1), 0.3), transfer[1]["networks"]["gta"]
+        d, gta = 0.3, transfer[1]["networks"]["gta"]
         for key, p in s.student.features.named_parameters(prefix="features"):
             assert torch.allclose(after[key], d * before[key] + (1 - d) * gta[key], atol=1e-6), key
             assert p.dim() < 4 or not torch.equal(after[key], before[key])
@@ -1185,8 +1186,7 @@ def test_a_parameter_is_of_the_features_or_of_the_predictor():
 
 def test_warm_up_trains_one_network_on_labels_and_then_copies_it_by_value():
     args = settings()
-    s, _ = gta_seg.build(args, CLASSES, WORLD, epoch=3)
-    assert s.warmup == 3, "one epoch, Sec. 4.2"
+    s, _ = gta_seg.build(args, CLASSES, WORLD, warmup=3, epoch=3)
     for net in s.networks().values():
         plain(net)
     s.student.train()
@@ -1216,7 +1216,7 @@ def test_warm_up_trains_one_network_on_labels_and_then_copies_it_by_value():
 
 
 def test_transfer_of_everything_leaves_out_the_auxiliary_head(monkeypatch):
-    args = settings(transfer="all", aux=0.4)
+    args = settings(transfer="all", aux=0.4, alpha_gta=0.3)
     s = tiny(args)
     record = Record(monkeypatch, s)
     gta_seg.train_step(s, pictures(1), pictures(2), args, WORLD)
@@ -1236,7 +1236,7 @@ def test_unbiased_st_shares_features_and_keeps_predictors_apart(monkeypatch):
     assert parameter_storages(s.student.features) == parameter_storages(s.gta.features)
     assert not parameter_storages(s.student.predictor) & parameter_storages(s.gta.predictor)
     record = Record(monkeypatch, s)
-    gta_seg.train_step(s, pictures(1), pictures(2), args, WORLD)
+    gta_seg.unbiased_st_step(s, pictures(1), pictures(2), args, WORLD)
     assert [event[0] for event in record.events] == [
         "update gta",
         "update student",
@@ -1282,26 +1282,12 @@ def test_a_step_costs_21_units_where_the_released_one_costs_45(count):
     assert (forward + 2 * backward) * 3 / count == 45
 
 
-def test_joint_bn_shows_both_batches_to_student_and_assistant():
-    args, seen = settings(joint_bn=True), {}
-    s = tiny(args)
-    for name, net in s.networks().items():
-        net.register_forward_pre_hook(
-            lambda _, given, name=name: seen.setdefault(name, []).append(given[0])
-        )
-    labeled, unlabeled = pictures(1), pictures(2)
-    gta_seg.train_step(s, labeled, unlabeled, args, WORLD)
-    both = torch.cat([labeled.images, unlabeled.images])
-    assert len(seen["student"]) == len(seen["gta"]) == 1
-    assert torch.equal(seen["student"][0], both) and torch.equal(seen["gta"][0], both)
-
-
 def restored(s: State, args: Args) -> State:
     """Another process that continues from the checkpoint."""
     file = io.BytesIO()
-    torch.save(gta_seg.snapshot(s, args, SimpleNamespace(classes=list("abcd"))), file)
+    torch.save(gta_seg.snapshot(s, SimpleNamespace(classes=list("abcd")), args), file)
     file.seek(0)
-    other, _ = gta_seg.build(args, CLASSES, WORLD, epoch=s.epoch)
+    other, _ = gta_seg.build(args, CLASSES, WORLD, warmup=s.warmup, epoch=s.epoch)
     for net in other.networks().values():
         plain(net)
     other.student.train()
@@ -1317,12 +1303,13 @@ def restored(s: State, args: Args) -> State:
         {"recipe": "released"},
         {"method": "unbiased-st"},
         {"aux": 0.4},
+        {"method": "mt"},
     ],
     ids=str,
 )
 def test_a_checkpoint_continues_as_if_nothing_had_happened(flags):
     args = settings(**flags)
-    step_of = gta_seg.train_step_released if args.recipe == "released" else gta_seg.train_step
+    _, step_of = gta_seg.steps_of(args)
     s = tiny(args)
     for n in range(5):
         if n == 3:
@@ -1330,7 +1317,10 @@ def test_a_checkpoint_continues_as_if_nothing_had_happened(flags):
             assert other.step == s.step
             for a, b in zip(s.networks().values(), other.networks().values(), strict=True):
                 assert same(values(a), values(b))
-            for a, b in ((s.opt_student, other.opt_student), (s.opt_gta, other.opt_gta)):
+            optimizers = [(s.opt_student, other.opt_student)]
+            if s.gta is not None:
+                optimizers.append((s.opt_gta, other.opt_gta))
+            for a, b in optimizers:
                 assert momenta(a) and all(
                     torch.equal(v, w) for v, w in zip(momenta(a), momenta(b), strict=True)
                 )
@@ -1338,7 +1328,7 @@ def test_a_checkpoint_continues_as_if_nothing_had_happened(flags):
             step_of(state, pictures(n), pictures(n + 50), args, WORLD)
             state.step += 1
     shared = args.share_predictor or args.recipe == "released"
-    for state in (s, other):
+    for state in (s, other) if args.method != "mt" else ():
         mine, theirs = (
             parameter_storages(net.predictor.classifier) for net in (state.student, state.gta)
         )
@@ -1404,7 +1394,7 @@ class ReferenceReleased(Reference):
                 self.learn_student(
                     flat_loss(self.logits(self.student, images)[:half_], labeled.label)
                 )
-            d, theirs = min(1 - 1 / (self.n + 1), d), dict(source.named_parameters())
+            d, theirs = self.decay(d, True), dict(source.named_parameters())
             for name, p in target.named_parameters():
                 if name.startswith(only):
                     p.data = d * p.data + (1 - d) * theirs[name].data
@@ -1434,7 +1424,7 @@ def test_released_loop_ties_the_predictor_and_nothing_else_for_good():
         assert not parameter_storages(s.teacher) & parameter_storages(s.student)
     before = values(s.student.predictor)
     ignored = pictures(5)._replace(label=torch.full((4, SIZE, SIZE), IGNORE))
-    gta_seg.set_lr(s.opt_student, 0)  # the student's own optimizer stands still
+    gta_seg.set_learning_rates(s.opt_student, 0)  # the student's own optimizer stands still
     gta_seg.train_step_released(s, ignored, pictures(6), args, WORLD)
     after = values(s.student.predictor)
     assert any(
@@ -1445,7 +1435,7 @@ def test_released_loop_ties_the_predictor_and_nothing_else_for_good():
 
 def test_released_warm_up_moves_the_others_statistics_only():
     args = settings("released")
-    s, _ = gta_seg.build(args, CLASSES, WORLD, epoch=2)
+    s, _ = gta_seg.build(args, CLASSES, WORLD, warmup=2, epoch=2)
     for net in s.networks().values():
         plain(net)
     s.student.train()
@@ -1589,6 +1579,8 @@ def test_small_backbones_take_a_step(backbone):
         ("resnet50", [4, 8, 16]),
         ("resnetrs50", [4, 8, 16]),
         ("resnetblur50", [4, 8, 16]),
+        ("seresnet50", [4, 8, 16]),
+        ("resnext50_32x4d", [4, 8, 16]),
         ("resnet26", [2, 4]),
         ("resnet14t", [2]),
         ("resnet51q", None),
@@ -1599,7 +1591,7 @@ def test_every_kind_of_resnet_is_cut(backbone, dilations):
     """Ceil-mode pooling and the released code's dilations where the network has their place, none
     where not."""
     with torch.device("meta"):
-        features = gta_seg.Features(gta_seg.preset("voc", backbone=backbone, weights="none"))
+        features = gta_seg.Features(backbone, 8, (12, 24, 36), 256, pretrained=False)
         assert features(torch.zeros(2, 3, 97, 97))[0].shape == (2, 512, 25, 25)
     body = features.backbone
     if dilations is None:
