@@ -8,38 +8,38 @@ learns from them and hands the student its feature extractor f only, by a moving
 student itself learns from human labels, and only these reach its mask predictor g. The teacher is
 a moving average of the student, and the result.
 
-    paper                                         this file
-    Sec. 3.1  feature extractor f, predictor g    Features, Predictor, SegNet
-    Eq. 1     prediction and its confidence       confidence
-    Eq. 2     pseudo labels over a threshold      pseudo_label
-    Eq. 3     teacher-student loss                teacher_student_loss
-    Eq. 4     gradient step of the student        update (called by mean_teacher_step)
-    Eq. 5     teacher follows the student         ema_update (called by mean_teacher_step)
-    Eq. 6     weights of pseudo labels            reweight
-    Eq. 7     unsupervised loss L_u               unsupervised_loss
-    Eq. 8     gradient step of the assistant      update (called by train_step)
-    Eq. 9     student's f follows the assistant's ema_update_parameters (called by train_step)
-    Eq. 10    supervised loss L_l                 supervised_loss
-    Eq. 11    gradient step of the student        update (called by train_step)
-    Eq. 12    teacher follows the student         ema_update (called by train_step)
-    Algorithm 1  line 1 (initialization)          end_of_warmup
-    Algorithm 1  lines 3 to 12 (a minibatch)      train_step
-    Sec. 4.2  optimizer, poly schedule            sgd, learning_rate_factor
-    Sec. 4.2  warm-up on labels                   warmup_step, --warmup-epochs, --warmup-over
-    Sec. 4.2  20 % of pseudo labels abandoned     drop_threshold, --drop
-    Sec. 4.2  evaluation                          evaluate, predict_logits
-    Table 1   VOC; SupOnly, MT, CutMix rows       --split, --method, --cutmix
-    Table 2   VOC, augmented training set         --split
-    Table 3   Cityscapes                          --dataset, --split
-    Table 4   components                          --method, --reweight
-    Table 5   what the assistant hands over       --transfer, --method, unbiased_st_step
-    Table 6   the three networks                  evaluate (scores all of them in each run)
-    Table 7   who learns from which labels        --gta-data, --student-data, loss_on
-    Table 8   alpha, warm-up                      --alpha-gta, --alpha-teacher, --warmup-epochs
-    Table 9   re-weighting, Laplace smoothing     --reweight, --tau
-    Fig. 1    (a) and (b): earlier frameworks     mean_teacher_step
-    Fig. 2    overview, Fig. 1 (c)                train_step, teach
-    Figs. 3, 4  pictures of predictions           score_networks, docs/compare.py
+    paper                                           this file
+    Sec. 3.1  feature extractor f, predictor g      Features, Predictor, SegNet
+    Eq. 1     prediction and its confidence         confidence
+    Eq. 2     pseudo labels over a threshold        pseudo_label
+    Eq. 3     teacher-student loss                  teacher_student_loss
+    Eq. 4     gradient step of the student          update (called by mean_teacher_step)
+    Eq. 5     teacher follows the student           ema_update (called by mean_teacher_step)
+    Eq. 6     weights of pseudo labels              reweight
+    Eq. 7     unsupervised loss L_u                 unsupervised_loss
+    Eq. 8     gradient step of the assistant        update (called by train_step)
+    Eq. 9     student's f follows assistant's f     ema_update_parameters (called by train_step)
+    Eq. 10    supervised loss L_l                   supervised_loss
+    Eq. 11    gradient step of the student          update (called by train_step)
+    Eq. 12    teacher follows the student           ema_update (called by train_step)
+    Algorithm 1  line 1 (initialization)            end_of_warmup
+    Algorithm 1  lines 3 to 12 (a minibatch)        train_step
+    Sec. 4.2  optimizer, poly schedule              sgd, learning_rate_factor
+    Sec. 4.2  warm-up on labels                     warmup_step, --warmup-epochs, --warmup-over
+    Sec. 4.2  20 % of pseudo labels abandoned       drop_threshold, --drop
+    Sec. 4.2  evaluation                            evaluate, predict_logits
+    Table 1   VOC; SupOnly, MT, CutMix rows         --split, --method, --cutmix
+    Table 2   VOC, augmented training set           --split
+    Table 3   Cityscapes                            --dataset, --split
+    Table 4   components                            --method, --reweight
+    Table 5   what the assistant hands over         --transfer, --method, unbiased_st_step
+    Table 6   the three networks                    evaluate (scores all of them in each run)
+    Table 7   who learns from which labels          --gta-data, --student-data, loss_on
+    Table 8   alpha, warm-up                        --alpha-gta, --alpha-teacher, --warmup-epochs
+    Table 9   re-weighting, Laplace smoothing       --reweight, --tau
+    Fig. 1    (a) and (b): earlier frameworks       mean_teacher_step
+    Fig. 2    overview, Fig. 1 (c)                  train_step, teach
+    Figs. 3, 4  pictures of predictions             score_networks, docs/compare.py
     (released)  the loop that the authors released  train_step_released, --recipe
 
 Shapes: B images, K classes, H x W pixels, h x w cells of stride 4. Suffix _l labeled, _u unlabeled.
@@ -88,9 +88,8 @@ PREVIEWS = 6  # scored images that are drawn
 
 
 # ========================================================================================= settings
+# Numbers without a range of their own are finite and not negative.
 Share = Annotated[float, Meta(ge=0, le=1)]
-Number = Annotated[float, Meta(ge=0, le=1e15)]
-Count = Annotated[int, Meta(ge=0)]
 Dilation = Annotated[int, Meta(ge=1, le=512)]
 Factor = Annotated[float, Meta(ge=0.01, le=100)]
 
@@ -112,13 +111,13 @@ class Args:
     root: str = "datasets/voc"  # where the data lie, see data/README.md
     # labeled images: a published list, random:N, random:1/N, random:N%, all, or a list file
     split: str = "183"
-    split_seed: Count = 0  # which draw, for random splits
+    split_seed: int = 0  # which draw, for random splits
     unlabeled: str = ""  # folder or list of unlabeled images; empty: all other training images
     val: str = "val"  # name of the list or folder that is scored
     out: str = ""  # run folder; empty: runs/gta_seg-<dataset>-<split>-d<split seed>-s<seed>
     resume: bool = False  # continue the run in --out; starts afresh when there is none
     # initial weights, order of images, augmentation. The paper averages 0, 1, 2 (Sec. 4.2)
-    seed: Count = 0
+    seed: int = 0
     eval: str = ""  # evaluate this checkpoint, train nothing
     # checkpoint, then images or folders: write predictions
     predict: list[str] = field(default_factory=list)
@@ -129,13 +128,13 @@ class Args:
     alpha_teacher: Share = 0.99  # EMA student -> teacher, Eqs. 5 and 12, Table 8
     ramp_gta: bool = False  # let --alpha-gta rise from 0, as released. DEPARTS[ramp]
     ramp_teacher: bool = False  # let --alpha-teacher rise from 0, as released. DEPARTS[ramp]
-    mu: Number = 1.0  # weight of L_u, Eq. 3; also scales the assistant's step, DEPARTS[mu]
-    tau: Number = 1.0  # Laplace smoothing, Eq. 6; Table 9
+    mu: float = 1.0  # weight of L_u, Eq. 3; also scales the assistant's step, DEPARTS[mu]
+    tau: float = 1.0  # Laplace smoothing, Eq. 6; Table 9
     reweight: Literal["laplace", "none"] = "laplace"  # Eq. 6, or equal weights: Tables 4, 9
     # share of the least confident pixels that get no pseudo label, Sec. 4.2
     drop: Annotated[float, Meta(ge=0, lt=1)] = 0.2
     # on labels alone, before the assistant exists, Sec. 4.2, Table 8
-    warmup_epochs: Number = 1
+    warmup_epochs: float = 1
     # an epoch of the warm-up is a pass over these images. DEPARTS[warmup-epoch]
     warmup_over: Literal["unlabeled", "labeled"] = "unlabeled"
     # what the assistant learns from, Table 7
@@ -158,13 +157,13 @@ class Args:
     # pixels a side in training. DEPARTS[open]
     crop_size: Annotated[int, Meta(ge=16, le=100_000)] = 513
     scale: tuple[Factor, Factor] = (0.5, 2.0)  # random scaling of training images. DEPARTS[open]
-    epochs: Number = 80  # passes over the unlabeled images. DEPARTS[open]
-    steps: Count = 0  # whole run, warm-up included; 0: as many as `epochs` makes
-    lr: Number = 0.001  # of the backbone, Sec. 4.2
+    epochs: float = 80  # passes over the unlabeled images. DEPARTS[open]
+    steps: int = 0  # whole run, warm-up included; 0: as many as `epochs` makes
+    lr: float = 0.001  # of the backbone, Sec. 4.2
     # times lr, for everything behind the backbone, Sec. 4.2. DEPARTS[decoder-lr]
-    decoder_lr: Number = 10
-    weight_decay: Number = 1e-4  # Sec. 4.2
-    aux: Number = 0  # weight of an auxiliary loss on the third stage. DEPARTS[cityscapes]
+    decoder_lr: float = 10
+    weight_decay: float = 1e-4  # Sec. 4.2
+    aux: float = 0  # weight of an auxiliary loss on the third stage. DEPARTS[cityscapes]
     # keep labeled pixels up to this true-class probability, 50,000 an image at least; 0: keep all.
     # DEPARTS[cityscapes]
     ohem: Share = 0
@@ -184,13 +183,13 @@ class Args:
 
     # evaluation and bookkeeping
 
-    window: Count = 0  # side of the sliding window; 0: whole images. DEPARTS[whole-image]
-    eval_every: Count = 0  # steps between evaluations; 0: once per epoch
-    save_every: Count = 0  # steps between checkpoints; 0: with every evaluation
+    window: int = 0  # side of the sliding window; 0: whole images. DEPARTS[whole-image]
+    eval_every: int = 0  # steps between evaluations; 0: once per epoch
+    save_every: int = 0  # steps between checkpoints; 0: with every evaluation
     log_every: Annotated[int, Meta(ge=1)] = 20  # steps between log lines
     # open the unlabeled images' labels to log how right pseudo labels are; never to learn
     monitor_labels: bool = False
-    workers: Count = loading.default_workers()  # decoding processes per process and stream
+    workers: int = loading.default_workers()  # decoding processes per process and stream
     device: str = "auto"  # auto, cpu, cuda
     # inside the network; auto: bf16 on GPUs, fp32 elsewhere
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -889,24 +888,13 @@ def train(args: Args) -> dict:
     if state is not None:
         restore(s, state, args)
     facts = {
-        "dataset": args.dataset,
-        "split": args.split,
-        "split_seed": args.split_seed,
-        "split_fingerprint": chosen.fingerprint,
-        "seed": args.seed,
         "method": args.method,
         "recipe": args.recipe,
         "val": args.val,
+        "split_fingerprint": chosen.fingerprint,
     }
-    run = runs.Run(
-        out,
-        SCRIPT,
-        args,
-        world,
-        s.step,
-        state,
-        facts | {"classes": data.classes, "images": chosen.text, "weights_notes": notes},
-    )
+    found = {"classes": data.classes, "images": chosen.text, "weights_notes": notes}
+    run = runs.Run(out, SCRIPT, args, world, s.step, state, facts | found)
     run.say(
         f"{chosen.text}; scored on {len(data.val)}",
         *(f"weights {note}" for note in notes),
