@@ -57,7 +57,7 @@ def steps(count: int, world: World = WORLD, **overrides):
     made = {}
     for recipe in ("paper", "released"):
         args = gta_seg.preset(
-            "voc", recipe, weights="none", batch_size=count, warmup_epochs=0, cutmix=0, **overrides
+            "voc", recipe, weights="none", batch_size=count, cutmix=0, **overrides
         )
         state, _ = gta_seg.build(args, 21, world, epoch=1)
         gta_seg.end_of_warmup(state, args)
@@ -107,18 +107,19 @@ def bench_step() -> None:
         a, b = counted(paper), counted(released)
         saved = largest_graph(paper), largest_graph(released)
     print(
-        f"step, R101 513, 3 + 3 images: {a / 1e12:.1f} against {b / 1e12:.1f} TFLOP, released / paper {b / a:.2f} "
-        f"(image passes 45 / 21 = {45 / 21:.2f})"
+        f"step, R101 513, 3 + 3 images: {a / 1e12:.1f} against {b / 1e12:.1f} TFLOP, "
+        f"released / paper {b / a:.2f} (image passes 45 / 21 = {45 / 21:.2f})"
     )
     paper, released = steps(4, backbone="resnet18", crop_size=129, width=64, output_stride=16)
     a, b, ratio = pair(released, paper)
     print(
-        f"step, resnet18 129, 4 + 4 images, this machine: released {a * 1e3:.0f} ms, paper {b * 1e3:.0f} ms, "
-        f"ratio {ratio:.2f}"
+        f"step, resnet18 129, 4 + 4 images, this machine: released {a * 1e3:.0f} ms, "
+        f"paper {b * 1e3:.0f} ms, ratio {ratio:.2f}"
     )
     print(
-        f"tensors saved for backward, largest graph, R101 513, 3 + 3 images, fp32: released "
-        f"{saved[1] / 2**30:.1f} GiB, paper {saved[0] / 2**30:.1f} GiB, ratio {saved[1] / saved[0]:.2f}"
+        f"tensors saved for backward, largest graph, R101 513, 3 + 3 images, fp32: "
+        f"released {saved[1] / 2**30:.1f} GiB, paper {saved[0] / 2**30:.1f} GiB, "
+        f"ratio {saved[1] / saved[0]:.2f}"
     )
 
 
@@ -171,8 +172,8 @@ def bench_loader() -> None:
         a, b, ratio = pair(pil_chain, ours, rounds=7, repeats=30)
         torch.set_num_threads(threads)
     print(
-        f"loader, 500x375 to 513 with label: PIL chain {a * 1e3:.1f} ms a sample, ours {b * 1e3:.1f} ms, ratio "
-        f"{ratio:.2f}; bytes to the device {513 * 513 * 16 / 1e6:.1f} against {513 * 513 * 5 / 1e6:.1f} MB"
+        f"loader, 500x375 to 513 with label: PIL chain {a * 1e3:.1f} ms a sample, "
+        f"ours {b * 1e3:.1f} ms, ratio {ratio:.2f}; bytes to the device {513 * 513 * 16 / 1e6:.1f} against {513 * 513 * 5 / 1e6:.1f} MB"
     )
 
 
@@ -187,7 +188,8 @@ def bench_ema() -> None:
 
     a, b, ratio = pair(loop, lambda: gta_seg.ema_update(two, one, 0.99))
     print(
-        f"EMA of 62.6 M parameters: loop {a * 1e3:.0f} ms, foreach {b * 1e3:.0f} ms, ratio {ratio:.2f}"
+        f"EMA of 62.6 M parameters: loop {a * 1e3:.0f} ms, "
+        f"foreach {b * 1e3:.0f} ms, ratio {ratio:.2f}"
     )
 
 
@@ -202,8 +204,8 @@ def bench_miou() -> None:
 
     a, b, ratio = pair(masked, lambda: metrics.confusion(prediction, label, 19))
     print(
-        f"confusion of a 1024x2048 image: masked torch.bincount {a * 1e3:.1f} ms, ours {b * 1e3:.1f} ms, ratio "
-        f"{ratio:.2f}"
+        f"confusion of a 1024x2048 image: masked torch.bincount {a * 1e3:.1f} ms, "
+        f"ours {b * 1e3:.1f} ms, ratio {ratio:.2f}"
     )
 
 

@@ -42,7 +42,7 @@ TINY = {
 
 
 CHOOSERS = {
-    "gta_seg": ("dataset", "recipe", "eval", "predict"),
+    "gta_seg": ("dataset", "recipe", "method", "eval", "predict"),
     "gist_rist": ("dataset", "eval", "predict", "report"),
 }
 

@@ -40,9 +40,7 @@ RECIPES = {
     "released": dict(LIVELY, recipe="released"),
     "shared predictor": dict(LIVELY, share_predictor=True),
     "unbiased-st": dict(LIVELY, method="unbiased-st"),
-    "cityscapes' losses": dict(
-        LIVELY, aux=0.4, ohem=0.7, crop_size=224, cutmix_labeled=0.5, joint_bn=True
-    ),
+    "cityscapes' losses": dict(LIVELY, aux=0.4, ohem=0.7, crop_size=224, cutmix_labeled=0.5),
 }
 
 
@@ -95,43 +93,50 @@ def finished(tiny, tmp_path_factory):
 
 
 # --------------------------------------------------------------------------------- stops on purpose
-def stop_at(step: int, number: int, after_save: bool = False) -> None:
-    """In a process of its own: it gets signal `number` while it takes this step, or after the save
-    that follows."""
-    from common import checkpoints, runs
+def stop_at(step: int, number: int) -> None:
+    """In a process of its own: it gets signal `number` while it takes this step."""
+    from common import runs
 
-    tally, save = runs.Run.tally, checkpoints.save_checkpoint
+    tally = runs.Run.tally
 
-    def at_tally(self, at, *args):
-        if at == step and not after_save:
+    def with_signal(self, at, *args):
+        if at == step:
             os.kill(os.getpid(), number)
         return tally(self, at, *args)
 
-    def at_save(path, name, content):
-        if content["step"] == step + 1 and path.name == "last.pt" and after_save:
-            save(path, name, content)
-            os.kill(os.getpid(), number)
-        return save(path, name, content)
+    runs.Run.tally = with_signal
 
-    runs.Run.tally, checkpoints.save_checkpoint = at_tally, at_save
+
+def die_after(name: str, nth: int) -> None:
+    """In a process of its own: SIGKILL as soon as the n-th checkpoint `name` is complete."""
+    from common import runs
+
+    save, seen = runs.save_checkpoint, []
+
+    def last_save(path, *content):
+        save(path, *content)
+        seen.extend([1] * (path.name == name))
+        if path.name == name and len(seen) == nth:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    runs.save_checkpoint = last_save
 
 
 def die_while_writing(name: str, nth: int) -> None:
     """In a process of its own: SIGKILL when half of the n-th file `name` has been written."""
-    from common.files import write_bytes
+    from common import checkpoints, files
 
-    write, seen = write_bytes, []
+    write, seen = files.write_bytes, []
 
     def torn(path, data):
         seen.extend([1] * (path.name == name))
         if path.name == name and len(seen) == nth:
-            path.with_name(f".{path.name}.{os.getpid()}.tmp").write_bytes(
-                bytes(data)[: len(data) // 2]
-            )
+            half = bytes(data)[: len(data) // 2]
+            path.with_name(f".{path.name}.{os.getpid()}.tmp").write_bytes(half)
             os.kill(os.getpid(), signal.SIGKILL)
         return write(path, data)
 
-    write_bytes = torn
+    files.write_bytes = checkpoints.write_bytes = torn
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -257,35 +262,40 @@ def test_twenty_kills(tiny, finished, tmp_path, io, recipe):
 
 
 @pytest.mark.parametrize(
-    "place",
+    "setup, saved",
     [
-        "in warm-up",
-        "after the assistant's first step",
-        "in a save of last.pt",
-        "in a save of best.pt",
-        "between best.pt and last.pt",
-        "in results.json",
+        pytest.param(partial(die_after, "last.pt", 2), 2, id="at the end of warm-up"),
+        pytest.param(partial(stop_at, 2, signal.SIGKILL), 2, id="in the assistant's first step"),
+        pytest.param(partial(die_while_writing, "last.pt", 4), 3, id="in a save of last.pt"),
+        pytest.param(partial(die_after, "last.pt", 4), 4, id="saved, and not yet scored"),
+        pytest.param(partial(die_while_writing, "best.pt", 1), 4, id="in a save of best.pt"),
+        pytest.param(partial(die_after, "best.pt", 1), 4, id="scored, and not saved since"),
+        pytest.param(partial(die_after, "last.pt", 8), 8, id="at the end, and not yet scored"),
+        pytest.param(partial(die_while_writing, "results.json", 1), 8, id="in results.json"),
     ],
 )
-def test_killed_at_a_chosen_moment_and_resumed_is_bit_equal(tiny, finished, tmp_path, io, place):
-    out, kill = tmp_path / "out", signal.SIGKILL
-    setup = {
-        "in warm-up": partial(stop_at, 1, kill, True),
-        "after the assistant's first step": partial(stop_at, 2, kill),
-        "in a save of last.pt": partial(die_while_writing, "last.pt", 4),
-        "in a save of best.pt": partial(die_while_writing, "best.pt", 1),
-        "between best.pt and last.pt": partial(die_while_writing, "last.pt", 4),
-        "in results.json": partial(die_while_writing, "results.json", 1),
-    }[place]
+def test_killed_at_a_chosen_moment_and_resumed_is_bit_equal(
+    tiny, finished, tmp_path, io, setup, saved
+):
+    out = tmp_path / "out"
     line = tiny(out=out, resume=True, save_every=1, **LIVELY)
-    assert run(line, io, setup).code == -kill
-    saved = {"in warm-up": 2, "after the assistant's first step": 2, "in results.json": 8}.get(
-        place, 3
-    )
+    assert run(line, io, setup).code == -signal.SIGKILL
     assert state(out / "last.pt")["step"] == saved
     run(line, io).ok()
-    [leftover.unlink() for leftover in out.glob(".*.tmp")]
+    for leftover in out.glob(".*.tmp"):
+        leftover.unlink()
     assert_equal_runs(out, finished("gta"))
+
+
+def test_a_score_that_is_due_is_made_before_anything_else(tiny, tmp_path, io):
+    """After a kill between saving and scoring, the next process scores before it takes a step."""
+    out = tmp_path / "out"
+    line = tiny(out=out, resume=True, **LIVELY)
+    assert run(line, io, partial(die_after, "last.pt", 1)).code == -signal.SIGKILL
+    assert state(out / "last.pt")["scored"] == 0 and not (out / "best.pt").exists()
+    assert run(line, io, partial(stop_at, 4, signal.SIGKILL)).code == -signal.SIGKILL
+    assert state(out / "best.pt")["step"] == 4
+    assert [r["step"] for r in log_of(out) if "miou_teacher" in r] == [4]
 
 
 def test_a_kill_leaves_no_litter_for_ever(tiny, tmp_path, io):
