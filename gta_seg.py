@@ -546,7 +546,7 @@ def loss_on(
         logits, aux = forward(pseudo.images)
         unused = 0 if aux is None else 0 * aux.sum()  # DDP waits for every parameter's gradient
         return args.mu * pseudo_loss(logits, pseudo, world) + unused
-    # Both batches in one pass, so that they share BatchNorm's batch statistics; equal sizes.
+    # Both in one pass, of one size, so that they share batch statistics. DEPARTS[one-pass]
     logits, aux = forward(torch.cat([labeled.images, pseudo.images]))
     b = len(labeled.images)
     aux_l = None if aux is None else aux[:b]

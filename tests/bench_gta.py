@@ -173,7 +173,8 @@ def bench_loader() -> None:
         torch.set_num_threads(threads)
     print(
         f"loader, 500x375 to 513 with label: PIL chain {a * 1e3:.1f} ms a sample, "
-        f"ours {b * 1e3:.1f} ms, ratio {ratio:.2f}; bytes to the device {513 * 513 * 16 / 1e6:.1f} against {513 * 513 * 5 / 1e6:.1f} MB"
+        f"ours {b * 1e3:.1f} ms, ratio {ratio:.2f}; "
+        f"bytes to the device {513 * 513 * 16 / 1e6:.1f} against {513 * 513 * 5 / 1e6:.1f} MB"
     )
 
 
