@@ -907,8 +907,9 @@ def train(args: Args) -> dict:
     warm_up, learn = steps_of(args)
     labeled_batches = batches(chosen.labeled, "labeled", True, s.step, data, args, world)
     start = max(s.step, s.warmup)
-    monitored = args.monitor_labels
-    unlabeled_batches = batches(chosen.unlabeled, "unlabeled", monitored, start, data, args, world)
+    unlabeled_batches = batches(
+        chosen.unlabeled, "unlabeled", args.monitor_labels, start, data, args, world
+    )
     s.student.train()
     for step in run.steps(s.step, args.steps):
         schedule(s, step, args)
