@@ -96,9 +96,10 @@ Factor = Annotated[float, Meta(ge=0.01, le=100)]
 
 @dataclass
 class Args:
-    """Train a network that gives each pixel of an image a class, from a few labeled and many
-    unlabeled images (GTA-Seg, NeurIPS 2022). --dataset, --method and --recipe pick the numbers of
-    the paper; every other flag overrides them. DEPARTS[name] is explained in docs/gta_seg.md."""
+    """Train a network for semantic segmentation, which gives each pixel of an image a class, from a
+    few labeled and many unlabeled images (GTA-Seg, NeurIPS 2022). --dataset, --method and --recipe
+    pick the numbers of the paper; every other flag overrides them. DEPARTS[name] is explained in
+    docs/gta_seg.md."""
 
     # what to run
 
