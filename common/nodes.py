@@ -1,31 +1,47 @@
-"""Nodes of a tree: results that follow from a path, each in a folder of its own, made once, by any
-process."""
+"""Nodes of a tree: results that follow from a path alone, each made once, by any process.
+
+A node's result is the weights of a network and a record of what is known about it. Because it
+follows from the path, processes need not talk: each runs the same searches, makes any node whose
+parent is there and which nobody else makes, and reads what the others have made.
+"""
+
+from __future__ import annotations
 
 import contextlib
 import fcntl
 import hashlib
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common.errors import UserError
+from torch import Tensor
+
+from common.checkpoints import load_checkpoint
+from common.distributed import World
+from common.errors import RankError, UserError
 from common.files import write_text
 
 
+# --------------------------------------------------------------------------------------- the store
 @dataclass
 class Nodes:
-    """A node's folder holds node.json, written last: the node is done; and weights.pt, which may be
-    removed again. Who makes a node holds a lock on its folder, which the system frees when the
-    process dies."""
+    """Where nodes lie. A node's folder holds node.json, which is written last and says that the
+    node is done, and weights.pt, which may be removed again. Whoever makes a node holds a lock on
+    its folder; the system frees the lock when the process dies."""
 
     root: Path  # folder of the node "", where all paths begin
-    others: Path  # holds the folders of all others
+    others: Path  # holds the folders of all other nodes
     parent_of: Callable[[str], str]
-    records: dict[str, dict] = field(default_factory=dict)
+    records: dict[str, dict] = field(default_factory=dict)  # those that were read
 
     def folder(self, path: str) -> Path:
         return self.others / path if path else self.root
+
+    def labels_folder(self, path: str) -> Path:
+        """Where the labels lie that a node makes for its children."""
+        return self.others / f"labels-{path}"
 
     def done(self, path: str) -> bool:
         return path in self.records or (self.folder(path) / "node.json").is_file()
@@ -36,26 +52,60 @@ class Nodes:
         return self.records[path]
 
     def finish(self, path: str, record: dict) -> None:
-        """The mark that a node is done."""
+        """Write the record, which marks the node as done."""
         write_text(self.folder(path) / "node.json", json.dumps(record, indent=1))
         self.records[path] = record
 
+    def has_weights(self, path: str) -> bool:
+        return self.done(path) and (self.folder(path) / "weights.pt").is_file()
+
+    def weights(self, path: str, script: str) -> dict[str, Tensor]:
+        """The weights of a node; UserError when they are not the ones that its record describes."""
+        checkpoint = load_checkpoint(self.folder(path) / "weights.pt", script)
+        weights = checkpoint["networks"]["student"]
+        self.records.pop(path, None)  # another process may have made the node again
+        if fingerprint(weights) != self.record(path)["weights"]:
+            raise RankError(
+                f"The weights in {self.folder(path)} are not those that were scored; remove this "
+                f"folder, and the same command trains them again."
+            )
+        return weights
+
     def first_to_make(self, path: str) -> str | None:
-        """The first node on the way to `path`, itself included, that must be made for its weights;
-        None: none."""
-        if self.done(path) and (self.folder(path) / "weights.pt").is_file():
+        """The first node on the way to `path`, itself included, that has to be made before the
+        weights of `path` are there; None when they are."""
+        if self.has_weights(path):
             return None
-        return (self.first_to_make(self.parent_of(path)) or path) if path else path
+        if path:
+            missing = self.first_to_make(self.parent_of(path))
+            if missing is not None:
+                return missing
+        return path
 
     def make_if_free(self, path: str, make: Callable[[str], None]) -> bool:
-        """make(path), unless the node is there; False when another process makes it."""
+        """Call make(path), unless the node is there by now; False when another process is making
+        it."""
         with claim(self.folder(path)) as ours:
-            if ours and (
-                not (self.folder(path) / "node.json").is_file()
-                or self.first_to_make(path) is not None
-            ):
+            if not ours:
+                return False
+            marked = (self.folder(path) / "node.json").is_file()
+            if not marked or self.first_to_make(path) is not None:
                 make(path)
-            return ours
+            return True
+
+    def ensure(self, path: str, make: Callable[[str], None], wait: Callable[[], None]) -> None:
+        """Return when the weights of `path` are there: make what is missing, or wait for others."""
+        while (missing := self.first_to_make(path)) is not None:
+            if not self.make_if_free(missing, make):
+                wait()
+
+    def remove_weights(self, keep: Iterable[str]) -> None:
+        """Remove the weights and labels of all nodes but those in `keep`. The weights of the root
+        stay."""
+        for path in set(self.records) - set(keep):
+            if path:
+                (self.folder(path) / "weights.pt").unlink(missing_ok=True)
+            shutil.rmtree(self.labels_folder(path), ignore_errors=True)
 
 
 def fingerprint(state: dict) -> str:
@@ -66,11 +116,103 @@ def fingerprint(state: dict) -> str:
     return digest.hexdigest()
 
 
+# ----------------------------------------------------------------------------------------- searches
+@dataclass
+class Search:
+    """A search under way. `asks` yields the nodes that it needs next, is resumed once all of them
+    are done, and ends or yields an empty list when it needs no more."""
+
+    asks: Iterator[list[str]]
+    # whether its next nodes may be children of any node that it asked for last
+    adaptive: bool = False
+    visited: list[str] = field(default_factory=lambda: [""])
+    wanted: list[str] = field(default_factory=list)  # what it asked for last
+    ended: bool = False
+
+    def advance(self, store: Nodes) -> None:
+        """Ask for more nodes until some of them are still to be made."""
+        while not self.ended and all(store.done(path) for path in self.wanted):
+            self.wanted = list(dict.fromkeys(next(self.asks, [])))
+            self.visited += self.wanted
+            self.ended = not self.wanted
+
+
+def explore(
+    searches: Iterable[Search],
+    store: Nodes,
+    make: Callable[[str], None],
+    best: Callable[[list[str]], str],
+    tidy: Callable[[set[str]], None],
+    wait: Callable[[], None],
+    launched: World,
+) -> None:
+    """Run searches side by side until all have ended. Every process calls this, and who makes which
+    node makes no difference.
+
+    `make(path)` makes a node; `best(paths)` picks one of those that are done; `tidy(needed)` may
+    remove the weights of all nodes that are not needed; `wait()` passes some time, in which other
+    processes work."""
+    searches = list(searches)
+    while True:
+        for search in searches:
+            search.advance(store)
+        pending = nodes_to_make(searches, store)
+        # Each process begins at another place, so that they seldom ask for the same node.
+        first = launched.rank * len(pending) // launched.size
+        ready = ready_nodes(pending[first:] + pending[:first], store)
+        tidy(needed_nodes(searches, store, pending, ready, best))
+        if all(search.ended for search in searches):
+            return
+        for path in ready:
+            if store.make_if_free(path, make):
+                break
+        else:
+            wait()
+
+
+def nodes_to_make(searches: list[Search], store: Nodes) -> list[str]:
+    """What the searches have asked for and nobody has finished, each node once."""
+    pending = []
+    for search in searches:
+        pending += [path for path in search.wanted if not store.done(path)]
+    return list(dict.fromkeys(pending))
+
+
+def ready_nodes(pending: list[str], store: Nodes) -> list[str]:
+    """For each of these nodes the one that can be made at once: itself, or the first one above it
+    that is missing."""
+    ready = []
+    for path in pending:
+        missing_above = store.first_to_make(store.parent_of(path))
+        ready.append(path if missing_above is None else missing_above)
+    return list(dict.fromkeys(ready))
+
+
+def needed_nodes(
+    searches: list[Search],
+    store: Nodes,
+    pending: list[str],
+    ready: list[str],
+    best: Callable[[list[str]], str],
+) -> set[str]:
+    """The nodes whose weights some search still needs: the best so far, what is being made, the
+    parents of what is to be made, and nodes that wait for their siblings before they are compared.
+    """
+    needed = {best(search.visited) for search in searches}
+    needed |= set(ready)
+    needed |= {store.parent_of(path) for path in [*ready, *pending]}
+    for search in searches:
+        if search.adaptive:
+            needed |= {path for path in search.wanted if store.done(path)}
+    return needed
+
+
+# -------------------------------------------------------------------------------------------- locks
 @contextlib.contextmanager
 def claim(folder: Path, wait: bool = False):
-    """`with claim(folder) as ours`: True when no other process has this folder, which is made,
-    until the block ends or this process dies; with `wait` it becomes so. UserError on a file system
-    without locks."""
+    """`with claim(folder) as ours`: True when no other process has claimed this folder, which is
+    made, until the block ends or this process dies. With `wait`, wait until it is free. UserError
+    on a file system without locks."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
@@ -91,3 +233,16 @@ def claim(folder: Path, wait: bool = False):
             yield True
         finally:
             fcntl.flock(lock, fcntl.LOCK_UN)  # loader processes may hold a copy of the handle
+
+
+def fill_once(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Return when `folder` is there. One process fills a folder beside it, which then gets its
+    name, so that nobody ever sees a half of it; the others wait."""
+    with claim(folder.with_name(f".{folder.name}"), wait=True):
+        if folder.is_dir():
+            return
+        temporary = folder.with_name(f".{folder.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        fill(temporary)
+        temporary.rename(folder)
