@@ -1,49 +1,77 @@
-"""The GIST and RIST of Iterative Self-Training for Semi-Supervised Segmentation.
+"""Self-training for semantic segmentation in many stages, and two searches for their best order.
+
+The GIST and RIST of Iterative Self-Training for Semi-Supervised Segmentation.
 Teh, DeVries, Duke, Jiang, Aarabi, Taylor. CRV 2022. https://arxiv.org/abs/2103.17105
 
-Self-training, repeated for many stages at one mix of human and pseudo labels (FIST), ends worse
+A network learns from a few labeled images (stage 0), labels all other images, and is trained on in
+stages. When every stage mixes human and pseudo labels at one ratio (FIST), the network ends worse
 than it began: one class spreads over the images. Stages that learn from human labels alone (L) or
-pseudo labels alone (P) do better, along a path such as LPPLLLPPL. GIST finds one by beam search,
-RIST draws some; a small development set picks among all stages of all paths. Weights follow from
-the path alone, so each node is trained once, by whichever process is free.
+from pseudo labels alone (P) do better, along a path such as LPPLLLPPL. GIST finds a path by beam
+search, RIST draws some at random, and a small development set picks the best stage of all paths.
+The weights of a stage follow from its path alone, so each is trained once, by any free process.
 
-    paper                                           this file
-    Eq. 1     cross entropy on labels               cross_entropy
-    Eq. 2     labels and pseudo labels, by alpha    refine_step
-    Eq. 3     mean teacher of the consistency loss  ema_update
-    Eqs. 4, 5 outputs and features of both          SegNet, refine_step
-    Eqs. 6, 7, 8  consistency loss CL               consistency
-    Eq. 9     Label Erase LE, and TS before it      pseudo_label
-    Algorithm 1   GIST, the search                  gist
-    Algorithm 2   RIST, the search                  rist_path, search_all
-    Algorithm 1, lines 6 to 8    pseudo labels      label_images
-    Algorithm 1, lines 9 to 12   K iterations       refine, refine_step, fit
-    Algorithm 1, line 14         EVAL               score, dev_miou
-    Sec. III-B    FIST; Fig. 6: batch-wise random   search_all, alpha_of
-    Sec. IV       network, schedule, augmentation   SegNet, poly, augment
-    Sec. IV       stage 0: labels, S4GAN, ClassMix  supervised_step, s4gan_step, classmix_step
-    (not in the paper) nodes, shared and resumable  Tree, search_all
+    paper                       what it is                    here
+    Eq. 1                       cross entropy on labels       upsampled_cross_entropy
+    Eq. 2                       labels and pseudo labels      mix_losses
+    Eq. 3                       mean teacher                  ema_update
+    Eqs. 4, 5                   outputs and features          outputs_and_features
+    Eqs. 6, 7, 8                consistency loss CL           consistency
+    Eq. 9                       Label Erase LE, with TS       label_erase
+    Algorithm 1, lines 1 to 5   GIST: two children each       gist
+    Algorithm 1, lines 6 to 8   pseudo labels                 label_images, label_erase
+    Algorithm 1, lines 9 to 12  K iterations                  refine, fit, refine_step, update
+    Algorithm 1, lines 13, 14   a child and its score         finish_node, evaluate, dev_miou
+    Algorithm 1, lines 17, 18   the best G go on              gist, Tree.order
+    Algorithm 2, lines 1, 2     RIST: alpha of each stage     rist_path
+    Algorithm 2, line 3         weights of the stage before   refine
+    Algorithm 2, lines 4 to 6   pseudo labels                 label_images, label_erase
+    Algorithm 2, lines 7 to 10  K iterations                  refine, fit, refine_step, update
+    Sec. III-B                  FIST                          planned_paths, --search, --alpha
+    Sec. III-C                  add-ons CL, LE, TS            --cl, --cl-on, --phi, --temp
+    Sec. IV                     network                       SegNet, caffe_style
+    Sec. IV                     schedule, optimizer           learning_rate_factor, sgd
+    Sec. IV                     augmentation                  augment, resized
+    Sec. IV                     development set, choice       hold_out, Tree.best
+    Table I                     three kinds of stage 0        --split, --stage0, supervised_step,
+                                                              s4gan_step, classmix_step
+    Table II                    15 paths of RIST              --trials, --independent, --path,
+                                                              table_of_paths, group_scores,
+                                                              longest_run
+    Table III                   development set's size        --dev-size, --dev-reserve,
+                                                              table_of_dev_sizes
+    Table IV                    beam of GIST                  --beam
+    Table V                     without the add-ons           --cl, --phi, --temp
+    Figs. 1, 6                  scores by stage; batch-wise   --search, --alpha, draw_curves
+    Figs. 2, 8, 9               predicted masks               draw_masks, bloat
+    Fig. 3                      tree of a search              draw_tree
+    Fig. 4                      picture of CL                 outputs_and_features, consistency
+    Fig. 5                      confidences without, with TS  confidence_histograms, draw_curves
+    Fig. 7                      best of n paths               best_of, table_of_best_of_n
+    (not in the paper)          nodes of many processes       Tree, search_all
 
 Shapes: B images, K classes, H x W pixels, h x w cells of stride 8. Suffix _l labeled, _u unlabeled,
 _p pseudo-labeled. Lines marked DEPARTS[name] leave the paper or decide what it leaves open;
 docs/gist_rist.md says why.
 
-    torchrun --nproc_per_node 8 gist_rist.py --split 1/50 --weights resnet101COCO-41f33a49.pth    # VOC 2012
-    python gist_rist.py --dataset shapes                      # embedded data, no download, CPU, minutes
+    torchrun --nproc_per_node 8 gist_rist.py --split 1/50 --weights resnet101COCO-41f33a49.pth
+    python gist_rist.py --dataset shapes                 # embedded data, no download, CPU, minutes
 """
+
+from __future__ import annotations
 
 import hashlib
 import itertools
 import json
+import math
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
+import msgspec
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -59,6 +87,8 @@ from common import (
     files,
     loading,
     metrics,
+    nodes,
+    plots,
     predictions,
     runs,
     semantic,
@@ -67,20 +97,30 @@ from common import (
 )
 from common.distributed import World, rng
 from common.errors import UserError
-from common.nodes import Nodes, claim, fingerprint
+from common.nodes import Nodes, Search, fingerprint
 from common.semantic import Batch, Picture, Segmentation
-from data import gist_report, shapes
 
 SCRIPT, IGNORE, ROOT = "gist_rist.py", 255, ""  # ROOT is the path of stage 0
 
+# Numbers that no table of the paper varies, and so without a flag.
+MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4  # Sec. IV
+CL_DECAY, CL_DROP = 0.99, 0.5  # beta of Eq. 3, dropout of Eqs. 6 and 7. DEPARTS[cl]
+GAN_FEATURES, GAN_SELF_TRAINING = 0.1, 1.0  # weights of two losses of S4GAN. DEPARTS[s4gan]
+MIX_DECAY, MIX_CONFIDENCE = 0.99, 0.968  # ClassMix: EMA, and a sure pixel. DEPARTS[classmix]
 
 # ========================================================================================= settings
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+
+
 @dataclass
 class Args:
-    """GIST and RIST. --dataset picks the paper's numbers, other flags override them. DEPARTS: see
-    docs."""
+    """Train a segmentation network on few labels, then on in stages that learn from the labels or
+    from its own predictions, in an order that GIST or RIST searches for. --dataset picks the
+    paper's numbers, every other flag overrides one of them. Marks such as DEPARTS[cl] are explained
+    in docs/gist_rist.md."""
 
-    # data and bookkeeping
+    # data
     # what to train on; also picks the defaults
     dataset: Literal["voc", "cityscapes", "shapes", "folder"] = "voc"
     root: str = "datasets/voc"  # where the data lie, see data/README.md
@@ -89,97 +129,95 @@ class Args:
     split_seed: int = 0  # which draw, for random splits
     unlabeled: str = ""  # folder or list of unlabeled images; empty: all other training images
     val: str = "val"  # name of the list or folder that is scored; nothing is chosen on it
-    dev_size: int = 50  # labeled images that only choose stages and paths, Sec. IV. DEPARTS[dev]
-    dev_reserve: int = 0  # images kept out of training for it, at least dev_size; 500 for Table III
-    out: str = ""  # run folder; empty: runs/gist_rist-<dataset>-<split>-d<split seed>-s<seed>
-    store: str = "runs/gist_rist-nodes"  # trained nodes, shared by runs, searches and processes
-    resume: bool = False  # continue the run in --out; nodes in the store are never trained twice
-    # initial weights, order of images, augmentation, RIST's draws; each node adds its path
-    seed: int = 0
-    workers: int = loading.default_workers()  # decoding processes per training process and stream
-    # CPU threads of a process: sums, and so weights, differ in the last bit between numbers of them
-    threads: int = 1
-    device: str = "auto"  # auto, cpu, cuda
-    precision: Literal["fp32", "bf16"] = "fp32"  # inside the network
-    compile: bool = False  # torch.compile the networks
-    eval_every: int = 1000  # steps of stage 0 between evaluations on the development set
-    save_every: int = 500  # steps between checkpoints of a node in training
-    log_every: int = 50  # steps between log lines
-    # keep the weights of all nodes, not only of those which a search may still need
-    keep_nodes: bool = False
-    # score every node on val, too: to report (Fig. 1, Table II), never to choose
-    val_every_stage: bool = False
-    eval: str = ""  # evaluate this checkpoint, train nothing
-    # checkpoint, then images or folders: write predictions
-    predict: list[str] = field(default_factory=list)
-    # write tables and pictures of this finished run, from its nodes, and train nothing
-    report: str = ""
+    # labeled images beside the split that only choose stages and paths, Sec. IV. DEPARTS[dev]
+    dev_size: Positive = 50
+    # labeled images kept out of training for --dev-size, and never fewer; 500 for Table III
+    dev_reserve: int = 0
+
+    # the search (Sec. III-B)
+    # which searches to run, side by side; batchwise is Fig. 6, path walks the paths of --path
+    search: tuple[Literal["fist", "gist", "rist", "batchwise", "path"], ...] = ("gist", "rist")
+    stages: int = 9  # S, refinement stages of a path
+    beam: Positive = 1  # GIST: G, Table IV
+    trials: Positive = 2  # RIST: number of paths, Table II
+    # FIST: share of labels alpha, Eq. 2; several: several paths. DEPARTS[fist]
+    alpha: tuple[Share, ...] = (0.75,)
+    path: tuple[str, ...] = ()  # with --search path: paths such as LPPLLLPPL, Tables II and IV
+    # RIST: draw a path again that has more equal letters in a row; 0: never. DEPARTS[max-run]
+    max_run: int = 0
+    # RIST: paths share no nodes, not even equal beginnings, as a study of the spread needs it
+    independent: bool = False
+
+    # a refinement stage (Sec. III)
+    steps: Positive = 3000  # K, iterations of a stage
+    cl: float = 1.0  # weight of the consistency loss, Eq. 8; 0: none, Table V. DEPARTS[cl]
+    # images of the consistency loss: labeled and unlabeled, or those that the stage learns from
+    cl_on: Literal["both", "active"] = "both"
+    # phi of Label Erase, Eq. 9; 0: none, Table V; without TS about 0.9. DEPARTS[le]
+    phi: Annotated[float, msgspec.Meta(ge=0, le=2)] = 0.5
+    # T multiplies the logits before the confidence of Eq. 9; 1: no TS, Table V. DEPARTS[ts]
+    temp: Annotated[float, msgspec.Meta(ge=1e-6, le=1e6)] = 0.2
+
+    # stage 0 (Table I)
+    # supervised, s4gan, classmix, or a checkpoint to start from. DEPARTS[stage0-best]
+    stage0: str = "supervised"
+    stage0_steps: Positive = 25_000  # iterations of stage 0
+    gan_lr: float = 1e-4  # S4GAN: learning rate of the discriminator. DEPARTS[s4gan]
+    gan_gamma: Share = 0.6  # S4GAN: score above which an image is trusted. DEPARTS[s4gan]
+    mix_colour: bool = False  # ClassMix: jitter and blur the mixed images. DEPARTS[classmix]
 
     # network (Sec. IV: DeepLabV2 from MS-COCO weights, all BatchNorm frozen)
     # the Caffe-style ResNet of COCO weights; or a timm name, else a torchvision one
     backbone: str = "caffe_resnet101"
     # a file of COCO weights; imagenet, none, shapes, or a file for another backbone
     weights: str = ""
-    # channel order and scale. DEPARTS[pixels]
-    pixels: Literal["auto", "bgr", "rgb", "imagenet"] = "auto"
-    # load the file's classifier, too, where the classes agree. DEPARTS[init-head]
-    init_head: bool = False
-    # of timm and torchvision backbones; the Caffe-style one has 8
+    # channel order and scale that the weights expect: bgr for COCO weights. DEPARTS[pixels]
+    pixels: Literal["bgr", "rgb", "imagenet"] = "bgr"
+    # stride of a timm or torchvision backbone; the Caffe-style one has 8
     output_stride: Literal[8, 16, 32] = 8
-    # of the backbone's own stages, the last ones to leave out; -1: those without weights in the
-    # file
-    cut: int = -1
-    aspp_rates: tuple[int, ...] = (6, 12, 18, 24)  # dilations, summed. DEPARTS[aspp]
-    # BatchNorm; auto: live in stage 0 without weights. DEPARTS[bn]
-    bn: Literal["auto", "frozen", "live"] = "auto"
+    # how many of the backbone's last stages to leave out, when the file lacks their weights
+    cut: Annotated[int, msgspec.Meta(ge=0, le=3)] = 0
+    # dilations of the classifier's branches, which are summed. DEPARTS[aspp]
+    aspp_rates: tuple[Annotated[int, msgspec.Meta(ge=1, le=512)], ...] = (6, 12, 18, 24)
+    # BatchNorm; live for weights that do not know the domain, and for none at all. DEPARTS[bn]
+    bn: Literal["frozen", "live"] = "frozen"
 
     # optimisation (Sec. IV)
-    batch_size: int = 8  # labeled images per step of a node, and as many unlabeled
-    # of images and labels, before anything else; Cityscapes 0.5. DEPARTS[cityscapes]
-    resize: float = 1
-    crop_size: tuple[int, int] = (321, 321)  # height and width in training
-    scale: tuple[float, float] = (0.5, 1.5)  # random resizing. DEPARTS[scale]
-    lr: float = 2.5e-4  # of the backbone
-    backbone_lr: float = 1  # times lr, for the backbone; older code does about 3. DEPARTS[lr]
+    # labeled images per step of a node, and as many unlabeled
+    batch_size: Annotated[int, msgspec.Meta(ge=2)] = 8
+    # size of images and labels before anything else; Cityscapes 0.5. DEPARTS[cityscapes]
+    resize: Annotated[float, msgspec.Meta(ge=0.05, le=20)] = 1
+    # height and width in training
+    crop_size: tuple[Annotated[int, msgspec.Meta(ge=16)], Annotated[int, msgspec.Meta(ge=16)]] = (
+        321,
+        321,
+    )
+    scale: tuple[float, float] = (0.5, 1.5)  # random resizing, lowest and highest. DEPARTS[scale]
+    lr: float = 2.5e-4  # of the backbone, at the beginning of each node
     head_lr: float = 10  # times lr, for the classifier. DEPARTS[lr]
-    weight_decay: float = 5e-4  # of SGD
-    stage0_steps: int = 25_000  # of stage 0
-    steps: int = 3000  # K, of each refinement stage; Cityscapes 4000
-    stages: int = 9  # S
 
-    # stage 0 (Table I)
-    stage0: str = "supervised"  # supervised, s4gan, classmix, or a checkpoint to start from
-    gan_lr: float = 1e-4  # S4GAN: of the discriminator. DEPARTS[s4gan]
-    gan_gamma: float = 0.6  # S4GAN: score above which an image is trusted
-    gan_fm: float = 0.1  # S4GAN: weight of feature matching
-    gan_st: float = 1.0  # S4GAN: weight of self-training
-    # ClassMix: confidence that counts for the weight. DEPARTS[classmix]
-    mix_threshold: float = 0.968
-    mix_alpha: float = 0.99  # ClassMix: EMA of the teacher
-    mix_weight: float = 1.0  # ClassMix: weight of the unlabeled loss
-    mix_colour: bool = False  # ClassMix: jitter and blur the mixed images
-
-    # refinement (Sec. III) and the paper's tables
-    # Figs. 1, 6; Table I
-    search: tuple[Literal["fist", "gist", "rist", "batchwise", "path"], ...] = ("gist", "rist")
-    # FIST: share of labels, Eq. 2; several: several paths. DEPARTS[fist]
-    alpha: tuple[float, ...] = (0.75,)
-    beam: int = 1  # GIST: G, Table IV
-    trials: int = 2  # RIST: paths, Table II
-    path: tuple[str, ...] = ()  # with --search path: paths such as LPPLLLPPL
-    # RIST: draw again a path with more equal letters in a row; 0: off. DEPARTS[max-run]
-    max_run: int = 0
-    # RIST: paths share no nodes, not even equal beginnings: for a study of the spread
-    independent: bool = False
-    cl: float = 1.0  # weight of the consistency loss, Eq. 8; 0: none, Table V. DEPARTS[cl]
-    cl_beta: float = 0.99  # EMA of its teacher, Eq. 3. DEPARTS[cl]
-    cl_drop: float = 0.5  # dropout of Eqs. 6 and 7. DEPARTS[cl]
-    # labeled and unlabeled images, or those that the stage learns from
-    cl_on: Literal["both", "active"] = "both"
-    # Label Erase, Eq. 9; 0: none, Table V; -1: 0.5 with --temp below 1, else 0.9. DEPARTS[le]
-    phi: float = -1
-    # T multiplies the logits before the confidence of Eq. 9; 1: none, Table V. DEPARTS[ts]
-    temp: float = 0.2
+    # the run
+    out: str = ""  # run folder; empty: runs/gist_rist-<dataset>-<split>-d<split seed>-s<seed>
+    store: str = "runs/gist_rist-nodes"  # trained nodes, shared by runs, searches and processes
+    resume: bool = False  # continue the run in --out; nodes in the store are never trained twice
+    # initial weights, order of images, augmentation, RIST's draws; each node adds its path
+    seed: int = 0
+    # keep the weights of all nodes, not only of those which a search may still need
+    keep_nodes: bool = False
+    # score every node on val, too: to report (Fig. 1, Table II), never to choose
+    val_every_stage: bool = False
+    eval_every: Positive = 1000  # steps of stage 0 between evaluations on the development set
+    save_every: Positive = 500  # steps between checkpoints of a node in training
+    log_every: Positive = 50  # steps between log lines
+    workers: int = loading.default_workers()  # decoding processes per training process and stream
+    device: str = "auto"  # auto, cpu, cuda
+    precision: Literal["fp32", "bf16"] = "fp32"  # inside the network
+    compile: bool = False  # torch.compile the networks in training
+    eval: str = ""  # score this checkpoint on val, train nothing
+    # checkpoint, then images or folders: write predictions
+    predict: list[str] = field(default_factory=list)
+    # write tables and pictures of this finished run, from its nodes, and train nothing
+    report: str = ""
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -199,6 +237,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         split="random:10",
         backbone="test_resnet",
         weights="shapes",
+        pixels="imagenet",
         bn="live",
         aspp_rates=(1, 2, 3, 4),
         resize=2,
@@ -214,15 +253,16 @@ PRESETS: dict[str, dict[str, Any]] = {
         val_every_stage=True,
     ),
     "folder": dict(
-        root="datasets/folder", split="random:1/8", backbone="resnet50.tv_in1k", weights="imagenet"
+        root="datasets/folder",
+        split="random:1/8",
+        backbone="resnet50.tv_in1k",
+        weights="imagenet",
+        pixels="imagenet",
     ),
 }
 
-
-# Table I
-CITYSCAPES = {
-    f"1/{n}": f"random:{m}" for n, m in ((50, 59), (30, 100), (20, 148), (8, 371), (4, 743))
-}
+# Table I: how many images the fractions of Cityscapes are; drawn uniformly. DEPARTS[cityscapes]
+CITYSCAPES = {"1/50": 59, "1/30": 100, "1/20": 148, "1/8": 371, "1/4": 743}
 
 
 def preset(dataset: str = "voc", **overrides: Any) -> Args:
@@ -230,28 +270,78 @@ def preset(dataset: str = "voc", **overrides: Any) -> Args:
     return Args(**(dict(dataset=dataset) | PRESETS[dataset] | overrides))
 
 
+# ======================================================================================== equations
+def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, K, h, w) -> (B, K, *size), corners aligned."""
+    return F.interpolate(logits, size=size, mode="bilinear", align_corners=True)
+
+
+def upsampled_cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
+    """Eq. 1: the mean over the labeled pixels of the batch, at the labels' size; 0 without any.
+    Logits (B, K, h, w), labels (B, H, W) int64 with 255 where a pixel has none. DEPARTS[mean]"""
+    logits = upsample(logits, label.shape[-2:])
+    loss = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="sum")
+    return loss / (label != IGNORE).sum().clamp(min=1)
+
+
+def mix_losses(loss_l: Tensor | float, loss_p: Tensor | float, alpha: float) -> Tensor | float:
+    """Eq. 2: the loss on labels and the loss on pseudo labels, by the share of labels alpha."""
+    return alpha * loss_l + (1 - alpha) * loss_p
+
+
+# SAME AS gta_seg.py:ema_update
+@torch.no_grad()
+def ema_update(target: nn.Module, source: nn.Module, decay: float) -> None:
+    """target <- decay * target + (1 - decay) * source, in place, for every parameter and for
+    BatchNorm's running statistics; its integer counters stay. A decay of 0 copies."""
+    targets = [*target.parameters(), *target.buffers()]
+    sources = [*source.parameters(), *source.buffers()]
+    pairs = [(t, s) for t, s in zip(targets, sources, strict=True) if t.is_floating_point()]
+    torch._foreach_lerp_([t for t, _ in pairs], [s for _, s in pairs], 1 - decay)
+
+
+def outputs_and_features(
+    student: nn.Module, teacher: nn.Module | None, images: Tensor, valid: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Eqs. 4 and 5: the student's logits o (B, K, h, w) and features f (B, C, h, w), and the
+    teacher's features f*, which carry no gradient; None without a teacher. Networks map images
+    (B, 3, H, W) and a mask of what is not padding (B, H, W) to logits and features."""
+    o, f = student(images, valid)
+    if teacher is None:
+        return o, f, None
+    with torch.no_grad():
+        _, f_teacher = teacher(images, valid)
+    return o, f, f_teacher
+
+
+def consistency(f: Tensor, f_teacher: Tensor, drop: float) -> Tensor:
+    """Eqs. 6, 7, 8: mean |drop(pool(f)) - drop(pool(f*))| of features (B, C, h, w), with a dropout
+    mask for each of the two. DEPARTS[cl]"""
+    pooled = F.dropout(f.mean((2, 3)), drop)
+    pooled_teacher = F.dropout(f_teacher.mean((2, 3)), drop)
+    return (pooled - pooled_teacher).abs().mean()
+
+
+def label_erase(logits: Tensor, phi: float, temp: float) -> tuple[Tensor, Tensor]:
+    """Eq. 9: labels (B, H, W), the class where its confidence reaches `phi` and 255 elsewhere, and
+    the confidences (B, H, W), of logits (B, K, H, W).
+
+    The confidence is the softmax of `temp` times the logits: temperature scaling (TS), which
+    cannot change the class. DEPARTS[ts]"""
+    confidence, label = (temp * logits).softmax(dim=1).max(dim=1)
+    return label.masked_fill(confidence < phi, IGNORE), confidence
+
+
+def learning_rate_factor(step: int, total: int) -> float:
+    """Sec. IV: lr / lr_0 = (1 - iter / max_iter)^0.9."""
+    return max(0.0, 1 - step / total) ** 0.9
+
+
 # ========================================================================================== network
-def caffe_style(body: nn.Module) -> None:
-    """Make a timm ResNet, in place, the one of DeepLabV2's COCO weights: ceil-mode pooling, strides
-    on the first 1x1 convolution, stride 8 in all, and stages three and four dilated in all their
-    blocks, the first included."""
-    body.maxpool.ceil_mode = True
-    for name, stride, dilation in (
-        ("layer1", 1, 1),
-        ("layer2", 2, 1),
-        ("layer3", 1, 2),
-        ("layer4", 1, 4),
-    ):
-        for i, block in enumerate(layer := getattr(body, name)):
-            block.conv1.stride, block.conv2.stride = (stride if i == 0 else 1,) * 2, (1, 1)
-            block.conv2.dilation = block.conv2.padding = (dilation, dilation)
-        layer[0].downsample[0].stride = (stride, stride)
-
-
 CAFFE = ("caffe_resnet50", "caffe_resnet101", "caffe_resnet152")
+CAFFE_STAGES = {"layer1": (1, 1), "layer2": (2, 1), "layer3": (1, 2), "layer4": (1, 4)}
 
-
-# RGB
+# of RGB pixels in 0..255, as the older code has them
 MEAN = {
     "voc": (122.67891434, 116.66876762, 104.00698793),
     "cityscapes": (73.15835921, 82.90891754, 72.39239876),
@@ -260,63 +350,72 @@ MEAN = {
 
 class SegNet(nn.Module):
     """DeepLabV2: RGB images (B, 3, H, W) in 0..255 -> float32 logits (B, K, h, w), and the features
-    (B, C, h, w) before ASPP, Eqs. 4 and 5. With `frozen`, BatchNorm keeps its statistics and
-    weights in every mode. DEPARTS[bn]"""
+    (B, C, h, w) before ASPP, Eqs. 4 and 5. `pretrained`: with timm's or torchvision's weights. When
+    `frozen`, BatchNorm keeps its statistics and weights in every mode. DEPARTS[bn]"""
 
     def __init__(self, args: Args, num_classes: int, pretrained: bool = False):
         super().__init__()
-        self.pixels, self.bf16, self.frozen = args.pixels, args.precision == "bf16", False
-        caffe = args.backbone in CAFFE
-        make = partial(
-            backbones.build,
-            args.backbone.removeprefix("caffe_"),
-            32 if caffe else args.output_stride,
-        )
-        self.backbone, _, channels = make(pretrained)
+        self.pixels, self.bf16 = args.pixels, args.precision == "bf16"
+        self.frozen = args.bn == "frozen"
+        is_caffe = args.backbone in CAFFE
+        name = args.backbone.removeprefix("caffe_")
+        stride = 32 if is_caffe else args.output_stride
+        kept = {}
         if args.cut > 0:
-            self.backbone, _, channels = make(
-                pretrained, out_indices=tuple(range(len(channels) - args.cut))
-            )
-        if caffe:
+            _, _, all_channels = backbones.build(name, stride)
+            kept = {"out_indices": tuple(range(len(all_channels) - args.cut))}
+        self.backbone, _, channels = backbones.build(name, stride, pretrained, **kept)
+        if is_caffe:
             caffe_style(self.backbone)
-        conv = partial(nn.Conv2d, channels[-1], num_classes, 3)
-        # DEPARTS[aspp]
-        self.head = nn.ModuleList(conv(padding=rate, dilation=rate) for rate in args.aspp_rates)
-        self.register_buffer(
-            "mean",
-            torch.tensor(MEAN.get(args.dataset, MEAN["voc"]))[:, None, None],
-            persistent=False,
+        self.head = nn.ModuleList(  # DEPARTS[aspp]
+            nn.Conv2d(channels[-1], num_classes, 3, padding=rate, dilation=rate)
+            for rate in args.aspp_rates
         )
         for branch in self.head:
             nn.init.normal_(branch.weight, std=0.01)
             nn.init.zeros_(branch.bias)
+        mean = torch.tensor(MEAN.get(args.dataset, MEAN["voc"]))[:, None, None]
+        self.register_buffer("mean", mean, persistent=False)
+        self.train()
 
-    def train(self, mode: bool = True) -> "SegNet":
+    def train(self, mode: bool = True) -> SegNet:
         super().train(mode)
-        for m in self.modules() if self.frozen else ():
-            if isinstance(m, nn.modules.batchnorm._BatchNorm):
-                m.eval().requires_grad_(False)
+        if self.frozen:
+            for module in self.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval().requires_grad_(False)
         return self
 
     def scaled(self, images: Tensor, valid: Tensor | None) -> Tensor:
         """Pixels as the weights want them, padding 0, which is the mean colour. DEPARTS[pixels]"""
         if self.pixels == "imagenet":
             return transforms.normalize(images, valid)
-        images = (
-            (images.float() - self.mean).flip(1)
-            if self.pixels == "bgr"
-            else images.float() - self.mean
-        )
+        images = images.float() - self.mean
+        if self.pixels == "bgr":
+            images = images.flip(1)
         return images if valid is None else images * valid[:, None]
 
     def forward(self, images: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        with torch.autocast(
-            "cuda" if images.is_cuda else "cpu", dtype=torch.bfloat16, enabled=self.bf16
-        ):
-            f = self.backbone(
-                self.scaled(images, valid).contiguous(memory_format=torch.channels_last)
-            )[-1]
-            return sum(branch(f) for branch in self.head).float(), f.float()
+        device = "cuda" if images.is_cuda else "cpu"
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=self.bf16):
+            pixels = self.scaled(images, valid).contiguous(memory_format=torch.channels_last)
+            features = self.backbone(pixels)[-1]
+            logits = sum(branch(features) for branch in self.head)
+        return logits.float(), features.float()
+
+
+def caffe_style(body: nn.Module) -> None:
+    """Make a timm ResNet, in place, the one of DeepLabV2's COCO weights: ceil-mode pooling, strides
+    on the first 1x1 convolution, stride 8 in all, and stages three and four dilated in all their
+    blocks, the first included."""
+    body.maxpool.ceil_mode = True
+    for name, (stride, dilation) in CAFFE_STAGES.items():
+        layer = getattr(body, name)
+        for i, block in enumerate(layer):
+            block.conv1.stride = (stride, stride) if i == 0 else (1, 1)
+            block.conv2.stride = (1, 1)
+            block.conv2.dilation = block.conv2.padding = (dilation, dilation)
+        layer[0].downsample[0].stride = (stride, stride)
 
 
 class Discriminator(nn.Module):
@@ -331,153 +430,10 @@ class Discriminator(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         for i, conv in enumerate(self.convs):
-            x = F.dropout2d(F.leaky_relu(conv(x), 0.2), 0.5, self.training and i < 3)
-        return self.score(x := x.mean((2, 3)))[:, 0].sigmoid(), x
-
-
-def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """(B, K, h, w) -> (B, K, *size), corners aligned."""
-    return F.interpolate(logits, size=size, mode="bilinear", align_corners=True)
-
-
-def backbone_weights(args: Args) -> dict[str, Tensor] | None:
-    """The tensors that --weights names, a file's or the embedded data's own; None for imagenet and
-    none."""
-    if args.weights in ("imagenet", "none"):
-        return None
-    if args.weights == "shapes":
-        return checkpoints.read_weights(shapes.pretrained(Path(args.root), args.backbone))
-    return checkpoints.read_weights(Path(args.weights))
-
-
-def find_data(args: Args, classes: list[str] | None = None) -> Segmentation:
-    """The data set that --dataset and --root name; the embedded one is drawn on first use."""
-    root = Path(args.root)
-    if args.dataset == "shapes":
-        root = shapes.make_voc(root / "voc")
-    return semantic.find(args.dataset, root, args.val, classes)
-
-
-def initial(args: Args, num_classes: int) -> tuple[Args, dict[str, Tensor] | None, list[str]]:
-    """--weights: the settings they imply (pixels, cut), the tensors of a SegNet or None, and lines
-    for the user."""
-    if args.dataset in ("voc", "cityscapes") and not args.weights:
-        raise UserError(
-            "The paper starts from MS-COCO weights: give the file resnet101COCO-41f33a49.pth (or another "
-            "layout of docs/gist_rist.md) with --weights FILE, or start with --weights imagenet."
-        )
-    file, caffe, notes = args.weights not in ("", "none", "imagenet"), args.backbone in CAFFE, []
-    weights = backbone_weights(args) if file else None
-    if caffe and args.weights == "imagenet":
-        weights = backbones.build(args.backbone.removeprefix("caffe_") + ".tv_in1k", 32, True)[
-            0
-        ].state_dict()
-    # not torchvision's
-    coco = caffe and file and not ("fc.weight" in weights and "layer1.0.conv1.weight" in weights)
-    if args.cut < 0:
-        last = [
-            *SegNet(
-                args, num_classes, args.weights == "imagenet" and not caffe
-            ).backbone.named_children()
-        ][-1][0]
-        args = replace(
-            args, cut=int(file and not caffe and not any(k.startswith(f"{last}.") for k in weights))
-        )
-    if args.pixels == "auto":
-        args = replace(args, pixels="bgr" if coco else "imagenet")
-    if weights is None:
-        return args, None, notes
-    distributed.seed_torch(args.seed, "student")
-    net = SegNet(args, num_classes)
-    if caffe:
-        weights = {deeplab_name(name): value for name, value in weights.items()}
-        own = {
-            k: v.shape
-            for k, v in net.backbone.state_dict().items()
-            if not k.endswith("num_batches_tracked")
-        }
-        if lost := [k for k, shape in own.items() if k not in weights or weights[k].shape != shape]:
-            raise UserError(
-                f"{args.weights} lacks {len(lost)} tensors, such as {lost[0]}; layouts: docs/gist_rist.md"
-            )
-        head = {
-            k.removeprefix("head."): weights.pop(k) for k in list(weights) if k.startswith("head.")
-        }
-        said = (
-            f"; its classifier {head['0.weight'].std():.4f} in deviation (0.01: untrained)"
-            if head
-            else ""
-        )
-        notes.append(
-            f"of {args.weights}: {'COCO, BGR 0 to 255' if coco else 'ImageNet, normalised RGB'}{said}"
-        )
-        if args.init_head and len(head.get("0.bias", ())) == num_classes:
-            notes += checkpoints.load_matching(net.head, head, args.weights)
-    notes += checkpoints.load_matching(net.backbone, weights, args.weights)
-    return args, net.state_dict(), notes
-
-
-# ======================================================================================== equations
-def cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
-    """Eq. 1, the mean over the batch's labeled pixels. DEPARTS[mean] (B, K, h, w), upsampled, and
-    (B, H, W) -> ()."""
-    logits = upsample(logits, label.shape[-2:])
-    loss = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="sum")
-    return loss / (label != IGNORE).sum().clamp(min=1)
-
-
-def consistency(f: Tensor, f_teacher: Tensor, drop: float) -> Tensor:
-    """Eqs. 6, 7, 8: mean |drop(pool(f)) - drop(pool(f*))|, masks drawn apart. (B, C, h, w) twice ->
-    (). DEPARTS[cl]"""
-    pooled, pooled_teacher = (F.dropout(x.mean((2, 3)), drop) for x in (f, f_teacher))
-    return (pooled - pooled_teacher).abs().mean()
-
-
-def pseudo_label(logits: Tensor, phi: float, temp: float) -> tuple[Tensor, Tensor]:
-    """Eq. 9: the class where the confidence reaches `phi`, 255 elsewhere, and the confidence (B, H,
-    W).
-
-    The confidence is the softmax of `temp` times the logits: temperature scaling, which moves no
-    argmax. DEPARTS[ts]"""
-    conf, label = (temp * logits).softmax(dim=1).max(dim=1)
-    return label.masked_fill(conf < phi, IGNORE), conf
-
-
-@torch.no_grad()
-def ema_update(target: nn.Module, source: nn.Module, decay: float) -> None:
-    """Eq. 3: target <- decay * target + (1 - decay) * source, in place; BatchNorm statistics, too,
-    where they move."""
-    t, s = (
-        [x for x in itertools.chain(net.parameters(), net.buffers()) if x.is_floating_point()]
-        for net in (target, source)
-    )
-    torch._foreach_lerp_(t, s, 1 - decay)
-
-
-def classmix_mask(label: Tensor, scores: Tensor) -> Tensor:
-    """ClassMix: half of each image's classes, rounded down. label (B, H, W) with 255 for none,
-    `scores` (B, K) random -> (B, H, W) bool, True on the classes with the smallest scores."""
-    b, k = scores.shape
-    present = (
-        torch.zeros(b, k + 1, device=label.device).scatter_(1, label.clamp(max=k).flatten(1), 1)[
-            :, :k
-        ]
-        > 0
-    )
-    rank = torch.where(present, scores, torch.inf).argsort(1).argsort(1)
-    # 255 is never chosen
-    chosen = F.pad((rank < present.sum(1, keepdim=True) // 2) & present, (0, 1))
-    return chosen.gather(1, label.clamp(max=k).flatten(1)).view_as(label)
-
-
-def minmax01(images: Tensor) -> Tensor:
-    """S4GAN: the batch (B, 3, H, W), stretched to [0, 1] by its own extremes."""
-    return (images - images.min()) / (images.max() - images.min()).clamp(min=1e-6)
-
-
-def poly(step: int, total: int) -> float:
-    """Sec. IV: lr / lr_0 = (1 - iter / max_iter)^0.9."""
-    return max(0.0, 1 - step / total) ** 0.9
+            x = F.leaky_relu(conv(x), 0.2)
+            x = F.dropout2d(x, 0.5, self.training and i < 3)
+        features = x.mean((2, 3))
+        return self.score(features)[:, 0].sigmoid(), features
 
 
 # =================================================================================== training steps
@@ -491,11 +447,17 @@ class State:
     critic: Discriminator | None = None  # of S4GAN
     opt_critic: torch.optim.Optimizer | None = None
     step: int = 0
-    best: tuple[float, int] = (-1.0, 0)  # stage 0: the best development score so far, and its step
+    scored: int = 0  # stage 0: the last step that was scored on the development images
+    best_dev: float = -1.0  # stage 0: the best development score so far
+    best_step: int = 0  # and its step
 
-    def of(self, kind: type) -> dict[str, Any]:
-        """The networks or the optimizers, by name."""
-        return {name: value for name, value in vars(self).items() if isinstance(value, kind)}
+    def networks(self) -> dict[str, nn.Module]:
+        named = {"student": self.student, "teacher": self.teacher, "critic": self.critic}
+        return {name: network for name, network in named.items() if network is not None}
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        named = {"opt": self.opt, "opt_critic": self.opt_critic}
+        return {name: optimizer for name, optimizer in named.items() if optimizer is not None}
 
 
 def refine_step(
@@ -507,109 +469,34 @@ def refine_step(
     labeled: Batch | None = None,
     pseudo: Batch | None = None,
 ) -> dict[str, Tensor]:
-    """Algorithm 1, lines 10 and 11, with the consistency loss: one iteration on labels (alpha = 1),
-    pseudo labels (alpha = 0) or both. Without a weight of its own, a batch serves the consistency
-    loss alone."""
-    # Fig. 6
-    alpha = float(rng(args.seed, path, "alpha", step).random() > 0.5) if alpha is None else alpha
-    loss, log = 0.0, {}
+    """Algorithm 1, lines 10 and 11 (Algorithm 2, lines 8 and 9), with the consistency loss: one
+    iteration on labels (alpha = 1), pseudo labels (alpha = 0), both, or one of them drawn by a coin
+    (alpha is None, Fig. 6). It composes Eqs. 1 to 8. A batch that the stage does not learn from
+    serves the consistency loss alone, with --cl-on both."""
+    if alpha is None:
+        alpha = float(rng(args.seed, path, "alpha", step).random() > 0.5)
+    losses = {"l": 0.0, "p": 0.0}
+    distance = 0.0
+    log = {}
     for name, batch, weight in (("l", labeled, alpha), ("p", pseudo, 1 - alpha)):
-        if batch is None or not (weight or (s.teacher is not None and args.cl_on == "both")):
+        in_consistency = s.teacher is not None and (weight > 0 or args.cl_on == "both")
+        if batch is None or (weight == 0 and not in_consistency):
             continue
-        logits, f = s.student(batch.images, batch.valid)  # Eq. 4
-        if weight:
-            ent = cross_entropy(logits, batch.label)  # Eq. 1
-            loss = loss + weight * ent  # Eq. 2
-            log[f"loss_{name}"] = ent.detach()
-        if s.teacher is not None:
-            with torch.no_grad():
-                f_teacher = s.teacher(batch.images, batch.valid)[1]  # Eq. 5
-            distance = consistency(f, f_teacher, args.cl_drop)  # Eqs. 6, 7, 8
-            loss = loss + args.cl * distance
-            log |= {f"cl_{name}": distance.detach(), f"mean_{name}": f.detach().mean()}
-    update(s.opt, loss)
+        teacher = s.teacher if in_consistency else None
+        o, f, f_teacher = outputs_and_features(s.student, teacher, batch.images, batch.valid)
+        if weight > 0:
+            losses[name] = upsampled_cross_entropy(o, batch.label)  # Eq. 1
+            log[f"loss_{name}"] = losses[name].detach()
+        if in_consistency:
+            apart = consistency(f, f_teacher, CL_DROP)  # Eqs. 6, 7, 8
+            distance = distance + apart
+            log[f"cl_{name}"] = apart.detach()
+            log[f"mean_{name}"] = f.detach().mean()
+    loss = mix_losses(losses["l"], losses["p"], alpha) + args.cl * distance  # Eq. 2 and CL
+    update(s.opt, loss)  # line 11
     if s.teacher is not None:
-        ema_update(s.teacher, s.student, args.cl_beta)  # Eq. 3
+        ema_update(s.teacher, s.student, CL_DECAY)  # Eq. 3
     return {"loss": loss.detach(), **log}
-
-
-def supervised_step(s: State, args: Args, step: int, labeled: Batch) -> dict[str, Tensor]:
-    """Stage 0 on labels alone: Eq. 1."""
-    loss = cross_entropy(s.student(labeled.images, labeled.valid)[0], labeled.label)
-    update(s.opt, loss)
-    return {"loss": loss.detach()}
-
-
-def s4gan_step(
-    s: State, args: Args, step: int, labeled: Batch, unlabeled: Batch, again: Batch
-) -> dict[str, Tensor]:
-    """Stage 0 with S4GAN (Mittal et al. 2019): cross entropy, feature matching, and self-training
-    on images whose prediction the discriminator trusts; then its own step. `again` is a second
-    labeled batch. DEPARTS[s4gan]"""
-    loss_l = cross_entropy(s.student(labeled.images, labeled.valid)[0], labeled.label)
-    # (B, K, H, W)
-    z = upsample(s.student(unlabeled.images, unlabeled.valid)[0], labeled.label.shape[-2:])
-    # ignored: 0
-    maps = F.one_hot(again.label.clamp(max=z.shape[1]), z.shape[1] + 1)[..., :-1].permute(
-        0, 3, 1, 2
-    )
-    real = torch.cat([maps.float(), minmax01(again.images)], dim=1)
-    fake = torch.cat(
-        [z.softmax(dim=1) * unlabeled.valid[:, None], minmax01(unlabeled.images)], dim=1
-    )
-    s.critic.requires_grad_(False)
-    trust, v_fake = s.critic(fake)
-    loss_fm = (s.critic(real)[1].mean(0) - v_fake.mean(0)).abs().mean()
-    chosen = (trust > args.gan_gamma)[:, None, None] & unlabeled.valid & (step > 0)  # whole images
-    loss_st = cross_entropy(z, z.detach().argmax(1).masked_fill(~chosen, IGNORE))
-    update(s.opt, loss_l + args.gan_fm * loss_fm + args.gan_st * loss_st)
-    s.critic.requires_grad_(True)
-    loss_d = (
-        sum(
-            F.binary_cross_entropy(s.critic(x)[0], torch.full_like(trust, is_real))
-            for x, is_real in ((fake.detach(), 0), (real, 1))
-        )
-        / 2
-    )
-    update(s.opt_critic, loss_d)
-    return {
-        "loss": loss_l.detach(),
-        "loss_fm": loss_fm.detach(),
-        "loss_st": loss_st.detach(),
-        "loss_d": loss_d.detach(),
-        "trusted": (trust > args.gan_gamma).float().mean(),
-    }
-
-
-def classmix_step(
-    s: State, args: Args, step: int, labeled: Batch, unlabeled: Batch
-) -> dict[str, Tensor]:
-    """Stage 0 with ClassMix (Olsson et al. 2021): half of the classes of image i, cut out by the
-    teacher's prediction, are pasted into image i + 1; the student learns the mixed prediction,
-    weighted by how sure it is."""
-    loss_l = cross_entropy(s.student(labeled.images, labeled.valid)[0], labeled.label)
-    with torch.no_grad():
-        probs = upsample(
-            s.teacher(unlabeled.images, unlabeled.valid)[0], labeled.label.shape[-2:]
-        ).softmax(dim=1)
-        scores = rng(args.seed, "classmix", step).random(probs.shape[:2], dtype=np.float32)
-        seen = probs.argmax(1).masked_fill(~unlabeled.valid, IGNORE)
-        # (B, H, W)
-        mask = classmix_mask(seen, torch.from_numpy(scores).to(seen.device, non_blocking=True))
-        images, valid, probs = (
-            torch.where(mask[:, None] if x.dim() == 4 else mask, x, x.roll(-1, 0))
-            for x in (unlabeled.images, unlabeled.valid, probs)
-        )
-        conf, label = probs.max(dim=1)
-        # one number a batch
-        weight = ((conf >= args.mix_threshold) & valid).sum() / valid.sum().clamp(min=1)
-        if args.mix_colour:
-            images = transforms.jitter_and_blur(images, rng(args.seed, "colour", step))
-    # DEPARTS[padding]
-    loss_u = weight * cross_entropy(s.student(images, valid)[0], label.masked_fill(~valid, IGNORE))
-    update(s.opt, loss_l + args.mix_weight * loss_u)
-    ema_update(s.teacher, s.student, min(1 - 1 / (step + 1), args.mix_alpha))
-    return {"loss": loss_l.detach(), "loss_u": loss_u.detach(), "sure": weight}
 
 
 def update(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
@@ -621,37 +508,178 @@ def update(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
 
 def sgd(net: SegNet, args: Args) -> torch.optim.SGD:
     """Sec. IV; every parameter once, the classifier learns `head_lr` times faster. DEPARTS[lr]"""
-    groups = [
-        {"params": [p for p in part.parameters() if p.requires_grad], "lr": args.lr * times}
-        for part, times in ((net.backbone, args.backbone_lr), (net.head, args.head_lr))
-    ]
-    return torch.optim.SGD(groups, momentum=0.9, weight_decay=args.weight_decay)
+    groups = []
+    for part, lr in ((net.backbone, args.lr), (net.head, args.lr * args.head_lr)):
+        trained = [p for p in part.parameters() if p.requires_grad]
+        groups.append({"params": trained, "lr": lr, "initial_lr": lr})
+    return torch.optim.SGD(groups, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
 
 
-def resized(args: Args, image: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Images and labels as they are trained on and scored: --resize times their size on disk."""
-    if args.resize == 1:
+def set_learning_rates(s: State, factor: float) -> None:
+    for optimizer in s.optimizers().values():
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+
+
+def resized(image: Tensor, label: Tensor | None, times: float) -> tuple[Tensor, Tensor | None]:
+    """A picture (3, H, W) and its label (H, W) at --resize, `times` their size on disk, as they are
+    trained on and scored."""
+    if times == 1:
         return image, label
-    size = tuple(round(side * args.resize) for side in image.shape[-2:])
-    picture = F.interpolate(image[None].float(), size=size, mode="bilinear", antialias=True)[0]
-    return picture.round().clamp(0, 255).byte(), None if label is None else transforms.resize(
-        image, label, size
-    )[1]
+    size = tuple(round(side * times) for side in image.shape[-2:])
+    small = F.interpolate(image[None].float(), size=size, mode="bilinear", antialias=True)[0]
+    if label is not None:
+        _, label = transforms.resize(image, label, size)
+    return small.round().clamp(0, 255).byte(), label
 
 
 def augment(
     args: Args, image: Tensor, label: Tensor | None, generator: np.random.Generator
-) -> tuple:
-    """Sec. IV: random resizing, flip, crop. What is padded carries no label. DEPARTS[padding]"""
-    image, label = transforms.random_scale(*resized(args, image, label), *args.scale, generator)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sec. IV: random resizing, flip, crop -> image, label and what is not padding. Padding carries
+    no label. DEPARTS[padding]"""
+    image, label = resized(image, label, args.resize)
+    image, label = transforms.random_scale(image, label, *args.scale, generator)
     image, label = transforms.random_flip(image, label, generator)
     return transforms.random_crop(image, label, args.crop_size, generator)
 
 
-# ========================================================================================= searches
+# ------------------------------------------------------------------------------- stage 0 (Table I)
+def supervised_step(s: State, args: Args, step: int, labeled: Batch) -> dict[str, Tensor]:
+    """Stage 0 on labels alone: Eq. 1."""
+    logits, _ = s.student(labeled.images, labeled.valid)
+    loss = upsampled_cross_entropy(logits, labeled.label)
+    update(s.opt, loss)
+    return {"loss": loss.detach()}
+
+
+def s4gan_step(
+    s: State, args: Args, step: int, labeled: Batch, unlabeled: Batch, again: Batch
+) -> dict[str, Tensor]:
+    """Stage 0 with S4GAN (Mittal et al. 2019): cross entropy, feature matching, and self-training
+    on images whose prediction the discriminator trusts; then the discriminator's own step. `again`
+    is a second labeled batch, of any number of images. DEPARTS[s4gan]"""
+    logits_l, _ = s.student(labeled.images, labeled.valid)
+    loss_l = upsampled_cross_entropy(logits_l, labeled.label)
+    logits_u, _ = s.student(unlabeled.images, unlabeled.valid)
+    logits_u = upsample(logits_u, unlabeled.valid.shape[-2:])  # (B, K, H, W)
+    maps_u = logits_u.softmax(dim=1) * unlabeled.valid[:, None]
+    fake = torch.cat([maps_u, minmax01(unlabeled.images)], dim=1)
+    real = torch.cat([class_maps(again.label, logits_u.shape[1]), minmax01(again.images)], dim=1)
+
+    s.critic.requires_grad_(False)
+    trust, features_fake = s.critic(fake)
+    _, features_real = s.critic(real)
+    loss_fm = (features_real.mean(0) - features_fake.mean(0)).abs().mean()
+    # Whole images are trusted, and none in the first step.
+    chosen = (trust > args.gan_gamma)[:, None, None] & unlabeled.valid & (step > 0)
+    pseudo = logits_u.detach().argmax(1).masked_fill(~chosen, IGNORE)
+    loss_st = upsampled_cross_entropy(logits_u, pseudo)
+    update(s.opt, loss_l + GAN_FEATURES * loss_fm + GAN_SELF_TRAINING * loss_st)
+
+    s.critic.requires_grad_(True)
+    score_fake, _ = s.critic(fake.detach())
+    score_real, _ = s.critic(real)
+    loss_fake = F.binary_cross_entropy(score_fake, torch.zeros_like(score_fake))
+    loss_real = F.binary_cross_entropy(score_real, torch.ones_like(score_real))
+    loss_d = (loss_fake + loss_real) / 2
+    update(s.opt_critic, loss_d)
+    return {
+        "loss": loss_l.detach(),
+        "loss_fm": loss_fm.detach(),
+        "loss_st": loss_st.detach(),
+        "loss_d": loss_d.detach(),
+        "trusted": (trust > args.gan_gamma).float().mean(),
+    }
+
+
+def class_maps(label: Tensor, num_classes: int) -> Tensor:
+    """Labels (B, H, W) as maps of ones and zeros (B, K, H, W); all zero where the label is 255."""
+    one_hot = F.one_hot(label.clamp(max=num_classes), num_classes + 1)
+    return one_hot[..., :-1].permute(0, 3, 1, 2).float()
+
+
+def minmax01(images: Tensor) -> Tensor:
+    """S4GAN: the batch (B, 3, H, W), stretched to [0, 1] by its own extremes."""
+    return (images - images.min()) / (images.max() - images.min()).clamp(min=1e-6)
+
+
+def classmix_step(
+    s: State, args: Args, step: int, labeled: Batch, unlabeled: Batch
+) -> dict[str, Tensor]:
+    """Stage 0 with ClassMix (Olsson et al. 2021): half of the classes of image i, cut out by the
+    teacher's prediction, are pasted into image i + 1; the student learns the mixed prediction,
+    weighted by the share of sure pixels. DEPARTS[classmix]"""
+    logits_l, _ = s.student(labeled.images, labeled.valid)
+    loss_l = upsampled_cross_entropy(logits_l, labeled.label)
+    with torch.no_grad():
+        logits_u, _ = s.teacher(unlabeled.images, unlabeled.valid)
+        probs = upsample(logits_u, unlabeled.valid.shape[-2:]).softmax(dim=1)
+        predicted = probs.argmax(1).masked_fill(~unlabeled.valid, IGNORE)
+        scores = rng(args.seed, "classmix", step).random(probs.shape[:2], dtype=np.float32)
+        scores = torch.from_numpy(scores).to(probs.device, non_blocking=True)
+        cut_out = classmix_mask(predicted, scores)  # (B, H, W)
+        images = paste(unlabeled.images, cut_out[:, None])
+        valid = paste(unlabeled.valid, cut_out)
+        confidence, label = paste(probs, cut_out[:, None]).max(dim=1)
+        # one number for the whole batch
+        sure = ((confidence >= MIX_CONFIDENCE) & valid).sum() / valid.sum().clamp(min=1)
+        if args.mix_colour:
+            images = jitter_and_blur(images, rng(args.seed, "colour", step))
+    logits_mixed, _ = s.student(images, valid)
+    label = label.masked_fill(~valid, IGNORE)  # DEPARTS[padding]
+    loss_u = sure * upsampled_cross_entropy(logits_mixed, label)
+    update(s.opt, loss_l + loss_u)
+    ema_update(s.teacher, s.student, min(1 - 1 / (step + 1), MIX_DECAY))
+    return {"loss": loss_l.detach(), "loss_u": loss_u.detach(), "sure": sure}
+
+
+def classmix_mask(label: Tensor, scores: Tensor) -> Tensor:
+    """ClassMix: the pixels (B, H, W) of half of each image's classes, rounded down: of those with
+    the smallest scores. Labels (B, H, W) with 255 for no class, random scores (B, K)."""
+    batch, num_classes = scores.shape
+    classes = label.clamp(max=num_classes).flatten(1)  # 255 becomes one more class
+    present = torch.zeros(batch, num_classes + 1, device=label.device)
+    present = present.scatter_(1, classes, 1)[:, :num_classes] > 0
+    by_score = torch.where(present, scores, torch.inf).argsort(1)  # absent classes come last
+    place = by_score.argsort(1)  # the inverse permutation: the place of each class in that order
+    chosen = present & (place < present.sum(1, keepdim=True) // 2)
+    chosen = F.pad(chosen, (0, 1))  # the class of 255 is never chosen
+    return chosen.gather(1, classes).view_as(label)
+
+
+def paste(values: Tensor, cut_out: Tensor) -> Tensor:
+    """What is cut out of each image of a batch, pasted over the next one."""
+    return torch.where(cut_out, values, values.roll(-1, 0))
+
+
+def jitter_and_blur(images: Tensor, generator: np.random.Generator) -> Tensor:
+    """ClassMix's photometric noise, one draw for the whole batch (B, 3, H, W) in 0..255: jitter of
+    strength 0.25 with probability 0.8, blur of deviation 0.15 to 1.15 with a kernel of a tenth of
+    the side with probability 0.5."""
+    from torchvision.transforms.v2 import functional as tv
+
+    brightness, contrast, saturation = generator.uniform(0.75, 1.25, 3)
+    hue, jitter, blur, sigma = generator.uniform((-0.25, 0, 0, 0.15), (0.25, 1, 1, 1.15))
+    images = images / 255
+    if jitter > 0.2:
+        images = tv.adjust_contrast(tv.adjust_brightness(images, brightness), contrast)
+        images = tv.adjust_hue(tv.adjust_saturation(images, saturation), hue)
+    if blur > 0.5:
+        height, width = images.shape[-2:]
+        kernel = [int(0.1 * side) // 2 * 2 + 1 for side in (width, height)]  # odd
+        images = tv.gaussian_blur(images, kernel, [sigma, sigma])
+    return images * 255
+
+
+STAGE0 = {"supervised": supervised_step, "s4gan": s4gan_step, "classmix": classmix_step}
+
+
+# ======================================================================================= the search
+# A path names what each stage learned from, a token a stage: L labels, P pseudo labels, F0.75 both
+# by alpha, B one of both drawn in each iteration. Its network is a node; stage 0 is the path "".
 def tokens(path: str) -> list[str]:
-    """LPF0.75B -> [L, P, F0.75, B], a token a stage: L labels, P pseudo labels, Fa both by alpha, B
-    batch-wise. T3LP is LP of trial 3 alone, see --independent."""
+    """LPF0.75B -> [L, P, F0.75, B]. T3LP is LP of trial 3 alone, see --independent."""
     return re.findall(r"T\d+[LP]|[LPB]|F\d*\.\d+", path)
 
 
@@ -667,75 +695,81 @@ def prefixes(path: str) -> list[str]:
 def alpha_of(token: str) -> float | None:
     """Share of labels in the loss of a stage, Eq. 2; None for batch-wise, where each iteration
     draws it."""
-    return (
-        None if token == "B" else float(token[1:]) if token[0] == "F" else float(token[-1] == "L")
+    if token == "B":
+        return None
+    if token.startswith("F"):
+        return float(token[1:])
+    return 1.0 if token.endswith("L") else 0.0
+
+
+def gist(stages: int, beam: int, order: Callable[[str], Any]) -> Iterator[list[str]]:
+    """Algorithm 1: beam search with G = `beam`. It yields the nodes that it needs next and goes on
+    once they are trained and scored; `order(path)` then sorts nodes, the best first. It returns no
+    answer: the best of all nodes that it yielded is the answer. DEPARTS[copies]"""
+    kept = [ROOT]  # line 1
+    for _ in range(stages):  # line 2
+        children = [theta + letter for theta in kept for letter in "LP"]  # lines 4, 5
+        yield children  # lines 6 to 14
+        kept = sorted(children, key=order)[:beam]  # lines 17, 18
+
+
+def rist_path(stages: int, generator: np.random.Generator, max_run: int = 0) -> str:
+    """Algorithm 2, line 2, for all stages at once: a path of RIST. With `max_run`, a path that has
+    more equal letters in a row is drawn again. DEPARTS[max-run]"""
+    while True:
+        path = "".join("L" if u > 0.5 else "P" for u in generator.random(stages))
+        if max_run == 0 or longest_run(path) <= max_run:
+            return path
+
+
+def longest_run(path: str) -> int:
+    """Sec. IV-A: the most equal letters in a row."""
+    letters = re.sub(r"T\d+", "", path)
+    return max((len(list(same)) for _, same in itertools.groupby(letters)), default=0)
+
+
+def rist_paths(args: Args) -> list[str]:
+    """The paths of RIST's trials, by --seed. A path of --independent begins with its trial, so that
+    it shares no node with others."""
+    paths = []
+    for trial in range(args.trials):
+        path = rist_path(args.stages, rng(args.seed, "rist", trial), args.max_run)
+        paths.append(f"T{trial}{path}" if args.independent else path)
+    return paths
+
+
+def planned_paths(args: Args) -> dict[str, list[str]]:
+    """The paths of those searches that no score can change."""
+    planned = {}
+    if "rist" in args.search:
+        planned["rist"] = rist_paths(args)
+    if "path" in args.search:
+        planned["path"] = list(args.path)
+    if "batchwise" in args.search:  # Fig. 6
+        planned["batchwise"] = ["B" * args.stages]
+    if "fist" in args.search:  # Sec. III-B
+        for alpha in args.alpha:
+            name = "fist" if len(args.alpha) == 1 else f"fist {alpha:g}"
+            token = {0: "P", 1: "L"}.get(alpha, f"F{alpha:.9f}".rstrip("0"))
+            planned[name] = [token * args.stages]
+    return planned
+
+
+def search_all(tree: Tree) -> dict[str, list[str]]:
+    """Run all searches side by side -> the nodes that each visited, stage 0 first."""
+    args, searches = tree.args, {}
+    if "gist" in args.search:
+        searches["gist"] = Search(gist(args.stages, args.beam, tree.order), adaptive=True)
+    for name, paths in planned_paths(args).items():
+        searches[name] = Search(iter([[node for path in paths for node in prefixes(path)]]))
+    launched = distributed.launched()
+    nodes.explore(
+        searches.values(), tree.store, tree.train, tree.best, tree.tidy, tree.wait, launched
     )
+    return {name: search.visited for name, search in searches.items()}
 
 
-# A search yields the nodes that it needs next, trained in any order by any process, and goes on
-# with their scores.
-def gist(tree: "Tree", args: Args) -> Iterator[list[str]]:
-    """Algorithm 1: beam search with G = --beam. Children start from copies of their parent.
-    DEPARTS[copies]"""
-    beam = [ROOT]  # line 1
-    for _ in range(args.stages):  # line 2
-        kids = [theta + letter for theta in beam for letter in "LP"]  # lines 4, 5: alpha = 1 and 0
-        yield kids  # lines 6 to 14
-        beam = sorted(kids, key=tree.order)[: args.beam]  # lines 17, 18
-
-
-def rist_path(args: Args, trial: int) -> str:
-    """The path of one RIST: Algorithm 2, line 2, for each stage. With `max_run`, too uniform ones
-    are drawn again."""
-    generator = rng(args.seed, "rist", trial)
-    while True:
-        path = "".join("L" if u > 0.5 else "P" for u in generator.random(args.stages))
-        if not args.max_run or gist_report.longest_run(path) <= args.max_run:
-            return f"T{trial}{path}" if args.independent else path
-
-
-def search_all(tree: "Tree", args: Args) -> dict[str, list[str]]:
-    """Run all searches side by side -> the nodes that each visited, stage 0 first. Every process
-    runs this function and trains any node whose parent is there and which nobody else trains; who
-    trains what makes no difference."""
-    known = {
-        "rist": [rist_path(args, trial) for trial in range(args.trials)],
-        "path": args.path,
-        "batchwise": ["B" * args.stages],
-    }  # Fig. 6
-    for alpha in args.alpha:  # Sec. III-B
-        token = {0: "P", 1: "L"}.get(alpha, f"F{alpha:.9f}".rstrip("0"))
-        known["fist" if len(args.alpha) == 1 else f"fist {alpha:g}"] = [token * args.stages]
-    active = {"gist": gist(tree, args)} if "gist" in args.search else {}
-    for name in (n for n in known if n.split()[0] in args.search):
-        active[name] = iter([[node for path in known[name] for node in prefixes(path)]])
-    visited, wanted = {name: [ROOT] for name in active}, {name: [] for name in active}
-    while True:
-        for name in list(active):
-            while name in active and all(map(tree.store.done, wanted[name])):
-                wanted[name] = list(dict.fromkeys(next(active[name], [])))
-                visited[name] += wanted[name]
-                if not wanted[name]:
-                    del active[name]
-        pending = list(
-            dict.fromkeys(p for name in active for p in wanted[name] if not tree.store.done(p))
-        )
-        # each has its own
-        start = distributed.launched().rank * len(pending) // distributed.launched().size
-        ready = dict.fromkeys(
-            tree.store.first_to_make(parent_of(p)) or p for p in pending[start:] + pending[:start]
-        )
-        tree.prune(
-            {tree.best(nodes) for nodes in visited.values()}
-            | {*ready, *map(parent_of, [*ready, *pending])}
-            | {p for p in wanted.get("gist", []) if tree.store.done(p)}
-        )
-        if not active:
-            return visited
-        any(tree.store.make_if_free(p, tree.train) for p in ready) or tree.wait()
-
-
-# ================================================================================ the tree of nodes
+# ================================================================================ training a node
 @dataclass
 class Tree:
     """What the nodes of a run share. A node's folder holds, beside what common/nodes.py says,
@@ -743,78 +777,44 @@ class Tree:
 
     args: Args
     world: World  # of this process alone
-    data: semantic.Segmentation
+    data: Segmentation
     labeled: list[Picture]
     pool: list[Picture]  # unlabeled, without the development images
-    dev: list[Picture]  # the first dev_size of them choose
+    dev: list[Picture]  # development images; the first dev_size of them choose
     store: Nodes = field(default_factory=lambda: Nodes(Path(), Path(), parent_of))
     init: dict[str, Tensor] | None = None  # weights to start stage 0 from
-    run: runs.Run | None = None  # of the node in training: it hears signals
+    signals: runs.Signals | None = None
 
-    def dev_of(self, path: str, size: int = 0) -> float:
-        """mIoU of a node on the first `size` (0: dev_size) development images."""
+    def dev_of(self, path: str, size: int | None = None) -> float:
+        """mIoU of a node on the first `size` development images, --dev-size by default."""
         return self.store.record(path)["dev"][str(size or self.args.dev_size)]
 
-    def order(self, path: str, size: int = 0) -> tuple:
-        """Sorts nodes: best on the development images first, then the earlier stage, then the
+    def order(self, path: str, size: int | None = None) -> tuple:
+        """Sorts nodes: the best on the development images first, then the earlier stage, then the
         name."""
         return -self.dev_of(path, size), len(tokens(path)), path
 
-    def best(self, paths: list[str], size: int = 0) -> str:
+    def best(self, paths: list[str], size: int | None = None) -> str:
         """Sec. IV: the stage and path that the development images choose, stage 0 included.
         DEPARTS[pick]"""
         return min(filter(self.store.done, paths), key=partial(self.order, size=size))
 
-    def weights(self, path: str) -> dict[str, Tensor]:
-        """The weights of a node; UserError when they are not those that were scored."""
-        state = checkpoints.load_checkpoint(self.store.folder(path) / "weights.pt", SCRIPT)[
-            "networks"
-        ]["student"]
-        self.store.records.pop(path, None)  # another process may have trained it again
-        if fingerprint(state) != self.store.record(path)["weights"]:
-            raise errors.RankError(
-                f"The weights in {self.store.folder(path)} are not those that were scored; remove "
-                f"this folder, and the same command trains them again."
-            )
-        return state
-
     def train(self, path: str) -> None:
-        train_stage0(self) if path == ROOT else refine(self, path)
+        if path == ROOT:
+            train_stage0(self)
+        else:
+            refine(self, path)
 
-    def wait(self) -> None:
-        """Other processes train all that this one could: look again soon."""
-        if self.run is not None and self.run.signal:
-            raise errors.Stopped(
-                f"Stopped by {self.run.signal} between two nodes; continue with --resume."
-            )
-        time.sleep(0.2)
-
-    def prune(self, needed: set[str]) -> None:
-        """The main process removes weights and pseudo labels that the searches of this run do not
-        need any more."""
-        main = distributed.launched().main
-        for path in [*self.store.records] if main and self.args.val_every_stage else ():
-            # of a run that did not ask for the score
-            if (self.store.folder(path) / "weights.pt").is_file():
-                val_record(self, path)
-        for path in set(self.store.records) - needed if main and not self.args.keep_nodes else ():
-            if path != ROOT:
-                (self.store.folder(path) / "weights.pt").unlink(missing_ok=True)
-            shutil.rmtree(self.store.others / f"labels-{path}", ignore_errors=True)
-
-    def network(self, weights: dict[str, Tensor] | None, frozen: bool = True) -> SegNet:
-        """A student with these weights, or with those that --weights implies and a fresh
-        classifier."""
+    def network(self, weights: dict[str, Tensor] | None) -> SegNet:
+        """A student with these weights; without any, as --weights says, with a fresh classifier."""
         distributed.seed_torch(self.args.seed, "student")
-        net = SegNet(
-            self.args, len(self.data.classes), self.args.weights == "imagenet" and weights is None
-        )
+        pretrained = weights is None and self.args.weights == "imagenet"
+        net = SegNet(self.args, len(self.data.classes), pretrained)
         if weights is not None:
             net.load_state_dict(weights)
         net = net.to(self.world.device, memory_format=torch.channels_last)
         if self.args.compile:
             net.compile()
-        net.frozen = frozen
         return net.train()
 
     def stream(
@@ -822,48 +822,64 @@ class Tree:
     ) -> Iterator[Batch]:
         """Batches of a node: their order and augmentation follow from (seed, path, step,
         sample)."""
-        # ours are class indices
+        # The pseudo labels that we write are class indices.
         data = replace(self.data, to_class=None) if name == "pseudo" else self.data
-        views = semantic.Pictures(
-            pictures, data, True, partial(augment, self.args), self.args.seed, f"{path} {name}"
-        )
-        for batch in loading.stream(
-            views, self.args.batch_size, start, total, self.world, self.args.workers
-        ):
+        augmented = partial(augment, self.args)
+        seed, size = self.args.seed, self.args.batch_size
+        views = semantic.Pictures(pictures, data, True, augmented, seed, f"{path} {name}")
+        for batch in loading.stream(views, size, start, total, self.world, self.args.workers):
             batch = batch.to(self.world.device)
             yield batch._replace(images=batch.images.float(), label=batch.label.long())
 
+    def tidy(self, needed: set[str]) -> None:
+        """The main process removes weights and pseudo labels that the searches of this run do not
+        need any more. A node of a run that did not ask for its score on val gets it before."""
+        if not distributed.launched().main:
+            return
+        if self.args.val_every_stage:
+            for path in list(self.store.records):
+                if self.store.has_weights(path):
+                    val_record(self, path)
+        if not self.args.keep_nodes:
+            self.store.remove_weights(keep=needed)
 
-# ================================================================================== training a node
+    def wait(self) -> None:
+        """Other processes train all that this one could: look again soon."""
+        if self.signals is not None and self.signals.name:
+            raise errors.Stopped(
+                f"Stopped by {self.signals.name} between two nodes; continue with --resume."
+            )
+        time.sleep(0.2)
+
+
 def train_stage0(tree: Tree) -> None:
-    """Stage 0, theta_0 of Algorithm 1: --stage0, the best of its evaluations on the development
-    images."""
-    args, classes = tree.args, len(tree.data.classes)
+    """Stage 0, theta_0 of Algorithm 1, by --stage0: the best of its evaluations on the development
+    images. DEPARTS[stage0-best]"""
+    args = tree.args
+    net = tree.network(tree.init)
     if args.stage0 not in STAGE0:
-        net = tree.network(tree.init)
-        checkpoints.load_exact(net, checkpoints.read_weights(Path(args.stage0)), args.stage0)
-        return finish(tree, ROOT, net, {"step": 0, "steps": 0})
-    frozen = args.bn == "frozen" or (args.bn == "auto" and args.weights not in ("", "none"))
-    net = tree.network(tree.init, frozen)
+        weights = checkpoints.read_weights(Path(args.stage0), "--stage0")
+        checkpoints.load_exact(net, weights, args.stage0)
+        return finish_node(tree, ROOT, net, {"step": 0, "steps": 0})
     s = State(net, sgd(net, args))
-    feeds = {"labeled": tree.labeled} | (
-        {} if args.stage0 == "supervised" else {"unlabeled": tree.pool}
-    )
+    feeds = {"labeled": tree.labeled}
     if args.stage0 == "classmix":
-        s.teacher = tree.network(net.state_dict(), frozen).requires_grad_(False).eval()
+        feeds["unlabeled"] = tree.pool
+        s.teacher = tree.network(net.state_dict()).requires_grad_(False).eval()
     if args.stage0 == "s4gan":
+        feeds["unlabeled"] = tree.pool
+        feeds["again"] = tree.labeled
         distributed.seed_torch(args.seed, "critic")
-        s.critic, feeds["again"] = Discriminator(classes).to(tree.world.device), tree.labeled
-        s.opt_critic = torch.optim.Adam(s.critic.parameters(), args.gan_lr, betas=(0.9, 0.99))
-    streams = {name: partial(tree.stream, ROOT, name, pictures) for name, pictures in feeds.items()}
-    fit(tree, ROOT, s, partial(STAGE0[args.stage0], s, args), streams, args.stage0_steps)
-    s.student.load_state_dict(
-        checkpoints.load_checkpoint(tree.store.root / "best.pt", SCRIPT)["networks"]["student"]
-    )
-    finish(tree, ROOT, s.student, {"step": s.best[1], "steps": args.stage0_steps})
-
-
-STAGE0 = {"supervised": supervised_step, "s4gan": s4gan_step, "classmix": classmix_step}
+        s.critic = Discriminator(len(tree.data.classes)).to(tree.world.device)
+        group = {"params": s.critic.parameters(), "initial_lr": args.gan_lr}
+        s.opt_critic = torch.optim.Adam([group], args.gan_lr, betas=(0.9, 0.99))
+    streams = {name: partial(tree.stream, ROOT, name, images) for name, images in feeds.items()}
+    step_of = partial(STAGE0[args.stage0], s, args)
+    seconds = fit(tree, ROOT, s, step_of, streams, args.stage0_steps)
+    best = checkpoints.load_checkpoint(tree.store.root / "best.pt", SCRIPT)
+    s.student.load_state_dict(best["networks"]["student"])
+    facts = {"step": s.best_step, "steps": args.stage0_steps}
+    finish_node(tree, ROOT, s.student, facts, seconds)
 
 
 def refine(tree: Tree, path: str) -> None:
@@ -871,77 +887,104 @@ def refine(tree: Tree, path: str) -> None:
     from a copy of the parent's weights. Optimizer, schedule and mean teacher start afresh.
     DEPARTS[restart]"""
     args, parent, alpha = tree.args, parent_of(path), alpha_of(tokens(path)[-1])
-    theta, facts, streams = tree.weights(parent), {"step": args.steps, "steps": args.steps}, {}
-    net, teacher = (tree.network(theta, frozen=args.bn != "live") for _ in range(2))
-    s = State(net, sgd(net, args), teacher.requires_grad_(False).eval() if args.cl else None)
-    both = args.cl > 0 and args.cl_on == "both"  # then CL sees labeled and unlabeled images
-    if alpha != 0 or both:
+    theta = tree.store.weights(parent, SCRIPT)
+    student = tree.network(theta)
+    s = State(student, sgd(student, args))
+    if args.cl > 0:
+        s.teacher = tree.network(theta).requires_grad_(False).eval()
+    facts = {"step": args.steps, "steps": args.steps, "parent": fingerprint(theta)}
+    learns_labels, learns_pseudo = alpha != 0, alpha != 1
+    shows_all = args.cl > 0 and args.cl_on == "both"  # to the consistency loss
+    streams = {}
+    if learns_labels or shows_all:
         streams["labeled"] = partial(tree.stream, path, "labeled", tree.labeled)
-    if alpha != 1:
+    if learns_pseudo:
         pictures, facts["labels"] = label_images(tree, parent)
         streams["pseudo"] = partial(tree.stream, path, "pseudo", pictures)
-    elif both:
+    elif shows_all:
         streams["pseudo"] = partial(tree.stream, path, "unlabeled", tree.pool)
-    fit(tree, path, s, partial(refine_step, s, args, path, alpha), streams, args.steps)
-    finish(tree, path, s.student, facts | {"parent": fingerprint(theta)})
+    step_of = partial(refine_step, s, args, path, alpha)
+    seconds = fit(tree, path, s, step_of, streams, args.steps)
+    finish_node(tree, path, s.student, facts, seconds)
 
 
 def fit(
     tree: Tree, path: str, s: State, step_of: Callable, streams: dict[str, Callable], total: int
-) -> None:
+) -> float:
     """Algorithm 1, lines 9 to 12: the iterations of a node, from its own checkpoint when it was
-    stopped before."""
-    args, folder, heard = tree.args, tree.store.folder(path), tree.run.signal if tree.run else ""
-    state = (
-        checkpoints.load_checkpoint(folder / "last.pt", SCRIPT)
-        if (folder / "last.pt").is_file()
-        else None
+    stopped before -> the seconds that they took. Only stage 0 is scored on the way."""
+    args, folder = tree.args, tree.store.folder(path)
+    state = None
+    if (folder / "last.pt").is_file():
+        state = checkpoints.load_checkpoint(folder / "last.pt", SCRIPT)
+        restore(s, state)
+    eval_every = args.eval_every if path == ROOT else 0
+    run = runs.Run(
+        folder,
+        SCRIPT,
+        args,
+        tree.world,
+        s.step,
+        state,
+        {"path": path},
+        ends=(total,),
+        eval_every=eval_every,
+        signals=tree.signals,
     )
-    if state is not None:
-        s.step, s.best = state["step"], tuple(state["best"])
-        for name, part in (s.of(nn.Module) | s.of(torch.optim.Optimizer)).items():
-            part.load_state_dict({**state["networks"], **state["optimizers"]}[name])
-    tree.run = run = runs.Run(folder, SCRIPT, args, tree.world, s.step, state, {"path": path})
-    run.signal = heard
     feeds = {name: make(s.step, total) for name, make in streams.items()}
+    if path == ROOT and s.step > s.scored and run.score_is_due(s.step):
+        score_stage0(tree, s, run)  # it was stopped between saving and scoring
     s.student.train()
     for step in run.steps(s.step, total):
-        for group in itertools.chain(
-            *(opt.param_groups for opt in s.of(torch.optim.Optimizer).values())
-        ):
-            group["lr"] = group.setdefault("initial_lr", group["lr"]) * poly(step, total)
+        set_learning_rates(s, learning_rate_factor(step, total))
         batches = {name: next(feed) for name, feed in feeds.items()}
-        # dropout follows from (seed, path, step)
-        distributed.seed_torch(args.seed, path, "step", step)
+        distributed.seed_torch(args.seed, path, "step", step)  # of dropout
         run.tally(step, step_of(step, **batches), *batches.values())
         s.step = step + 1
-        asked = run.asked(s.step)
-        if s.step % args.log_every == 0 or s.step == total:
+        if run.log_is_due(s.step):
             run.log(s.step, lr=s.opt.param_groups[0]["lr"])
-        if path == ROOT and (s.step % args.eval_every == 0 or s.step == total):
-            dev = dev_miou(score(tree, s.student, tree.dev[: args.dev_size])["counts"])
-            run.write(s.step, dev_miou=dev)
-            if dev > s.best[0]:
-                s.best = (dev, s.step)
-                run.save("best.pt", snapshot(tree, s.student, s.step))
+        if run.save_is_due(s.step):
+            run.save("last.pt", snapshot(s, tree))
+        run.leave_if_asked(s.step)
+        if path == ROOT and run.score_is_due(s.step):
+            score_stage0(tree, s, run)
             s.student.train()
-        if asked or s.step % args.save_every == 0 or s.step == total:
-            run.save(
-                "last.pt",
-                snapshot(tree, s.student, s.step)
-                | {
-                    "best": s.best,
-                    "networks": {name: net.state_dict() for name, net in s.of(nn.Module).items()},
-                    "optimizers": {
-                        name: opt.state_dict() for name, opt in s.of(torch.optim.Optimizer).items()
-                    },
-                },
-            )
-        if asked:
-            run.leave(s.step)  # does not return
+    run.close()
+    return run.seconds
 
 
-def snapshot(tree: Tree, net: SegNet, step: int) -> dict:
+def score_stage0(tree: Tree, s: State, run: runs.Run) -> None:
+    """Keep the weights of stage 0 that are the best so far on the development images."""
+    pictures = tree.dev[: tree.args.dev_size]
+    dev = dev_miou(evaluate(s.student, pictures, tree.data, tree.args, tree.world).counts)
+    run.write(s.step, dev_miou=dev)
+    s.scored = s.step
+    if dev > s.best_dev:
+        s.best_dev, s.best_step = dev, s.step
+        run.save("best.pt", node_checkpoint(tree, s.student, s.step))
+
+
+def snapshot(s: State, tree: Tree) -> dict:
+    """What last.pt holds: all that a node in training needs to go on."""
+    return node_checkpoint(tree, s.student, s.step) | {
+        "scored": s.scored,
+        "best_dev": s.best_dev,
+        "best_step": s.best_step,
+        "networks": {name: network.state_dict() for name, network in s.networks().items()},
+        "optimizers": {name: opt.state_dict() for name, opt in s.optimizers().items()},
+    }
+
+
+def restore(s: State, state: dict) -> None:
+    s.step, s.scored = state["step"], state["scored"]
+    s.best_dev, s.best_step = state["best_dev"], state["best_step"]
+    for name, network in s.networks().items():
+        network.load_state_dict(state["networks"][name])
+    for name, optimizer in s.optimizers().items():
+        optimizer.load_state_dict(state["optimizers"][name])
+
+
+def node_checkpoint(tree: Tree, net: SegNet, step: int) -> dict:
     """What a checkpoint holds, so that every node can be scored, predicted with and refined."""
     return {
         "settings": json.loads(json.dumps(vars(tree.args))),
@@ -951,14 +994,17 @@ def snapshot(tree: Tree, net: SegNet, step: int) -> dict:
     }
 
 
-def finish(tree: Tree, path: str, net: SegNet, facts: dict) -> None:
+def finish_node(tree: Tree, path: str, net: SegNet, facts: dict, seconds: float = 0.0) -> None:
     """Algorithm 1, lines 13 and 14: weights, scores and, as the mark that it is done, the record of
     a node."""
-    folder, seconds = tree.store.folder(path), tree.run.seconds if tree.run else 0.0
-    checkpoints.save_checkpoint(folder / "weights.pt", SCRIPT, snapshot(tree, net, facts["step"]))
-    np.savez_compressed(folder / "scores.npz", **(found := score(tree, net, tree.dev)))
+    folder = tree.store.folder(path)
+    state = node_checkpoint(tree, net, facts["step"])
+    checkpoints.save_checkpoint(folder / "weights.pt", SCRIPT, state)
+    scores = evaluate(net, tree.dev, tree.data, tree.args, tree.world)
+    save_scores(folder / "scores.npz", scores, tree.args.temp)
     if tree.args.val_every_stage:
         val_record(tree, path, net)
+    sizes = range(1, len(tree.dev) + 1)  # of development sets, Table III
     record = {
         "path": path,
         "stage": len(tokens(path)),
@@ -966,351 +1012,754 @@ def finish(tree: Tree, path: str, net: SegNet, facts: dict) -> None:
         "seconds": round(seconds, 2),
         "weights": fingerprint(net.state_dict()),
         "device": tree.world.device.type,
-        # Table III
-        "dev": {str(n): dev_miou(found["counts"][:n]) for n in range(1, len(tree.dev) + 1)},
+        "dev": {str(n): dev_miou(scores.counts[:n]) for n in sizes},
     }
     for name in ("last.pt", "best.pt"):
         (folder / name).unlink(missing_ok=True)
     tree.store.finish(path, record)
-    print(
-        f"{path or 'stage 0'}: dev {tree.dev_of(path):.2f}, {facts['steps']} steps in {seconds:.0f} s",
-        gist_report.erased(facts.get("labels"), tree.args.phi),
-        flush=True,
-    )
+    dev = f"dev {tree.dev_of(path):.2f}, {facts['steps']} steps in {seconds:.0f} s"
+    kept = kept_by_label_erase(facts.get("labels"), tree.args.phi)
+    print(f"{path or 'stage 0'}: {dev}", kept, flush=True)
 
 
-# ===================================================================================== whole images
 @torch.no_grad()
-def forward_all(tree: Tree, net: SegNet, pictures: list[Picture], labels: bool) -> Iterator[tuple]:
-    """Whole pictures, single scale, no flip: index, label (H, W) or None, logits (K, H, W) and size
-    on disk of each, neighbours of one size in one pass. A picture without label that cannot be read
-    is left out."""
-    net.eval()
-    loader, group, room = (
-        semantic.score_loader(pictures, tree.data, tree.world, tree.args.workers, labels),
-        [],
-        0,
-    )
-    for index, image, label in itertools.chain(loader, [(-1, None, None)]):
-        if group and (image is None or image.shape[-2:] != group[0][3] or len(group) == room):
-            images = torch.stack([x for _, x, _, _ in group]).to(tree.world.device)
-            # many sizes: not the compiled one
-            logits = upsample(net.forward(images)[0], images.shape[-2:])
-            yield from ((i, y, z, size) for (i, _, y, size), z in zip(group, logits, strict=True))
-            group = []
-        if image is not None:
-            room = min(max(2**21 // image[0].numel(), 1), 16)  # images in a pass, by their size
-            group.append((index, *resized(tree.args, image, label), image.shape[-2:]))
-
-
-# hundreds of sizes: no time to try algorithms
-@torch.backends.cudnn.flags(enabled=True, benchmark=False)
+@torch.backends.cudnn.flags(enabled=True, benchmark=False)  # hundreds of sizes: no time for trials
 def label_images(tree: Tree, path: str) -> tuple[list[Picture], dict]:
     """Algorithm 1, lines 6 to 8: pseudo labels of all unlabeled images from the node `path`, once
     for all its children, as index PNGs of the images' size -> the pictures with them, and what they
     look like. DEPARTS[le]"""
-    target, args, counts = tree.store.others / f"labels-{path}", tree.args, np.zeros(256, np.int64)
-    with claim(target.with_name(f".{target.name}"), wait=True):
-        if not target.is_dir():
-            temporary = target.with_name(f".{target.name}.tmp")
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-            for i, _, logits, size in forward_all(
-                tree, tree.network(tree.weights(path)), tree.pool, labels=False
-            ):
-                label = pseudo_label(logits[None], args.phi, args.temp)[0].byte()
-                label = (
-                    F.interpolate(label[None], size=size, mode="nearest-exact")[0, 0].cpu().numpy()
-                )
+
+    def fill(folder: Path) -> None:
+        args, device = tree.args, tree.world.device
+        net = tree.network(tree.store.weights(path, SCRIPT)).eval()
+        counts = np.zeros(256, np.int64)
+        for group in passes(tree.pool, tree.data, args, tree.world, labels=False):
+            logits = forward_whole(net, group, device)
+            for picture, z in zip(group, logits, strict=True):
+                label, _ = label_erase(z[None], args.phi, args.temp)
+                label = F.interpolate(label[None].byte(), size=picture.size, mode="nearest-exact")
+                label = label[0, 0].cpu().numpy()
                 counts += np.bincount(label.flatten(), minlength=256)
-                Image.fromarray(label).save(temporary / f"{i}.png", compress_level=1)
-            if not counts.any():
-                raise errors.RankError(
-                    f"None of the {len(tree.pool)} images can be read, such as {tree.pool[0].image}."
-                )
-            kept, total = counts[:IGNORE], max(counts[:IGNORE].sum(), 1)
-            stats = {
-                "kept": float(kept.sum() / counts.sum()),
-                "dominant": float(kept.max() / total),
-                "share": (kept[: len(tree.data.classes)] / total).tolist(),
-            }
-            (temporary / "stats.json").write_text(json.dumps(stats))
-            temporary.rename(target)
-    stats, found = (
-        json.loads((target / "stats.json").read_text()),
-        {int(p.stem) for p in target.glob("*.png")},
-    )
-    return [
-        Picture(p.name, p.image, target / f"{i}.png") for i, p in enumerate(tree.pool) if i in found
-    ], stats
+                Image.fromarray(label).save(folder / f"{picture.index}.png", compress_level=1)
+        if not counts.any():
+            number, first = len(tree.pool), tree.pool[0].image
+            raise errors.RankError(f"None of the {number} images can be read, such as {first}.")
+        facts = label_facts(counts, len(tree.data.classes))
+        (folder / "stats.json").write_text(json.dumps(facts))
+
+    target = tree.store.labels_folder(path)
+    nodes.fill_once(target, fill)
+    facts = json.loads((target / "stats.json").read_text())
+    pictures = []
+    for i, picture in enumerate(tree.pool):
+        label = target / f"{i}.png"
+        if label.is_file():
+            pictures.append(Picture(picture.name, picture.image, label))
+    return pictures, facts
 
 
-@torch.backends.cudnn.flags(enabled=True, benchmark=False)
-def score(tree: Tree, net: SegNet, pictures: list[Picture]) -> dict[str, np.ndarray]:
-    """EVAL of Algorithm 1: `counts` (n, K, K) of each picture; of the first six also `maskN`, the
-    predictions (Figs. 2, 8, 9), and `confidence` (2, 50), histograms at T = 1 and --temp (Fig.
-    5)."""
-    counts, found = (
-        [],
-        {"temps": np.array([1, tree.args.temp]), "confidence": np.zeros((2, 50), np.int64)},
-    )
-    for i, label, logits, _ in forward_all(tree, net, pictures, labels=True):
-        prediction = logits.argmax(0)
-        counts.append(
-            metrics.confusion(
-                prediction, label.to(prediction.device), len(tree.data.classes)
-            ).numpy()
+def label_facts(counts: np.ndarray, num_classes: int) -> dict:
+    """Of how many pixels have each value 0..255: `kept`, the share that Label Erase leaves; among
+    these `dominant`, the share of the most frequent class, and `share`, that of every class."""
+    kept = counts[:IGNORE]
+    total = max(kept.sum(), 1)
+    return {
+        "kept": float(kept.sum() / counts.sum()),
+        "dominant": float(kept.max() / total),
+        "share": (kept[:num_classes] / total).tolist(),
+    }
+
+
+def kept_by_label_erase(labels: dict | None, phi: float) -> str:
+    """What is printed of a stage's pseudo labels. A share that says that --phi does not fit comes
+    with a hint."""
+    if labels is None:
+        return ""
+    said = f"Label Erase kept {labels['kept']:.0%}"
+    if phi > 0 and not 0.2 <= labels["kept"] <= 0.98:
+        said += ": a --phi that fits this network would erase some pixels and keep most"
+    return f"({said})"
+
+
+# ============================================================================= the development set
+def hold_out(
+    data: Segmentation, labeled: list[Picture], split_seed: int, number: int
+) -> list[Picture]:
+    """Sec. IV: `number` labeled images beside the split, to choose by. They are the last ones of
+    the order that the split was cut from (S4GAN's permutation where its file is there, else a
+    seeded order), nearest the end first, so that a smaller set is the beginning of a larger one.
+    DEPARTS[dev]"""
+    permutation = data.root / "splits" / "s4gan" / "permutation.txt"
+    if data.name == "voc" and permutation.is_file():
+        order = [name for name, _ in splits.read_list(permutation)]
+    else:
+        order = splits.draw(list(data.train), len(data.train), split_seed)
+    taken = {picture.name for picture in labeled}
+    held_out: list[Picture] = []
+    for name in reversed(order):
+        picture = data.train.get(name)
+        if len(held_out) == number:
+            break
+        if name not in taken and picture is not None and picture.label.is_file():
+            held_out.append(picture)
+    if len(held_out) < number:
+        raise UserError(
+            f"{number} images with labels are to be held out (--dev-size, --dev-reserve), but "
+            f"beside the {len(taken)} labeled ones there are only {len(held_out)}; ask for fewer, "
+            f"or a smaller --split."
         )
-        if i < 6:
-            found[f"mask{i}"] = prediction.byte().cpu().numpy()
-            conf = torch.stack(
-                [pseudo_label(logits[None], 0, temp)[1] for temp in found["temps"].tolist()]
-            ).cpu()
-            found["confidence"] += (
-                torch.stack([torch.histc(c, 50, 0, 1) for c in conf]).long().numpy()
-            )
-    return found | {"counts": np.stack(counts)}
+    return held_out
 
 
 def dev_miou(counts: np.ndarray) -> float:
     """Mean IoU in percent, over the classes that occur in the labels, of (n, K, K) counts.
     DEPARTS[dev]"""
     total = torch.from_numpy(counts.sum(0))
-    return round(metrics.iou(total)[total.sum(1) > 0].mean().item(), 4)
+    in_labels = total.sum(1) > 0
+    return round(metrics.iou(total)[in_labels].mean().item(), 4)
+
+
+# ===================================================================== tables and pictures of a run
+GROUP, DEGENERATE = 5, 4  # Table II: paths in a group, and the most equal letters in a row
+
+
+def best_of(dev: list[float], val: list[float], n: int) -> tuple[float, float]:
+    """Fig. 7: mean and standard deviation of the val score of the best on dev, over all ways to
+    take `n` of the solutions."""
+    ordered = np.array(val)[np.argsort(-np.array(dev), kind="stable")]
+    # The i-th is the best of n when the others come from those behind it.
+    ways = [math.comb(len(ordered) - 1 - i, n - 1) for i in range(len(ordered))]
+    chance = np.array(ways) / math.comb(len(ordered), n)
+    mean = float(chance @ ordered)
+    return mean, float(chance @ (ordered - mean) ** 2) ** 0.5
+
+
+def group_scores(dev: list[float], val: list[float], size: int) -> list[float]:
+    """Table II: the val score of the best on dev in each full group of `size` neighbours."""
+    groups = [range(i, i + size) for i in range(0, len(dev) - size + 1, size)]
+    return [val[max(group, key=lambda i: dev[i])] for group in groups]
+
+
+def rejected_share(stages: int, max_run: int) -> float:
+    """Sec. IV-A: the share of all paths of L and P with more than `max_run` equal letters in a
+    row."""
+    paths = ["".join(letters) for letters in itertools.product("LP", repeat=stages)]
+    return sum(longest_run(path) > max_run for path in paths) / len(paths)
+
+
+def bloat(shares: list[float], rise: float = 0.1) -> list[bool]:
+    """Fig. 2: where the dominant class's share of the pseudo labels is more than `rise` above the
+    least share."""
+    return [share > min(shares) + rise for share in shares]
+
+
+def spread(values: list[float]) -> str:
+    """Mean and sample deviation, as in Table II."""
+    if len(values) < 2:
+        return f"{np.mean(values):.2f}" if values else "-"
+    return f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
+
+
+def markdown(head: str, rows: list[tuple]) -> str:
+    """A table. `head` names the columns, with commas between; floats get two digits, NaN a dash."""
+
+    def cell(value: Any) -> str:
+        if not isinstance(value, float):
+            return str(value)
+        return "-" if math.isnan(value) else f"{value:.2f}"
+
+    names = head.split(", ")
+    lines = [names, ["---"] * len(names)]
+    lines += [[cell(value) for value in row] for row in rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def trail(path: str) -> list[str]:
+    """Stage 0 and all stages up to `path`."""
+    return [ROOT, *prefixes(path)]
+
+
+def leaves(paths: list[str]) -> list[str]:
+    """The paths that are no beginning of another, stage 0 left out."""
+    parents = {parent_of(path) for path in paths if path}
+    return [path for path in dict.fromkeys(paths) if path and path not in parents]
+
+
+def deepest(tree: Tree, paths: list[str]) -> str:
+    """Of the longest paths the one with the best end, by dev: GIST's leaves are also what it gave
+    up on the way."""
+    longest = max(len(tokens(path)) for path in paths)
+    return min((p for p in paths if len(tokens(p)) == longest), key=tree.order)
+
+
+def tables(tree: Tree, results: dict, visited: list[str], val: dict[str, float]) -> list[str]:
+    """The parts of report.md. `visited` are all nodes, `val` their scores on val."""
+    searches = results["visited"]
+    parts = [table_of_searches(tree, searches, val), table_of_nodes(tree, visited, val)]
+    drawn = results.get("trials", leaves(searches.get("rist", [])))  # some may be equal
+    ends = [*drawn, *leaves(searches.get("path", []))]
+    if len(ends) > 1:
+        chosen = [tree.best(trail(end)) for end in ends]
+        dev, scored = [tree.dev_of(p) for p in chosen], [val[p] for p in chosen]
+        if any(math.isnan(score) for score in scored):
+            parts.append(
+                "Not all chosen nodes are scored on val: Table II and Fig. 7 need "
+                "--val-every-stage (and nodes whose weights are still there).\n"
+            )
+        else:
+            parts.append(table_of_paths(ends, chosen, dev, scored))
+            parts.append(table_of_best_of_n(dev, scored))
+    if "rist" in searches and len(tree.dev) >= 25:
+        parts.append(table_of_dev_sizes(tree, searches["rist"], val))
+    return parts
+
+
+def table_of_searches(tree: Tree, searches: dict[str, list[str]], val: dict[str, float]) -> str:
+    rows = []
+    for name, paths in searches.items():
+        best = tree.best(paths)
+        stage, dev = len(tokens(best)), tree.dev_of(best)
+        rows.append((name, len(set(paths)) - 1, best or "stage 0", stage, dev, val[best]))
+    return "## Searches\n\n" + markdown("search, trainings, path, stage, dev, val", rows)
+
+
+def table_of_nodes(tree: Tree, visited: list[str], val: dict[str, float]) -> str:
+    absent = {"kept": float("nan"), "dominant": float("nan")}
+    labels = {path: tree.store.record(path).get("labels", absent) for path in visited}
+    shares = [facts["dominant"] for facts in labels.values() if facts is not absent]
+    alarm = dict(zip(shares, bloat(shares), strict=True))
+    rows = []
+    for path, facts in labels.items():
+        dominant = "-"
+        if facts is not absent:
+            dominant = f"{facts['dominant']:.2f}{' bloat' if alarm[facts['dominant']] else ''}"
+        seconds = tree.store.record(path)["seconds"]
+        dev = tree.dev_of(path)
+        rows.append((path or "stage 0", dev, val[path], facts["kept"], dominant, seconds))
+    head = "path, dev, val, pseudo labels kept, share of their dominant class, seconds"
+    return "## Nodes\n\n" + markdown(head, rows)
+
+
+def table_of_paths(ends: list[str], chosen: list[str], dev: list[float], val: list[float]) -> str:
+    """Table II: paths, each at the stage that dev chooses, with groups and deviations."""
+    stages = [len(tokens(path)) for path in chosen]
+    text = "## Paths, each at the stage that dev chooses (Table II)\n\n"
+    text += markdown("path, stage, dev, val", list(zip(ends, stages, dev, val, strict=True)))
+    text += f"\nval {spread(val)} over {len(val)} paths"
+    groups = group_scores(dev, val, GROUP)
+    said = ", ".join(f"{score:.2f}" for score in groups)
+    text += f"; best on dev in each group of {GROUP}: {said or 'no full group'}"
+    text += f" ({spread(groups)})\n" if len(groups) > 1 else "\n"
+    kept = [v for end, v in zip(ends, val, strict=True) if longest_run(end) <= DEGENERATE]
+    if len(kept) < len(val):
+        share = rejected_share(max(len(tokens(end)) for end in ends), DEGENERATE)
+        text += (
+            f"\nWithout the paths of more than {DEGENERATE} equal letters in a row "
+            f"({share:.2%} of all paths): val {spread(kept)} over {len(kept)} paths\n"
+        )
+    return text
+
+
+def table_of_best_of_n(dev: list[float], val: list[float]) -> str:
+    """Fig. 7."""
+    rows = [(n, *best_of(dev, val, n)) for n in range(1, min(len(val), 10) + 1)]
+    return "## Best of n paths by dev (Fig. 7)\n\n" + markdown("n, mean val, deviation", rows)
+
+
+def table_of_dev_sizes(tree: Tree, paths: list[str], val: dict[str, float]) -> str:
+    """Table III for RIST, whose nodes do not depend on the development set."""
+    sizes = [size for size in (10, 25, 50, 100, 200, 500) if size <= len(tree.dev)]
+    rows = []
+    for size in sizes:
+        best = tree.best(paths, size)
+        rows.append((size, best or "stage 0", val[best]))
+    return "## Development images (Table III, RIST)\n\n" + markdown("images, path, val", rows)
+
+
+def draw_tree(tree: Tree, visited: list[str], best: set[str], file: Path) -> None:
+    """Fig. 3: open nodes learned from labels, filled ones from pseudo labels; dev mIoU beside."""
+    paths = sorted(visited)
+    fills = {"L": "white", "P": "dimgray"}
+    plots.search_tree(
+        parents=[paths.index(parent_of(path)) if path else None for path in paths],
+        depths=[len(tokens(path)) for path in paths],
+        values=[tree.dev_of(path) for path in paths],
+        fills=[fills.get(path[-1:], "lightsteelblue") if path else "gold" for path in paths],
+        best=[path in best for path in paths],
+        path=file,
+        title="dev mIoU; learned from: gold stage 0, open labels, filled pseudo labels\n"
+        "red: the way to the best node of each search, thick ring",
+    )
+
+
+def draw_curves(
+    tree: Tree, searches: dict[str, list[str]], val: dict[str, float], file: Path
+) -> None:
+    """Figs. 1 and 6: mIoU by stage of every search; Fig. 5: confidences of stage 0 before and after
+    temperature scaling."""
+    dev_curves, val_curves = {}, {}
+    for name, paths in searches.items():
+        ends = [deepest(tree, paths)] if name == "gist" else leaves(paths)
+        dev_curves[name] = [[tree.dev_of(path) for path in trail(end)] for end in ends]
+        val_curves[name] = [[val[path] for path in trail(end)] for end in ends]
+    with np.load(tree.store.folder(ROOT) / "scores.npz") as scores:
+        temps, confidence = scores["temps"], scores["confidence"]
+    histograms = {f"T = {t:g}": row for t, row in zip(temps, confidence, strict=True)}
+    plots.curves_by_stage(
+        {"dev mIoU": dev_curves, "val mIoU": val_curves},
+        {"pixels of stage 0 by confidence": histograms},
+        file,
+    )
+
+
+def draw_masks(tree: Tree, path: str, file: Path) -> None:
+    """Figs. 2, 8, 9: development images with their predictions at stages 0, 1, 5, 9 and the last of
+    `path`."""
+    shown = [p for p in trail(path) if len(tokens(p)) in (0, 1, 5, 9) or p == path]
+    masks = [np.load(tree.store.folder(p) / "scores.npz") for p in shown]
+    rows = []
+    for i, picture in enumerate(tree.dev[:6]):
+        image, label = semantic.load_picture(picture, tree.data)
+        predicted = [plots.colour(torch.from_numpy(mask[f"mask{i}"])) for mask in masks]
+        rows.append([image.permute(1, 2, 0).numpy(), *predicted, plots.colour(label)])
+    plots.strip(rows, ["image", *(p or "stage 0" for p in shown), "label"], file)
+
+
+def write_report(tree: Tree, results: dict, out: Path) -> dict:
+    """results.json, log.jsonl (a line a node), report.md and pictures into the run folder `out`;
+    the results."""
+    store, searches = tree.store, results["visited"]
+    visited = {path for paths in searches.values() for path in paths}
+    visited = sorted(visited, key=lambda path: (len(tokens(path)), path))
+    records = [store.record(path) for path in visited]
+    results |= {
+        "trainings": len(visited) - 1,
+        "steps": sum(record["steps"] for record in records),
+        "seconds": round(sum(record["seconds"] for record in records), 1),
+        "images_per_second": median_speed([store.folder(path) for path in visited]),
+    }
+    files.write_text(out / "log.jsonl", "".join(json.dumps(r) + "\n" for r in records))
+    val = {path: val_of(tree, path) for path in visited}
+    files.write_text(out / "report.md", "\n".join(tables(tree, results, visited, val)))
+    draw_tree(tree, visited, {tree.best(paths) for paths in searches.values()}, out / "tree.png")
+    draw_curves(tree, searches, val, out / "curves.png")
+    for name, paths in searches.items():
+        end = deepest(tree, paths)
+        draw_masks(tree, end, out / "previews" / f"{name.replace(' ', '-')}-{end or 'stage0'}.png")
+    files.write_text(out / "results.json", json.dumps(results, indent=1))
+    reached = [
+        f"{name} {result['miou']:.2f} ({result['path'] or 'stage 0'})"
+        for name, result in results.items()
+        if isinstance(result, dict) and "miou" in result
+    ]
+    written = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
+    print(f"\nmiou: {', '.join(reached)}, chosen by {results['dev_size']} development images")
+    print(f"in {out}: {', '.join(written)}; nodes in {store.others}")
+    return results
+
+
+def median_speed(folders: list[Path]) -> float | None:
+    """Images per second, the median of all lines in the logs of these nodes."""
+    speeds = []
+    for folder in folders:
+        if (folder / "log.jsonl").is_file():
+            records = files.read_log(folder / "log.jsonl")
+            speeds += [r["images_per_second"] for r in records if "images_per_second" in r]
+    return sorted(speeds)[len(speeds) // 2] if speeds else None
+
+
+# ====================================================================================== evaluation
+class WholePicture(NamedTuple):
+    """A picture as it is scored or labeled: whole, at --resize."""
+
+    index: int  # its place in the list of pictures
+    image: Tensor  # (3, H, W) uint8
+    label: Tensor | None  # (H, W)
+    size: tuple[int, int]  # height and width on disk
+
+
+class Scores(NamedTuple):
+    """What an evaluation finds out."""
+
+    counts: np.ndarray  # (n, K, K) confusion counts of each picture; rows are labels
+    masks: list[np.ndarray]  # (H, W) predictions of the first six pictures (Figs. 2, 8, 9)
+    confidence: np.ndarray  # (2, 50) histograms of their confidences (Fig. 5)
+
+
+@torch.no_grad()
+@torch.backends.cudnn.flags(enabled=True, benchmark=False)  # hundreds of sizes: no time for trials
+def evaluate(
+    net: SegNet, pictures: list[Picture], data: Segmentation, args: Args, world: World
+) -> Scores:
+    """EVAL of Algorithm 1: whole pictures, single scale, no flip, at --resize."""
+    net.eval()
+    counts, masks, confidence = [], [], np.zeros((2, 50), np.int64)
+    for group in passes(pictures, data, args, world, labels=True):
+        logits = forward_whole(net, group, world.device)
+        for picture, z in zip(group, logits, strict=True):
+            prediction = z.argmax(0)
+            label = picture.label.to(prediction.device)
+            counts.append(metrics.confusion(prediction, label, len(data.classes)).numpy())
+            if len(masks) < 6:
+                masks.append(prediction.byte().cpu().numpy())
+                confidence += confidence_histograms(z, args.temp)
+    return Scores(np.stack(counts), masks, confidence)
+
+
+def confidence_histograms(logits: Tensor, temp: float) -> np.ndarray:
+    """Fig. 5: histograms (2, 50) of the confidences of logits (K, H, W), without temperature
+    scaling and with it."""
+    rows = []
+    for t in (1.0, temp):
+        _, confidence = label_erase(logits[None], 0, t)
+        rows.append(torch.histc(confidence.cpu(), 50, 0, 1).long().numpy())
+    return np.stack(rows)
+
+
+def passes(
+    pictures: list[Picture], data: Segmentation, args: Args, world: World, labels: bool
+) -> Iterator[list[WholePicture]]:
+    """Whole pictures, in groups that go through the network together: neighbours of one size, as
+    many as the size allows. A picture without label that cannot be read is left out."""
+    group: list[WholePicture] = []
+    for index, image, label in semantic.score_loader(pictures, data, world, args.workers, labels):
+        if image is None:
+            continue
+        size = tuple(image.shape[-2:])
+        most = min(max(2**21 // (size[0] * size[1]), 1), 16)
+        if group and (size != group[0].size or len(group) == most):
+            yield group
+            group = []
+        group.append(WholePicture(index, *resized(image, label, args.resize), size))
+    if group:
+        yield group
+
+
+def forward_whole(net: SegNet, group: list[WholePicture], device: torch.device) -> Tensor:
+    """Logits (n, K, H, W) at the pictures' size."""
+    images = torch.stack([picture.image for picture in group]).to(device)
+    logits, _ = net.forward(images)  # not the compiled network: there are many sizes
+    return upsample(logits, images.shape[-2:])
 
 
 def val_record(tree: Tree, path: str, net: SegNet | None = None) -> dict:
     """`miou` and `iou` of a node on --val, kept in its folder. Nothing is ever chosen by them."""
-    file = tree.store.folder(path) / f"val-{tree.args.val}.json"
+    file = val_file(tree, path)
     if not file.is_file():
-        counts = score(tree, net or tree.network(tree.weights(path)), tree.data.val)["counts"]
-        files.write_text(
-            file,
-            json.dumps(metrics.iou_record(torch.from_numpy(counts.sum(0)), tree.data.classes, 0)),
-        )
+        if net is None:
+            net = tree.network(tree.store.weights(path, SCRIPT))
+        counts = evaluate(net, tree.data.val, tree.data, tree.args, tree.world).counts
+        record = metrics.iou_record(torch.from_numpy(counts.sum(0)), tree.data.classes, 0)
+        files.write_text(file, json.dumps(record))
     return json.loads(file.read_text())
 
 
-# ============================================================================================= main
-# What shapes no weights: flags that choose nodes, and bookkeeping. What shapes stage 0 alone, or
-# all but stage 0.
-SEARCHES = "search alpha beam trials path stages max_run independent dev_size dev_reserve".split()
+def val_file(tree: Tree, path: str) -> Path:
+    return tree.store.folder(path) / f"val-{tree.args.val}.json"
 
 
-BOOKKEEPING = (
-    "root split split_seed unlabeled val out store resume workers device compile save_every log_every "
-    "keep_nodes val_every_stage eval predict report weights"
-).split()
+def val_of(tree: Tree, path: str) -> float:
+    """mIoU of a node on val, NaN where it was not scored there (--val-every-stage does)."""
+    file = val_file(tree, path)
+    return json.loads(file.read_text())["miou"] if file.is_file() else float("nan")
 
 
-STAGE0_ONLY = [f for f in Args.__dataclass_fields__ if f.startswith(("stage0", "gan_", "mix_"))] + [
-    "eval_every"
-]
+def save_scores(file: Path, scores: Scores, temp: float) -> None:
+    """scores.npz of a node: `counts`, `mask0`, `mask1`, ..., and `confidence` at `temps`."""
+    arrays = {"temps": np.array([1, temp]), "confidence": scores.confidence}
+    arrays |= {f"mask{i}": mask for i, mask in enumerate(scores.masks)}
+    np.savez_compressed(file, **arrays, counts=scores.counts)
 
 
-REFINE_ONLY = "cl cl_beta cl_drop cl_on phi temp steps".split()
+# ========================================================================== data, weights, and runs
+def backbone_weights(args: Args) -> dict[str, Tensor] | None:
+    """The tensors that --weights names: a file's, the embedded data's own, or ImageNet's for a
+    Caffe-style ResNet. None for none, and for imagenet where the backbone brings its own."""
+    if args.weights == "none":
+        return None
+    if args.weights == "imagenet":
+        if args.backbone not in CAFFE:
+            return None
+        name = args.backbone.removeprefix("caffe_") + ".tv_in1k"
+        return backbones.build(name, 32, True)[0].state_dict()
+    if args.weights == "shapes":
+        from data import shapes
 
-
-FLAGS_OF = {
-    "s4gan": "gan_lr gan_gamma gan_fm gan_st",
-    "classmix": "mix_threshold mix_alpha mix_weight mix_colour",
-}
-
-
-RANGES = (
-    dict.fromkeys("gan_gamma mix_threshold mix_alpha alpha cl_beta".split(), (0, 1))
-    | dict.fromkeys(
-        "beam trials steps stage0_steps dev_size eval_every save_every threads".split(), (1, 1e9)
-    )
-    | {
-        "crop_size": (16, 1e5),
-        "scale": (0.01, 100),
-        "aspp_rates": (1, 512),
-        "cl_drop": (0, 0.999),
-        "phi": (-1, 2),
-        "cut": (-1, 3),
-        "resize": (0.05, 20),
-        "temp": (1e-6, 1e6),
-        "batch_size": (2, 1e6),
-    }
-)
-
-
-def check(args: Args) -> None:
-    """Refuse, before any work, what cannot run and flags that would be ignored."""
-    cli.check_ranges(args, RANGES)
-    ignored = {
-        flag: search not in args.search
-        for flag, search in dict(
-            alpha="fist",
-            beam="gist",
-            path="path",
-            trials="rist",
-            max_run="rist",
-            independent="rist",
-        ).items()
-    } | {
-        "init_head": args.backbone not in CAFFE,
-        "cut": args.backbone in CAFFE,
-        "stages": {*args.search} == {"path"},
-        "stage0_steps": args.stage0 not in STAGE0,
-        **dict.fromkeys(("cl_beta", "cl_drop", "cl_on"), args.cl == 0),
-    }
-    cli.check_meaning(args, preset(args.dataset), args.stage0, FLAGS_OF, ignored)
-    if "path" in args.search and not (
-        args.path and all(re.fullmatch(r"([LPB]|F0?\.\d+)+", p) for p in args.path)
-    ):
+        return checkpoints.read_weights(shapes.pretrained(Path(args.root), args.backbone))
+    if not args.weights:
         raise UserError(
-            "--search path needs --path with words of L and P (or B, F0.75), such as --path LPPLLLPPL."
+            "The paper starts from MS-COCO weights: give the file resnet101COCO-41f33a49.pth (or "
+            "another layout of docs/gist_rist.md) with --weights FILE, or start with --weights "
+            "imagenet --pixels imagenet."
         )
-    if args.stage0 not in STAGE0 and not Path(args.stage0).is_file():
-        raise UserError(f"--stage0 {args.stage0} is neither {', '.join(STAGE0)} nor a file.")
+    return checkpoints.read_weights(Path(args.weights))
 
 
-def plant(args: Args) -> tuple[Tree, list[str]]:
+def initial_weights(args: Args, num_classes: int) -> tuple[dict[str, Tensor] | None, list[str]]:
+    """The tensors of a whole network that --weights names, with a fresh classifier, and lines for
+    the user; None where the network brings its weights itself."""
+    weights = backbone_weights(args)
+    check_pixels(args, weights)
+    if weights is None:
+        return None, []
+    distributed.seed_torch(args.seed, "student")
+    net = SegNet(args, num_classes)
+    notes = []
+    if args.backbone in CAFFE:
+        weights = caffe_weights(weights, net.backbone, args.weights)
+        kind = "ImageNet, normalised RGB" if args.pixels == "imagenet" else "COCO, 0 to 255"
+        notes.append(f"of {args.weights}: {kind}")
+    elif args.weights != "imagenet":
+        check_cut(args, weights, net.backbone)
+    notes += checkpoints.load_matching(net.backbone, weights, args.weights)
+    return net.state_dict(), notes
+
+
+def check_pixels(args: Args, weights: dict[str, Tensor] | None) -> None:
+    """UserError when --pixels does not fit the weights: frozen statistics fit one range of values,
+    and training does not mend the wrong one. DEPARTS[pixels]"""
+    if args.weights == "none":
+        return
+    of_torchvision = {"fc.weight", "layer1.0.conv1.weight"}
+    is_file = args.weights not in ("imagenet", "shapes")
+    is_coco = args.backbone in CAFFE and is_file and not of_torchvision <= weights.keys()
+    if is_coco and args.pixels == "imagenet":
+        raise UserError(f"{args.weights} holds COCO weights, which need --pixels bgr (or rgb).")
+    if not is_coco and args.pixels != "imagenet":
+        raise UserError(f"--weights {args.weights} needs --pixels imagenet.")
+
+
+def check_cut(args: Args, weights: dict[str, Tensor], backbone: nn.Module) -> None:
+    """UserError when a file has no weights for the last stage, which would stay random."""
+    last = [name for name, _ in backbone.named_children()][-1]
+    if not any(name.startswith(f"{last}.") for name in weights):
+        raise UserError(
+            f"{args.weights} has no weights of {last}, the last part of {args.backbone}; leave it "
+            f"out with --cut {args.cut + 1}."
+        )
+
+
+def find_data(args: Args, classes: list[str] | None = None) -> Segmentation:
+    """The data set that --dataset and --root name; the embedded one is drawn on first use."""
+    root = Path(args.root)
+    if args.dataset == "shapes":
+        from data import shapes
+
+        root = shapes.make_voc(root / "voc")
+    return semantic.find(args.dataset, root, args.val, classes)
+
+
+def choose_pictures(args: Args, data: Segmentation) -> tuple[Tree, str]:
+    """A tree with the labeled, unlabeled and development images of a run, and a line about them."""
+    split, balanced = args.split, True
+    if args.dataset == "cityscapes" and split in CITYSCAPES:
+        split, balanced = f"random:{CITYSCAPES[split]}", False
+    chosen = semantic.choose(
+        data, split, args.split_seed, args.unlabeled, "s4gan", balanced=balanced
+    )
+    reserve = max(args.dev_size, args.dev_reserve)
+    dev = hold_out(data, chosen.labeled, args.split_seed, reserve)
+    held_out = {picture.image for picture in dev}
+    # The labels of the pool are never opened.
+    pool = [Picture(p.name, p.image, None) for p in chosen.unlabeled if p.image not in held_out]
+    if not pool:
+        raise UserError(
+            f"--split {args.split} and {len(dev)} development images leave no unlabeled image; "
+            f"take a smaller split or --dev-size, or name some with --unlabeled."
+        )
+    line = (
+        f"{chosen.text}; {len(dev)} held out, {len(pool)} left to label; "
+        f"{len(chosen.labeled) + args.dev_size} labels used in all; scored on {len(data.val)}"
+    )
+    world = replace(distributed.start(args.device, join=False), rank=0, size=1)
+    return Tree(args, world, data, chosen.labeled, pool, dev), line
+
+
+# Settings that shape no weights: which nodes are wanted, and bookkeeping.
+SEARCH_ONLY = {
+    "search", "alpha", "beam", "trials", "path", "stages", "max_run", "independent", "dev_size",
+    "dev_reserve",
+}  # fmt: skip
+BOOKKEEPING = {
+    "root", "split", "split_seed", "unlabeled", "val", "out", "store", "resume", "workers",
+    "device", "compile", "save_every", "log_every", "keep_nodes", "val_every_stage", "eval",
+    "predict", "report", "weights",
+}  # fmt: skip
+# Settings that shape the weights of stage 0 alone, and of all other nodes alone.
+STAGE0_ONLY = {"stage0", "stage0_steps", "gan_lr", "gan_gamma", "mix_colour", "eval_every"}
+REFINE_ONLY = {"cl", "cl_on", "phi", "temp", "steps"}
+
+
+def key_of(tree: Tree, without: set[str], *more: Any) -> str:
+    """A name for what shapes weights: settings, lists of images and `more`."""
+    no_matter = SEARCH_ONLY | BOOKKEEPING | without
+    shaping = {name: v for name, v in vars(tree.args).items() if name not in no_matter}
+    lists = [
+        splits.fingerprint(picture.name for picture in pictures)
+        for pictures in (tree.labeled, tree.pool, tree.dev)
+    ]
+    content = [shaping, tree.data.classes, lists, more]
+    text = json.dumps(content, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def set_up(args: Args) -> tuple[Tree, list[str]]:
     """Data, splits, device, initial weights, the folder of stage 0, named by what shapes it; and
     lines to print."""
     data = find_data(args)
-    split = CITYSCAPES.get(args.split, args.split) if args.dataset == "cityscapes" else args.split
-    chosen = semantic.choose(
-        data,
-        split,
-        args.split_seed,
-        args.unlabeled,
-        "s4gan",
-        held_out=max(args.dev_reserve, args.dev_size),
-    )
-    # their labels are never opened
-    pool = [Picture(p.name, p.image, None) for p in chosen.unlabeled]
-    args, init, notes = initial(args, len(data.classes))
-    world = distributed.start(args.device, join=False)
-    if world.device.type == "cpu":
-        torch.set_num_threads(args.threads)
-    tree = Tree(
-        args, replace(world, rank=0, size=1), data, chosen.labeled, pool, chosen.held_out, init=init
-    )
-    start = (
-        "" if args.stage0 in STAGE0 else hashlib.sha256(Path(args.stage0).read_bytes()).hexdigest()
-    )
-    start += fingerprint(init) if init else args.weights
-    tree.store.root = Path(args.store) / f"stage0-{key_of(tree, REFINE_ONLY, start, args.dev_size)}"
-    return tree, [
-        f"{chosen.text}; {len(chosen.labeled) + args.dev_size} labels used in all; scored on {len(data.val)}",
-        *(f"weights {note}" for note in notes),
-    ]
+    tree, line = choose_pictures(args, data)
+    tree.init, notes = initial_weights(args, len(data.classes))
+    if tree.world.device.type == "cpu":
+        torch.set_num_threads(1)  # sums, and so weights, depend on the number of threads
+    start = args.weights if tree.init is None else fingerprint(tree.init)
+    if args.stage0 not in STAGE0:
+        start = hashlib.sha256(Path(args.stage0).read_bytes()).hexdigest() + start
+    key = key_of(tree, REFINE_ONLY, start, args.dev_size)
+    tree.store.root = Path(args.store) / f"stage0-{key}"
+    return tree, [line, *(f"weights {note}" for note in notes)]
 
 
-def key_of(tree: Tree, without: list[str], *more: Any) -> str:
-    """A name for what shapes weights: settings, lists of images and `more`."""
-    lists = [
-        splits.fingerprint(p.name for p in pictures)
-        for pictures in (tree.labeled, tree.pool, tree.dev)
-    ]
-    shape = {k: v for k, v in vars(tree.args).items() if k not in SEARCHES + BOOKKEEPING + without}
-    text = json.dumps([shape, tree.data.classes, lists, more], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+def check(args: Args) -> None:
+    """Refuse, before any work, what cannot run."""
+    cli.check_ranges(args)
+    if args.scale[0] > args.scale[1]:
+        raise UserError(f"--scale {args.scale[0]} {args.scale[1]} is not in order.")
+    if "path" in args.search:
+        fits = [re.fullmatch(r"([LPB]|F0?\.\d+)+", path) for path in args.path]
+        if not fits or not all(fits):
+            raise UserError(
+                "--search path needs --path with words of L and P (or B, F0.75), such as --path "
+                "LPPLLLPPL."
+            )
+    if args.stage0 not in STAGE0 and not Path(args.stage0).is_file():
+        raise UserError(f"--stage0 {args.stage0} is neither {', '.join(STAGE0)} nor a file.")
 
 
 def train(args: Args) -> dict:
     """One run: stage 0, all searches, the chosen networks on val, results.json, whose contents are
     returned."""
     check(args)
-    out, phi = (
-        runs.default_out(SCRIPT, args),
-        args.phi if args.phi >= 0 else 0.5 if args.temp < 1 else 0.9,
-    )
-    args = replace(args, phi=phi, out=str(out))
-    tree, lines = plant(args)
+    out = runs.default_out(SCRIPT, args)
+    args = replace(args, out=str(out))
+    tree, lines = set_up(args)
     store, main = tree.store, distributed.launched().main
     if main:
         runs.open_run(out, SCRIPT, args, args.resume, not (out / "config.json").exists())
-        runs.write_config(
-            out, SCRIPT, args, tree.world, {"images": "; ".join(lines), "stage0": str(store.root)}
-        )
-        print(
-            *lines,
-            f"{args.stage0} stage 0; {', '.join(args.search)}; in {out}, nodes in {args.store}",
-            sep="\n",
-        )
-    while not (store.done(ROOT) and store.first_to_make(ROOT) is None):
-        store.make_if_free(ROOT, tree.train) or tree.wait()
+        facts = {"images": "; ".join(lines), "stage0": str(store.root)}
+        runs.write_config(out, SCRIPT, args, tree.world, facts)
+        searches = ", ".join(args.search)
+        print(*lines, sep="\n")
+        print(f"{args.stage0} stage 0; {searches}; in {out}, nodes in {args.store}")
+    tree.signals = runs.Signals(say=main)
+    store.ensure(ROOT, tree.train, tree.wait)
     store.others = Path(args.store) / key_of(tree, STAGE0_ONLY, store.record(ROOT)["weights"])
-    visited = search_all(tree, args)
-    if not main:
-        return {}
-    best = {"stage0": ROOT} | {name: tree.best(nodes) for name, nodes in visited.items()}
-    while lost := [n for path in best.values() if (n := store.first_to_make(path)) is not None]:
-        store.make_if_free(lost[0], tree.train) or tree.wait()
-    results = {
-        name: {
+    visited = search_all(tree)
+    results = {}
+    if main:
+        results = collect_results(tree, visited)
+        save_best(tree, visited, out)
+        results = write_report(tree, results, out)
+    tree.signals.give_back()
+    return results
+
+
+def collect_results(tree: Tree, visited: dict[str, list[str]]) -> dict:
+    """results.json: what each search chose, its score on val, and where everything lies."""
+    args, store = tree.args, tree.store
+    best = {"stage0": ROOT} | {name: tree.best(paths) for name, paths in visited.items()}
+    results: dict[str, Any] = {}
+    for name, path in best.items():
+        store.ensure(path, tree.train, tree.wait)
+        results[name] = {
             "path": path,
             "stage": len(tokens(path)),
             "dev": tree.dev_of(path),
             **val_record(tree, path),
             "step": store.record(path)["step"],
         }
-        for name, path in best.items()
-    }
-    results |= {
-        k: getattr(args, k) for k in ("dataset", "split", "split_seed", "seed", "val", "dev_size")
-    }
-    results |= {
-        "split_fingerprint": splits.fingerprint(p.name for p in tree.labeled),
-        "stage0_folder": str(store.root),
-        "nodes": str(store.others),
-        "visited": visited,
-        "trials": [rist_path(args, trial) for trial in range(args.trials)]
-        if "rist" in visited
-        else [],
-    }
-    state = checkpoints.load_checkpoint(
-        store.folder(tree.best([*best.values()])) / "weights.pt", SCRIPT
-    )
-    checkpoints.save_checkpoint(
-        out / "best.pt", SCRIPT, state | {"settings": json.loads(json.dumps(vars(tree.args)))}
-    )
-    return gist_report.write(tree, results, out)
+    for name in ("dataset", "split", "split_seed", "seed", "val", "dev_size"):
+        results[name] = getattr(args, name)
+    results["split_fingerprint"] = splits.fingerprint(p.name for p in tree.labeled)
+    results["stage0_folder"] = str(store.root)
+    results["nodes"] = str(store.others)
+    results["visited"] = visited
+    results["trials"] = rist_paths(args) if "rist" in visited else []
+    return results
 
 
-def load(path: str, args: Args) -> tuple[SegNet, Tree]:
-    """The network of a checkpoint, built from the settings it holds, and a tree without
-    pictures."""
+def save_best(tree: Tree, visited: dict[str, list[str]], out: Path) -> None:
+    """best.pt of the run: the best node of all searches, with the settings of this run."""
+    path = tree.best([path for paths in visited.values() for path in paths])
+    state = checkpoints.load_checkpoint(tree.store.folder(path) / "weights.pt", SCRIPT)
+    state["settings"] = json.loads(json.dumps(vars(tree.args)))
+    checkpoints.save_checkpoint(out / "best.pt", SCRIPT, state)
+
+
+def report_again(args: Args) -> dict:
+    """--report: tables and pictures of a finished run once more; UserError when it is not finished,
+    or its nodes are gone."""
+    out = Path(args.report)
+    if not (out / "results.json").is_file():
+        raise UserError(f"{out} is not a finished run of gist_rist.py: it has no results.json.")
+    tree, _ = set_up(args)
+    results = json.loads((out / "results.json").read_text())
+    tree.store.root, tree.store.others = Path(results["stage0_folder"]), Path(results["nodes"])
+    visited = [path for paths in results["visited"].values() for path in paths]
+    lost = [path or "stage 0" for path in visited if not tree.store.done(path)]
+    if lost:
+        raise UserError(
+            f"{len(lost)} nodes of {out} are not in {tree.store.others} any more, for example "
+            f"{lost[0]}; the run's command trains them again."
+        )
+    write_report(tree, results, out)
+    print("\n" + (out / "report.md").read_text())
+    return results
+
+
+class Loaded(NamedTuple):
+    """A checkpoint, ready to be used."""
+
+    net: SegNet
+    classes: list[str]
+    world: World
+
+
+def load(path: str, args: Args) -> Loaded:
+    """The network of a checkpoint, built from the settings that it holds."""
     state = checkpoints.load_checkpoint(Path(path), SCRIPT)
     world = replace(distributed.start(args.device, join=False), rank=0, size=1)
     net = SegNet(args, len(state["classes"]))
     checkpoints.load_exact(net, state["networks"]["student"], path)
-    data = semantic.Segmentation(args.dataset, Path(args.root), state["classes"], {}, [])
-    return net.to(world.device, memory_format=torch.channels_last).eval(), Tree(
-        args, world, data, [], [], []
-    )
+    net = net.to(world.device, memory_format=torch.channels_last).eval()
+    return Loaded(net, state["classes"], world)
 
 
-def evaluate(args: Args) -> dict:
+def score_checkpoint(args: Args) -> dict:
     """--eval: score a checkpoint on val and write <checkpoint>.results.json."""
-    net, tree = load(args.eval, args)
-    tree.data = find_data(args, tree.data.classes)
-    counts = torch.from_numpy(score(tree, net, tree.data.val)["counts"].sum(0))
-    scores = {"student": {"last": metrics.iou_record(counts, tree.data.classes, 0)}}
-    facts = {k: getattr(args, k) for k in ("dataset", "split", "val", "seed")} | {
-        "confusion": counts.tolist()
-    }
-    runs.write_scores(
-        Path(f"{args.eval}.results.json"), scores, facts, "miou", f"{args.val} of {tree.data.root}"
-    )
+    loaded = load(args.eval, args)
+    data = find_data(args, loaded.classes)
+    counts = evaluate(loaded.net, data.val, data, args, loaded.world).counts
+    total = torch.from_numpy(counts.sum(0))
+    scores = {"student": {"last": metrics.iou_record(total, data.classes, 0)}}
+    facts = {name: getattr(args, name) for name in ("dataset", "split", "val", "seed")}
+    facts["confusion"] = total.tolist()
+    file = Path(f"{args.eval}.results.json")
+    runs.write_scores(file, scores, facts, "miou", f"{args.val} of {data.root}")
     return scores | facts
 
 
 def predict(args: Args) -> None:
     """--predict CKPT IMAGES...: index PNGs and overlays of images or folders into
     <checkpoint>.predictions/."""
-    net, tree = load(args.predict[0], args)
-    predictions.predict_labels(
-        args.predict[1:],
-        Path(f"{args.predict[0]}.predictions"),
-        tree.data.classes,
-        lambda images: upsample(net(resized(args, images[0], None)[0][None])[0], images.shape[-2:]),
-        tree.world,
-    )
+    checkpoint, *images = args.predict
+    loaded = load(checkpoint, args)
+
+    def logits_of(image: Tensor) -> Tensor:
+        small, _ = resized(image[0], None, args.resize)
+        return upsample(loaded.net(small[None])[0], image.shape[-2:])
+
+    out = Path(f"{checkpoint}.predictions")
+    predictions.predict_labels(images, out, loaded.classes, logits_of, loaded.world)
 
 
 def settings(dataset: str = "voc", eval: str = "", predict: str = "", report: str = "") -> Args:
@@ -1321,18 +1770,35 @@ def settings(dataset: str = "voc", eval: str = "", predict: str = "", report: st
 
 
 def main(args: Args) -> Any:
-    return (
-        gist_report.again(plant(args)[0], Path(args.report))
-        if args.report
-        else evaluate(args)
-        if args.eval
-        else predict(args)
-        if args.predict
-        else train(args)
-    )
+    if args.report:
+        return report_again(args)
+    if args.eval:
+        return score_checkpoint(args)
+    if args.predict:
+        return predict(args)
+    return train(args)
 
 
-PLACES = {"reduce": 1, "conv3x3": 2, "increase": 3}
+# ================================================================================= official weights
+def caffe_weights(weights: dict[str, Tensor], backbone: nn.Module, file: str) -> dict[str, Tensor]:
+    """The tensors of a Caffe-style ResNet in a file of any layout of docs/gist_rist.md; UserError
+    when one is missing. The file's own classifier is left out. DEPARTS[init-head]"""
+    weights = {deeplab_name(name): value for name, value in weights.items()}
+    weights = {name: value for name, value in weights.items() if not name.startswith("head.")}
+    lost = []
+    for name, own in backbone.state_dict().items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        if name not in weights or weights[name].shape != own.shape:
+            lost.append(name)
+    if lost:
+        raise UserError(
+            f"{file} lacks {len(lost)} tensors, such as {lost[0]}; layouts: docs/gist_rist.md"
+        )
+    return weights
+
+
+CONVOLUTIONS = {"reduce": 1, "conv3x3": 2, "increase": 3}  # of a block, in layout C
 
 
 def deeplab_name(name: str) -> str:
@@ -1340,16 +1806,16 @@ def deeplab_name(name: str) -> str:
     of torchvision's and timm's ResNet; branches of the classifier become head.0 to head.3."""
     name = re.sub(r"^(Scale|backbone|base)\.", "", name)
     name = re.sub(r"^(layer5\.conv2d_list\.|classifier\.|aspp\.c)(\d)\.", r"head.\2.", name)
-    # C: the stem, and stages 2 to 5
+    # Layout C: the stem, and stages 2 to 5.
     name = re.sub(r"^layer1\.conv1\.(conv|bn)\.", r"\g<1>1.", name)
-    if not (found := re.match(r"layer(\d)\.block(\d+)\.(\w+)\.(conv|bn)\.(.+)", name)):
+    found = re.match(r"layer(\d)\.block(\d+)\.(\w+)\.(conv|bn)\.(.+)", name)
+    if found is None:
         return name
     stage, block, place, kind, rest = found.groups()
-    layer = (
-        f"downsample.{int(kind == 'bn')}"
-        if place == "shortcut"
-        else f"{kind}{PLACES.get(place, place)}"
-    )
+    if place == "shortcut":
+        layer = "downsample.0" if kind == "conv" else "downsample.1"
+    else:
+        layer = f"{kind}{CONVOLUTIONS.get(place, place)}"
     return f"layer{int(stage) - 1}.{int(block) - 1}.{layer}.{rest}"
 
 

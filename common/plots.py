@@ -299,3 +299,106 @@ def draw_objects(
         if classes
         else [],
     )
+
+
+# ------------------------------------------------------------------------------------ search trees
+def search_tree(
+    parents: list[int | None],
+    depths: list[int],
+    values: list[float],
+    fills: list[str],
+    best: list[bool],
+    path: Path,
+    title: str,
+) -> None:
+    """A tree that grows to the right. Of each node: the index of its parent (None at the root), its
+    depth, the number that stands at it, its colour, and whether it is a best one; the ways to those
+    are red. Leaves stand below each other in the order of the nodes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    count = len(parents)
+    leaves = [i for i in range(count) if i not in parents]
+    row = {leaf: -float(place) for place, leaf in enumerate(leaves)}
+    for i in sorted(range(count), key=lambda i: -depths[i]):
+        children = [row[child] for child in range(count) if parents[child] == i]
+        if children:  # a parent stands in the middle of its children
+            row[i] = sum(children) / len(children)
+    on_way: set[int | None] = set()
+    for i in range(count):
+        place = i if best[i] else None
+        while place is not None:
+            on_way.add(place)
+            place = parents[place]
+    figure, axis = plt.subplots(figsize=(2 + 1.5 * max(depths), 1.5 + 0.45 * len(leaves)))
+    for i, parent in enumerate(parents):
+        if parent is not None:
+            red = i in on_way
+            axis.plot(
+                [depths[parent], depths[i]],
+                [row[parent], row[i]],
+                zorder=1,
+                color="tab:red" if red else "lightgray",
+                linewidth=2.5 if red else 1,
+            )
+        ring = 2.5 if best[i] else 1
+        axis.scatter(
+            depths[i], row[i], s=130, color=fills[i], edgecolor="black", zorder=2, linewidth=ring
+        )
+        axis.annotate(
+            f"{values[i]:.1f}",
+            (depths[i], row[i]),
+            (0, 8),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+        )
+    axis.set_title(title, fontsize=9)
+    axis.set_xlabel("stage")
+    axis.set_xticks(range(max(depths) + 1))
+    axis.set_yticks([])
+    axis.margins(0.08, 0.15)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def curves_by_stage(
+    curves: dict[str, dict[str, list[list[float]]]],
+    histograms: dict[str, dict[str, np.ndarray]],
+    path: Path,
+) -> None:
+    """A panel for each title in `curves`: for each name some lines of one colour, whose points are
+    the values at stages 0, 1, 2, ...; then a panel for each title in `histograms`: for each name
+    the counts of equal bins of [0, 1]."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(curves) + len(histograms), figsize=(14, 4))
+    for axis, (title, lines_of) in zip(axes, curves.items(), strict=False):
+        for number, (name, lines) in enumerate(lines_of.items()):
+            for i, line in enumerate(lines):
+                label = name if i == 0 else None
+                axis.plot(range(len(line)), line, color=f"C{number}", marker=".", label=label)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("stage")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    for axis, (title, rows) in zip(axes[len(curves) :], histograms.items(), strict=True):
+        for name, row in rows.items():
+            edges = np.linspace(0, 1, row.size + 1)
+            axis.stairs(row / max(row.sum(), 1), edges, fill=True, alpha=0.5, label=name)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("confidence")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -309,6 +309,7 @@ def choose(
     family: str,
     needed: bool = True,
     held_out: int = 0,
+    balanced: bool = True,
 ) -> Chosen:
     """The labeled images that `split` names, and the unlabeled ones: all others, or what
     `unlabeled` names; UserError when there are none and they are `needed`. `held_out` labeled
@@ -350,9 +351,12 @@ def choose(
         try:
             number = splits.count(split.removeprefix("random:"), len(data.train))
             able = [name for name, picture in data.train.items() if picture.label.is_file()]
-            names = splits.draw(
-                able, number, split_seed, lambda name: classes_in(data, data.train[name])
-            )
+            if balanced:  # over classes, for which all training labels are opened
+                names = splits.draw(
+                    able, number, split_seed, lambda name: classes_in(data, data.train[name])
+                )
+            else:
+                names = splits.draw(able, number, split_seed)
         except splits.SplitError as error:
             raise UserError(f"--split {split}: {error}") from None
         labeled, origin = (

@@ -103,7 +103,7 @@ GTA_RUNS = {
 
 GIST_TINY = (
     "gist_rist.py --dataset shapes --root {data} --val few --split {data}/labeled.txt --workers 0"
-    " --unlabeled {data}/unlabeled.txt --backbone test_resnet --weights none --bn auto --lr 0.006"
+    " --unlabeled {data}/unlabeled.txt --backbone test_resnet --weights none --bn live --lr 0.006"
     " --phi 0.3 --temp 0.5 --stage0-steps 6 --steps 3 --eval-every 3 --dev-size 4 --batch-size 2"
     " --crop-size 32 32 --resize 1 --save-every 3 --log-every 1 --keep-nodes --out {out}/run"
     " --store {out}/store"
@@ -120,24 +120,21 @@ GIST_RUNS = {
     "gist fist alone": GIST + " --search fist --alpha 0.75",
     "gist batchwise": GIST + " --search batchwise --stages 3",
     "gist path": GIST_TINY + " --search path --path PL LLP F0.5B",
-    "gist classmix": P + " --stage0 classmix --mix-threshold 0.2",
-    "gist classmix colour": P
-    + " --stage0 classmix --mix-threshold 0.2 --mix-colour --mix-alpha 0.5",
+    "gist classmix": P + " --stage0 classmix",
+    "gist classmix colour": P + " --stage0 classmix --mix-colour",
     "gist s4gan": P + " --stage0 s4gan --gan-gamma 0.4 --gan-lr 1e-3",
     "gist from checkpoint": "gist_rist.py --dataset shapes --root {data} --val few --workers 0"
     " --split {data}/labeled.txt --unlabeled {data}/unlabeled.txt --backbone test_resnet"
-    " --weights none --bn auto --steps 2 --dev-size 4 --batch-size 2 --crop-size 32 32 --resize 1"
+    " --weights none --bn live --steps 2 --dev-size 4 --batch-size 2 --crop-size 32 32 --resize 1"
     " --keep-nodes --stage0 {runs}/gist/run/best.pt --search path --path L --out {out}/run"
     " --store {out}/store",
     "gist no cl": P + " --cl 0",
     "gist no erase": P + " --phi 0",
     "gist no temperature": P + " --temp 1",
-    "gist cl on both": GIST_TINY
-    + " --search path --path PL --cl-on both --cl-beta 0.9 --cl-drop 0.3",
-    "gist bn live": GIST_TINY + " --search path --path PL --bn live",
+    "gist cl on both": GIST_TINY + " --search path --path PL --cl-on both",
     "gist bn frozen": GIST_TINY + " --search path --path PL --bn frozen",
     "gist reserve": P + " --dev-size 3 --dev-reserve 5",
-    "gist rates": P + " --head-lr 1 --backbone-lr 0.5 --weight-decay 0 --resize 2 --scale 0.5 2.0",
+    "gist rates": P + " --head-lr 3 --resize 2 --scale 0.5 2.0",
     "gist bgr": P + " --pixels bgr --output-stride 16 --aspp-rates 1 2",
     "gist caffe": GIST_TINY + " --stages 0 --search gist --backbone caffe_resnet50"
     " --stage0-steps 1 --eval-every 1",
@@ -145,11 +142,12 @@ GIST_RUNS = {
     " --stage0-steps 4 --eval-every 2 --steps 2 --search path --path LP --dev-size 6 --keep-nodes"
     " --log-every 1 --unlabeled {data}/unlabeled.txt --out {out}/run --store {out}/store",
     "gist folder": "gist_rist.py --dataset folder --root {data}/folder --split random:4"
-    " --workers 0 --backbone test_resnet --weights none --stage0-steps 3 --eval-every 3 --steps 2"
-    " --dev-size 2 --batch-size 2 --crop-size 32 32 --search path --path P --keep-nodes"
+    " --workers 0 --backbone test_resnet --weights none --bn live --stage0-steps 3 --eval-every 3"
+    " --steps 2 --dev-size 2 --batch-size 2 --crop-size 32 32 --search path --path P --keep-nodes"
     " --log-every 1 --out {out}/run --store {out}/store",
     "gist cityscapes": "gist_rist.py --dataset cityscapes --root {data}/cityscapes"
-    " --split random:4 --backbone test_resnet --weights none --stage0 classmix --stage0-steps 3"
+    " --split random:4 --backbone test_resnet --weights none --pixels imagenet --bn live --phi 0.5"
+    " --stage0 classmix --stage0-steps 3"
     " --eval-every 3 --steps 2 --dev-size 2 --batch-size 2 --crop-size 32 64 --search path"
     " --path P --keep-nodes --log-every 1 --workers 0 --out {out}/run --store {out}/store",
 }
