@@ -10,7 +10,7 @@ from pseudo labels alone (P) do better, along a path such as LPPLLLPPL. GIST fin
 search, RIST draws some at random, and a small development set picks the best stage of all paths.
 The weights of a stage follow from its path alone, so each is trained once, by any free process.
 
-    paper                       what it is                    here
+    paper                                                     this file
     Eq. 1                       cross entropy on labels       upsampled_cross_entropy
     Eq. 2                       labels and pseudo labels      mix_losses
     Eq. 3                       mean teacher                  ema_update
@@ -151,7 +151,7 @@ class Args:
     # a refinement stage (Sec. III)
     steps: Positive = 3000  # K, iterations of a stage
     cl: float = 1.0  # weight of the consistency loss, Eq. 8; 0: none, Table V. DEPARTS[cl]
-    # images of the consistency loss: labeled and unlabeled, or those that the stage learns from
+    # images of CL: labeled and unlabeled, or those that the stage learns from. DEPARTS[cl-on]
     cl_on: Literal["both", "active"] = "both"
     # phi of Label Erase, Eq. 9; 0: none, Table V; without TS about 0.9. DEPARTS[le]
     phi: Annotated[float, msgspec.Meta(ge=0, le=2)] = 0.5
@@ -724,7 +724,7 @@ def rist_path(stages: int, generator: np.random.Generator, max_run: int = 0) -> 
 
 def longest_run(path: str) -> int:
     """Sec. IV-A: the most equal letters in a row."""
-    letters = re.sub(r"T\d+", "", path)
+    letters = path.lstrip("T0123456789")  # of a path with its trial's number, see --independent
     return max((len(list(same)) for _, same in itertools.groupby(letters)), default=0)
 
 

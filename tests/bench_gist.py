@@ -36,7 +36,7 @@ TOGETHER = {
 }
 
 
-PAPER = gist_rist.preset("voc", weights="none", pixels="bgr", phi=0.5)
+PAPER = gist_rist.preset("voc", weights="none")
 
 
 POOL = 10_582 - 10_582 // 50 - PAPER.dev_size  # VOC's unlabeled images at 1/50
@@ -45,7 +45,7 @@ POOL = 10_582 - 10_582 // 50 - PAPER.dev_size  # VOC's unlabeled images at 1/50
 TINY = dict(
     weights="none",
     backbone="test_resnet",
-    bn="auto",
+    bn="live",
     resize=1,
     batch_size=4,
     dev_size=4,
@@ -73,30 +73,41 @@ def counted(**flags) -> tuple[Counter, set[str]]:
 
     def fit(tree, path, state, step_of, streams, total):
         count.update(trainings=1, iterations=total)
+        return 0.0
 
-    def finish(tree, path, net=None, facts=None):
+    def finish_node(tree, path, net=None, facts=None, seconds=0.0):
         tree.store.folder(path).mkdir(parents=True, exist_ok=True)
         (tree.store.folder(path) / "weights.pt").touch()
         tree.store.finish(path, {"dev": {str(args.dev_size): rng("score", path).random()}})
 
-    def forward_all(tree, net, pictures, labels):
+    def passes(pictures, data, args, world, labels):
         count.update(done=1)
-        yield 0, None, torch.zeros(2, 1, 1), (1, 1)
+        yield [gist_rist.WholePicture(0, torch.zeros(3, 1, 1), None, (1, 1))]
 
-    def network(tree, weights, frozen=True):
+    def forward_whole(net, group, device):
+        return torch.zeros(1, 2, 1, 1)
+
+    def network(tree, weights):
         return nn.ModuleDict({"backbone": nn.Linear(1, 1), "head": nn.Linear(1, 1)})
 
     with (
         tempfile.TemporaryDirectory() as folder,
         mock.patch.multiple(
-            gist_rist, fit=fit, finish=finish, forward_all=forward_all, label_images=labels
+            gist_rist,
+            fit=fit,
+            finish_node=finish_node,
+            passes=passes,
+            forward_whole=forward_whole,
+            label_images=labels,
         ),
-        mock.patch.multiple(gist_rist.Tree, network=network, weights=lambda tree, path: {}),
+        mock.patch.object(gist_rist.Tree, "network", network),
+        mock.patch.object(Nodes, "weights", lambda store, path, script: {}),
     ):
         store = Nodes(Path(folder, "stage0"), Path(folder, "nodes"), gist_rist.parent_of)
         data, pool = SimpleNamespace(classes=["a"]), [semantic.Picture("a", Path(), None)]
-        finish(tree := gist_rist.Tree(args, World(), data, [], pool, [], store), gist_rist.ROOT)
-        gist_rist.search_all(tree, args)
+        tree = gist_rist.Tree(args, World(), data, [], pool, [], store)
+        finish_node(tree, gist_rist.ROOT)
+        gist_rist.search_all(tree)
     nodes = set(store.records) - {gist_rist.ROOT}
     return count + Counter(
         asked=labels.call_count, parents=len(set(map(gist_rist.parent_of, nodes)))
@@ -128,16 +139,10 @@ def bench_counts() -> None:
         f"  GIST 1, 2 and 3: {apart} trainings with a store each, {union} distinct nodes, ratio {apart / union:.2f}"
     )
     for n in (2, 4, 8):
-        sizes = [
-            len(
-                {
-                    node
-                    for t in range(n)
-                    for node in gist_rist.prefixes(gist_rist.rist_path(args, t))
-                }
-            )
-            for args in (replace(PAPER, seed=seed) for seed in range(1000))
-        ]
+        sizes = []
+        for seed in range(1000):
+            paths = gist_rist.rist_paths(replace(PAPER, seed=seed, trials=n))
+            sizes.append(len({node for path in paths for node in gist_rist.prefixes(path)}))
         print(f"  RIST {n}, mean of 1000 seeds: {mean(sizes):.1f} trainings when shared")
 
 
@@ -147,7 +152,6 @@ def bench_flops() -> None:
     no_autocast = mock.Mock(return_value=contextlib.nullcontext())
     with torch.device("meta"), mock.patch.object(torch, "autocast", no_autocast):
         net, teacher = (gist_rist.SegNet(PAPER, 21) for _ in range(2))
-        net.frozen = True
         batch = semantic.Batch(
             torch.empty(crop[0], 3, *crop[1:]),
             torch.ones(crop, dtype=torch.bool),
@@ -184,7 +188,7 @@ def seconds(function, *args) -> float:
 def planted(root: Path, pool: int = 8, **flags) -> gist_rist.Tree:
     """A tree on drawn pictures, `pool` of them unlabeled, with stage 0 done and an empty folder for
     other nodes."""
-    tree, _ = gist_rist.plant(
+    tree, _ = gist_rist.set_up(
         gist_rist.preset("shapes", **TINY | flags, root=str(root), store=str(root / "store"))
     )
     seconds(tree.store.make_if_free, gist_rist.ROOT, tree.train)
@@ -195,7 +199,7 @@ def planted(root: Path, pool: int = 8, **flags) -> gist_rist.Tree:
 def bench_searches(root: Path) -> None:
     def searched(flags: dict) -> tuple[float, int, int]:
         tree = planted(root, **flags)
-        time_of, records = seconds(gist_rist.search_all, tree, tree.args), tree.store.records
+        time_of, records = seconds(gist_rist.search_all, tree), tree.store.records
         return (
             time_of,
             len(records) - 1,
