@@ -30,7 +30,7 @@ The weights of a stage follow from its path alone, so each is trained once, by a
     Sec. III-C                  add-ons CL, LE, TS            --cl, --cl-on, --phi, --temp
     Sec. IV                     network                       SegNet, caffe_style
     Sec. IV                     schedule, optimizer           learning_rate_factor, sgd
-    Sec. IV                     augmentation                  augment, resized
+    Sec. IV                     augmentation                  augment, random_scale, resized
     Sec. IV                     development set, choice       hold_out, Tree.best
     Table I                     three kinds of stage 0        --split, --stage0, supervised_step,
                                                               s4gan_step, classmix_step
@@ -539,9 +539,24 @@ def augment(
     """Sec. IV: random resizing, flip, crop -> image, label and what is not padding. Padding carries
     no label. DEPARTS[padding]"""
     image, label = resized(image, label, args.resize)
-    image, label = transforms.random_scale(image, label, *args.scale, generator)
+    image, label = random_scale(image, label, *args.scale, generator)
     image, label = transforms.random_flip(image, label, generator)
     return transforms.random_crop(image, label, args.crop_size, generator)
+
+
+# SAME AS gta_seg.py:random_scale
+def random_scale(
+    image: Tensor, label: Tensor | None, low: float, high: float, rng: np.random.Generator
+) -> tuple[Tensor, Tensor | None]:
+    """Scale both sides by one factor. Factors under and over 1 are equally likely when the range
+    holds 1: half of the time uniform in [low, 1], else uniform in [1, high]."""
+    if low < 1 < high:
+        factor = rng.uniform(low, 1) if rng.random() < 0.5 else rng.uniform(1, high)
+    else:
+        factor = rng.uniform(low, high)
+    height, width = image.shape[-2:]
+    size = (max(int(height * factor), 2), max(int(width * factor), 2))
+    return transforms.resize(image, label, size)
 
 
 # ------------------------------------------------------------------------------- stage 0 (Table I)

@@ -116,8 +116,9 @@ def counted(**flags) -> tuple[Counter, set[str]]:
 
 def bench_counts() -> None:
     print(
-        f"{PAPER.stages} stages of {PAPER.steps:,}: trainings and iterations, nodes shared / not shared; passes over "
-        "the unlabeled images: one a training / not for alpha = 1 / one a parent / as done"
+        f"{PAPER.stages} stages of {PAPER.steps:,}: trainings and iterations, nodes shared / not "
+        "shared; passes over the unlabeled images: one a training / not for alpha = 1 / one a "
+        "parent / as done"
     )
     found = {name: counted(**flags) for name, flags in (SEARCHES | TOGETHER).items()}
     for name, (c, _) in found.items():
@@ -129,14 +130,15 @@ def bench_counts() -> None:
         ]
         n, iterations = (sum(part[key] for part in parts) for key in ("trainings", "iterations"))
         print(
-            f"  {name}: {c['trainings']} / {n}, {c['iterations']:,} / {iterations:,}, not shared / shared "
-            f"{n / c['trainings']:.2f}; passes {c['trainings']} / {c['asked']} / {c['parents']} / {c['done']}, "
-            f"first / last {c['trainings'] / c['done']:.2f}"
+            f"  {name}: {c['trainings']} / {n}, {c['iterations']:,} / {iterations:,}, "
+            f"not shared / shared {n / c['trainings']:.2f}; passes {c['trainings']} / {c['asked']}"
+            f" / {c['parents']} / {c['done']}, first / last {c['trainings'] / c['done']:.2f}"
         )
     beams = [found[f"GIST {n}"][1] for n in (1, 2, 3)]
     union, apart = len(set.union(*beams)), sum(map(len, beams))
     print(
-        f"  GIST 1, 2 and 3: {apart} trainings with a store each, {union} distinct nodes, ratio {apart / union:.2f}"
+        f"  GIST 1, 2 and 3: {apart} trainings with a store each, {union} distinct nodes, "
+        f"ratio {apart / union:.2f}"
     )
     for n in (2, 4, 8):
         sizes = []
@@ -172,8 +174,9 @@ def bench_flops() -> None:
     print(f"R101, pass over {POOL:,} images of {size[0]}x{size[1]}: {labels / 1e15:.2f} PFLOP")
     for cl_on, stage in stages.items():
         print(
-            f"  {PAPER.steps:,} iterations, {crop[0]} crops of {crop[1]}, --cl-on {cl_on}: {stage / 1e15:.2f} PFLOP; "
-            f"pass / iterations {labels / stage:.2f}, pass / P stage {labels / (labels + stage):.2f}"
+            f"  {PAPER.steps:,} iterations, {crop[0]} crops of {crop[1]}, --cl-on {cl_on}: "
+            f"{stage / 1e15:.2f} PFLOP; pass / iterations {labels / stage:.2f}, "
+            f"pass / P stage {labels / (labels + stage):.2f}"
         )
 
 
@@ -214,7 +217,8 @@ def bench_searches(root: Path) -> None:
     searched(SEARCHES["GIST 1"])  # the first one imports
     rounds = [{name: searched(ways[name]) for name in sorted(ways)} for _ in range(2)]
     print(
-        f"wall time, drawn pictures, {TINY['stages']} stages of {TINY['steps']} iterations, relative to GIST 1"
+        f"wall time, drawn pictures, {TINY['stages']} stages of {TINY['steps']} iterations, "
+        "relative to GIST 1"
     )
     for name in ways:
         (_, trained, iterations), shared = rounds[0][name], name.removesuffix(" --independent")
@@ -222,7 +226,8 @@ def bench_searches(root: Path) -> None:
             median(x[name][0] / x[other][0] for x in rounds) for other in ("GIST 1", shared)
         )
         print(
-            f"  {name}: {trained} trainings, {iterations} iterations, {median(x[name][0] for x in rounds):.1f} s, "
+            f"  {name}: {trained} trainings, {iterations} iterations, "
+            f"{median(x[name][0] for x in rounds):.1f} s, "
             f"{one:.2f}" + f"; not shared / shared {same:.2f}" * (name != shared)
         )
 
@@ -231,7 +236,8 @@ def bench_share(root: Path) -> None:
     steps, size = 25, TINY["batch_size"]
     pool = round(POOL / PAPER.steps / PAPER.batch_size * steps * size)
     print(
-        f"wall time, drawn pictures, {pool} unlabeled images and {steps} iterations of {size}, in VOC's ratio"
+        f"wall time, drawn pictures, {pool} unlabeled images and {steps} iterations of {size}, "
+        "in VOC's ratio"
     )
     for cl_on in ("active", "both"):
         found = []
@@ -243,7 +249,8 @@ def bench_share(root: Path) -> None:
             found.append((labels / (labels + stage_p), 1 + labels / stage_l))
         share, spared = map(median, zip(*found, strict=True))
         print(
-            f"  --cl-on {cl_on}: pass / P stage {share:.2f}; L stage with a pass / without {spared:.2f}"
+            f"  --cl-on {cl_on}: pass / P stage {share:.2f}; "
+            f"L stage with a pass / without {spared:.2f}"
         )
 
 
