@@ -1,25 +1,45 @@
 """Guided Distillation for Semi-Supervised Instance Segmentation.
 Berrada, Couprie, Alahari, Verbeek. WACV 2024. https://arxiv.org/abs/2308.02668
 
-A teacher learns from the few labels. A student, started afresh, learns from labels and from the
-teacher's pseudo labels while the teacher stays as it is (guided burn-in); then the teacher becomes
-a copy of the student and follows it by EMA. Both are Mask2Former (Cheng et al., CVPR 2022,
-https://arxiv.org/abs/2112.01527), complete in this file.
+Few images have their objects outlined, many have not. A teacher network first learns from the few.
+A student network, which starts afresh, then learns from them too, and from what the teacher finds
+in the many (its pseudo labels), while the teacher stays as it is: the guided burn-in. At its end
+the teacher becomes a copy of the student, and from then on follows it as a moving average. Both
+are Mask2Former (Cheng et al., CVPR 2022, https://arxiv.org/abs/2112.01527), complete in this file.
 
-    paper                                            this file
-    Sec. 3.1  architecture                           Mask2Former: backbone, PixelDecoder, Decoder
-    Sec. 3.1  steps 1, 2 and 3                       train_step
-    Table 1   who learns when; other burn-ins        teaching_plan
-    Sec. 3.1  thresholds; Eq. 3                      pseudo_labels
-    Eqs. 1, 2 matching and losses                    match_costs, assign, mask_losses, criterion
-    Eq. 4     L_s + lambda_u L_u                     learn (one backward pass each), train_step
-    Eq. 5     exponential moving average             ema_update
-    Sec. 4.3  views: crops, flips; colour, grey, blur  jitter_crop, street_crop, strong_view
-    Sec. 4.1  schedule, optimizer, evaluation        schedule, adamw, detect, evaluate
-    Tables 2-7, Fig. 6                               Args; commands in docs/guided_distillation.md
-    (Mask2Former) masked attention                   blocked, Attention
-    (Mask2Former) multi-scale deformable attention   DeformableAttention
-    (Mask2Former) sine positions                     sine_positions
+    paper                                     this file
+    Sec. 3.1  architecture                    Mask2Former, PixelDecoder, Decoder
+    Sec. 3.1  step 1, teacher pre-training    train, train_stage, train_step
+    Sec. 3.1  step 2, improved burn-in        train, TEACHING, train_step
+    Sec. 3.1  step 3, distillation stage      train_step, ema_update
+    Sec. 3.1  pseudo-label extraction         pseudo_labels, --class-threshold, --size-threshold
+    Sec. 3.2  bipartite matching              match, match_costs, assign
+    Sec. 3.2  points by importance sampling   mask_losses
+    Eqs. 1, 2  L_s: l_C, l_CE, l_D            criterion, LossWeights, normalisers
+    Eq. 3     one-hot pseudo labels           pseudo_labels
+    Eq. 4     L = L_s + lambda_u L_u          total_loss, train_step
+    Eq. 5     moving average of weights       ema_update
+    Table 1   who learns from what, and when  TEACHING, teaching_plan
+    Fig. 3    the three steps                 train, train_step
+    Fig. 4    one step of distillation        train_step, teach, learn
+    Sec. 4.1  data sets and splits            find_data, --dataset, --split, --pool
+    Sec. 4.1  hyper-parameters                Args, PRESETS, adamw, learning_rate_factor
+    Sec. 4.1  mask AP                         detect, evaluate
+    Table 2   length of the burn-in           BURN_IN, --burn-in-steps
+    Table 3   results                         --dataset, --split, --backbone, --stage
+    Table 4   other burn-ins                  TEACHING, --burn-in
+    Table 5   weight of L_u                   --lambda-u
+    Table 6   pre-training of the backbone    --backbone
+    Table 7   fixed backbone                  ViT (freeze), --freeze-backbone
+    Sec. 4.3  weak views: crops and flips     weak_view, jitter_crop, street_crop
+    Sec. 4.3  strong views                    strong_view
+    Sec. 4.3  ViT backbones                   ViT
+    Fig. 6    strong views compared           strong_view, erase_boxes, --strong-aug
+    Fig. 1    AP over the share of labels     docs/guided_distillation.md
+    Figs. 2, 5  pictures of results           draw_previews, predict
+    (Mask2Former) masked attention            blocked, Attention
+    (Mask2Former) deformable attention        DeformableAttention, WeightedSamples
+    (Mask2Former) sine positions              sine_positions
 
 Shapes: B images, Q queries, K classes, N targets of an image, L = 10 prediction heads, P points, C
 = 256 channels, H x W pixels, h x w cells of stride 4, S tokens of strides 8, 16, 32. Suffix _u
@@ -27,27 +47,28 @@ unlabeled. Lines marked DEPARTS[name] leave the paper or decide what it leaves o
 docs/guided_distillation.md says why.
 
     torchrun --nproc_per_node 8 guided_distillation.py --dataset coco --split 5%
-    python guided_distillation.py --dataset shapes --split 5%       # embedded data, no download, CPU, minutes
+    python guided_distillation.py --dataset shapes --split 5%    # drawn data, no download, CPU
 """
 
+from __future__ import annotations
+
 import contextlib
-import itertools
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
+import msgspec
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torchvision.ops import FrozenBatchNorm2d
 
 from common import (
     backbones,
@@ -58,211 +79,661 @@ from common import (
     loading,
     mask_ap,
     plots,
+    predictions,
     runs,
     transforms,
 )
 from common.distributed import World, rng
 from common.errors import UserError
-from common.files import pictures, readable, write_text
+from common.files import pictures, write_text
 from common.instances import Batch, Target
-from common.objects import Instances, Photo, Window, cut_out, masks_of, read_ids
-from data import shapes
+from common.objects import Instances, Photo, Window, cut_out, masks_of, read_ids, singles
 
 SCRIPT = "guided_distillation.py"
-
-
 HEADS = 8  # of all attention layers
-
+NO_OBJECT = 0.1  # weight of the class "no object" beside 1 for the others (Mask2Former)
 
 # ========================================================================================= settings
+Count = Annotated[int, msgspec.Meta(ge=1)]
+Side = Annotated[int, msgspec.Meta(ge=32)]
+Factor = Annotated[float, msgspec.Meta(gt=0)]
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+
+
 @dataclass
 class Args:
-    """Guided Distillation. --dataset picks the paper's numbers, other flags override them. DEPARTS:
-    see docs."""
+    """Guided Distillation: instance segmentation from a few labeled images and many unlabeled ones.
+    A teacher learns from the labels, and its predictions help to train a student; both are
+    Mask2Former. --dataset, --split, --stage, --backbone and --steps pick the paper's numbers, and
+    every other flag overrides one of them. docs/guided_distillation.md explains DEPARTS[...]."""
 
-    # data and bookkeeping
-    # what to train on (coco: any COCO JSON); picks defaults
+    # What to train on. coco: any COCO JSON.
     dataset: Literal["coco", "cityscapes", "shapes"] = "coco"
-    root: str = "datasets/coco"  # where the data lie, see data/README.md
-    # annotations of the training images; empty: the first usual name that exists
-    train_json: str = ""
-    val_json: str = ""  # annotations of the images that are scored; empty: the same
-    images: str = ""  # folder of the images; empty: the usual places
-    # labeled images: a published share, random:N, random:N%, random:1/N, all, a list, a COCO JSON
+    # Labeled images: a published share, random:N, random:N%, random:1/N, all, a list, a COCO JSON.
     split: str = "5%"
-    split_seed: int = 0  # which draw, for random splits and COCO's ten published ones
-    unlabeled: str = ""  # folder or list of unlabeled images; empty: see --pool
-    # unlabeled: all training images, or without the labeled. DEPARTS[pool]
-    pool: Literal["all", "remaining"] = "all"
-    val: str = "val"  # name of the part that is scored
-    # run folder; empty: runs/guided_distillation-<dataset>-<split>-d<split seed>-s<seed>
-    out: str = ""
-    resume: bool = False  # continue the run in --out; starts afresh when there is none
-    seed: int = 0  # initial weights, order of images, augmentation, points
-    workers: int = loading.default_workers()  # decoding processes per training process and stream
-    device: str = "auto"  # auto, cpu, cuda
-    # of the network that learns; auto: bf16 on GPUs. DEPARTS[amp]
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    compile: bool = False  # torch.compile backbone and pixel decoder in training
-    eval_every: int = 5000  # steps between evaluations
-    save_every: int = 0  # steps between checkpoints; 0: with every evaluation
-    log_every: int = 20  # steps between log lines
-    eval: str = ""  # evaluate this checkpoint, train nothing
-    # checkpoint, then images or folders: write predictions
-    predict: list[str] = field(default_factory=list)
-
-    # the method (Secs. 3.1, 3.2) and the paper's tables
-    stage: Literal["teacher", "student", "all"] = "all"  # teacher: the supervised rows of Table 3
-    teacher: str = ""  # a trained teacher, ours or official Mask2Former weights: no teacher stage
+    # Which draw, for random splits and COCO's ten published ones. DEPARTS[splits]
+    split_seed: int = 1
+    # teacher: Sec. 3.1, step 1 alone, the supervised rows of Table 3. student: steps 2 and 3.
+    stage: Literal["teacher", "student", "all"] = "all"
+    teacher: str = ""  # a trained teacher, ours or official Mask2Former weights: step 1 is left out
     burn_in: Literal["guided", "standard", "fixed", "none"] = "guided"  # Tables 1 and 4
-    burn_in_steps: int = 0  # 0: Table 2's for the data set and share, in proportion to --steps
-    # which of the teacher stage's weights teach. DEPARTS[select]
-    select: Literal["best", "last"] = "best"
-    ema: float = 0.9996  # alpha, Eq. 5
+    # Table 2. Chosen by the data set and the split, in proportion to --steps.
+    burn_in_steps: int = 30_000
+    # Steps of the teacher, and of the student with its burn-in, Sec. 4.1.
+    steps: Count = 368_750
+
+    # ---- Sec. 4.1, hyper-parameters of the method
+
+    ema: Share = 0.9996  # alpha, Eq. 5
     lambda_u: float = 2.0  # Eq. 4, Table 5
-    class_threshold: float = 0.7  # alpha_C
-    size_threshold: float = 5.0  # alpha_S, in cells of stride 4. DEPARTS[size]
-    strong_aug: Literal["ours", "cutout", "same"] = "ours"  # Fig. 6: ours, PT, same
-    # in the student's stage. DEPARTS[sampling]
+    class_threshold: Share = 0.7  # alpha_C, Sec. 3.1
+    size_threshold: float = 5.0  # alpha_S, Sec. 3.1, in cells of stride 4. DEPARTS[size]
+    lambda_c: float = 2.0  # Eq. 1, of the classes; 1 in the paper's text. DEPARTS[loss-weights]
+    # Eq. 1, in front of l_CE, of the masks; 1 in the paper's text. DEPARTS[loss-weights]
+    lambda_ce: float = 5.0
+    # Fig. 6: ours, ours with cut-out (PT), or the teacher's view. DEPARTS[strong-view]
+    strong_aug: Literal["ours", "cutout", "same"] = "ours"
+    # How labeled images are drawn in the student's stage. DEPARTS[sampling]
     labeled_sampling: Literal["repeat", "uniform"] = "repeat"
-    # objects that a crop cut away, as on released Cityscapes. DEPARTS[empty-targets]
-    keep_empty_targets: bool = False
+    # Unlabeled: all training images, or those without the labeled ones. DEPARTS[pool]
+    pool: Literal["all", "remaining"] = "all"
 
-    # network (Sec. 3.1, 4.1; Mask2Former)
-    # timm's names (swin_*, vit_*dinov2*, deit_*, any CNN), else torchvision's
+    # ---- network (Secs. 3.1, 4.1; Mask2Former)
+
+    # Name in timm (swin_*, vit_*dinov2*, deit_*, any CNN), or else in torchvision; Tables 3, 6, 7.
     backbone: str = "resnet50.tv_in1k"
-    # imagenet (what the name's tag says), none, shapes, or a file: backbone or whole model
+    # imagenet (what the tag of --backbone says), none, shapes, or a file of a backbone or a model.
     weights: str = "imagenet"
-    # BatchNorm of a CNN: constant, or trained (synchronised on GPUs)
+    freeze_backbone: bool = False  # Table 7, "Fixed": a ViT's body stays. DEPARTS[freeze]
+    # BatchNorm of a CNN: constant, or trained (synchronised on GPUs); live on Cityscapes.
     norm: Literal["frozen", "live"] = "frozen"
-    # Table 7, "fixed": a ViT's weights stay, its adaptor learns. DEPARTS[freeze]
-    freeze_backbone: bool = False
-    queries: int = 0  # 0: 200 for Swin-L, else 100. DEPARTS[queries]
-    drop_path: float = 0.3  # of Swin
-    vit_resize: Literal["bilinear", "nearest"] = "bilinear"  # in the adaptor. DEPARTS[vit-resize]
-    # channels behind the backbone; Mask2Former's, smaller ones are for CPUs, as the next two
-    width: int = 256
-    encoder_layers: int = 6  # of the pixel decoder
-    decoder_layers: int = 9  # of the transformer decoder
-    # compute activations again in the backward pass: less memory, same gradients
-    checkpointing: bool = False
+    queries: Count = 100  # K of Sec. 3.1; 200 for Swin-L. DEPARTS[queries]
+    vit_resize: Literal["bilinear", "nearest"] = "bilinear"  # Sec. 4.3. DEPARTS[vit-resize]
+    # Channels behind the backbone; a multiple of 32. Mask2Former's, as the next two; less on CPUs.
+    width: Annotated[int, msgspec.Meta(ge=32)] = 256
+    encoder_layers: Count = 6  # of the pixel decoder
+    decoder_layers: Count = 9  # of the transformer decoder
 
-    # losses (Mask2Former) and optimisation (Sec. 4.1)
-    class_weight: float = 2.0  # of the cross-entropy of classes. DEPARTS[loss-weights], these three
-    mask_weight: float = 5.0  # of the binary cross-entropy of masks
-    dice_weight: float = 5.0  # of the Dice loss of masks
-    no_object: float = 0.1  # class weight of "no object"
-    points: int = 12544  # where masks are compared
-    # labeled images per step over all processes, and as many unlabeled. DEPARTS[batch]
-    batch_size: int = 16
-    # parts in which a process computes its share of the batch; exact with --norm frozen
-    accumulate: int = 1
-    steps: int = 368_750  # of the teacher, and of the student, burn-in included
+    # ---- optimisation (Sec. 4.1)
+
+    # Labeled images a step over all processes, and as many unlabeled ones. DEPARTS[batch]
+    batch_size: Count = 16
     lr: float = 1e-4  # at its highest, of all but the backbone
-    backbone_lr: float = 0.1  # times lr
-    weight_decay: float = 0.05  # of AdamW; none for norms and embeddings
-    clip: float = 0.01  # largest gradient norm. DEPARTS[clip]
-    schedule: Literal["step", "poly"] = "step"  # of the learning rate. DEPARTS[schedule]
-    crop_size: tuple[int, int] = (1024, 1024)  # height and width in training
-    # range of the random scale; Cityscapes has a list of its own
-    scale: tuple[float, float] = (0.1, 2.0)
-    # shorter side, and the most for the longer, in evaluation
-    test_size: tuple[int, int] = (800, 1333)
+    backbone_lr: Share = 0.1  # of the backbone, times --lr
+    # Of the learning rate: two drops (COCO), or polynomial (Cityscapes). DEPARTS[schedule]
+    schedule: Literal["step", "poly"] = "step"
+    points: Annotated[int, msgspec.Meta(ge=16)] = 12544  # P, where masks are compared
+    crop_size: tuple[Side, Side] = (1024, 1024)  # height and width in training, multiples of 32
+    # Range of the random scale of crops; Cityscapes has a list of its own instead.
+    scale: tuple[Factor, Factor] = (0.1, 2.0)
+    # In evaluation: the shorter side, and the most for the longer one.
+    test_size: tuple[Side, Side] = (800, 1333)
+
+    # ---- where the data lie
+
+    root: str = "datasets/coco"  # folder of the data set, see data/README.md
+    train_json: str = ""  # annotations of the training images; empty: the usual names
+    val_json: str = ""  # annotations of the images that are scored; empty: the usual names
+    images: str = ""  # folder of the images; empty: the usual places
+    unlabeled: str = ""  # folder or list of unlabeled images, in place of --pool
+    val: str = "val"  # name of the part that is scored
+
+    # ---- the run
+
+    out: str = ""  # run folder; empty: runs/guided_distillation-<dataset>-<split>-d<...>-s<...>
+    resume: bool = False  # continue the run in --out; starts afresh when there is none
+    seed: int = 0  # of initial weights, order of images, augmentation, points
+    workers: int = loading.default_workers()  # decoding processes per process and stream
+    device: str = "auto"  # auto, cpu, cuda
+    # Of the network that learns; auto: bf16 on GPUs that have it. DEPARTS[amp]
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    compile: bool = False  # torch.compile the backbone and the pixel decoder in training
+    # Parts in which a process computes its share of the batch: less memory, same gradients.
+    accumulate: Count = 1
+    # Compute activations again in the backward pass: less memory, same gradients.
+    checkpointing: bool = False
+    eval_every: Count = 5000  # steps between evaluations
+    save_every: int = 0  # steps between checkpoints; 0: with every evaluation
+    log_every: Count = 20  # steps between log lines
+    eval: str = ""  # evaluate this checkpoint, train nothing
+    # A checkpoint, then images or folders: write predictions.
+    predict: list[str] = field(default_factory=list)
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "coco": dict(split_seed=1),
-    "cityscapes": dict(
-        root="datasets/cityscapes",
-        norm="live",
-        steps=90_000,
-        schedule="poly",
-        crop_size=(512, 1024),
-        test_size=(1024, 2048),
-    ),
-    "shapes": dict(
-        root="datasets/shapes",
-        backbone="test_resnet",
-        weights="shapes",
-        norm="live",
-        width=64,
-        queries=20,
-        encoder_layers=2,
-        decoder_layers=3,
-        points=512,
-        batch_size=8,
-        steps=800,
-        lr=1e-3,
-        backbone_lr=0.3,
-        ema=0.99,
-        schedule="poly",
-        crop_size=(96, 96),
-        scale=(0.7, 1.4),
-        test_size=(96, 96),
-        eval_every=400,
-    ),
-}
-
-
-BURN_IN = {
+    "coco": {},
     "cityscapes": {
-        "5%": 15_000,
-        "10%": 25_000,
-        "20%": 30_000,
-        "30%": 35_000,
-        "all": 50_000,
-        "": 25_000,
+        "root": "datasets/cityscapes",
+        "split_seed": 0,
+        "norm": "live",
+        "steps": 90_000,
+        "schedule": "poly",
+        "crop_size": (512, 1024),
+        "test_size": (1024, 2048),
     },
-    "coco": {"1%": 20_000, "2%": 25_000, "5%": 30_000, "10%": 60_000, "": 30_000},  # Table 2
-    "shapes": {"": 300},
+    "shapes": {
+        "root": "datasets/shapes",
+        "split_seed": 0,
+        "backbone": "test_resnet",
+        "weights": "shapes",
+        "norm": "live",
+        "width": 64,
+        "queries": 20,
+        "encoder_layers": 2,
+        "decoder_layers": 3,
+        "points": 512,
+        "batch_size": 8,
+        "steps": 800,
+        "lr": 1e-3,
+        "backbone_lr": 0.3,
+        "ema": 0.99,
+        "schedule": "poly",
+        "crop_size": (96, 96),
+        "scale": (0.7, 1.4),
+        "test_size": (96, 96),
+        "eval_every": 400,
+    },
 }
+
+# Table 2: steps of burn-in by the text of --split; "else" is ours.
+# fmt: off
+BURN_IN: dict[str, dict[str, int]] = {
+    "coco":       {"1%": 20_000, "2%": 25_000, "5%": 30_000, "10%": 60_000, "else": 30_000},
+    "cityscapes": {"5%": 15_000, "10%": 25_000, "20%": 30_000, "30%": 35_000, "all": 50_000,
+                   "else": 25_000},
+    "shapes":     {"else": 300},
+}
+# fmt: on
 
 
 def preset(dataset: str = "coco", **overrides: Any) -> Args:
-    return Args(**(dict(dataset=dataset) | PRESETS[dataset] | overrides))
+    """The paper's numbers for a data set. The length of a run, the burn-in and the number of
+    queries also follow from `split`, `stage`, `steps` and `backbone` among the overrides."""
+    given = {**PRESETS[dataset], **overrides}
+    args = Args(dataset=dataset, **given)
+    length = PRESETS[dataset].get("steps", Args.steps)
+    if dataset == "cityscapes" and args.split == "all" and args.stage != "teacher":
+        length = 180_000  # Sec. 4.1: "beneficial to double the training length"
+    if "steps" not in overrides:
+        args.steps = length
+    if "burn_in_steps" not in overrides:
+        table = BURN_IN[dataset]
+        share = table.get(args.split, table["else"]) / length
+        args.burn_in_steps = round(share * args.steps)
+    if "queries" not in given and args.backbone.startswith("swin_large"):
+        args.queries = 200
+    return args
+
+
+# =========================================================================== predictions and losses
+class Heads(NamedTuple):
+    """What Mask2Former predicts, after 0, 1, ..., 9 decoder layers. The mask logits (Q, h, w) of
+    head l and image b are `mask_embed[l, b] @ mask_features[b]`: whoever needs masks makes those
+    that are needed, where they are needed.
+
+    Plain mask logits (Q, h, w) of one image and one head go in as `mask_features`, with the
+    identity of Q x Q as `mask_embed`."""
+
+    class_logits: Tensor  # (L, B, Q, K + 1) float32, the last class is "no object"
+    mask_embed: Tensor  # (L, B, Q, C) float32
+    mask_features: Tensor  # (B, C, h, w) float32
+
+
+class LossWeights(NamedTuple):
+    """The scaling parameters of Eq. 1. DEPARTS[loss-weights]"""
+
+    lambda_c: float = 2.0  # of l_C, the cross-entropy of classes
+    lambda_ce: float = 5.0  # of l_CE, the binary cross-entropy of masks
+    lambda_d: float = 5.0  # of l_D, the Dice loss of masks
+
+
+MASK2FORMERS = LossWeights()
+
+
+class Norms(NamedTuple):
+    """What the losses of a batch are divided by: the same for all its heads, parts and
+    processes."""
+
+    classes: Tensor  # sum of the class weights over all queries
+    masks: Tensor  # number of targets, 1 at least
+
+
+def sample_points(maps: Tensor, points: Tensor) -> Tensor:
+    """maps (n, c, h, w) at points (n, P, 2), x and y in 0..1 -> (n, c, P); bilinear, zero
+    outside."""
+    return F.grid_sample(maps, 2 * points[:, :, None] - 1, align_corners=False)[..., 0]
+
+
+def random_points(shape: tuple[int, ...], generator: torch.Generator, device: torch.device):
+    """Uniform points (*shape, 2), x and y in 0..1."""
+    return torch.rand(*shape, 2, generator=generator, device=device)
+
+
+def match_costs(
+    class_logits: Tensor,
+    mask_embed: Tensor,
+    mask_features: Tensor,
+    target: Target,
+    points: Tensor,
+    weights: LossWeights = MASK2FORMERS,
+) -> Tensor:
+    """Costs (L, Q, N) of giving each target of one image to each query; masks are compared at
+    points (P, 2).
+
+    class_logits (L, Q, K + 1), mask_embed (L, Q, C), mask_features (C, h, w). All heads share the
+    points, so features and targets are sampled once; sampling commutes with the product over
+    channels. DEPARTS[points]"""
+    features = sample_points(mask_features[None], points[None])[0]  # (C, P)
+    masks = (target.masks != 0)[:, None].to(features.dtype)
+    truth = sample_points(masks, points.expand(len(masks), -1, -1))[:, 0]  # (N, P)
+    costs = []
+    for z, embed in zip(class_logits, mask_embed, strict=True):  # a head at a time: memory
+        x = embed @ features  # (Q, P) mask logits
+        # -t log sigmoid(x) - (1 - t) log sigmoid(-x) = softplus(x) - t x
+        l_ce = (F.softplus(x).sum(1, keepdim=True) - x @ truth.T) / len(points)
+        s = x.sigmoid_()
+        l_d = 1 - (2 * s @ truth.T + 1) / (s.sum(1, keepdim=True) + truth.sum(1) + 1)
+        l_c = -z.softmax(1)[:, target.labels]
+        costs.append(weights.lambda_c * l_c + weights.lambda_ce * l_ce + weights.lambda_d * l_d)
+    return torch.stack(costs)
+
+
+def assign(costs: list[Tensor]) -> tuple[list[Tensor], int]:
+    """Hungarian matching of each image's costs (L, Q, N) -> for each image the query (L, N) of each
+    target, -1 for targets beyond the number of queries; and how many costs were not finite (they
+    count as very large). One transfer to the host for all images and heads."""
+    from scipy.optimize import linear_sum_assignment
+
+    flat = torch.cat([cost.flatten() for cost in costs]).cpu().double().numpy()
+    not_finite = int(np.count_nonzero(~np.isfinite(flat)))
+    flat = np.nan_to_num(flat, nan=1e9, posinf=1e9, neginf=1e9)
+    matches, start = [], 0
+    for heads, num_queries, n in [cost.shape for cost in costs]:
+        end = start + heads * num_queries * n
+        query = np.full((heads, n), -1)
+        for head, cost in enumerate(flat[start:end].reshape(heads, num_queries, n)):
+            rows, columns = linear_sum_assignment(cost)
+            query[head, columns] = rows
+        matches.append(torch.from_numpy(query))
+        start = end
+    return matches, not_finite
+
+
+@torch.no_grad()
+def match(
+    heads: Heads,
+    targets: list[Target],
+    generators: list[torch.Generator],
+    weights: LossWeights = MASK2FORMERS,
+    num_points: int = 12544,
+) -> tuple[list[Tensor], int]:
+    """Sec. 3.2: what `assign` gives for the costs of a batch, at random points of each image."""
+    costs = []
+    for i, (target, generator) in enumerate(zip(targets, generators, strict=True)):
+        points = random_points((num_points,), generator, heads.mask_features.device)
+        of_image = heads.class_logits[:, i], heads.mask_embed[:, i], heads.mask_features[i]
+        costs.append(match_costs(*of_image, target, points, weights))
+    return assign(costs)
+
+
+def mask_losses(
+    mask_logits: Tensor, masks: Tensor, points: Tensor, more: Tensor
+) -> tuple[Tensor, Tensor]:
+    """l_CE and l_D (N, L) of matched masks, at points where the network is unsure (PointRend).
+
+    mask_logits (N, L, h, w); masks (N, H', W'); `points` (N, L, 3 P, 2) are candidates, of which
+    the 0.75 P with the logits nearest 0 stay; `more` (N, L, 0.25 P, 2) join them."""
+    n, heads = mask_logits.shape[:2]
+    logits = mask_logits.flatten(0, 1)[:, None]
+    keep = points.shape[2] // 3 - more.shape[2]
+    with torch.no_grad():
+        distance_from_0 = sample_points(logits, points.flatten(0, 1))[:, 0].abs()  # (N L, 3 P)
+        nearest = distance_from_0.topk(keep, dim=1, largest=False, sorted=False).indices
+        chosen = points.flatten(0, 1).gather(1, nearest[..., None].expand(-1, -1, 2))
+        chosen = torch.cat([chosen, more.flatten(0, 1)], dim=1)  # (N L, P, 2)
+        points_of_target = chosen.unflatten(0, (n, heads)).flatten(1, 2)  # (N, L P, 2)
+        binary = (masks != 0)[:, None].to(logits.dtype)
+        truth = sample_points(binary, points_of_target)[:, 0].unflatten(1, (heads, -1))  # (N, L, P)
+    x = sample_points(logits, chosen)[:, 0].unflatten(0, (n, heads))
+    l_ce = F.binary_cross_entropy_with_logits(x, truth, reduction="none").mean(-1)
+    s = x.sigmoid()
+    l_d = 1 - (2 * (s * truth).sum(-1) + 1) / (s.sum(-1) + truth.sum(-1) + 1)
+    return l_ce, l_d
+
+
+def normalisers(
+    targets: list[Target], queries: int, mean: Callable[[Tensor], Tensor] = lambda sums: sums
+) -> Norms:
+    """Of this process's whole batch. On several processes `mean` averages over them, as DDP
+    averages gradients. DEPARTS[normaliser]"""
+    counts = [len(target.labels) for target in targets]
+    matched = sum(min(count, queries) for count in counts)
+    unmatched = len(counts) * queries - matched
+    sums = torch.tensor([matched + NO_OBJECT * unmatched, sum(counts)], dtype=torch.float64)
+    sums = sums.to(targets[0].labels.device, non_blocking=True)
+    classes, masks = mean(sums).float()
+    return Norms(classes, masks.clamp(min=1))
+
+
+def wanted_classes(query: Tensor, labels: Tensor, num_queries: int, none: int) -> Tensor:
+    """(L, Q): the class that each query of an image shall predict, that of its target or `none`.
+    query (L, N) of each target, labels (N,)."""
+    heads = torch.arange(len(query), device=query.device)[:, None]
+    # Targets without a query have -1 and so write into one column more, which is cut off.
+    wanted = torch.full((len(query), num_queries + 1), none, device=query.device)
+    wanted[heads, query] = labels.expand_as(query)
+    return wanted[:, :num_queries]
+
+
+def criterion(
+    heads: Heads,
+    targets: list[Target],
+    norms: Norms,
+    generators: list[torch.Generator],
+    weights: LossWeights = MASK2FORMERS,
+    num_points: int = 12544,
+) -> dict[str, Tensor]:
+    """Eqs. 1 and 2, summed over all heads: lambda_C l_C + lambda_CE l_CE + lambda_D l_D of a batch,
+    or of a part of it. `norms` are those of the whole batch.
+
+    Labels are 0..K-1 (K would silently mean "no object"); in masks, 0 is outside and any other
+    value inside. `generators` draw each image's points, so that they depend neither on the batch
+    nor on the number of processes."""
+    number_of_heads, _, num_queries, columns = heads.class_logits.shape
+    device, none = heads.class_logits.device, columns - 1
+    matches, bad_costs = match(heads, targets, generators, weights, num_points)
+    # Zero, but connected: DDP waits for a gradient of every parameter.
+    l_ce = l_d = 0 * (heads.mask_embed.sum() + heads.mask_features.sum())
+    head = torch.arange(number_of_heads, device=device)[:, None]
+    wanted = []
+    for i, (query, target) in enumerate(zip(matches, targets, strict=True)):
+        query = query.to(device, non_blocking=True)  # (L, N)
+        wanted.append(wanted_classes(query, target.labels, num_queries, none))
+        for start in range(0, query.shape[1], 32):  # 32 targets at a time: memory
+            some, masks = query[:, start : start + 32], target.masks[start : start + 32]
+            embed = heads.mask_embed[head, i, some.clamp(min=0)].transpose(0, 1)  # (n, L, C)
+            logits = torch.einsum("nlc,chw->nlhw", embed, heads.mask_features[i])
+            shape = (len(masks), number_of_heads)
+            points = random_points((*shape, 3 * num_points), generators[i], device)
+            number_more = num_points - int(0.75 * num_points)
+            more = random_points((*shape, number_more), generators[i], device)
+            l_ce_of_pair, l_d_of_pair = mask_losses(logits, masks, points, more)  # (n, L)
+            has_query = (some >= 0).T
+            l_ce = l_ce + (l_ce_of_pair * has_query).sum() / norms.masks
+            l_d = l_d + (l_d_of_pair * has_query).sum() / norms.masks
+    wanted = torch.stack(wanted, dim=1).flatten()  # of (L, B, Q)
+    l_c = F.cross_entropy(heads.class_logits.flatten(0, 2), wanted, reduction="none")
+    l_c = (l_c * torch.where(wanted == none, NO_OBJECT, 1.0)).sum() / norms.classes
+    return {
+        "loss": weights.lambda_c * l_c + weights.lambda_ce * l_ce + weights.lambda_d * l_d,
+        "class": l_c.detach(),
+        "mask": l_ce.detach(),
+        "dice": l_d.detach(),
+        "bad_costs": l_c.new_full((), float(bad_costs)),
+    }
+
+
+# ======================================================================= teacher, student, Eqs. 3-5
+@torch.no_grad()
+def pseudo_labels(
+    heads: Heads, class_threshold: float = 0.7, size_threshold: float = 5.0
+) -> tuple[list[Target], list[Tensor]]:
+    """Sec. 3.1 and Eq. 3: of the teacher's final head, the objects whose class is sure and whose
+    mask is not tiny, one-hot; and the class probability (N,) of each. The size of a mask is the sum
+    of its probabilities at stride 4. DEPARTS[size]"""
+    probability, label = heads.class_logits[-1].softmax(-1).max(-1)  # (B, Q)
+    is_object = label < heads.class_logits.shape[-1] - 1
+    sure = is_object & (probability > class_threshold)
+    targets, probabilities = [], []
+    for b in range(len(label)):
+        queries = sure[b].nonzero().flatten()
+        embed = heads.mask_embed[-1, b, queries]
+        logits = torch.einsum("nc,chw->nhw", embed, heads.mask_features[b])
+        large = (logits.sigmoid().sum((1, 2)) > size_threshold).nonzero().flatten()
+        masks = logits[large] > 0  # Eq. 3: sigmoid >= 0.5
+        targets.append(Target(label[b, queries[large]], masks))
+        probabilities.append(probability[b, queries[large]])
+    return targets, probabilities
+
+
+def total_loss(loss_s: Tensor, loss_u: Tensor, lambda_u: float = 2.0) -> Tensor:
+    """Eq. 4."""
+    return loss_s + lambda_u * loss_u
+
+
+# SAME AS gta_seg.py:ema_update
+@torch.no_grad()
+def ema_update(target: nn.Module, source: nn.Module, decay: float) -> None:
+    """target <- decay * target + (1 - decay) * source, in place, for every parameter and for
+    BatchNorm's running statistics; its integer counters stay. A decay of 0 copies."""
+    targets = [*target.parameters(), *target.buffers()]
+    sources = [*source.parameters(), *source.buffers()]
+    pairs = [(t, s) for t, s in zip(targets, sources, strict=True) if t.is_floating_point()]
+    torch._foreach_lerp_([t for t, _ in pairs], [s for _, s in pairs], 1 - decay)
+
+
+START, END_OF_BURN_IN, NEVER = "start", "end of burn-in", "never"
+
+
+class Teaching(NamedTuple):
+    """A column of Table 1. From the copy on, the teacher is averaged by Eq. 5."""
+
+    pretrained: bool  # Init 0: the teacher is trained on the labels first (step 1)
+    pseudo_from: str  # when the student, beside D_s, begins to learn from D_u
+    copy_at: str  # Init 1: when the teacher becomes a copy of the student, T <- S
+
+
+# fmt: off
+TEACHING = {
+    #                     Init 0: T is   the student learns  Init 1: T <- S at,
+    #                     pre-trained    from D_u from       EMA after it        Table 1
+    "guided":   Teaching(True,           START,              END_OF_BURN_IN),  # Guided Distillation
+    "standard": Teaching(False,          END_OF_BURN_IN,     END_OF_BURN_IN),  # Polite Teacher
+    "fixed":    Teaching(True,           START,              NEVER),           # Noisy Boundaries
+    "none":     Teaching(False,          START,              START),           # Table 4, no burn-in
+}  # "none": DEPARTS[fresh-teacher]
+# fmt: on
+
+
+class Plan(NamedTuple):
+    """Steps of the student's stage, counted from its beginning."""
+
+    pseudo_from: float  # the first step with pseudo labels
+    copy_at: float  # the step before which the teacher becomes a copy of the student
+
+
+LABELS_ALONE = Plan(math.inf, math.inf)  # Sec. 3.1, step 1
+
+
+def teaching_plan(burn_in: str, burn_in_steps: int) -> Plan:
+    """Table 1 in steps: teaching_plan("guided", 30_000) is (0, 30_000)."""
+    step_of = {START: 0, END_OF_BURN_IN: burn_in_steps, NEVER: math.inf}
+    teaching = TEACHING[burn_in]
+    return Plan(step_of[teaching.pseudo_from], step_of[teaching.copy_at])
+
+
+@dataclass
+class State:
+    """All that training changes (saved whole), and the forward pass that DDP wraps."""
+
+    stage: str  # "teacher": the network that learns is the supervised one; or "student"
+    student: Mask2Former  # the network that learns
+    teacher: Mask2Former | None  # no gradients, eval mode
+    optimizer: torch.optim.Optimizer
+    forward: Callable[[Tensor], Heads]  # of the student, as DDP
+    plan: Plan
+    begun: int  # the step of the run at which this stage began
+    step: int  # of the run
+    scored: int = 0  # the last step that was scored
+    last: dict[str, dict] = field(default_factory=dict)  # network -> its newest score
+    best: dict[str, dict] = field(default_factory=dict)  # network -> its best one
+
+    def networks(self) -> dict[str, Mask2Former]:
+        if self.stage == "teacher":
+            return {"supervised": self.student}
+        return {"student": self.student, "teacher": self.teacher}
+
+
+def train_step(
+    s: State, labeled: Batch, unlabeled: Batch | None, args: Args, world: World
+) -> dict[str, Tensor]:
+    """Sec. 3.1: a step of the student, in burn-in (step 2) or distillation (step 3); or one of the
+    teacher-to-be (step 1), which learns from labels alone."""
+    t = s.step - s.begun
+    if t == s.plan.copy_at:
+        ema_update(s.teacher, s.student, decay=0)  # step 3 begins: T <- S
+    elif t > s.plan.copy_at:
+        ema_update(s.teacher, s.student, args.ema)  # Eq. 5, before the teacher is asked
+    s.optimizer.zero_grad(set_to_none=True)
+    with_pseudo_labels = t >= s.plan.pseudo_from
+    # Gradients add up, so that Eq. 4 is two backward passes, L_s and lambda_u L_u, in half the
+    # memory of one. Processes exchange gradients in the last of them.
+    exchange = not with_pseudo_labels
+    log = learn(s, labeled.images, labeled.targets, 1.0, "l", args, world, exchange)
+    if with_pseudo_labels:
+        targets, counts = teach(s.teacher, unlabeled.weak, args)
+        log |= counts
+        log |= learn(s, unlabeled.images, targets, args.lambda_u, "u", args, world, exchange=True)
+        log["loss"] = total_loss(log["loss_l"], log["loss_u"], args.lambda_u)
+    update(s)
+    return log
+
+
+@torch.no_grad()
+def teach(teacher: Mask2Former, weak: Tensor, args: Args) -> tuple[list[Target], dict[str, Tensor]]:
+    """Pseudo labels of the weak views (B, 3, H, W) uint8, and what is logged of them."""
+    targets, probabilities = [], []
+    for part in weak.split(-(-len(weak) // args.accumulate)):
+        heads = teacher(transforms.normalize(part), last_only=True)
+        found = pseudo_labels(heads, args.class_threshold, args.size_threshold)
+        targets += found[0]
+        probabilities += found[1]
+    probabilities = torch.cat(probabilities)
+    counts = torch.tensor([float(len(target.labels)) for target in targets])
+    counts = counts.to(weak.device, non_blocking=True)
+    log = {
+        "pseudo_per_image": counts.mean(),
+        "pseudo_none": (counts == 0).float().mean(),
+        "conf": probabilities.mean() if len(probabilities) else counts.new_zeros(()),
+    }
+    return targets, log
+
+
+def learn(
+    s: State,
+    images: Tensor,
+    targets: list[Target],
+    factor: float,
+    name: str,
+    args: Args,
+    world: World,
+    exchange: bool,
+) -> dict[str, Tensor]:
+    """Add the gradient of `factor` times Eq. 2 on images (B, 3, H, W) uint8, in --accumulate parts.
+    With `exchange`, processes exchange gradients in the last part."""
+    norms = normalisers(targets, args.queries, world.mean)
+    weights = LossWeights(args.lambda_c, args.lambda_ce)
+    size = -(-len(images) // args.accumulate)
+    total: dict[str, Tensor] = {}
+    for start in range(0, len(images), size):
+        part = slice(start, start + size)
+        is_last = start + size >= len(images)
+        waits = world.size > 1 and not (exchange and is_last)
+        generators = []
+        for i in range(start, min(start + size, len(images))):
+            sample = world.rank * len(images) + i  # in the global batch
+            generators.append(generator(world.device, args.seed, "points", name, s.step, sample))
+        with s.forward.no_sync() if waits else contextlib.nullcontext():
+            heads = s.forward(transforms.normalize(images[part]))
+            losses = criterion(heads, targets[part], norms, generators, weights, args.points)
+            (factor * losses.pop("loss")).backward()
+        for key, value in losses.items():
+            total[key] = total.get(key, 0) + value
+    log = {f"{key}_{name}": value for key, value in total.items()}
+    log[f"targets_{name}"] = norms.masks
+    log[f"loss_{name}"] = (
+        weights.lambda_c * total["class"]
+        + weights.lambda_ce * total["mask"]
+        + weights.lambda_d * total["dice"]
+    )
+    return log
+
+
+def generator(device: torch.device, *key: int | str) -> torch.Generator:
+    """A torch generator that depends on its key alone."""
+    return torch.Generator(device).manual_seed(int(rng(*key).integers(2**63)))
+
+
+def update(s: State) -> None:
+    """One AdamW step; the gradient's global norm is cut to 0.01, nearly always. DEPARTS[clip]"""
+    parameters = [p for p in s.student.parameters() if p.requires_grad]
+    nn.utils.clip_grad_norm_(parameters, 0.01, foreach=True)
+    s.optimizer.step()
+
+
+def learning_rate_factor(t: int, steps: int, schedule: str) -> float:
+    """Rate at step t of a stage of so many steps, over the highest one. COCO ("step"): a tenth from
+    8/9 of the stage on, a hundredth from 26/27 on. Cityscapes: poly 0.9. DEPARTS[schedule]"""
+    if schedule == "poly":
+        return max(0.0, 1 - t / steps) ** 0.9
+    first_drop = round(steps * 327_778 / 368_750)
+    second_drop = round(steps * 355_092 / 368_750)
+    if t >= second_drop:
+        return 0.1**2
+    if t >= first_drop:
+        return 0.1
+    return 1.0
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
+
+
+NO_DECAY = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm, nn.Embedding)
+
+
+def adamw(net: Mask2Former, lr: float, backbone_lr: float, fused: bool) -> torch.optim.AdamW:
+    """Sec. 4.1: the backbone learns a tenth as fast, weight decay is 0.05. As in Mask2Former,
+    norms, embeddings and tables of relative positions do not decay."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}  # (of the backbone, decays) -> ...
+    for name, module in net.named_modules():
+        for own, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad:
+                continue
+            decays = not isinstance(module, NO_DECAY) and own != "relative_position_bias_table"
+            groups.setdefault((name.startswith("backbone"), decays), []).append(parameter)
+    param_groups = []
+    for (of_backbone, decays), parameters in groups.items():
+        rate = lr * backbone_lr if of_backbone else lr
+        decay = 0.05 if decays else 0.0
+        param_groups.append(
+            {"params": parameters, "lr": rate, "initial_lr": rate, "weight_decay": decay}
+        )
+    return torch.optim.AdamW(param_groups, betas=(0.9, 0.999), eps=1e-8, fused=fused)
 
 
 # ======================================================================================== backbones
-class Pyramid(nn.Module):
-    """A CNN by its timm or torchvision name: (B, 3, H, W) -> four maps of strides 4, 8, 16, 32
-    (res2 .. res5)."""
-
-    def __init__(self, args: Args, pretrained: bool):
-        super().__init__()
-        self.body, reduction, channels = backbones.build(args.backbone, 32, pretrained)
-        if not {4, 8, 16, 32} <= set(reduction):
-            raise UserError(
-                f"--backbone {args.backbone} has maps of strides {reduction}, and 4, 8, 16, 32 are needed; "
-                f"take another, for example resnet18."
-            )
-        self.places = [
-            len(reduction) - 1 - reduction[::-1].index(stride) for stride in (4, 8, 16, 32)
-        ]
-        self.channels = [channels[i] for i in self.places]
-        if args.norm == "frozen":
-            from timm.utils.model import freeze_batch_norm_2d
-
-            self.body = freeze_batch_norm_2d(self.body)
-            for m in self.body.modules():
-                if isinstance(m, FrozenBatchNorm2d):  # its buffers would make bf16 maps float32
-                    m.register_forward_hook(lambda _, inputs, out: out.to(inputs[0].dtype))
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        maps = self.body(images.contiguous(memory_format=torch.channels_last))
-        return [maps[i] for i in self.places]
+def family(backbone: str) -> Literal["cnn", "swin", "vit"]:
+    """What kind of network a timm or torchvision name means."""
+    if backbone.startswith("swin_"):
+        return "swin"
+    if backbone.startswith(("vit_", "deit")):
+        return "vit"
+    return "cnn"
 
 
-def create(args: Args, pretrained: bool, **more) -> nn.Module:
+def timm_transformer(name: str, pretrained: bool, **settings: Any) -> nn.Module:
     """A transformer of timm; UserError when there is none of this name, or its weights cannot be
     had."""
     import timm
 
     try:
-        return timm.create_model(args.backbone, pretrained=pretrained, num_classes=0, **more)
+        return timm.create_model(name, pretrained=pretrained, num_classes=0, **settings)
     except Exception as error:  # noqa: BLE001 (hub, network, unknown name)
         raise UserError(
-            f"timm cannot give --backbone {args.backbone} with --weights {args.weights} ({error}); correct "
-            f"the name, or without a network give --weights FILE or none."
+            f"timm cannot give --backbone {name} ({error}); correct the name, or, without a "
+            f"network, give --weights FILE or none."
         ) from None
 
 
@@ -271,54 +742,57 @@ class Swin(nn.Module):
     timm rolls before it pads, which is another network wherever a map does not divide into windows.
     DEPARTS[swin]"""
 
-    def __init__(self, args: Args, pretrained: bool):
+    def __init__(
+        self, name: str, pretrained: bool, checkpointing: bool = False, drop_path: float = 0.3
+    ):
         super().__init__()
-        body = create(
-            args,
+        body = timm_transformer(
+            name,
             pretrained,
-            drop_path_rate=args.drop_path,
+            drop_path_rate=drop_path,
             strict_img_size=False,
             always_partition=True,
         )
         self.patch_embed, self.layers = body.patch_embed, body.layers
         self.channels = [stage["num_chs"] for stage in body.feature_info]
-        # of the detector: not in ImageNet files
+        # Of the detector: ImageNet files have none.
         self.norms = nn.ModuleList(nn.LayerNorm(c) for c in self.channels)
-        self.checkpointing = args.checkpointing
+        self.checkpointing = checkpointing
 
     def forward(self, images: Tensor) -> list[Tensor]:
+        recompute = self.checkpointing and self.training
         x, maps = self.patch_embed(images), []  # (B, h, w, C)
         for stage, norm in zip(self.layers, self.norms, strict=True):
             x = stage.downsample(x)
             for i, block in enumerate(stage.blocks):
-                x = maybe_checkpoint(
-                    self.checkpointing and self.training, self.block, block, x, i % 2 == 1
-                )
+                x = maybe_checkpoint(recompute, self.block, block, x, i % 2 == 1)
             maps.append(norm(x).permute(0, 3, 1, 2).contiguous())
         return maps
 
     def block(self, block: nn.Module, x: Tensor, shifted: bool) -> Tensor:
         """One block on (B, h, w, C): window attention, shifted by half a window or not, and MLP,
         both residual."""
-        (height, width), window = x.shape[1:3], block.window_size[0]
+        height, width = x.shape[1:3]
+        window = block.window_size[0]
         shift = window // 2 if shifted else 0
         y = F.pad(block.norm1(x), (0, 0, 0, -width % window, 0, -height % window))
-        padded = y.shape[1:3]
-        y = y.roll((-shift, -shift), (1, 2)) if shift else y
-        b, (rows, columns) = len(y), (n // window for n in padded)
-        y = (
-            y.view(b, rows, window, columns, window, -1)
-            .transpose(2, 3)
-            .reshape(-1, window * window, y.shape[-1])
-        )
-        y = block.attn(y, mask=shift_mask(padded, window, shift, y.device) if shift else None)
-        y = y.view(b, rows, columns, window, window, -1).transpose(2, 3).reshape(b, *padded, -1)
-        y = y.roll((shift, shift), (1, 2)) if shift else y
+        b, padded, c = len(y), y.shape[1:3], y.shape[3]
+        rows, columns = padded[0] // window, padded[1] // window
+        mask = None
+        if shifted:
+            y = y.roll((-shift, -shift), (1, 2))
+            mask = shift_mask(padded, window, shift, y.device)
+        y = y.view(b, rows, window, columns, window, c).transpose(2, 3)
+        y = block.attn(y.reshape(-1, window * window, c), mask=mask)
+        y = y.view(b, rows, columns, window, window, c).transpose(2, 3).reshape(b, *padded, c)
+        if shifted:
+            y = y.roll((shift, shift), (1, 2))
         x = x + block.drop_path1(y[:, :height, :width])
         return x + block.drop_path2(block.mlp(block.norm2(x)))
 
 
 @lru_cache(maxsize=8)
+@torch.inference_mode(False)  # what is kept may be needed in training later
 def shift_mask(size: tuple[int, int], window: int, shift: int, device: torch.device) -> Tensor:
     """(windows, window^2, window^2): -100 between places of a rolled map that were not neighbours,
     else 0."""
@@ -327,46 +801,56 @@ def shift_mask(size: tuple[int, int], window: int, shift: int, device: torch.dev
         place = torch.arange(n, device=device)
         parts.append((place >= n - window).long() + (place >= n - shift))
     region = 3 * parts[0][:, None] + parts[1]
-    region = (
-        region.view(size[0] // window, window, size[1] // window, window)
-        .transpose(1, 2)
-        .flatten(2)
-        .flatten(0, 1)
-    )
-    return torch.where(region[:, :, None] == region[:, None], 0.0, -100.0)
+    windows = region.view(size[0] // window, window, size[1] // window, window).transpose(1, 2)
+    windows = windows.flatten(2).flatten(0, 1)  # (windows, window^2)
+    return torch.where(windows[:, :, None] == windows[:, None], 0.0, -100.0)
 
 
 class ViT(nn.Module):
     """A plain vision transformer (DINOv2, DeiT) with Sec. 4.3's adaptor: patch tokens of the last
     layer, resized to four strides, a 1x1 convolution each. The input is enlarged to whole patches.
-    DEPARTS[vit-resize]"""
+    DEPARTS[vit-resize] Its position table is resized by timm. DEPARTS[vit-positions]
 
-    def __init__(self, args: Args, pretrained: bool):
+    `freeze` is Table 7's "Fixed": no gradient in the body, which stays in eval mode, while the
+    adaptor learns. DEPARTS[freeze]"""
+
+    def __init__(
+        self,
+        name: str,
+        pretrained: bool,
+        checkpointing: bool = False,
+        freeze: bool = False,
+        mode: str = "bilinear",
+    ):
         super().__init__()
-        self.body = create(args, pretrained, dynamic_img_size=True)
-        self.body.set_grad_checkpointing(args.checkpointing)
-        more = {} if args.vit_resize == "nearest" else {"align_corners": False}
+        self.body = timm_transformer(name, pretrained, dynamic_img_size=True)
+        self.body.set_grad_checkpointing(checkpointing)
         self.patch = self.body.patch_embed.patch_size[0]
-        self.resize = partial(F.interpolate, mode=args.vit_resize, **more)
-        width, self.channels = self.body.embed_dim, [128, 256, 512, 1024]
-        self.adaptor = nn.ModuleList(nn.Conv2d(width, c, 1) for c in self.channels)
-        self.freeze = args.freeze_backbone
+        self.channels = [128, 256, 512, 1024]
+        self.adaptor = nn.ModuleList(nn.Conv2d(self.body.embed_dim, c, 1) for c in self.channels)
+        self.mode, self.freeze = mode, freeze
+        if freeze:
+            self.body.requires_grad_(False)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        size = images.shape[-2:]
-        grid = [-(-n // self.patch) for n in size]
+        height, width = images.shape[-2:]
+        grid = (-(-height // self.patch), -(-width // self.patch))
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze):
-            x = self.resize(images, size=[n * self.patch for n in grid])
-            x = self.body.forward_features(x)[
-                :, self.body.num_prefix_tokens :
-            ]  # (B, tokens, width)
+            x = self.resize(images, (grid[0] * self.patch, grid[1] * self.patch))
+            x = self.body.forward_features(x)  # (B, class and other tokens + patches, width)
+            x = x[:, self.body.num_prefix_tokens :]
         x = x.transpose(1, 2).unflatten(2, grid)
-        return [
-            conv(self.resize(x, size=[n // stride for n in size]))
-            for conv, stride in zip(self.adaptor, (4, 8, 16, 32), strict=True)
-        ]
+        maps = []
+        for conv, stride in zip(self.adaptor, (4, 8, 16, 32), strict=True):
+            maps.append(conv(self.resize(x, (height // stride, width // stride))))
+        return maps
 
-    def train(self, mode: bool = True) -> "ViT":
+    def resize(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        if self.mode == "nearest":
+            return F.interpolate(x, size=size, mode="nearest")
+        return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+    def train(self, mode: bool = True) -> ViT:
         super().train(mode)
         self.body.train(mode and not self.freeze)
         return self
@@ -375,43 +859,41 @@ class ViT(nn.Module):
 def maybe_checkpoint(on: bool, function: Callable, *inputs):
     """function(*inputs); when `on`, activations are computed again in the backward pass instead of
     being kept."""
-    return checkpoint(function, *inputs, use_reentrant=False) if on else function(*inputs)
+    if on:
+        return checkpoint(function, *inputs, use_reentrant=False)
+    return function(*inputs)
 
 
 # ==================================================================================== pixel decoder
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)
 def sine_positions(size: tuple[int, int], width: int, device: torch.device) -> Tensor:
     """(h * w, width): each cell's row and column, counted from 1, as shares of the map times 2 pi,
     in width / 4 sine and as many cosine waves each, of wavelength factors 1 to 10,000, interleaved;
     rows first."""
     half = width // 2
-    wave = 10000 ** (
-        2 * torch.div(torch.arange(half, device=device), 2, rounding_mode="floor") / half
-    )
+    number_of_wave = torch.div(torch.arange(half, device=device), 2, rounding_mode="floor")
+    wave = 10000 ** (2 * number_of_wave / half)
     parts = []
     for n in size:
         share = torch.arange(1, n + 1, device=device) / (n + 1e-6) * 2 * math.pi
-        angle = share[:, None] / wave
-        # (n, half)
+        angle = share[:, None] / wave  # (n, half)
         parts.append(torch.stack([angle[:, 0::2].sin(), angle[:, 1::2].cos()], dim=2).flatten(1))
-    rows, columns = (
-        parts[0][:, None].expand(-1, size[1], -1),
-        parts[1][None].expand(size[0], -1, -1),
-    )
+    rows = parts[0][:, None].expand(-1, size[1], -1)
+    columns = parts[1][None].expand(size[0], -1, -1)
     return torch.cat([rows, columns], dim=2).flatten(0, 1)
 
 
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)
 def cell_centres(sizes: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """(S, 2): x and y in 0..1 of each token's own cell, for all levels one after the other; and
     (levels, 2): width and height of each level in cells."""
     parts = []
     for h, w in sizes:
-        ys, xs = (
-            (torch.arange(h, device=device) + 0.5) / h,
-            (torch.arange(w, device=device) + 0.5) / w,
-        )
-        parts.append(torch.stack([xs.expand(h, w), ys[:, None].expand(h, w)], dim=2).flatten(0, 1))
+        y = (torch.arange(h, device=device) + 0.5) / h
+        x = (torch.arange(w, device=device) + 0.5) / w
+        parts.append(torch.stack([x.expand(h, w), y[:, None].expand(h, w)], dim=2).flatten(0, 1))
     return torch.cat(parts), torch.tensor([(w, h) for h, w in sizes], device=device)
 
 
@@ -424,80 +906,76 @@ class DeformableAttention(nn.Module):
         self.levels, self.points = levels, points
         self.sampling_offsets = nn.Linear(width, HEADS * levels * points * 2)
         self.attention_weights = nn.Linear(width, HEADS * levels * points)
-        self.value_proj, self.output_proj = nn.Linear(width, width), nn.Linear(width, width)
+        self.value_proj = nn.Linear(width, width)
+        self.output_proj = nn.Linear(width, width)
         for layer in (self.sampling_offsets, self.attention_weights):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
-        angle = torch.arange(HEADS) * (2 * math.pi / HEADS)  # head i looks into direction i ...
+        # At first, head i looks into direction i of eight, 1, 2, 3 and 4 cells away.
+        angle = torch.arange(HEADS) * (2 * math.pi / HEADS)
         ray = torch.stack([angle.cos(), angle.sin()], 1)
         ray = (ray / ray.abs().amax(1, keepdim=True)).view(HEADS, 1, 1, 2)
-        with torch.no_grad():  # ... 1, 2, 3, 4 cells away
-            steps = torch.arange(1, points + 1).view(1, 1, points, 1)
-            self.sampling_offsets.bias.copy_(
-                (ray * steps).expand(HEADS, levels, points, 2).flatten()
-            )
+        distance = torch.arange(1, points + 1).view(1, 1, points, 1)
+        with torch.no_grad():
+            offsets = (ray * distance).expand(HEADS, levels, points, 2)
+            self.sampling_offsets.bias.copy_(offsets.flatten())
         for layer in (self.value_proj, self.output_proj):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
 
     def forward(self, query: Tensor, value: Tensor, sizes: tuple[tuple[int, int], ...]) -> Tensor:
         """query, value (B, S, C), of levels of these sizes -> (B, S, C)."""
-        # (S, 2), (levels, 2)
-        (b, s, _), (centres, cells) = query.shape, cell_centres(sizes, query.device)
-        # (n, c, S)
-        value = (
-            self.value_proj(value)
-            .view(b, s, HEADS, -1)
-            .permute(0, 2, 3, 1)
-            .flatten(0, 1)
-            .contiguous()
-        )
+        b, s, _ = query.shape
+        centres, cells = cell_centres(sizes, query.device)  # (S, 2), (levels, 2)
+        # Heads join the batch: n = B heads. Places come last, as grid_sample reads them.
+        value = self.value_proj(value).view(b, s, HEADS, -1)
+        value = value.permute(0, 2, 3, 1).flatten(0, 1).contiguous()  # (n, C / heads, S)
         offsets = self.sampling_offsets(query).view(b, s, HEADS, self.levels, self.points, 2)
-        # (levels, n, points, S, 2)
         offsets = offsets.permute(3, 0, 2, 4, 1, 5).flatten(1, 2).contiguous()
         weights = self.attention_weights(query).view(b, s, HEADS, -1).softmax(-1)
-        weights = (
-            weights.unflatten(3, (self.levels, self.points))
-            .permute(3, 0, 2, 4, 1)
-            .flatten(1, 2)
-            .contiguous()
-        )
-        parts = value.split([h * w for h, w in sizes], dim=2)
-        out = sum(
-            Look.apply(v.unflatten(2, size), 2 * (centres + offset / cell) - 1, weight)
-            for v, size, cell, offset, weight in zip(
-                parts, sizes, cells, offsets, weights, strict=True
-            )
-        )
-        return self.output_proj(out.unflatten(0, (b, HEADS)).flatten(1, 2).transpose(1, 2))
+        weights = weights.unflatten(3, (self.levels, self.points))
+        weights = weights.permute(3, 0, 2, 4, 1).flatten(1, 2).contiguous()
+        values = value.split([h * w for h, w in sizes], dim=2)
+        total = 0
+        for level, size in enumerate(sizes):
+            place = centres + offsets[level] / cells[level]  # (n, points, S, 2) in 0..1
+            level_value = values[level].unflatten(2, size)
+            total = total + WeightedSamples.apply(level_value, 2 * place - 1, weights[level])
+        return self.output_proj(total.unflatten(0, (b, HEADS)).flatten(1, 2).transpose(1, 2))
 
 
-class Look(torch.autograd.Function):
-    """One level: value (n, c, h, w), grid (n, points, S, 2) in -1..1, weight (n, points, S) -> the
-    sum over points of weight times bilinear value, (n, c, S), zero outside. Samples are large: the
+class WeightedSamples(torch.autograd.Function):
+    """One level of deformable attention: value (n, c, h, w), grid (n, points, S, 2) in -1..1,
+    weight (n, points, S) -> (n, c, S), which is
+
+        (F.grid_sample(value, grid, align_corners=False) * weight[:, None]).sum(2)
+
+    The samples (n, c, points, S) are the largest tensor of the network, so they are not kept: the
     backward pass makes them anew."""
 
     @staticmethod
     def forward(ctx, value: Tensor, grid: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(value, grid, weight)
-        sampled = F.grid_sample(value, grid, align_corners=False)  # (n, c, points, S)
-        out = sampled[:, :, 0] * weight[:, None, 0]
+        samples = F.grid_sample(value, grid, align_corners=False)  # (n, c, points, S)
+        out = samples[:, :, 0] * weight[:, None, 0]
         for p in range(1, weight.shape[1]):
-            out.addcmul_(sampled[:, :, p], weight[:, None, p])
+            out.addcmul_(samples[:, :, p], weight[:, None, p])
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         value, grid, weight = ctx.saved_tensors
-        grad, inputs = (
-            grad.contiguous(),
-            (value.detach().requires_grad_(), grid.detach().requires_grad_()),
-        )
+        grad = grad.contiguous()
+        inputs = value.detach().requires_grad_(), grid.detach().requires_grad_()
         with torch.enable_grad():
-            sampled = F.grid_sample(*inputs, align_corners=False)
-        grad_weight = torch.stack([(s * grad).sum(1) for s in sampled.unbind(2)], 1)
-        torch.mul(grad[:, :, None], weight[:, None], out=sampled)  # their gradient, in their memory
-        return *torch.autograd.grad(sampled, inputs, sampled), grad_weight
+            samples = F.grid_sample(*inputs, align_corners=False)
+        grad_weight = torch.stack([(x * grad).sum(1) for x in samples.unbind(2)], 1)
+        # The gradient of the samples is weight * grad. It may be written over the samples: their
+        # values are used up in the line above, and grid_sample's backward pass needs its inputs
+        # only, not what it gave.
+        grad_samples = torch.mul(grad[:, :, None], weight[:, None], out=samples.detach())
+        grad_value, grad_grid = torch.autograd.grad(samples, inputs, grad_samples)
+        return grad_value, grad_grid, grad_weight
 
 
 class EncoderLayer(nn.Module):
@@ -505,13 +983,15 @@ class EncoderLayer(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.self_attn, self.norm1 = DeformableAttention(width), nn.LayerNorm(width)
-        self.linear1, self.linear2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.self_attn = DeformableAttention(width)
+        self.norm1 = nn.LayerNorm(width)
+        self.linear1 = nn.Linear(width, 4 * width)
+        self.linear2 = nn.Linear(4 * width, width)
         self.norm2 = nn.LayerNorm(width)
         nn.init.xavier_uniform_(self.linear1.weight)
         nn.init.xavier_uniform_(self.linear2.weight)
 
-    def forward(self, x: Tensor, position: Tensor, sizes: tuple) -> Tensor:
+    def forward(self, x: Tensor, position: Tensor, sizes: tuple[tuple[int, int], ...]) -> Tensor:
         x = self.norm1(x + self.self_attn(x + position, x, sizes))
         return self.norm2(x + self.linear2(self.linear1(x).relu_()))
 
@@ -520,46 +1000,56 @@ class PixelDecoder(nn.Module):
     """Backbone maps -> token maps of strides 32, 16, 8 and mask features of stride 4, in
     float32."""
 
-    def __init__(self, channels: list[int], args: Args):
+    def __init__(
+        self, channels: list[int], width: int = 256, num_layers: int = 6, checkpointing=False
+    ):
         super().__init__()
-        c = args.width
-        self.input_proj = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(inputs, c, 1), nn.GroupNorm(32, c))
-            for inputs in channels[:0:-1]
+        projections = []
+        for inputs in channels[:0:-1]:  # of strides 32, 16, 8
+            projections.append(nn.Sequential(nn.Conv2d(inputs, width, 1), nn.GroupNorm(32, width)))
+        self.input_proj = nn.ModuleList(projections)
+        self.level_embed = nn.Parameter(torch.randn(3, width))
+        self.layers = nn.ModuleList(EncoderLayer(width) for _ in range(num_layers))
+        self.lateral = nn.Sequential(
+            nn.Conv2d(channels[0], width, 1, bias=False), nn.GroupNorm(32, width)
         )
-        self.level_embed = nn.Parameter(torch.randn(3, c))
-        self.layers = nn.ModuleList(EncoderLayer(c) for _ in range(args.encoder_layers))
-        self.lateral = nn.Sequential(nn.Conv2d(channels[0], c, 1, bias=False), nn.GroupNorm(32, c))
-        self.output = nn.Sequential(nn.Conv2d(c, c, 3, padding=1, bias=False), nn.GroupNorm(32, c))
-        self.mask_features = nn.Conv2d(c, c, 1)
+        self.output = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1, bias=False), nn.GroupNorm(32, width)
+        )
+        self.mask_features = nn.Conv2d(width, width, 1)
         for conv, _ in self.input_proj:
             nn.init.xavier_uniform_(conv.weight)
             nn.init.zeros_(conv.bias)
         for conv in (self.lateral[0], self.output[0], self.mask_features):
             nn.init.kaiming_uniform_(conv.weight, a=1)
         nn.init.zeros_(self.mask_features.bias)
-        self.checkpointing = args.checkpointing
+        self.checkpointing = checkpointing
 
     def forward(self, maps: list[Tensor]) -> tuple[list[Tensor], Tensor]:
         """maps of strides 4, 8, 16, 32 -> [(B, C, h', w') of strides 32, 16, 8], (B, C, h, w)."""
+        recompute = self.checkpointing and self.training
         maps = [m.float() for m in maps]
         levels = [proj(m) for proj, m in zip(self.input_proj, maps[:0:-1], strict=True)]
         sizes = tuple(tuple(level.shape[-2:]) for level in levels)
         x = torch.cat([level.flatten(2) for level in levels], dim=2).transpose(1, 2)  # (B, S, C)
-        position = torch.cat(
-            [
-                sine_positions(size, x.shape[2], x.device) + embed
-                for size, embed in zip(sizes, self.level_embed, strict=True)
-            ]
-        )
+        positions = []
+        for size, embed in zip(sizes, self.level_embed, strict=True):
+            positions.append(sine_positions(size, x.shape[2], x.device) + embed)
+        position = torch.cat(positions)
         for layer in self.layers:
-            x = maybe_checkpoint(self.checkpointing and self.training, layer, x, position, sizes)
+            x = maybe_checkpoint(recompute, layer, x, position, sizes)
         parts = x.transpose(1, 2).split([h * w for h, w in sizes], dim=2)
         levels = [part.unflatten(2, size) for part, size in zip(parts, sizes, strict=True)]
-        fine = F.interpolate(
-            levels[-1], size=maps[0].shape[-2:], mode="bilinear", align_corners=False
-        )
+        fine = resize_bilinear(levels[-1], maps[0].shape[-2:])
         return levels, self.mask_features(self.output(self.lateral(maps[0]) + fine).relu())
+
+
+def resize_bilinear(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+
+
+def autocast_type(x: Tensor) -> str:
+    return "cuda" if x.is_cuda else "cpu"
 
 
 # ========================================================================================== decoder
@@ -580,13 +1070,12 @@ class Attention(nn.Module):
     ) -> Tensor:
         """`mask` (B, Q, S), True where a query may look, the same in all heads."""
         weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
-        q, k, v = (
-            F.linear(x, w, b).unflatten(2, (HEADS, -1)).transpose(1, 2)  # (B, heads, n, 32)
-            for x, w, b in zip((query, key, value), weights, biases, strict=True)
-        )
-        x = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=None if mask is None else mask[:, None]
-        )
+        projected = []
+        for x, weight, bias in zip((query, key, value), weights, biases, strict=True):
+            x = F.linear(x, weight, bias).unflatten(2, (HEADS, -1)).transpose(1, 2)
+            projected.append(x)  # (B, heads, Q or S, C / heads)
+        mask = None if mask is None else mask[:, None]
+        x = F.scaled_dot_product_attention(*projected, attn_mask=mask)
         return self.out_proj(x.transpose(1, 2).flatten(2))
 
 
@@ -595,14 +1084,18 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.cross_attn, self.cross_norm = Attention(width), nn.LayerNorm(width)
-        self.self_attn, self.self_norm = Attention(width), nn.LayerNorm(width)
-        self.linear1, self.linear2 = nn.Linear(width, 8 * width), nn.Linear(8 * width, width)
+        self.cross_attn = Attention(width)
+        self.cross_norm = nn.LayerNorm(width)
+        self.self_attn = Attention(width)
+        self.self_norm = nn.LayerNorm(width)
+        self.linear1 = nn.Linear(width, 8 * width)
+        self.linear2 = nn.Linear(8 * width, width)
         self.ffn_norm = nn.LayerNorm(width)
         nn.init.xavier_uniform_(self.linear1.weight)
         nn.init.xavier_uniform_(self.linear2.weight)
 
     def forward(self, x: Tensor, place: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        """x and its positions `place` (B, Q, C), key and value (B, S, C), mask (B, Q, S)."""
         x = self.cross_norm(x + self.cross_attn(x + place, key, value, mask))
         x = self.self_norm(x + self.self_attn(x + place, x + place, x))
         return self.ffn_norm(x + self.linear2(self.linear1(x).relu_()))
@@ -616,93 +1109,90 @@ def blocked(mask_logits: Tensor) -> Tensor:
     return outside & ~outside.all(dim=-1, keepdim=True)
 
 
-class Heads(NamedTuple):
-    """What Mask2Former predicts, after 0, 1, ..., 9 decoder layers. The mask logits (Q, h, w) of
-    head l and image b are `mask_embed[l, b] @ mask_features[b]`: whoever needs them makes those
-    that are needed, where they are needed."""
-
-    class_logits: Tensor  # (L, B, Q, K + 1), the last class is "no object"
-    mask_embed: Tensor  # (L, B, Q, C)
-    mask_features: Tensor  # (B, C, h, w)
-
-
 class Decoder(nn.Module):
     """Nine layers over three levels in turn, and the shared prediction heads before and after
     each."""
 
-    def __init__(self, num_classes: int, args: Args):
+    def __init__(self, num_classes: int, width: int = 256, queries: int = 100, num_layers: int = 9):
         super().__init__()
-        c = args.width
-        self.layers = nn.ModuleList(DecoderLayer(c) for _ in range(args.decoder_layers))
-        self.query_feat, self.query_embed = (
-            nn.Embedding(args.queries, c),
-            nn.Embedding(args.queries, c),
-        )
-        self.level_embed, self.decoder_norm = nn.Embedding(3, c), nn.LayerNorm(c)
-        self.class_embed = nn.Linear(c, num_classes + 1)
+        self.layers = nn.ModuleList(DecoderLayer(width) for _ in range(num_layers))
+        self.query_feat = nn.Embedding(queries, width)
+        self.query_embed = nn.Embedding(queries, width)
+        self.level_embed = nn.Embedding(3, width)
+        self.decoder_norm = nn.LayerNorm(width)
+        self.class_embed = nn.Linear(width, num_classes + 1)
         self.mask_embed = nn.Sequential(
-            nn.Linear(c, c), nn.ReLU(), nn.Linear(c, c), nn.ReLU(), nn.Linear(c, c)
+            nn.Linear(width, width),
+            nn.ReLU(),
+            nn.Linear(width, width),
+            nn.ReLU(),
+            nn.Linear(width, width),
         )
 
     def forward(
         self, levels: list[Tensor], mask_features: Tensor, last_only: bool = False
     ) -> Heads:
         """`last_only`: L = 1, the final head alone."""
-        b, sizes = len(mask_features), [tuple(level.shape[-2:]) for level in levels]
-        # resizing commutes with the product over channels: attention masks at their own level, 30
-        # times cheaper
-        with torch.no_grad():
-            small = [
-                F.interpolate(
-                    mask_features, size=size, mode="bilinear", align_corners=False
-                ).flatten(2)
-                for size in sizes
-            ]
-        values = [
-            level.flatten(2).transpose(1, 2) + embed
-            for level, embed in zip(levels, self.level_embed.weight, strict=True)
-        ]
-        keys = [
-            v + sine_positions(size, v.shape[2], v.device)
-            for v, size in zip(values, sizes, strict=True)
-        ]
-        x, place = (e.weight.expand(b, -1, -1) for e in (self.query_feat, self.query_embed))
+        b = len(mask_features)
+        values, keys, features_of_level = [], [], []
+        for level, embed in zip(levels, self.level_embed.weight, strict=True):
+            size = tuple(level.shape[-2:])
+            value = level.flatten(2).transpose(1, 2) + embed
+            values.append(value)
+            keys.append(value + sine_positions(size, value.shape[2], value.device))
+            # Resizing commutes with the product over channels: masks for attention are made at
+            # the size of their level, which is 30 times cheaper.
+            with torch.no_grad():
+                features_of_level.append(resize_bilinear(mask_features, size).flatten(2))
+        x = self.query_feat.weight.expand(b, -1, -1)
+        place = self.query_embed.weight.expand(b, -1, -1)
         heads = []
         for i, layer in enumerate(self.layers):
+            level = i % 3
             y = self.decoder_norm(x)
             embed = self.mask_embed(y)  # (B, Q, C)
             heads.append((y, embed))
-            with torch.no_grad(), torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):
-                may_look = ~blocked(embed.float() @ small[i % 3])
-            x = layer(x, place, keys[i % 3], values[i % 3], may_look)
+            with torch.no_grad(), torch.autocast(autocast_type(x), enabled=False):
+                may_look = ~blocked(embed.float() @ features_of_level[level])
+            x = layer(x, place, keys[level], values[level], may_look)
         y = self.decoder_norm(x)
         heads.append((y, self.mask_embed(y)))
         chosen = heads[-1:] if last_only else heads
-        return Heads(
-            torch.stack([self.class_embed(y) for y, _ in chosen]).float(),
-            torch.stack([embed for _, embed in chosen]).float(),
-            mask_features,
-        )
+        class_logits = torch.stack([self.class_embed(y) for y, _ in chosen])
+        mask_embed = torch.stack([embed for _, embed in chosen])
+        return Heads(class_logits.float(), mask_embed.float(), mask_features)
 
 
 class Mask2Former(nn.Module):
-    """Normalised images (B, 3, H, W), sides multiples of 32 -> Heads. In training in bf16 where
-    asked for."""
+    """Normalised images (B, 3, H, W), sides multiples of 32 -> Heads. `bf16` is for training
+    alone; `pretrained` fetches the backbone's weights."""
 
     def __init__(self, args: Args, num_classes: int, bf16: bool = False, pretrained: bool = False):
         super().__init__()
-        kind = {"swin": Swin, "vit": ViT, "deit": ViT}.get(
-            re.match("[a-z]*", args.backbone)[0].rstrip("_"), Pyramid
+        kind = family(args.backbone)
+        if kind == "swin":
+            self.backbone = Swin(args.backbone, pretrained, args.checkpointing)
+        elif kind == "vit":
+            self.backbone = ViT(
+                args.backbone,
+                pretrained,
+                args.checkpointing,
+                args.freeze_backbone,
+                args.vit_resize,
+            )
+        else:
+            self.backbone = backbones.Strides(args.backbone, args.norm == "frozen", pretrained)
+        self.pixel_decoder = PixelDecoder(
+            self.backbone.channels, args.width, args.encoder_layers, args.checkpointing
         )
-        self.backbone = kind(args, pretrained)
-        self.pixel_decoder = PixelDecoder(self.backbone.channels, args)
-        self.decoder = Decoder(num_classes, args)
+        self.decoder = Decoder(num_classes, args.width, args.queries, args.decoder_layers)
         self.bf16 = bf16
-        if args.freeze_backbone:
-            getattr(self.backbone, "body", self.backbone).requires_grad_(False)
 
     def forward(self, images: Tensor, last_only: bool = False) -> Heads:
-        device = "cuda" if images.is_cuda else "cpu"
+        height, width = images.shape[-2:]
+        if height % 32 or width % 32:
+            raise ValueError(f"images of {height} x {width}: pad the sides to multiples of 32")
+        device = autocast_type(images)
         with torch.autocast(device, dtype=torch.bfloat16, enabled=self.bf16 and self.training):
             maps = self.backbone(images)
             with torch.autocast(device, enabled=False):
@@ -710,426 +1200,87 @@ class Mask2Former(nn.Module):
             return self.decoder(levels, mask_features, last_only)
 
 
-# ============================================================================== matching and losses
-def sample(maps: Tensor, points: Tensor) -> Tensor:
-    """maps (n, c, h, w) at points (n, P, 2), x and y in 0..1 -> (n, c, P); bilinear, zero
-    outside."""
-    return F.grid_sample(maps, 2 * points[:, :, None] - 1, align_corners=False)[..., 0]
-
-
-def match_costs(
-    class_logits: Tensor,
-    mask_embed: Tensor,
-    mask_features: Tensor,
-    target: Target,
-    points: Tensor,
-    weights: tuple[float, float, float],
-) -> Tensor:
-    """Costs (L, Q, N) of one image: `weights` of class, mask and Dice, masks compared at points (P,
-    2).
-
-    class_logits (L, Q, K + 1), mask_embed (L, Q, C), mask_features (C, h, w). All heads share the
-    points, so features and targets are sampled once; sampling commutes with the product over
-    channels. DEPARTS[points]"""
-    f = sample(mask_features[None], points[None])[0]  # (C, P)
-    # (N, P)
-    t = sample(target.masks[:, None].to(f.dtype), points.expand(len(target.masks), -1, -1))[:, 0]
-    costs = []
-    for z, embed in zip(class_logits, mask_embed, strict=True):  # a head at a time: memory
-        x = embed @ f  # (Q, P) mask logits
-        # t sp(-x) + (1 - t) sp(x) = sp(x) - t x
-        bce = (F.softplus(x).sum(1, keepdim=True) - x @ t.T) / len(points)
-        s = x.sigmoid_()
-        dice = 1 - (2 * s @ t.T + 1) / (s.sum(1, keepdim=True) + t.sum(1) + 1)
-        costs.append(
-            -weights[0] * z.softmax(1)[:, target.labels] + weights[1] * bce + weights[2] * dice
-        )
-    return torch.stack(costs)
-
-
-def assign(costs: list[Tensor]) -> tuple[list[Tensor], int]:
-    """Hungarian matching of each image's costs (L, Q, N) -> for each image the query (L, N) of each
-    target, -1 for targets beyond the number of queries; and how many costs were not finite (they
-    count as very large).
-
-    One transfer to the host for all images and heads."""
-    from scipy.optimize import linear_sum_assignment
-
-    shapes = [c.shape for c in costs]
-    host = torch.cat([c.flatten() for c in costs]).cpu().double().numpy()
-    bad = int(np.count_nonzero(~np.isfinite(host)))
-    host = np.nan_to_num(host, nan=1e9, posinf=1e9, neginf=1e9)
-    queries, start = [], 0
-    for heads, q, n in shapes:
-        found = np.full((heads, n), -1)
-        for head, cost in enumerate(host[start : start + heads * q * n].reshape(heads, q, n)):
-            rows, columns = linear_sum_assignment(cost)
-            found[head, columns] = rows
-        queries.append(torch.from_numpy(found))
-        start += heads * q * n
-    return queries, bad
-
-
-def mask_losses(
-    mask_logits: Tensor, masks: Tensor, points: Tensor, more: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Cross-entropy and Dice losses (N, L) of matched masks at uncertain points (PointRend).
-
-    mask_logits (N, L, h, w); masks (N, H', W'); `points` (N, L, 3 P, 2) are candidates, of which
-    the 0.75 P with the logits nearest 0 stay; `more` (N, L, 0.25 P, 2) join them."""
-    n, heads = mask_logits.shape[:2]
-    logits, keep = mask_logits.flatten(0, 1)[:, None], points.shape[2] // 3 - more.shape[2]
-    with torch.no_grad():
-        unsure = sample(logits, points.flatten(0, 1))[:, 0].abs()  # (N L, 3 P)
-        nearest = unsure.topk(keep, dim=1, largest=False, sorted=False).indices
-        chosen = points.flatten(0, 1).gather(1, nearest[..., None].expand(-1, -1, 2))
-        chosen = torch.cat([chosen, more.flatten(0, 1)], dim=1)  # (N L, P, 2)
-        t = sample(masks[:, None].to(logits.dtype), chosen.unflatten(0, (n, heads)).flatten(1, 2))[
-            :, 0
-        ]
-        t = t.unflatten(1, (heads, -1))  # (N, L, P)
-    x = sample(logits, chosen)[:, 0].unflatten(0, (n, heads))
-    bce = F.binary_cross_entropy_with_logits(x, t, reduction="none").mean(-1)
-    s = x.sigmoid()
-    dice = 1 - (2 * (s * t).sum(-1) + 1) / (s.sum(-1) + t.sum(-1) + 1)
-    return bce, dice
-
-
-class Norms(NamedTuple):
-    """What the losses of a batch are divided by: the same for all its heads, parts and
-    processes."""
-
-    classes: Tensor  # sum of the class weights over all queries
-    masks: Tensor  # number of targets, 1 at least
-
-
-def normalisers(targets: list[Target], queries: int, no_object: float, world: World) -> Norms:
-    """Of this process's whole batch, averaged over processes, as DDP averages gradients.
-    DEPARTS[normaliser]"""
-    counts = [len(t.labels) for t in targets]
-    found = sum(min(n, queries) for n in counts)
-    both = torch.tensor(
-        [found + no_object * (len(counts) * queries - found), sum(counts)], dtype=torch.float64
-    )
-    classes, masks = world.mean(both.to(world.device, non_blocking=True)).float()
-    return Norms(classes, masks.clamp(min=1))
-
-
-def criterion(
-    heads: Heads, targets: list[Target], norms: Norms, args: Args, generators: list[torch.Generator]
-) -> dict[str, Tensor]:
-    """Eqs. 1 and 2 of one part of a batch: the sum over heads of 2 CE + 5 mask + 5 Dice.
-    DEPARTS[loss-weights]
-
-    `generators` draw each image's points, so that they depend neither on the batch nor on the
-    number of processes."""
-    (number, b, q), last = heads.class_logits.shape[:3], heads.class_logits.shape[3] - 1
-    p, device, weights = (
-        args.points,
-        heads.class_logits.device,
-        (args.class_weight, args.mask_weight, args.dice_weight),
-    )
-
-    def draw(generator: torch.Generator, *shape: int) -> Tensor:
-        return torch.rand(*shape, 2, generator=generator, device=device)
-
-    with torch.no_grad():
-        costs = [
-            match_costs(
-                heads.class_logits[:, i],
-                heads.mask_embed[:, i],
-                heads.mask_features[i],
-                targets[i],
-                draw(generators[i], p),
-                weights,
-            )
-            for i in range(b)
-        ]
-        queries, bad = assign(costs)
-    # no object; a place for the unmatched
-    wanted = torch.full((number, b, q + 1), last, device=device)
-    # DDP waits for every gradient
-    mask = dice = 0 * (heads.mask_embed.sum() + heads.mask_features.sum())
-    head = torch.arange(number, device=device)[:, None]
-    for i, (query, target) in enumerate(zip(queries, targets, strict=True)):
-        for part in range(0, query.shape[1], 32):  # 32 targets at a time: memory
-            found = query[:, part : part + 32].to(device, non_blocking=True)  # (L, n)
-            matched, place = found >= 0, found.clamp(min=0)
-            labels, masks = target.labels[part : part + 32], target.masks[part : part + 32]
-            wanted[head, i, found] = labels.expand_as(found)
-            embed = heads.mask_embed[head, i, place].transpose(0, 1)  # (n, L, C)
-            logits = torch.einsum("nlc,chw->nlhw", embed, heads.mask_features[i])
-            candidates = draw(generators[i], len(masks), number, 3 * p)
-            more = draw(generators[i], len(masks), number, p - int(0.75 * p))
-            bce, overlap = mask_losses(logits, masks, candidates, more)  # (n, L)
-            mask = mask + (bce * matched.T).sum() / norms.masks
-            dice = dice + (overlap * matched.T).sum() / norms.masks
-    wanted = wanted[..., :q]
-    weight = torch.where(wanted == last, args.no_object, 1.0)
-    ce = F.cross_entropy(heads.class_logits.flatten(0, 2), wanted.flatten(), reduction="none")
-    ce = (ce * weight.flatten()).sum() / norms.classes
-    return {
-        "loss": weights[0] * ce + weights[1] * mask + weights[2] * dice,
-        "class": ce.detach(),
-        "mask": mask.detach(),
-        "dice": dice.detach(),
-        "bad_costs": ce.new_full((), float(bad)),
-    }
-
-
-# ============================================================================= semi-supervised step
-@torch.no_grad()
-def pseudo_labels(
-    heads: Heads, class_threshold: float = 0.7, size_threshold: float = 5.0
-) -> tuple[list[Target], list[Tensor]]:
-    """Sec. 3.1 and Eq. 3: of the teacher's final head, objects whose class is sure and whose mask
-    is not tiny, one-hot; and the sureness (N,) of each. The size is the sum of the mask's
-    probabilities at stride 4. DEPARTS[size]"""
-    conf, label = heads.class_logits[-1].softmax(-1).max(-1)  # (B, Q)
-    sure = (label < heads.class_logits.shape[-1] - 1) & (conf > class_threshold)
-    found, scores = [], []
-    for b in range(len(conf)):
-        chosen = sure[b].nonzero().flatten()
-        masks = torch.einsum("nc,chw->nhw", heads.mask_embed[-1, b, chosen], heads.mask_features[b])
-        large = (masks.sigmoid().sum((1, 2)) > size_threshold).nonzero().flatten()
-        found.append(Target(label[b, chosen[large]], masks[large] > 0))  # Eq. 3: sigmoid >= 0.5
-        scores.append(conf[b, chosen[large]])
-    return found, scores
-
-
-@torch.no_grad()
-def ema_update(teacher: nn.Module, student: nn.Module, decay: float) -> None:
-    """teacher <- decay * teacher + (1 - decay) * student, parameters and float buffers, in place. 0
-    copies."""
-    pairs = [
-        (t, s)
-        for t, s in zip(
-            itertools.chain(teacher.parameters(), teacher.buffers()),
-            itertools.chain(student.parameters(), student.buffers()),
-            strict=True,
-        )
-        if t.is_floating_point()
-    ]
-    torch._foreach_lerp_([t for t, _ in pairs], [s for _, s in pairs], 1 - decay)
-
-
-def teaching_plan(stage: str, args: Args) -> tuple[int, int]:
-    """Table 1: the step of a stage at which the teacher becomes a copy of the student, and from
-    which pseudo labels are used. Guided burn-in (the paper's): after the burn-in; from the start.
-    Teacher stage: neither, labels alone."""
-    never = args.steps + 1
-    return (
-        (never, never)
-        if stage == "teacher"
-        else {
-            "guided": (args.burn_in_steps, 0),
-            "standard": (args.burn_in_steps, args.burn_in_steps),
-            "fixed": (never, 0),
-            "none": (0, 0),
-        }[args.burn_in]
-    )
-
-
-@dataclass
-class State:
-    """All that training changes (saved whole), and the forward pass that DDP wraps."""
-
-    stage: str  # teacher: the network that learns is the supervised one; student
-    student: Mask2Former  # the network that learns
-    teacher: Mask2Former | None  # no gradients, eval mode
-    optimizer: torch.optim.Optimizer
-    forward: Callable
-    step: int = 0  # of the whole run
-    begun: int = 0  # the step at which this stage began
-    last: dict = field(default_factory=dict)  # network -> its newest score
-    best: dict = field(default_factory=dict)  # network -> its best one
-
-    def networks(self) -> dict[str, Mask2Former]:
-        return (
-            {"supervised": self.student}
-            if self.stage == "teacher"
-            else {"student": self.student, "teacher": self.teacher}
-        )
-
-
-def train_step(
-    s: State, labeled: Batch, unlabeled: Batch | None, args: Args, world: World
-) -> dict[str, Tensor]:
-    """Sec. 3.1: one step of the student, burn-in (step 2) or distillation (step 3), or of the
-    teacher-to-be (step 1), which learns from labels alone."""
-    t, (copy_at, pseudo_from) = s.step - s.begun, teaching_plan(s.stage, args)
-    if t == copy_at:
-        ema_update(s.teacher, s.student, decay=0)  # Sec. 3.1, step 3: T <- S
-    elif t > copy_at:
-        ema_update(s.teacher, s.student, args.ema)  # Eq. 5, before the teacher is asked
-    s.optimizer.zero_grad(set_to_none=True)
-    # L_s
-    log = learn(s, labeled.images, labeled.targets, 1.0, "l", args, world, last=t < pseudo_from)
-    if t >= pseudo_from:
-        targets, seen = teach(s.teacher, unlabeled.weak, args, world)  # Eq. 3
-        # Eq. 4
-        log |= (
-            learn(s, unlabeled.images, targets, args.lambda_u, "u", args, world, last=True) | seen
-        )
-    update(s, args)
-    return log
-
-
-@torch.no_grad()
-def teach(
-    teacher: Mask2Former, weak: Tensor, args: Args, world: World
-) -> tuple[list[Target], dict[str, Tensor]]:
-    """Pseudo labels of the weak views (B, 3, H, W) uint8, at stride 4, and what is logged of
-    them."""
-    parts = [
-        pseudo_labels(
-            teacher(transforms.normalize(x), last_only=True),
-            args.class_threshold,
-            args.size_threshold,
-        )
-        for x in weak.split(-(-len(weak) // args.accumulate))
-    ]
-    targets, scores = (
-        [t for part, _ in parts for t in part],
-        torch.cat([x for _, part in parts for x in part]),
-    )
-    counts = torch.tensor([float(len(t.labels)) for t in targets]).to(
-        world.device, non_blocking=True
-    )
-    return targets, {
-        "pseudo_per_image": counts.mean(),
-        "pseudo_none": (counts == 0).float().mean(),
-        "conf": scores.mean() if len(scores) else counts.new_zeros(()),
-    }
-
-
-def learn(
-    s: State,
-    images: Tensor,
-    targets: list[Target],
-    factor: float,
-    name: str,
-    args: Args,
-    world: World,
-    last: bool,
-) -> dict[str, Tensor]:
-    """Add the gradient of factor * Eq. 2 on (B, 3, H, W) uint8 images, in --accumulate parts. Two
-    such backward passes, L_s and lambda_u L_u, are Eq. 4 in half the memory. Processes exchange
-    gradients in the `last` part of a step."""
-    norms, total = normalisers(targets, args.queries, args.no_object, world), {}
-    size = -(-len(images) // args.accumulate)
-    for start in range(0, len(images), size):
-        here = slice(start, start + size)
-        wait = last and start + size >= len(images) or world.size == 1
-        with contextlib.nullcontext() if wait else s.forward.no_sync():
-            heads = s.forward(transforms.normalize(images[here]))
-            losses = criterion(
-                heads,
-                targets[here],
-                norms,
-                args,
-                [
-                    generator(
-                        world.device,
-                        args.seed,
-                        "points",
-                        name,
-                        s.step,
-                        world.rank * len(images) + i,
-                    )
-                    for i in range(start, min(start + size, len(images)))
-                ],
-            )
-            (factor * losses.pop("loss")).backward()
-        for key, value in losses.items():
-            total[key] = total.get(key, 0) + value
-    loss = (
-        args.class_weight * total["class"]
-        + args.mask_weight * total["mask"]
-        + args.dice_weight * total["dice"]
-    )
-    return {
-        f"loss_{name}": loss,
-        f"targets_{name}": norms.masks,
-        **{f"{k}_{name}": v for k, v in total.items()},
-    }
-
-
-def generator(device: torch.device, *key: int | str) -> torch.Generator:
-    """A torch generator that depends on its key alone."""
-    return torch.Generator(device).manual_seed(int(rng(*key).integers(2**63)))
-
-
-def update(s: State, args: Args) -> None:
-    """One AdamW step; the gradient's global norm is cut to --clip (0.01: nearly always active)."""
-    nn.utils.clip_grad_norm_(
-        [p for p in s.student.parameters() if p.requires_grad], args.clip, foreach=True
-    )
-    s.optimizer.step()
-
-
-def schedule(t: int, args: Args) -> float:
-    """lr / lr_init at step t of a stage. COCO: a tenth from 8/9, a hundredth from 26/27 on.
-    Cityscapes: poly 0.9."""
-    if args.schedule == "poly":
-        return max(0.0, 1 - t / args.steps) ** 0.9
-    return 0.1 ** sum(t >= round(args.steps * step / 368_750) for step in (327_778, 355_092))
-
-
-def adamw(net: Mask2Former, args: Args, world: World) -> torch.optim.AdamW:
-    """Sec. 4.1. The backbone learns a tenth as fast; norms, embeddings and position tables do not
-    decay."""
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, module in net.named_modules():
-        free = isinstance(
-            module, (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm, nn.Embedding)
-        )
-        for own, parameter in module.named_parameters(recurse=False):
-            if parameter.requires_grad:
-                place = (name.startswith("backbone"), free or own == "relative_position_bias_table")
-                groups.setdefault(place, []).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {
-                "params": params,
-                "lr": (lr := args.lr * (args.backbone_lr if backbone else 1)),
-                "initial_lr": lr,
-                "weight_decay": 0.0 if free else args.weight_decay,
-            }
-            for (backbone, free), params in groups.items()
-        ],
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        fused=world.device.type == "cuda",
-    )
-
-
 # ============================================================================================ views
-def jitter_crop(size: tuple[int, int], args: Args, g: np.random.Generator) -> Window:
-    """COCO: flip; a scale u in `scale`, so that the image fits into u times the crop; a random
-    window, padded at the right and the bottom where the image is smaller (large-scale jitter)."""
-    flip, u, shift = bool(g.random() < 0.5), g.uniform(*args.scale), g.random()
-    factor = min(u * args.crop_size[0] / size[0], u * args.crop_size[1] / size[1])
-    new = tuple(max(round(n * factor), 1) for n in size)
-    top, left = (int(max(n - c, 0) * shift) for n, c in zip(new, args.crop_size, strict=True))
-    return Window(flip, new, top, left, args.crop_size)
+def jitter_crop(
+    size: tuple[int, int],
+    crop_size: tuple[int, int],
+    scale: tuple[float, float],
+    g: np.random.Generator,
+) -> Window:
+    """COCO (large-scale jitter): flip; a factor from `scale`, so that the image fits into the crop
+    times this factor; a window along the diagonal, padded at the right and the bottom where the
+    image is smaller. "Along the diagonal": as in Detectron2, one draw places the window on both
+    axes, and it is rounded. DEPARTS[diagonal]"""
+    flip, factor, share = bool(g.random() < 0.5), g.uniform(*scale), g.random()
+    ratio = min(factor * crop_size[0] / size[0], factor * crop_size[1] / size[1])
+    new = scaled(size, ratio)
+    top = round(max(new[0] - crop_size[0], 0) * share)
+    left = round(max(new[1] - crop_size[1], 0) * share)
+    return Window(flip, new, top, left, crop_size)
 
 
-def street_crop(size: tuple[int, int], args: Args, g: np.random.Generator) -> Window:
-    """Cityscapes: the shorter side one of 16 multiples 0.5, 0.6, ... 2.0 of the test size; a random
-    window; flip."""
-    short = int(args.test_size[0] * g.integers(5, 21) / 10)
-    factor = min(short / min(size), 4 * args.test_size[0] / max(size))
-    new = tuple(max(round(n * factor), 1) for n in size)
-    top, left = (
-        int(g.integers(0, max(n - c, 0) + 1)) for n, c in zip(new, args.crop_size, strict=True)
-    )
-    return Window(bool(g.random() < 0.5), new, top, left, args.crop_size)
+def street_crop(
+    size: tuple[int, int],
+    crop_size: tuple[int, int],
+    test_size: tuple[int, int],
+    g: np.random.Generator,
+) -> Window:
+    """Cityscapes: the shorter side is one of 16 multiples 0.5, 0.6, ... 2.0 of the test size, the
+    longer one at most four times it; a random window; flip."""
+    short = int(test_size[0] * g.integers(5, 21) / 10)
+    new = scaled(size, min(short / min(size), 4 * test_size[0] / max(size)))
+    top = int(g.integers(0, max(new[0] - crop_size[0], 0) + 1))
+    left = int(g.integers(0, max(new[1] - crop_size[1], 0) + 1))
+    return Window(bool(g.random() < 0.5), new, top, left, crop_size)
+
+
+def scaled(size: tuple[int, int], factor: float) -> tuple[int, int]:
+    return max(round(size[0] * factor), 1), max(round(size[1] * factor), 1)
+
+
+def weak_view(args: Args, image: Tensor, g: np.random.Generator) -> tuple[Tensor, Window]:
+    """What is seen of labeled images, and by the teacher: jitter_crop; on Cityscapes street_crop
+    and SSD's colours. (3, H, W) uint8 -> (3, h, w) uint8."""
+    size = tuple(image.shape[-2:])
+    if args.dataset != "cityscapes":
+        window = jitter_crop(size, args.crop_size, args.scale, g)
+        return cut_out(image, window, fill=128), window  # DEPARTS[fill]
+    window = street_crop(size, args.crop_size, args.test_size, g)
+    # Sec. 4.3 has crops and flips only, for the teacher. DEPARTS[ssd-colours]
+    return photometric_distortion(cut_out(image, window, fill=128), g), window
+
+
+def photometric_distortion(image: Tensor, g: np.random.Generator) -> Tensor:
+    """SSD's colour distortion of (3, H, W) uint8: brightness, contrast, saturation and hue, each
+    half of the time; contrast comes before the others or after them."""
+
+    def contrast(x: np.ndarray) -> np.ndarray:
+        if g.random() < 0.5:
+            return np.clip(x.astype(np.float32) * g.uniform(0.5, 1.5), 0, 255).astype(np.uint8)
+        return x
+
+    x = image.permute(1, 2, 0).numpy()
+    if g.random() < 0.5:
+        x = np.clip(x.astype(np.float32) + g.uniform(-32, 32), 0, 255).astype(np.uint8)
+    contrast_first = g.random() < 0.5
+    if contrast_first:
+        x = contrast(x)
+    hsv = np.array(Image.fromarray(x).convert("HSV")).astype(np.float32)
+    saturation = g.uniform(0.5, 1.5) if g.random() < 0.5 else 1
+    hsv[..., 1] = np.clip(hsv[..., 1] * saturation, 0, 255)
+    turn = g.integers(-18, 19) * 256 / 180 if g.random() < 0.5 else 0
+    hsv[..., 0] = (hsv[..., 0] + turn) % 256
+    pixels = hsv.astype(np.uint8).tobytes()
+    x = np.array(Image.frombytes("HSV", (x.shape[1], x.shape[0]), pixels).convert("RGB"))
+    if not contrast_first:
+        x = contrast(x)
+    return torch.from_numpy(x).permute(2, 0, 1).contiguous()
 
 
 def strong_view(image: Tensor, g: np.random.Generator, cutout: bool = False) -> Tensor:
     """Sec. 4.3, "data augmentations": the student's view of a weak one (3, H, W) uint8, in the same
-    geometry: colour jitter, grey, blur; and, for Fig. 6, cut-out."""
+    geometry: colour jitter, grey, blur; and, for Fig. 6, cut-out. The paper gives no numbers; these
+    are those of the released code. DEPARTS[strong-view]"""
     from torchvision.transforms.v2 import functional as tv
 
     if g.random() < 0.8:
@@ -1140,430 +1291,416 @@ def strong_view(image: Tensor, g: np.random.Generator, cutout: bool = False) -> 
             (tv.adjust_hue, g.uniform(-0.1, 0.1)),
         ]
         for i in g.permutation(4):
-            image = jitters[i][0](image, jitters[i][1])
+            adjust, strength = jitters[i]
+            image = adjust(image, strength)
     if g.random() < 0.2:
         image = tv.rgb_to_grayscale(image, num_output_channels=3)
     if g.random() < 0.5:
-        blurred = Image.fromarray(image.permute(1, 2, 0).numpy()).filter(
-            ImageFilter.GaussianBlur(g.uniform(0.1, 2.0))
-        )
+        blur = ImageFilter.GaussianBlur(g.uniform(0.1, 2.0))
+        blurred = Image.fromarray(image.permute(1, 2, 0).numpy()).filter(blur)
         image = torch.from_numpy(np.array(blurred)).permute(2, 0, 1).contiguous()
-    for chance, area, aspect in (
-        (
-            (0.7, (0.05, 0.2), (0.3, 3.3)),
-            (0.5, (0.02, 0.2), (0.1, 6)),
-            (0.3, (0.02, 0.2), (0.05, 8)),
-        )
-        if cutout
-        else ()
-    ):
-        if g.random() < chance:
-            (h, w), ratio = image.shape[1:], math.exp(g.uniform(*map(math.log, aspect)))
-            share = g.uniform(*area) * h * w
-            rows, columns = (
-                min(round(math.sqrt(share * ratio)), h),
-                min(round(math.sqrt(share / ratio)), w),
-            )
-            top, left = int(g.integers(0, h - rows + 1)), int(g.integers(0, w - columns + 1))
-            image = image.clone()
-            noise = g.integers(0, 256, (3, rows, columns), dtype=np.uint8)
-            image[:, top : top + rows, left : left + columns] = torch.from_numpy(noise)
+    return erase_boxes(image, g) if cutout else image
+
+
+# (chance, range of the area as a share of the image, range of height over width)
+ERASED = (
+    (0.7, (0.05, 0.2), (0.3, 3.3)),
+    (0.5, (0.02, 0.2), (0.1, 6)),
+    (0.3, (0.02, 0.2), (0.05, 8)),
+)
+
+
+def erase_boxes(image: Tensor, g: np.random.Generator) -> Tensor:
+    """Fig. 6, "PT": cut-out as Unbiased Teacher has it, up to three boxes of noise in (3, H, W)
+    uint8. The released code has it commented out, so that it is a guess. DEPARTS[strong-view]"""
+    height, width = image.shape[1:]
+    for chance, area, aspect in ERASED:
+        if g.random() >= chance:
+            continue
+        ratio = math.exp(g.uniform(math.log(aspect[0]), math.log(aspect[1])))
+        pixels = g.uniform(*area) * height * width
+        rows = min(round(math.sqrt(pixels * ratio)), height)
+        columns = min(round(math.sqrt(pixels / ratio)), width)
+        top = int(g.integers(0, height - rows + 1))
+        left = int(g.integers(0, width - columns + 1))
+        noise = g.integers(0, 256, (3, rows, columns), dtype=np.uint8)
+        image = image.clone()
+        image[:, top : top + rows, left : left + columns] = torch.from_numpy(noise)
     return image
 
 
-def weak_view(args: Args, image: Tensor, g: np.random.Generator) -> tuple[Tensor, Window]:
-    """What labeled pictures, and the teacher, see: jitter_crop, or street_crop and SSD's colours.
-    (3, H, W) uint8."""
-    street = args.dataset == "cityscapes"
-    window = (street_crop if street else jitter_crop)(tuple(image.shape[-2:]), args, g)
-    image = cut_out(image, window, fill=128)  # DEPARTS[fill]
-    return instances.photometric_distortion(image, g) if street else image, window
-
-
 def labeled_view(
-    args: Args,
-    data: Instances,
-    image: Tensor,
-    photo: Photo,
-    g: np.random.Generator,
+    args: Args, data: Instances, image: Tensor, photo: Photo, g: np.random.Generator
 ) -> tuple[Tensor, None, Target]:
+    """The weak view and its objects, without those that the crop cut away. DEPARTS[empty-targets]
+    Masks are drawn on the crop. DEPARTS[outlines]"""
     image, window = weak_view(args, image, g)
     labels, masks, _ = masks_of(photo, data, window)
-    if not args.keep_empty_targets:  # DEPARTS[empty-targets]
-        seen = masks.flatten(1).any(1).bool()
-        labels, masks = labels[seen], masks[seen]
-    return image, None, Target(labels, masks)
+    visible = masks.flatten(1).any(1).bool()
+    return image, None, Target(labels[visible], masks[visible])
 
 
 def unlabeled_view(
     args: Args, image: Tensor, photo: Photo, g: np.random.Generator
 ) -> tuple[Tensor, Tensor, None]:
+    """The strong view for the student and the weak one for the teacher: one crop."""
     weak, _ = weak_view(args, image, g)
-    return (
-        weak if args.strong_aug == "same" else strong_view(weak, g, args.strong_aug == "cutout"),
-        weak,
-        None,
-    )
+    if args.strong_aug == "same":
+        return weak, weak, None
+    return strong_view(weak, g, cutout=args.strong_aug == "cutout"), weak, None
 
 
-# ========================================================================================== weights
-OFFICIAL = [
-    (re.compile(pattern), new)
-    for pattern, new in [  # Mask2Former's and Detectron2's names
-        (r"^(stem|res\d)\.", r"backbone.\1."),
-        (r"^backbone\.stem\.conv1\.norm\.", "backbone.body.bn1."),
-        (r"^backbone\.stem\.", "backbone.body."),
-        (
-            r"^(backbone\.res\d\.\d+\.)shortcut\.(norm\.)?",
-            lambda m: f"{m[1]}downsample.{int(bool(m[2]))}.",
-        ),
-        (r"^(backbone\.res\d\.\d+\.)conv(\d)\.norm\.", r"\1bn\2."),
-        (r"^backbone\.res(\d)\.", lambda m: f"backbone.body.layer{int(m[1]) - 1}."),
-        (
-            r"^((?:backbone\.)?layers\.)(\d)\.downsample\.",
-            lambda m: f"{m[1]}{int(m[2]) + 1}.downsample.",
-        ),
-        (r"^backbone\.norm(\d)\.", r"backbone.norms.\1."),
-        # files of older versions
-        (r"^sem_seg_head\.(?!predictor|pixel_decoder)", "sem_seg_head.pixel_decoder."),
-        (r"^sem_seg_head\.pixel_decoder\.(transformer\.)?(encoder\.)?", "pixel_decoder."),
-        (
-            r"^pixel_decoder\.adapter_1\.(norm\.)?",
-            lambda m: f"pixel_decoder.lateral.{int(bool(m[1]))}.",
-        ),
-        (
-            r"^pixel_decoder\.layer_1\.(norm\.)?",
-            lambda m: f"pixel_decoder.output.{int(bool(m[1]))}.",
-        ),
-        (r"^sem_seg_head\.predictor\.", "decoder."),
-        (r"^decoder\.static_query\.", "decoder.query_feat."),
-        (
-            r"^decoder\.transformer_(cross|self|ffn)(_attention)?_layers\.(\d)\.norm\.",
-            r"decoder.layers.\3.\1_norm.",
-        ),
-        (
-            r"^decoder\.transformer_cross_attention_layers\.(\d)\.multihead_attn\.",
-            r"decoder.layers.\1.cross_attn.",
-        ),
-        (r"^decoder\.transformer_\w+_layers\.", "decoder.layers."),
-        (r"^decoder\.mask_embed\.layers\.(\d)\.", lambda m: f"decoder.mask_embed.{2 * int(m[1])}."),
-    ]
-]
-
-
-HUGGING_FACE = [
-    (re.compile(pattern), new)
-    for pattern, new in [  # transformers' names
-        (r"^model\.pixel_level_module\.", ""),
-        (r"^encoder\.", "backbone."),
-        (r"^decoder\.", "pixel_decoder."),
-        (
-            r"^backbone\.embedder\.embedder\.(conv|n)\w+\.",
-            lambda m: f"backbone.body.{'bn' if m[1] == 'n' else 'conv'}1.",
-        ),
-        (
-            r"^backbone\.encoder\.stages\.(\d)\.layers\.(\d+)\.",
-            lambda m: f"backbone.body.layer{int(m[1]) + 1}.{m[2]}.",
-        ),
-        (
-            r"\.layer\.(\d)\.(conv|n)\w+\.",
-            lambda m: f".{'bn' if m[2] == 'n' else 'conv'}{int(m[1]) + 1}.",
-        ),
-        (r"\.shortcut\.convolution\.", ".downsample.0."),
-        (r"\.shortcut\.normalization\.", ".downsample.1."),
-        (r"^backbone\.(swin|model)\.", "backbone."),
-        (r"^backbone\.encoder\.", "backbone."),
-        (r"^backbone\.embeddings\.(patch_embeddings\.)?", "backbone.patch_embed."),
-        (r"\.projection\.", ".proj."),
-        (
-            r"^backbone\.layers\.(\d)\.downsample\.",
-            lambda m: f"backbone.layers.{int(m[1]) + 1}.downsample.",
-        ),
-        (
-            r"^backbone\.hidden_states_norms\.stage(\d)\.",
-            lambda m: f"backbone.norms.{int(m[1]) - 1}.",
-        ),
-        (r"\.layernorm_before\.", ".norm1."),
-        (r"\.layernorm_after\.", ".norm2."),
-        (r"\.intermediate\.dense\.", ".mlp.fc1."),
-        (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
-        (r"(\.blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
-        (r"\.attention\.(self\.)?(relative_position_bias\.)?relative_pos", ".attn.relative_pos"),
-        (
-            r"\.attention\.(?:self\.)?(query|key|value|[qkv]_proj)\.",
-            lambda m: f".attn.qkv.{m[1][0]}.",
-        ),
-        (r"^(pixel_decoder\.)encoder\.", r"\1"),
-        (r"^(pixel_decoder\.)input_projections\.", r"\1input_proj."),
-        (r"^(pixel_decoder\.layers\.\d\.)self_attn_layer_norm\.", r"\1norm1."),
-        (r"^(pixel_decoder\.layers\.\d\.)final_layer_norm\.", r"\1norm2."),
-        (r"^(pixel_decoder\.)adapter_1\.", r"\1lateral."),
-        (r"^(pixel_decoder\.)layer_1\.", r"\1output."),
-        (r"^(pixel_decoder\.)mask_projection\.", r"\1mask_features."),
-        (r"^class_predictor\.", "decoder.class_embed."),
-        (r"^model\.transformer_module\.queries_(feat|embed)\w*\.", r"decoder.query_\1."),
-        (r"^model\.transformer_module\.(decoder\.)?", "decoder."),
-        (r"^decoder\.layernorm\.", "decoder.decoder_norm."),
-        (r"^(decoder\.layers\.\d\.)self_attn\.([qkv])_proj\.", r"\1self_attn.in_proj.\2."),
-        (r"^(decoder\.layers\.\d\.)(cross|self)_attn_layer_norm\.", r"\1\2_norm."),
-        (r"^(decoder\.layers\.\d\.)final_layer_norm\.", r"\1ffn_norm."),
-        (
-            r"^decoder\.mask_predictor\.mask_embedder\.(\d)\.0\.",
-            lambda m: f"decoder.mask_embed.{2 * int(m[1])}.",
-        ),
-        (r"^((?:pixel_)?decoder\.layers\.\d\.)fc([12])\.", r"\1linear\2."),
-    ]
-]
-
-
-def our_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a whole model by our names, from ours, official Mask2Former (also `modelStudent.`,
-    or else `modelTeacher.`, of the released code) or transformers; tensors of a backbone alone as
-    they are."""
-    for prefix in ("modelStudent.", "modelTeacher.", "student.", "supervised."):
-        inner = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
-        weights = inner or weights
-    named, table = (
-        {},
-        OFFICIAL
-        if any(
-            re.match(r"sem_seg_head|(backbone\.)?(stem\.conv1|res2|layers\.0\.downsample)\.", k)
-            for k in weights
-        )
-        else HUGGING_FACE
-        if any(k.startswith("model.pixel_level_module.") for k in weights)
-        else [],
-    )
-    for key, value in weights.items():
-        for pattern, new in table:
-            key = pattern.sub(new, key)
-        named[key] = value
-    # three tensors here, one in ours
-    for key in [k for k in named if re.search(r"\.(qkv|in_proj)\.q\.", k)]:
-        parts = [named.pop(re.sub(r"\.q\.(\w+)$", rf".{x}.\1", key)) for x in "qkv"]
-        fused = (
-            re.sub(r"\.in_proj\.q\.", ".in_proj_", key)
-            if ".in_proj." in key
-            else key.replace(".qkv.q.", ".qkv.")
-        )
-        named[fused] = torch.cat(parts)
-    useless = r"relative_position_index|attn_mask|empty_weight|num_batches_tracked|^backbone\.(\w+\.)?layernorm\."
-    return {k: v for k, v in named.items() if not re.search(useless, k)}
-
-
-def load_weights(net: Mask2Former, weights: dict[str, Tensor], what: str) -> list[str]:
-    """Load a whole model, or its backbone's body; lines on what did not fit (a class head of other
-    classes)."""
-    named = our_names(weights)
-    whole = any(k.startswith(("pixel_decoder.", "decoder.", "backbone.")) for k in named)
-    return checkpoints.load_matching(
-        net if whole else getattr(net.backbone, "body", net.backbone), named, what
-    )
+def repeat_factors(photos: list[Photo], num_classes: int, threshold: float) -> np.ndarray:
+    """How often each picture comes in a pass, (len(photos),) float64, 1 or more: of its classes the
+    largest r(c) = max(1, sqrt(threshold / f_c)), f_c the share of `photos` that hold class c (LVIS,
+    arXiv 1908.03195)."""
+    classes_of = [sorted(singles(photo)) for photo in photos]
+    every = np.array([c for classes in classes_of for c in classes], np.int64)
+    counts = np.bincount(every, minlength=num_classes)
+    factors = np.maximum(1, np.sqrt(threshold * len(photos) / np.maximum(counts, 1)))
+    return np.array([factors[classes].max(initial=1) for classes in classes_of])
 
 
 # ======================================================================================= evaluation
+class Detections(NamedTuple):
+    """Objects found in an image, the best first. Masks may overlap."""
+
+    labels: Tensor  # (n,) int64
+    scores: Tensor  # (n,)
+    masks: Tensor  # (n, H, W) bool
+
+
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")  # every size would be compiled anew ...
-@torch.backends.cudnn.flags(enabled=True, benchmark=False)  # ... and tried with all algorithms
+@torch.backends.cudnn.flags(enabled=True, benchmark=False)  # sizes differ: no search for each
 def detect(
-    net: Mask2Former, image: Tensor, args: Args, top: int = 100
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The `top` best (query, class) pairs of an image (3, H, W) uint8: labels (n,), scores (n,),
-    masks (n, H, W) bool.
+    net: Mask2Former, image: Tensor, test_size: tuple[int, int], top: int = 100
+) -> Detections:
+    """The `top` best (query, class) pairs of an image (3, H, W) uint8, which is scored with its
+    shorter side at test_size[0], and the longer one at test_size[1] at most.
 
     The score is the class probability times the mask's mean probability inside itself. No
     threshold, no suppression."""
-    size, (short, most) = tuple(image.shape[-2:]), args.test_size
-    factor = min(short / min(size), most / max(size))
-    new = tuple(max(round(n * factor), 1) for n in size)
+    size = tuple(image.shape[-2:])
+    new = scaled(size, min(test_size[0] / min(size), test_size[1] / max(size)))
     x = image[None].float()
-    x = transforms.normalize(
-        F.interpolate(x, size=new, mode="bilinear", antialias=True) if new != size else x
-    )
-    x = F.pad(x, (0, -new[1] % 32, 0, -new[0] % 32))  # after normalising: the mean colour
+    if new != size:
+        x = F.interpolate(x, size=new, mode="bilinear", antialias=True)
+    # Padded after normalising: with the mean colour.
+    x = F.pad(transforms.normalize(x), (0, -new[1] % 32, 0, -new[0] % 32))
     heads = net.forward(x, last_only=True)
-    probs = heads.class_logits[-1, 0].softmax(-1)[:, :-1]  # (Q, K)
-    scores, place = probs.flatten().topk(min(top, probs.numel()))
-    used, which = (place // probs.shape[1]).unique(return_inverse=True)
+    probabilities = heads.class_logits[-1, 0].softmax(-1)[:, :-1]  # (Q, K)
+    scores, place = probabilities.flatten().topk(min(top, probabilities.numel()))
+    queries, query_of_pair = (place // probabilities.shape[1]).unique(return_inverse=True)
     masks, inside = [], []
-    for part in used.split(20):
-        logits = torch.einsum("qc,chw->qhw", heads.mask_embed[-1, 0, part], heads.mask_features[0])[
-            None
-        ]
-        logits = F.interpolate(logits, size=x.shape[-2:], mode="bilinear", align_corners=False)[
-            ..., : new[0], : new[1]
-        ]
-        logits = (
-            F.interpolate(logits, size=size, mode="bilinear", align_corners=False)[0]
-            if new != size
-            else logits[0]
-        )
-        mask = logits > 0
+    for some in queries.split(20):  # 20 queries at a time: memory
+        embed = heads.mask_embed[-1, 0, some]
+        logits = torch.einsum("qc,chw->qhw", embed, heads.mask_features[0])[None]
+        logits = resize_bilinear(logits, x.shape[-2:])[..., : new[0], : new[1]]
+        if new != size:
+            logits = resize_bilinear(logits, size)
+        mask = logits[0] > 0
         masks.append(mask)
-        inside.append((logits.sigmoid() * mask).sum((1, 2)) / (mask.sum((1, 2)) + 1e-6))
-    return place % probs.shape[1], scores * torch.cat(inside)[which], torch.cat(masks)[which]
+        inside.append((logits[0].sigmoid() * mask).sum((1, 2)) / (mask.sum((1, 2)) + 1e-6))
+    labels = place % probabilities.shape[1]
+    scores = scores * torch.cat(inside)[query_of_pair]
+    return Detections(labels, scores, torch.cat(masks)[query_of_pair])
 
 
 def evaluate(
     networks: dict[str, Mask2Former], data: Instances, args: Args, world: World
-) -> tuple[dict[str, dict], dict[str, list], list]:
-    """Mask AP of each network in percent, its results in COCO's format, and rows of preview
-    pictures.
+) -> tuple[dict[str, dict], dict[str, list[dict]]]:
+    """Mask AP of each network in percent, and its detections in COCO's result format.
 
-    COCO's AP by pycocotools; on Cityscapes its own AP, with COCO's as `coco_ap`. Every image counts
-    once on any number of processes."""
-    found, rows = {name: [] for name in networks}, []
-    street = {name: mask_ap.CityscapesAP() for name in networks if args.dataset == "cityscapes"}
+    COCO's AP by pycocotools; on Cityscapes that of its benchmark, with COCO's as `coco_ap`.
+    DEPARTS[metric] Every image counts once on any number of processes."""
+    found = {name: [] for name in networks}
+    street = {}
+    if args.dataset == "cityscapes":
+        street = {name: mask_ap.CityscapesAP() for name in networks}
     for index, image in instances.score_loader(data.val, world, args.workers):
         photo = data.val[index]
-        if shown := len(rows) < 6:
-            labels, masks, _ = masks_of(photo, data)
-            rows.append(
-                [
-                    image.permute(1, 2, 0).numpy(),
-                    picture(image, labels, torch.ones(len(labels)), masks.bool()),
-                ]
-            )
         for name, net in networks.items():
-            out = detect(net.eval(), image.to(world.device), args)
-            found[name].append((index, mask_ap.results_of(photo.id, data.ids, *out)))
-            labels, scores, masks = (t.cpu() for t in out) if street or shown else out
+            objects = detect(net.eval(), image.to(world.device), args.test_size)
+            found[name].append((index, mask_ap.results_of(photo.id, data.ids, *objects)))
             if street:
-                street[name].add(
-                    read_ids(photo.label),
-                    [*zip(labels.tolist(), scores.tolist(), masks.numpy(), strict=True)],
-                )
-            if shown:
-                rows[-1].append(picture(image, labels, scores, masks))
-    found = {
-        name: [r for _, part in mask_ap.gather(world, parts) for r in part]
-        for name, parts in found.items()
-    }
-    answers = mask_ap.truth_of(data) if world.main else {}
-    scores = {
-        name: mask_ap.coco_ap(answers, results) if world.main else {}
-        for name, results in found.items()
-    }
+                labels, scores, masks = (x.cpu() for x in objects)
+                triples = zip(labels.tolist(), scores.tolist(), masks.numpy(), strict=True)
+                street[name].add(read_ids(photo.label), list(triples))
+    results = {}
+    for name, parts in found.items():
+        ordered = mask_ap.gather(world, parts)  # of all processes
+        results[name] = [entry for _, entries in ordered for entry in entries]
+    scores = {name: {} for name in networks}
+    if world.main:
+        truth = mask_ap.truth_of(data)
+        scores = {name: mask_ap.coco_ap(truth, entries) for name, entries in results.items()}
     for name, evaluator in street.items():
         scores[name] = {"coco_ap": scores[name].get("ap"), **evaluator.result(world)}
     scores = mask_ap.gather(world, [(0, scores)] if world.main else [])[0][1]
-    if any(s["ap"] is None for s in scores.values()):
-        raise UserError(f"--val {args.val} of {data.root} has no object to score on.")
-    return (
-        {name: {k: v for k, v in s.items() if k != "stats"} for name, s in scores.items()},
-        found,
-        rows,
+    for score in scores.values():
+        score.pop("stats", None)
+        if score["ap"] is None:
+            raise UserError(f"--val {args.val} of {data.root} has no object to score on.")
+    return scores, results
+
+
+def draw_previews(
+    networks: dict[str, Mask2Former], data: Instances, args: Args, world: World, path: Path
+) -> None:
+    """Figs. 2 and 5: six scored images, their labels, and what each network finds with a score of
+    0.5 and more."""
+    if not world.main:
+        return
+    rows = []
+    for photo in data.val[:6]:
+        image = instances.load(photo)
+        labels, masks, _ = masks_of(photo, data)
+        truth = plots.draw_objects(image, labels, torch.ones(len(labels)), masks.bool())
+        row = [image.permute(1, 2, 0).numpy(), truth]
+        for net in networks.values():
+            objects = detect(net.eval(), image.to(world.device), args.test_size)
+            row.append(plots.draw_objects(image, *(x.cpu() for x in objects)))
+        rows.append(row)
+    plots.strip(rows, ["image", "label", *networks], path, height=192)
+
+
+# ========================================================================================= training
+def train(args: Args) -> dict:
+    """One run, from the start or from its checkpoint, to results.json, whose contents it returns:
+    Sec. 3.1's step 1, unless a trained teacher is named or none is needed; then steps 2 and 3."""
+    check(args, distributed.launched())
+    args = replace(args, out=str(runs.default_out(SCRIPT, args)))
+    out = Path(args.out)
+    data = find_data(args)
+    with_student = args.stage != "teacher"
+    chosen = instances.choose(
+        data, args.split, args.split_seed, args.unlabeled, args.pool, needed=with_student
     )
+    resuming = runs.open_run(out, SCRIPT, args, args.resume, distributed.launched().main)
+    world = distributed.start(args.device)
+    state = checkpoints.load_checkpoint(out / "last.pt", SCRIPT) if resuming else None
 
-
-def picture(
-    image: Tensor, labels: Tensor, scores: Tensor, masks: Tensor, classes: list[str] | None = None
-) -> np.ndarray:
-    """Image (3, H, W) uint8 with the objects that score 0.5 or more on it, the best in front ->
-    (H', W, 3) uint8. With names of `classes`, each in a colour of its own, and a legend; else in
-    the colour of its class."""
-    shown = [i for i in scores.argsort().tolist() if scores[i] >= 0.5][-250:]
-    index = torch.zeros(image.shape[-2:], dtype=torch.uint8)
-    for place, i in enumerate(shown, start=1):
-        index[masks[i]] = place if classes else 1 + int(labels[i]) % 250
-    return plots.overlay(
-        image,
-        index,
-        ["background", *(f"{classes[labels[i]]} {scores[i]:.2f}" for i in shown)]
-        if classes
-        else [],
-    )
-
-
-# ============================================================================================= main
-STUDENT_ONLY = (
-    "burn_in burn_in_steps ema lambda_u class_threshold size_threshold strong_aug labeled_sampling pool "
-    "teacher unlabeled"
-)
-
-
-RANGES = (
-    dict.fromkeys("ema class_threshold drop_path no_object backbone_lr".split(), (0, 1))
-    | dict.fromkeys("decoder_layers encoder_layers accumulate steps eval_every".split(), (1, 1e9))
-    | {
-        "width": (64, 4096),
-        "points": (16, 1e6),
-        "crop_size": (32, 1e5),
-        "test_size": (16, 1e5),
-        "scale": (0.01, 100),
+    border = args.steps if trains_teacher(args) else 0  # the teacher's stage ends here
+    total = border + (args.steps if with_student else 0)
+    if state is not None:
+        s, notes = begin(state["stage"], args, data, world, border)
+        restore(s, state)
+    elif border:
+        s, notes = begin("teacher", args, data, world, border)
+    else:
+        s, notes = begin("student", args, data, world, border, trained_teacher(args))
+    facts = {
+        "classes": data.classes,
+        "images": chosen.text,
+        "fingerprint": chosen.fingerprint,
+        "weights_notes": notes,
     }
-)
-
-
-def resolve(args: Args) -> Args:
-    """Fill in what depends on other settings."""
-    queries = args.queries or (200 if args.backbone.startswith("swin_large") else 100)
-    share = (
-        BURN_IN[args.dataset].get(args.split, BURN_IN[args.dataset][""])
-        / preset(args.dataset).steps
-    )
-    burn_in = args.burn_in_steps or round(share * args.steps)
-    return replace(
-        args, queries=queries, burn_in_steps=burn_in, out=str(runs.default_out(SCRIPT, args))
+    run = runs.Run(out, SCRIPT, args, world, s.step, state, facts, ends=(border, total))
+    run.say(
+        f"{chosen.text}; scored on {len(data.val)}",
+        *(f"weights {note}" for note in notes),
+        f"teacher: steps 0 to {border}; student, burn-in {args.burn_in}: steps {border} to {total}"
+        f"; in {out}",
     )
 
+    if s.stage == "teacher":
+        train_stage(s, border, chosen, data, args, world, run)  # step 1
+        if with_student:
+            world.barrier()  # teacher.pt is written
+            scores = {"last": s.last, "best": s.best, "scored": s.scored}
+            s, _ = begin("student", args, data, world, border, trained_teacher(args))
+            s = replace(s, **scores)
+    if s.stage == "student":
+        train_stage(s, total, chosen, data, args, world, run)  # steps 2 and 3
 
+    scores = {name: {"last": s.last[name], "best": s.best[name]} for name in s.last}
+    facts = {
+        "stage": args.stage,
+        "burn_in": args.burn_in,
+        "val": args.val,
+        "split_fingerprint": chosen.fingerprint,
+    }
+    headline = "student" if with_student else "supervised"  # DEPARTS[reported]
+    return run.finish(scores, facts, headline, "ap")
+
+
+def train_stage(
+    s: State,
+    end: int,
+    chosen: instances.Chosen,
+    data: Instances,
+    args: Args,
+    world: World,
+    run: runs.Run,
+) -> None:
+    """The steps of a stage, to the step `end` of the run."""
+    labeled_batches, unlabeled_batches = streams(s, end, chosen, data, args, world)
+    if s.step > s.scored and run.score_is_due(s.step):  # stopped after saving, before scoring
+        score_networks(s, data, args, world, run)
+    for step in run.steps(s.step, end):
+        t = step - s.begun
+        factor = learning_rate_factor(t, args.steps, args.schedule)
+        set_learning_rates(s.optimizer, factor)
+        labeled = instances.to_device(next(labeled_batches), world.device)
+        unlabeled = None
+        if t >= s.plan.pseudo_from:
+            unlabeled = instances.to_device(next(unlabeled_batches), world.device)
+        distributed.seed_torch(args.seed, "step", step, world.rank)  # what drop path draws from
+        values = train_step(s, labeled, unlabeled, args, world)
+        distributed.average_buffers(world, *s.networks().values())
+        s.step = step + 1
+        run.tally(step, values, labeled, unlabeled)
+        if run.log_is_due(s.step):
+            run.log(s.step, lr=args.lr * factor)
+        if run.save_is_due(s.step):
+            run.save("last.pt", snapshot(s, args, data))  # before scoring, which may fail
+        run.leave_if_asked(s.step)
+        if run.score_is_due(s.step):
+            score_networks(s, data, args, world, run)
+
+
+def streams(
+    s: State, end: int, chosen: instances.Chosen, data: Instances, args: Args, world: World
+) -> tuple[Iterator[Batch], Iterator[Batch]]:
+    """Labeled batches from the step of the state on; and unlabeled ones, from the step on at which
+    the student learns from pseudo labels."""
+    factors = None
+    if s.stage == "student" and args.labeled_sampling == "repeat":
+        factors = repeat_factors(chosen.labeled, len(data.classes), 10.0)  # DEPARTS[sampling]
+    stream = partial(
+        loading.stream,
+        batch_size=args.batch_size,
+        stop=end,
+        world=world,
+        workers=args.workers,
+        collate=instances.collate,
+    )
+    views = partial(labeled_view, args, data)
+    labeled = instances.Views(chosen.labeled, views, args.seed, f"{s.stage} labeled")
+    labeled_batches = stream(labeled, start=s.step, factors=factors)
+    if s.stage == "teacher":
+        return labeled_batches, iter(())
+    views = partial(unlabeled_view, args)
+    unlabeled = instances.Views(chosen.unlabeled, views, args.seed, "unlabeled")
+    first = s.begun + s.plan.pseudo_from
+    return labeled_batches, stream(unlabeled, start=max(s.step, first))
+
+
+def trains_teacher(args: Args) -> bool:
+    """Whether a run has Sec. 3.1's step 1."""
+    if args.stage == "all":
+        return TEACHING[args.burn_in].pretrained and not args.teacher
+    return args.stage == "teacher"
+
+
+def trained_teacher(args: Args) -> Path | None:
+    """The file of the teacher that step 1 gave, or that is named; None where Table 1 needs none."""
+    if not TEACHING[args.burn_in].pretrained:
+        return None
+    return Path(args.teacher or Path(args.out) / "teacher.pt")
+
+
+def begin(
+    stage: str, args: Args, data: Instances, world: World, border: int, teacher: Path | None = None
+) -> tuple[State, list[str]]:
+    """The networks of a stage at its beginning, and lines on weights that did not load. In the
+    student's stage, which begins at the step `border`: a fresh student, all of it but the
+    pre-trained backbone (DEPARTS[student-init]), beside the `teacher` of a file."""
+    student, notes = network(args, len(data.classes), world, stage)
+    if stage == "teacher":
+        begun, plan, teacher_network = 0, LABELS_ALONE, None
+    else:
+        begun, plan = border, teaching_plan(args.burn_in, args.burn_in_steps)
+        teacher_network, _ = network(args, len(data.classes), world, "teacher", fresh=True)
+        if teacher is not None:
+            notes = notes + load_teacher(teacher_network, teacher)
+        teacher_network.requires_grad_(False).eval()
+    if args.compile:
+        student.backbone.compile()
+        student.pixel_decoder.compile()
+    forward = distributed.parallel(student.train(), world)
+    optimizer = adamw(student, args.lr, args.backbone_lr, fused=world.device.type == "cuda")
+    return State(stage, student, teacher_network, optimizer, forward, plan, begun, begun), notes
+
+
+def score_networks(s: State, data: Instances, args: Args, world: World, run: runs.Run) -> None:
+    """Score the networks that have changed and note their best. Keep the best weights of the one
+    that learns: best.pt, and in the teacher's stage teacher.pt, which teaches. DEPARTS[select]"""
+    networks = s.networks()
+    headline = next(iter(networks))  # the network that learns
+    still_the_same = s.step - s.begun <= s.plan.copy_at  # burn-in, or a fixed teacher
+    if "teacher" in s.last and still_the_same:
+        networks.pop("teacher")
+    # Pictures come in many sizes, and each would be compiled anew.
+    eager = contextlib.nullcontext()
+    if args.compile:
+        eager = torch.compiler.set_stance("force_eager")
+    with eager:
+        scores, detections = evaluate(networks, data, args, world)
+        draw_previews(networks, data, args, world, run.out / "previews" / f"{s.step:07d}.png")
+    s.student.train()
+    s.scored = s.step
+    for name, score in scores.items():
+        s.last[name] = {"step": s.step, **score}
+        if name not in s.best or score["ap"] > s.best[name]["ap"]:
+            s.best[name] = s.last[name]
+    run.write(s.step, **{f"ap_{name}": score["ap"] for name, score in scores.items()})
+    if world.main:
+        for name in scores:
+            write_text(run.out / f"{name}.segm.json", json.dumps(detections[name]))
+    if s.best[headline] is s.last[headline]:
+        if s.stage == "teacher":
+            run.save("teacher.pt", snapshot(s, args, data, with_optimizer=False))
+        run.save("best.pt", snapshot(s, args, data, with_optimizer=False))
+
+
+# ====================================================================== settings, data, checkpoints
 def check(args: Args, world: World) -> None:
-    """Refuse, before any work, what cannot run and flags that would be ignored."""
-    cli.check_ranges(args, RANGES)
-    share = (
-        world.share(args.batch_size) if args.batch_size != world.size or args.norm == "live" else 1
-    )
-    if any(n % 32 for n in args.crop_size) or args.width % 32:
+    """Refuse, before any work, what cannot run, and mistakes that would spoil a comparison."""
+    cli.check_ranges(args)
+    if args.width % 32 or any(side % 32 for side in args.crop_size):
         raise UserError(
-            f"--crop-size {'{} {}'.format(*args.crop_size)}, --width {args.width}: give multiples of 32."
+            f"--crop-size {args.crop_size[0]} {args.crop_size[1]}, --width {args.width}: give "
+            f"multiples of 32."
         )
-    if args.accumulate > share:
+    if args.scale[0] > args.scale[1] or args.test_size[0] > args.test_size[1]:
         raise UserError(
-            f"--accumulate {args.accumulate} is more than the {share} labeled images of a process."
+            f"--scale {args.scale[0]} {args.scale[1]}, --test-size {args.test_size[0]} "
+            f"{args.test_size[1]}: the smaller number comes first."
         )
-    if (
-        args.accumulate > 1
-        and args.norm == "live"
-        and not args.backbone.startswith(("swin", "vit", "deit"))
-    ):
+    live = args.norm == "live" and family(args.backbone) == "cnn"
+    if live or args.batch_size != world.size:  # without live BatchNorm one image each is enough
+        world.share(args.batch_size)
+    if live and args.accumulate > 1:
         raise UserError(
-            "--accumulate would change the batch statistics of --norm live; give --norm frozen with it."
+            "--accumulate would change the batch statistics of --norm live; give --norm frozen."
         )
-    if args.teacher and (args.stage == "teacher" or args.burn_in in ("standard", "none")):
-        raise UserError(
-            f"--teacher has no meaning with --stage {args.stage} --burn-in {args.burn_in}; leave it out."
-        )
-    if args.stage == "student" and args.burn_in in ("guided", "fixed") and not args.teacher:
-        raise UserError(
-            "--stage student needs a trained teacher: name one with --teacher, or take --stage all."
-        )
-    if args.burn_in_steps >= args.steps:
-        raise UserError(
-            f"--burn-in-steps {args.burn_in_steps} must be less than --steps {args.steps}."
-        )
-    if args.freeze_backbone and not args.backbone.startswith(("vit", "deit")):
+    if args.freeze_backbone and family(args.backbone) != "vit":
         raise UserError(
             "--freeze-backbone is for ViTs (Table 7); give a --backbone vit_... or deit_..."
         )
-    base, plain = preset(args.dataset), args.backbone.startswith(("swin", "vit", "deit"))
-    cli.check_meaning(
-        args,
-        base,
-        args.stage,
-        {"student all": STUDENT_ONLY},
-        {
-            "drop_path": not args.backbone.startswith("swin"),
-            "norm": plain and args.norm != base.norm,
-            "vit_resize": not args.backbone.startswith(("vit", "deit")),
-            "scale": args.dataset == "cityscapes",
-            "burn_in_steps": args.burn_in in ("fixed", "none"),
-            "ema": args.burn_in == "fixed",
-            "pool": args.unlabeled > "",
-            "select": bool(args.teacher) or args.burn_in in ("standard", "none"),
-            "split_seed": args.split == "all",
-            **dict.fromkeys(("train_json", "val_json", "images"), args.dataset == "cityscapes"),
-        },
+    if args.stage == "teacher":
+        return
+    teaching = TEACHING[args.burn_in]
+    if args.stage == "student" and teaching.pretrained and not args.teacher:
+        raise UserError(
+            "--stage student needs a trained teacher: name one with --teacher, or take --stage all."
+        )
+    if teaching.copy_at == END_OF_BURN_IN and args.burn_in_steps >= args.steps:
+        raise UserError(
+            f"--burn-in-steps {args.burn_in_steps} must be less than --steps {args.steps}."
+        )
+
+
+def find_data(args: Args, classes: list[str] | None = None) -> Instances:
+    """The data set that --dataset and --root name; the embedded one is drawn on first use."""
+    root = Path(args.root)
+    if args.dataset == "shapes":
+        from data import shapes
+
+        root = shapes.make_things(root / "things")
+    return instances.find(
+        args.dataset, root, args.train_json, args.val_json, args.images, args.val, classes
     )
 
 
@@ -1573,322 +1710,278 @@ def backbone_weights(args: Args) -> dict[str, Tensor] | None:
     if args.weights in ("imagenet", "none"):
         return None
     if args.weights == "shapes":
+        from data import shapes
+
         return checkpoints.read_weights(shapes.pretrained(Path(args.root), args.backbone))
     return checkpoints.read_weights(Path(args.weights))
 
 
-def find_data(args: Args, classes: list[str] | None = None) -> Instances:
-    """The data set that --dataset and --root name; the embedded one is drawn on first use."""
-    root = Path(args.root)
-    if args.dataset == "shapes":
-        root = shapes.make_things(root / "things")
-    return instances.find(
-        args.dataset, root, args.train_json, args.val_json, args.images, args.val, classes
-    )
-
-
 def network(
-    args: Args, num_classes: int, world: World, name: str, pretrained: bool = True
-) -> tuple[Mask2Former, list]:
-    """A Mask2Former with its starting weights, on the device; and lines on weights that did not
-    load."""
+    args: Args, num_classes: int, world: World, name: str, fresh: bool = False
+) -> tuple[Mask2Former, list[str]]:
+    """A Mask2Former on the device, with the weights that --weights names unless it is to be
+    `fresh`; and lines on those that did not load. What is random follows from the seed and
+    `name`."""
     distributed.seed_torch(args.seed, name)
-    net = Mask2Former(
-        args, num_classes, world.bf16(args.precision), pretrained and args.weights == "imagenet"
-    )
-    weights = backbone_weights(args) if pretrained else None
-    notes = [] if weights is None else load_weights(net, weights, args.weights)
-    net = distributed.sync_batchnorm(net, world) if args.norm == "live" else net
+    bf16 = world.bf16(args.precision)  # DEPARTS[amp]
+    pretrained = args.weights == "imagenet" and not fresh
+    net, notes = Mask2Former(args, num_classes, bf16, pretrained), []
+    weights = None if fresh else backbone_weights(args)
+    if weights is not None:
+        notes = load_weights(net, weights, args.weights)
+    if args.norm == "live":
+        net = distributed.sync_batchnorm(net, world)
     return net.to(world.device), notes
 
 
-def begin(
-    stage: str, args: Args, data: Instances, world: World, step: int, begun: int
-) -> tuple[State, list[str]]:
-    """The networks of a stage at its beginning: in the student's, a fresh student beside the
-    trained teacher."""
-    net, notes = network(args, len(data.classes), world, stage)
-    teacher = None
-    if stage == "student":
-        teacher = network(args, len(data.classes), world, "teacher", pretrained=False)[0]
-        # later it comes from the checkpoint
-        if args.burn_in in ("guided", "fixed") and step == begun:
-            notes = [
-                *notes,
-                *load_teacher(teacher, Path(args.teacher or Path(args.out) / "teacher.pt")),
-            ]
-        teacher.requires_grad_(False).eval()
-    if args.compile:
-        net.backbone.compile()
-        net.pixel_decoder.compile()
-    parallel = distributed.parallel(net.train(), world)
-    return State(stage, net, teacher, adamw(net, args, world), parallel, step, begun), notes
+def load_weights(net: Mask2Former, weights: dict[str, Tensor], what: str) -> list[str]:
+    """Load a whole model, or its backbone's body; lines on what did not fit (a class head of other
+    classes)."""
+    named = our_names(weights)
+    if any(key.startswith(("pixel_decoder.", "decoder.", "backbone.")) for key in named):
+        return checkpoints.load_matching(net, named, what)
+    body = getattr(net.backbone, "body", net.backbone)  # Swin is its own body
+    return checkpoints.load_matching(body, named, what)
 
 
 def load_teacher(net: Mask2Former, path: Path) -> list[str]:
     """A whole model: the teacher of a checkpoint of this script, or official weights."""
     notes = load_weights(net, checkpoints.read_weights(path, "--teacher"), str(path))
-    if any(not n.startswith("in the file") for n in notes):
+    if any(not note.startswith("in the file") for note in notes):
         raise UserError(
-            f"--teacher {path} does not fit this network ({notes[0][:120]}); give the --backbone, --width "
-            f"and --queries it was trained with."
+            f"--teacher {path} does not fit this network ({notes[0][:120]}); give the --backbone, "
+            f"--width and --queries it was trained with."
         )
     return notes
 
 
-def train(args: Args) -> dict:
-    """One run, from the start or from its checkpoint, to results.json, whose contents are
-    returned."""
-    check(args, distributed.launched())
-    args = resolve(args)
-    with_teacher = (
-        args.stage != "student"
-        and not args.teacher
-        and (args.stage == "teacher" or args.burn_in in ("guided", "fixed"))
-    )
-    data = find_data(args)
-    chosen = instances.choose(
-        data, args.split, args.split_seed, args.unlabeled, args.pool, args.stage != "teacher"
-    )
-    out, border = Path(args.out), args.steps if with_teacher else 0
-    total = border + (args.steps if args.stage != "teacher" else 0)
-    resuming = runs.open_run(out, SCRIPT, args, args.resume, distributed.launched().main)
-    world = distributed.start(args.device)
-    state = checkpoints.load_checkpoint(out / "last.pt", SCRIPT) if resuming else None
-    step = state["step"] if state else 0
-    s, notes = begin(
-        "teacher" if step < border else "student",
-        args,
-        data,
-        world,
-        step,
-        0 if step < border else border,
-    )
-    if state is not None:
-        restore(s, state)
-    run = runs.Run(
-        out,
-        SCRIPT,
-        args,
-        world,
-        step,
-        state,
-        {
-            "classes": data.classes,
-            "images": chosen.text,
-            "fingerprint": chosen.fingerprint,
-            "weights_notes": notes,
-        },
-    )
-    run.say(
-        f"{chosen.text}; scored on {len(data.val)}",
-        *(f"weights {note}" for note in notes),
-        f"teacher: steps 0 to {border}; student, burn-in {args.burn_in}: steps {border} to {total}; in {out}",
-    )
-    factors = instances.repeat_factors(chosen.labeled, len(data.classes), 10.0)  # DEPARTS[sampling]
-
-    def feeds_of(s: State) -> list:
-        """Labeled batches of a stage; and unlabeled ones, None before they are used."""
-        stop, first = s.begun + args.steps, s.begun + teaching_plan(s.stage, args)[1]
-        labeled = instances.Views(
-            chosen.labeled, partial(labeled_view, args, data), args.seed, f"{s.stage} labeled"
-        )
-        unlabeled = instances.Views(
-            chosen.unlabeled, partial(unlabeled_view, args), args.seed, "unlabeled"
-        )
-        repeat = factors if s.stage == "student" and args.labeled_sampling == "repeat" else None
-        stream = partial(
-            loading.stream,
-            stop=stop,
-            world=world,
-            workers=args.workers,
-            collate=instances.collate,
-        )
-        return [
-            stream(labeled, args.batch_size, s.step, factors=repeat),
-            itertools.chain(
-                itertools.repeat(None, max(first - s.step, 0)),
-                stream(unlabeled, args.batch_size, max(s.step, first)),
-            ),
-        ]
-
-    feeds = feeds_of(s)
-    for step in run.steps(s.step, total):
-        if step == border and s.stage == "teacher":
-            world.barrier()  # teacher.pt is written
-            # the supervised network's stay in the results
-            scores = {"last": s.last, "best": s.best}
-            s = replace(begin("student", args, data, world, step, border)[0], **scores)
-            feeds = feeds_of(s)
-        for group in s.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * schedule(step - s.begun, args)
-        batches = [instances.to_device(next(feed), world.device) for feed in feeds]
-        # drop path: from (seed, step, process)
-        distributed.seed_torch(args.seed, "step", step, world.rank)
-        values = train_step(s, *batches, args, world)
-        run.tally(step, values, *batches)
-        distributed.average_buffers(world, *s.networks().values())
-        s.step = step + 1
-
-        asked, scoring = (
-            run.asked(s.step),
-            s.step % args.eval_every == 0 or s.step in (border, total),
-        )
-        if s.step % args.log_every == 0 or scoring:
-            run.log(s.step, lr=s.optimizer.param_groups[-1]["lr"])
-        if scoring:
-            score_networks(s, data, args, world, run)
-        if scoring or asked or (args.save_every and s.step % args.save_every == 0):
-            run.save("last.pt", snapshot(s, args, data))
-        if asked and s.step < total:
-            run.leave(s.step)  # does not return
-
-    facts = {
-        "stage": args.stage,
-        "burn_in": args.burn_in,
-        "val": args.val,
-        "split_fingerprint": chosen.fingerprint,
-    }
-    return run.finish(
-        {name: {"last": s.last[name], "best": s.best[name]} for name in s.last},
-        facts,
-        "student" if "student" in s.last else "supervised",
-        "ap",
-    )
-
-
-def score_networks(s: State, data: Instances, args: Args, world: World, run: runs.Run) -> None:
-    """Score what has changed, note the best, keep its weights: best.pt; in the teacher stage,
-    teacher.pt."""
-    networks, headline = s.networks(), "supervised" if s.stage == "teacher" else "student"
-    if "teacher" in s.last and s.step - s.begun <= teaching_plan(s.stage, args)[0]:
-        networks.pop("teacher")  # burn-in: it is what it was
-    scores, found, rows = evaluate(networks, data, args, world)
-    s.student.train()
-    for name, score in scores.items():
-        s.last[name] = {"step": s.step, **score}
-        if name not in s.best or s.last[name]["ap"] > s.best[name]["ap"]:
-            s.best[name] = s.last[name]
-    run.write(s.step, **{f"ap_{name}": s.last[name]["ap"] for name in scores})
-    better = s.best[headline] is s.last[headline]
-    if world.main:
-        plots.strip(
-            rows,
-            ["image", "label", *networks],
-            run.out / "previews" / f"{s.step:07d}.png",
-            height=192,
-        )
-        for name in scores:
-            write_text(run.out / f"{name}.segm.json", json.dumps(found[name]))
-    if s.stage == "teacher" and (better or args.select == "last"):
-        run.save("teacher.pt", snapshot(s, args, data, optimizer=False))
-    if better:
-        run.save("best.pt", snapshot(s, args, data, optimizer=False))
-
-
-def snapshot(s: State, args: Args, data: Instances, optimizer: bool = True) -> dict:
-    """What a checkpoint holds. best.pt and teacher.pt have no `optimizer`: to score, to predict, to
-    teach."""
+def snapshot(s: State, args: Args, data: Instances, with_optimizer: bool = True) -> dict:
+    """What a checkpoint holds. best.pt and teacher.pt, which are for scoring, predicting and
+    teaching, have no optimizer."""
     state = {
         "settings": json.loads(json.dumps(vars(args))),
         "classes": data.classes,
         "ids": data.ids,
         "stage": s.stage,
         "step": s.step,
+        "scored": s.scored,
         "last": s.last,
         "best": s.best,
         "networks": {name: net.state_dict() for name, net in s.networks().items()},
     }
-    return state | ({"optimizer": s.optimizer.state_dict()} if optimizer else {})
+    if with_optimizer:
+        state["optimizer"] = s.optimizer.state_dict()
+    return state
 
 
 def restore(s: State, state: dict) -> None:
-    """The reverse of `snapshot`. A checkpoint of the border, where the teacher stage is done, gives
-    scores alone."""
-    s.step, s.last, s.best = state["step"], state["last"], state["best"]
-    if state["stage"] == s.stage:
-        for name, weights in state["networks"].items():
-            checkpoints.load_exact(s.networks()[name], weights, state.get("path", "the checkpoint"))
-        if "optimizer" in state:
-            s.optimizer.load_state_dict(state["optimizer"])
+    """The reverse of `snapshot`."""
+    s.step, s.scored, s.last, s.best = (state[k] for k in ("step", "scored", "last", "best"))
+    for name, weights in state["networks"].items():
+        checkpoints.load_exact(s.networks()[name], weights, state["path"])
+    s.optimizer.load_state_dict(state["optimizer"])
 
 
-def load(path: str, args: Args) -> tuple[dict[str, Mask2Former], dict, World]:
-    """The networks of a checkpoint, built from the settings it holds."""
-    cli.check_ranges(args, RANGES)
+def load_networks(path: str, args: Args) -> tuple[dict[str, Mask2Former], dict, World]:
+    """The networks of a checkpoint, built from the settings it holds; and the checkpoint."""
+    cli.check_ranges(args)
     state, world = checkpoints.load_checkpoint(Path(path), SCRIPT), distributed.start(args.device)
     networks = {}
     for name, weights in state["networks"].items():
-        networks[name] = network(args, len(state["classes"]), world, name, pretrained=False)[
-            0
-        ].eval()
-        checkpoints.load_exact(networks[name], weights, path)
+        net, _ = network(args, len(state["classes"]), world, name, fresh=True)
+        checkpoints.load_exact(net, weights, path)
+        networks[name] = net.eval()
     return networks, state, world
 
 
-def score(args: Args) -> dict:
+def score_checkpoint(args: Args) -> dict:
     """--eval: score a checkpoint's networks; <checkpoint>.results.json, and
     <checkpoint>.<network>.segm.json."""
-    networks, state, world = load(args.eval, args)
+    networks, state, world = load_networks(args.eval, args)
     data = find_data(args, state["classes"])
-    scores, found, rows = evaluate(networks, data, args, world)
-    scores = {name: {"last": {"step": state["step"], **record}} for name, record in scores.items()}
+    records, detections = evaluate(networks, data, args, world)
+    draw_previews(networks, data, args, world, Path(f"{args.eval}.previews.png"))
+    scores = {name: {"last": {"step": state["step"], **record}} for name, record in records.items()}
     facts = {"dataset": args.dataset, "split": args.split, "val": args.val, "seed": args.seed}
     if world.main:
-        plots.strip(
-            rows, ["image", "label", *networks], Path(f"{args.eval}.previews.png"), height=192
-        )
-        for name, results in found.items():
-            write_text(Path(f"{args.eval}.{name}.segm.json"), json.dumps(results))
-        runs.write_scores(
-            Path(f"{args.eval}.results.json"),
-            scores,
-            facts,
-            "ap",
-            f"{len(data.val)} of {data.root}",
-        )
+        for name, entries in detections.items():
+            write_text(Path(f"{args.eval}.{name}.segm.json"), json.dumps(entries))
+        where = f"{len(data.val)} of {data.root}"
+        runs.write_scores(Path(f"{args.eval}.results.json"), scores, facts, "ap", where)
     return scores | facts
 
 
 def predict(args: Args) -> None:
     """--predict CKPT IMAGES...: overlays of images or folders, and predictions.json in COCO's
-    result format, with paths for `image_id`, into <checkpoint>.predictions/."""
-    networks, state, world = load(args.predict[0], args)
-    net, out = (
-        networks.get("student", next(iter(networks.values()))),
-        Path(f"{args.predict[0]}.predictions"),
+    result format, with paths for `image_id`, into <checkpoint>.predictions/. Of the student, where
+    there is one."""
+    path = args.predict[0]
+    networks, state, world = load_networks(path, args)
+    net = networks.get("student", next(iter(networks.values())))
+    predictions.predict_objects(
+        pictures(args.predict[1:]),
+        Path(f"{path}.predictions"),
+        lambda image: detect(net, image.to(world.device), args.test_size),
+        state["ids"],
+        state["classes"],
+        world,
     )
-    files = pictures(args.predict[1:])
-    results, _ = [], out.mkdir(exist_ok=True)
-    for i, file, image in readable(files, world):
-        objects = detect(net, image.to(world.device), args)
-        results.append((i, mask_ap.results_of(str(file), state["ids"], *objects)))
-        shown = picture(image, *(t.cpu() for t in objects), state["classes"])
-        plots.save_picture(shown, out / f"{i:05d}_{file.stem}_overlay.jpg")
-    results = [r for _, part in mask_ap.gather(world, results) for r in part]
-    if world.main:
-        write_text(out / "predictions.json", json.dumps(results))
-        print(
-            f"{len(files)} images: {out}/*_overlay.jpg (scores from 0.5) and predictions.json (all)"
-        )
 
 
-def settings(dataset: str = "coco", eval: str = "", predict: str = "") -> Args:
+def settings(
+    dataset: str = "coco", eval: str = "", predict: str = "", steps: str = "", **chosen: str
+) -> Args:
     """What the command line starts from: a preset, or the settings inside a checkpoint to score or
     predict with."""
-    return (
-        cli.saved_settings(Args, Path(eval or predict), SCRIPT)
-        if eval or predict
-        else preset(dataset)
-    )
+    if eval or predict:
+        return cli.saved_settings(Args, Path(eval or predict), SCRIPT)
+    if steps.isdigit():
+        return preset(dataset, steps=int(steps), **chosen)
+    return preset(dataset, **chosen)
+
+
+# Flags that pick the defaults of the others.
+CHOOSERS = ("dataset", "split", "stage", "backbone", "steps", "eval", "predict")
 
 
 def main(args: Args) -> Any:
     try:
-        return score(args) if args.eval else predict(args) if args.predict else train(args)
+        if args.eval:
+            return score_checkpoint(args)
+        if args.predict:
+            return predict(args)
+        return train(args)
     finally:
         distributed.stop()
 
 
+# ================================================================================= official weights
+# (pattern, replacement), applied one after the other to each name of a foreign file.
+# Mask2Former and Detectron2.
+OFFICIAL = [
+    (r"^(stem|res\d)\.", r"backbone.\1."),
+    (r"^backbone\.stem\.conv1\.norm\.", "backbone.body.bn1."),
+    (r"^backbone\.stem\.", "backbone.body."),
+    (r"^(backbone\.res\d\.\d+\.)shortcut\.norm\.", r"\1downsample.1."),
+    (r"^(backbone\.res\d\.\d+\.)shortcut\.", r"\1downsample.0."),
+    (r"^(backbone\.res\d\.\d+\.)conv(\d)\.norm\.", r"\1bn\2."),
+    (r"^backbone\.res(\d)\.", lambda m: f"backbone.body.layer{int(m[1]) - 1}."),
+    # Swin: the end of a stage there is the start of the next one here
+    (
+        r"^((?:backbone\.)?layers\.)(\d)\.downsample\.",
+        lambda m: f"{m[1]}{int(m[2]) + 1}.downsample.",
+    ),
+    (r"^backbone\.norm(\d)\.", r"backbone.norms.\1."),
+    # older files leave out `pixel_decoder.`
+    (r"^sem_seg_head\.(?!predictor|pixel_decoder)", "sem_seg_head.pixel_decoder."),
+    (r"^sem_seg_head\.pixel_decoder\.(transformer\.)?(encoder\.)?", "pixel_decoder."),
+    (r"^pixel_decoder\.adapter_1\.norm\.", "pixel_decoder.lateral.1."),
+    (r"^pixel_decoder\.adapter_1\.", "pixel_decoder.lateral.0."),
+    (r"^pixel_decoder\.layer_1\.norm\.", "pixel_decoder.output.1."),
+    (r"^pixel_decoder\.layer_1\.", "pixel_decoder.output.0."),
+    (r"^sem_seg_head\.predictor\.", "decoder."),
+    (r"^decoder\.static_query\.", "decoder.query_feat."),
+    (
+        r"^decoder\.transformer_(cross|self|ffn)(_attention)?_layers\.(\d)\.norm\.",
+        r"decoder.layers.\3.\1_norm.",
+    ),
+    (
+        r"^decoder\.transformer_cross_attention_layers\.(\d)\.multihead_attn\.",
+        r"decoder.layers.\1.cross_attn.",
+    ),
+    (r"^decoder\.transformer_\w+_layers\.", "decoder.layers."),
+    (r"^decoder\.mask_embed\.layers\.(\d)\.", lambda m: f"decoder.mask_embed.{2 * int(m[1])}."),
+]
+
+# transformers' Mask2FormerForUniversalSegmentation, versions 4 and 5.
+HUGGING_FACE = [
+    (r"^model\.pixel_level_module\.", ""),
+    (r"^encoder\.", "backbone."),
+    (r"^decoder\.", "pixel_decoder."),
+    # ResNet
+    (r"^backbone\.embedder\.embedder\.conv\w+\.", "backbone.body.conv1."),
+    (r"^backbone\.embedder\.embedder\.n\w+\.", "backbone.body.bn1."),
+    (
+        r"^backbone\.encoder\.stages\.(\d)\.layers\.(\d+)\.",
+        lambda m: f"backbone.body.layer{int(m[1]) + 1}.{m[2]}.",
+    ),
+    (r"\.layer\.(\d)\.conv\w+\.", lambda m: f".conv{int(m[1]) + 1}."),
+    (r"\.layer\.(\d)\.n\w+\.", lambda m: f".bn{int(m[1]) + 1}."),
+    (r"\.shortcut\.convolution\.", ".downsample.0."),
+    (r"\.shortcut\.normalization\.", ".downsample.1."),
+    # Swin
+    (r"^backbone\.(swin|model)\.", "backbone."),
+    (r"^backbone\.encoder\.", "backbone."),
+    (r"^backbone\.embeddings\.(patch_embeddings\.)?", "backbone.patch_embed."),
+    (r"\.projection\.", ".proj."),
+    (
+        r"^backbone\.layers\.(\d)\.downsample\.",
+        lambda m: f"backbone.layers.{int(m[1]) + 1}.downsample.",
+    ),
+    (r"^backbone\.hidden_states_norms\.stage(\d)\.", lambda m: f"backbone.norms.{int(m[1]) - 1}."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
+    (r"(\.blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
+    (r"\.attention\.(self\.)?(relative_position_bias\.)?relative_pos", ".attn.relative_pos"),
+    (r"\.attention\.(?:self\.)?(query|key|value|[qkv]_proj)\.", lambda m: f".attn.qkv.{m[1][0]}."),
+    # pixel decoder
+    (r"^(pixel_decoder\.)encoder\.", r"\1"),
+    (r"^(pixel_decoder\.)input_projections\.", r"\1input_proj."),
+    (r"^(pixel_decoder\.layers\.\d\.)self_attn_layer_norm\.", r"\1norm1."),
+    (r"^(pixel_decoder\.layers\.\d\.)final_layer_norm\.", r"\1norm2."),
+    (r"^(pixel_decoder\.)adapter_1\.", r"\1lateral."),
+    (r"^(pixel_decoder\.)layer_1\.", r"\1output."),
+    (r"^(pixel_decoder\.)mask_projection\.", r"\1mask_features."),
+    # decoder
+    (r"^class_predictor\.", "decoder.class_embed."),
+    (r"^model\.transformer_module\.queries_(feat|embed)\w*\.", r"decoder.query_\1."),
+    (r"^model\.transformer_module\.(decoder\.)?", "decoder."),
+    (r"^decoder\.layernorm\.", "decoder.decoder_norm."),
+    (r"^(decoder\.layers\.\d\.)self_attn\.([qkv])_proj\.", r"\1self_attn.in_proj.\2."),
+    (r"^(decoder\.layers\.\d\.)(cross|self)_attn_layer_norm\.", r"\1\2_norm."),
+    (r"^(decoder\.layers\.\d\.)final_layer_norm\.", r"\1ffn_norm."),
+    (
+        r"^decoder\.mask_predictor\.mask_embedder\.(\d)\.0\.",
+        lambda m: f"decoder.mask_embed.{2 * int(m[1])}.",
+    ),
+    (r"^((?:pixel_)?decoder\.layers\.\d\.)fc([12])\.", r"\1linear\2."),
+]
+
+OFFICIAL_SIGNS = r"sem_seg_head|(backbone\.)?(stem\.conv1|res2|layers\.0\.downsample)\."
+USELESS = (
+    r"relative_position_index|attn_mask|empty_weight|num_batches_tracked"
+    r"|^backbone\.(\w+\.)?layernorm\."
+)
+
+
+def our_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a whole model by our names, from ours, official Mask2Former (also `modelStudent.`,
+    or else `modelTeacher.`, of the released code) or transformers; tensors of a backbone alone as
+    they are."""
+    for prefix in ("modelStudent.", "modelTeacher.", "student.", "supervised."):
+        inner = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+        if inner:
+            weights = inner
+    table = []
+    if any(re.match(OFFICIAL_SIGNS, key) for key in weights):
+        table = OFFICIAL
+    elif any(key.startswith("model.pixel_level_module.") for key in weights):
+        table = HUGGING_FACE
+    named = {}
+    for key, value in weights.items():
+        for pattern, replacement in table:
+            key = re.sub(pattern, replacement, key)
+        named[key] = value
+    for key in list(named):  # query, key and value: three tensors there, one here
+        match = re.fullmatch(r"(.*)\.(qkv|in_proj)\.q\.(weight|bias)", key)
+        if match:
+            where, kind, what = match.groups()
+            joined = torch.cat([named.pop(f"{where}.{kind}.{x}.{what}") for x in "qkv"])
+            named[f"{where}.qkv.{what}" if kind == "qkv" else f"{where}.in_proj_{what}"] = joined
+    return {key: value for key, value in named.items() if not re.search(USELESS, key)}
+
+
 if __name__ == "__main__":
-    cli.cli(Args, settings, main, choosers=("dataset", "eval", "predict"))
+    cli.cli(Args, settings, main, choosers=CHOOSERS)
