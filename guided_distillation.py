@@ -15,7 +15,9 @@ are Mask2Former (Cheng et al., CVPR 2022, https://arxiv.org/abs/2112.01527), com
     Sec. 3.1  pseudo-label extraction         pseudo_labels, --class-threshold, --size-threshold
     Sec. 3.2  bipartite matching              match, match_costs, assign
     Sec. 3.2  points by importance sampling   mask_losses
-    Eqs. 1, 2  L_s: l_C, l_CE, l_D            criterion, LossWeights, normalisers
+    Sec. 3.2  L_s and L_u                     criterion
+    Eq. 1     l_CE + lambda_D l_D + ...       weighted_loss, LossWeights, mask_losses
+    Eq. 2     average over the batch          batch_average, normalisers, criterion
     Eq. 3     one-hot pseudo labels           pseudo_labels
     Eq. 4     L = L_s + lambda_u L_u          total_loss, train_step
     Eq. 5     moving average of weights       ema_update
@@ -298,6 +300,18 @@ class Norms(NamedTuple):
     masks: Tensor  # number of targets, 1 at least
 
 
+def weighted_loss(
+    l_c: Tensor, l_ce: Tensor, l_d: Tensor, weights: LossWeights = MASK2FORMERS
+) -> Tensor:
+    """Eq. 1, of sums over targets or of single pairs of target and query."""
+    return weights.lambda_c * l_c + weights.lambda_ce * l_ce + weights.lambda_d * l_d
+
+
+def batch_average(losses: Tensor, weights: Tensor, norm: Tensor) -> Tensor:
+    """Eq. 2, over all targets, or queries, of a batch. DEPARTS[normaliser]"""
+    return (losses * weights).sum() / norm
+
+
 def sample_points(maps: Tensor, points: Tensor) -> Tensor:
     """maps (n, c, h, w) at points (n, P, 2), x and y in 0..1 -> (n, c, P); bilinear, zero
     outside."""
@@ -334,7 +348,7 @@ def match_costs(
         s = x.sigmoid_()
         l_d = 1 - (2 * s @ truth.T + 1) / (s.sum(1, keepdim=True) + truth.sum(1) + 1)
         l_c = -z.softmax(1)[:, target.labels]
-        costs.append(weights.lambda_c * l_c + weights.lambda_ce * l_ce + weights.lambda_d * l_d)
+        costs.append(weighted_loss(l_c, l_ce, l_d, weights))
     return torch.stack(costs)
 
 
@@ -459,13 +473,13 @@ def criterion(
             more = random_points((*shape, number_more), generators[i], device)
             l_ce_of_pair, l_d_of_pair = mask_losses(logits, masks, points, more)  # (n, L)
             has_query = (some >= 0).T
-            l_ce = l_ce + (l_ce_of_pair * has_query).sum() / norms.masks
-            l_d = l_d + (l_d_of_pair * has_query).sum() / norms.masks
+            l_ce = l_ce + batch_average(l_ce_of_pair, has_query, norms.masks)
+            l_d = l_d + batch_average(l_d_of_pair, has_query, norms.masks)
     wanted = torch.stack(wanted, dim=1).flatten()  # of (L, B, Q)
     l_c = F.cross_entropy(heads.class_logits.flatten(0, 2), wanted, reduction="none")
-    l_c = (l_c * torch.where(wanted == none, NO_OBJECT, 1.0)).sum() / norms.classes
+    l_c = batch_average(l_c, torch.where(wanted == none, NO_OBJECT, 1.0), norms.classes)
     return {
-        "loss": weights.lambda_c * l_c + weights.lambda_ce * l_ce + weights.lambda_d * l_d,
+        "loss": weighted_loss(l_c, l_ce, l_d, weights),
         "class": l_c.detach(),
         "mask": l_ce.detach(),
         "dice": l_d.detach(),
@@ -651,11 +665,7 @@ def learn(
             total[key] = total.get(key, 0) + value
     log = {f"{key}_{name}": value for key, value in total.items()}
     log[f"targets_{name}"] = norms.masks
-    log[f"loss_{name}"] = (
-        weights.lambda_c * total["class"]
-        + weights.lambda_ce * total["mask"]
-        + weights.lambda_d * total["dice"]
-    )
+    log[f"loss_{name}"] = weighted_loss(total["class"], total["mask"], total["dice"], weights)
     return log
 
 

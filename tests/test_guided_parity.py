@@ -56,9 +56,7 @@ def pair(request):
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.running_mean.normal_(0, 0.1)
                 module.running_var.uniform_(0.5, 1.5)
-    ours = gd.Mask2Former(
-        gd.preset("coco", backbone=request.param, queries=30, drop_path=0.0), CLASSES
-    ).eval()
+    ours = gd.Mask2Former(gd.preset("coco", backbone=request.param, queries=30), CLASSES).eval()
     named = gd.our_names(theirs.state_dict())
     own = {k for k in ours.state_dict() if "num_batches" not in k}
     assert named.keys() == own  # every key, both ways
@@ -106,16 +104,13 @@ def test_losses_with_the_same_points(pair, monkeypatch):
     masks[0][:, 30:90, 20:70] = 1
     labels = [torch.tensor([1, 0, 4, 1]), torch.zeros(0, dtype=torch.long)]
     monkeypatch.setattr(torch, "rand", fixed)
-    args = gd.preset("coco", queries=30)
     with torch.no_grad():
         expected = theirs(images, mask_labels=masks, class_labels=labels).loss.item()
         targets = [
             gd.Target(label, mask.to(torch.uint8))
             for label, mask in zip(labels, masks, strict=True)
         ]
-        norms = gd.normalisers(targets, 30, args.no_object, gd.World())
-        got = gd.criterion(
-            ours(images), targets, norms, args, [torch.Generator(), torch.Generator()]
-        )
+        norms = gd.normalisers(targets, 30)
+        got = gd.criterion(ours(images), targets, norms, [torch.Generator(), torch.Generator()])
     assert got["loss"].item() == pytest.approx(expected, rel=1e-5)
     assert got["bad_costs"] == 0
