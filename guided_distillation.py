@@ -7,7 +7,7 @@ in the many (its pseudo labels), while the teacher stays as it is: the guided bu
 the teacher becomes a copy of the student, and from then on follows it as a moving average. Both
 are Mask2Former (Cheng et al., CVPR 2022, https://arxiv.org/abs/2112.01527), complete in this file.
 
-    paper                                     this file
+    paper                                     here
     Sec. 3.1  architecture                    Mask2Former, PixelDecoder, Decoder
     Sec. 3.1  step 1, teacher pre-training    train, train_stage, train_step
     Sec. 3.1  step 2, improved burn-in        train, TEACHING, train_step
