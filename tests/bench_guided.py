@@ -84,7 +84,7 @@ def build(batch: int, size: int):
     for m in theirs.modules():  # BatchNorm as constant as in our network
         if isinstance(m, torch.nn.BatchNorm2d):
             m.eval().requires_grad_(False)
-    args = gd.resolve(gd.preset("coco", backbone="resnet50"))
+    args = gd.preset("coco", backbone="resnet50")
     ours = gd.Mask2Former(args, CLASSES).to(DEVICE)
     ours.load_state_dict(gd.our_names(theirs.state_dict()), strict=False)
     ours.train()
@@ -118,9 +118,9 @@ def build(batch: int, size: int):
         )
 
     def our_step() -> None:
-        norms = gd.normalisers(targets, args.queries, args.no_object, gd.World(device=DEVICE))
+        norms = gd.normalisers(targets, args.queries)
         points = [gd.generator(DEVICE, "bench", i) for i in range(batch)]
-        update(sgd[1], gd.criterion(ours(images), targets, norms, args, points)["loss"])
+        update(sgd[1], gd.criterion(ours(images), targets, norms, points)["loss"])
 
     return their_step, our_step, ours, images, targets, args
 
@@ -170,7 +170,8 @@ def bench_parts(batch: int = 1, size: int = 512) -> None:
         for x in net.pixel_decoder(maps)
     )
     heads = gd.Heads(*(x.detach().requires_grad_() for x in net.decoder(levels, features)))
-    norms = gd.normalisers(targets, args.queries, args.no_object, gd.World(device=DEVICE))
+    norms = gd.normalisers(targets, args.queries)
+    points = partial(gd.generator, DEVICE, "bench")
 
     def back(*outputs) -> None:
         torch.autograd.backward([x.sum() for x in outputs if x.requires_grad])
@@ -180,7 +181,7 @@ def bench_parts(batch: int = 1, size: int = 512) -> None:
         "pixel decoder": lambda: back(*(y := net.pixel_decoder(maps))[0], y[1]),
         "transformer decoder": lambda: back(*net.decoder(levels, features)),
         "matching and losses": lambda: gd.criterion(
-            heads, targets, norms, args, [gd.generator(DEVICE, "bench", i) for i in range(batch)]
+            heads, targets, norms, [points(i) for i in range(batch)]
         )["loss"].backward(),
     }
     times = {}
@@ -214,7 +215,7 @@ def bench_memory(size: int = 1024) -> None:
     for name in backbones:
         kept = []
         for checkpointing in (False, True):
-            args = gd.resolve(gd.preset("coco", backbone=name, checkpointing=checkpointing))
+            args = gd.preset("coco", backbone=name, checkpointing=checkpointing)
             net, hold = gd.Mask2Former(args, CLASSES).train(), []
             seen: dict[int, int] = {p.untyped_storage()._cdata: 0 for p in net.parameters()}
 
@@ -237,10 +238,7 @@ def bench_memory(size: int = 1024) -> None:
 
 
 def bench_ema() -> None:
-    nets = [
-        gd.Mask2Former(gd.resolve(gd.preset("coco", backbone="resnet50")), CLASSES)
-        for _ in range(2)
-    ]
+    nets = [gd.Mask2Former(gd.preset("coco", backbone="resnet50"), CLASSES) for _ in range(2)]
 
     def loop() -> None:
         with torch.no_grad():
