@@ -129,7 +129,8 @@ def bench_step(batch: int = 1, size: int = 512) -> None:
     theirs, ours, *_ = build(batch, size)
     a, b, ratio = pair(ours, theirs)
     print(
-        f"training step, R50, {batch} x {size}: transformers {b:.2f} s, ours {a:.2f} s, ratio {ratio:.2f}"
+        f"training step, R50, {batch} x {size}: transformers {b:.2f} s, ours {a:.2f} s, "
+        f"ratio {ratio:.2f}"
     )
     memory = {}
     for name in ("transformers", "ours", "ours, --checkpointing"):
@@ -209,8 +210,8 @@ def bench_memory(size: int = 1024) -> None:
         "vit_large_patch14_dinov2.lvd142m",
     )
     print(
-        f"one crop of {size} x {size}: parameters; weights, gradients, AdamW and teacher; kept for the backward "
-        "pass; the same with --checkpointing"
+        f"one crop of {size} x {size}: parameters; weights, gradients, AdamW and teacher; kept for "
+        "the backward pass; the same with --checkpointing"
     )
     for name in backbones:
         kept = []
@@ -232,8 +233,8 @@ def bench_memory(size: int = 1024) -> None:
                 cached.cache_clear()
         count = sum(p.numel() for p in net.parameters())
         print(
-            f"  {name.split('.')[0]}: {count / 1e6:.0f} M; {count * 4 * 5 / 2**30:.1f} GiB; {kept[0] / 2**30:.1f} "
-            f"GiB; {kept[1] / 2**30:.1f} GiB"
+            f"  {name.split('.')[0]}: {count / 1e6:.0f} M; {count * 4 * 5 / 2**30:.1f} GiB; "
+            f"{kept[0] / 2**30:.1f} GiB; {kept[1] / 2**30:.1f} GiB"
         )
 
 
@@ -247,7 +248,8 @@ def bench_ema() -> None:
 
     a, b, ratio = pair(partial(gd.ema_update, nets[1], nets[0], 0.9996), loop, rounds=7)
     print(
-        f"EMA of 44 M parameters: loop {b * 1e3:.0f} ms, foreach {a * 1e3:.0f} ms, ratio {ratio:.2f}"
+        f"EMA of 44 M parameters: loop {b * 1e3:.0f} ms, foreach {a * 1e3:.0f} ms, "
+        f"ratio {ratio:.2f}"
     )
 
 
