@@ -289,7 +289,7 @@ class LossWeights(NamedTuple):
     lambda_d: float = 5.0  # of l_D, the Dice loss of masks
 
 
-MASK2FORMERS = LossWeights()
+MASK2FORMER_WEIGHTS = LossWeights()
 
 
 class Norms(NamedTuple):
@@ -301,7 +301,7 @@ class Norms(NamedTuple):
 
 
 def weighted_loss(
-    l_c: Tensor, l_ce: Tensor, l_d: Tensor, weights: LossWeights = MASK2FORMERS
+    l_c: Tensor, l_ce: Tensor, l_d: Tensor, weights: LossWeights = MASK2FORMER_WEIGHTS
 ) -> Tensor:
     """Eq. 1, of sums over targets or of single pairs of target and query."""
     return weights.lambda_c * l_c + weights.lambda_ce * l_ce + weights.lambda_d * l_d
@@ -318,7 +318,9 @@ def sample_points(maps: Tensor, points: Tensor) -> Tensor:
     return F.grid_sample(maps, 2 * points[:, :, None] - 1, align_corners=False)[..., 0]
 
 
-def random_points(shape: tuple[int, ...], generator: torch.Generator, device: torch.device):
+def random_points(
+    shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device
+) -> Tensor:
     """Uniform points (*shape, 2), x and y in 0..1."""
     return torch.rand(*shape, 2, generator=generator, device=device)
 
@@ -329,7 +331,7 @@ def match_costs(
     mask_features: Tensor,
     target: Target,
     points: Tensor,
-    weights: LossWeights = MASK2FORMERS,
+    weights: LossWeights = MASK2FORMER_WEIGHTS,
 ) -> Tensor:
     """Costs (L, Q, N) of giving each target of one image to each query; masks are compared at
     points (P, 2).
@@ -378,7 +380,7 @@ def match(
     heads: Heads,
     targets: list[Target],
     generators: list[torch.Generator],
-    weights: LossWeights = MASK2FORMERS,
+    weights: LossWeights = MASK2FORMER_WEIGHTS,
     num_points: int = 12544,
 ) -> tuple[list[Tensor], int]:
     """Sec. 3.2: what `assign` gives for the costs of a batch, at random points of each image."""
@@ -444,7 +446,7 @@ def criterion(
     targets: list[Target],
     norms: Norms,
     generators: list[torch.Generator],
-    weights: LossWeights = MASK2FORMERS,
+    weights: LossWeights = MASK2FORMER_WEIGHTS,
     num_points: int = 12544,
 ) -> dict[str, Tensor]:
     """Eqs. 1 and 2, summed over all heads: lambda_C l_C + lambda_CE l_CE + lambda_D l_D of a batch,
@@ -592,7 +594,9 @@ def train_step(
     s: State, labeled: Batch, unlabeled: Batch | None, args: Args, world: World
 ) -> dict[str, Tensor]:
     """Sec. 3.1: a step of the student, in burn-in (step 2) or distillation (step 3); or one of the
-    teacher-to-be (step 1), which learns from labels alone."""
+    teacher-to-be (step 1), which learns from labels alone.
+
+    It puts ema_update, teach, learn and update together. The caller advances s.step."""
     t = s.step - s.begun
     if t == s.plan.copy_at:
         ema_update(s.teacher, s.student, decay=0)  # step 3 begins: T <- S

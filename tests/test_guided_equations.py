@@ -1037,7 +1037,7 @@ def test_the_papers_numbers():
         assert (args.ema, args.lambda_u, *thresholds) == (0.9996, 2, 0.7, 5)
         assert (args.lr, args.backbone_lr, args.batch_size, args.points) == (1e-4, 0.1, 16, 12544)
         weights = gd.LossWeights(args.lambda_c, args.lambda_ce)
-        assert weights == gd.MASK2FORMERS == (2, 5, 5) and args.queries == 100
+        assert weights == gd.MASK2FORMER_WEIGHTS == (2, 5, 5) and args.queries == 100
     assert gd.preset("coco") == Args()
 
 
