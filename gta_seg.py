@@ -340,8 +340,9 @@ class ASPP(nn.Module):
     def __init__(self, inputs: int, width: int, rates: tuple[int, ...]):
         super().__init__()
         self.pool = conv_bn(inputs, width, 1)
-        dilated = [conv_bn(inputs, width, 3, rate) for rate in rates]
-        self.branches = nn.ModuleList([conv_bn(inputs, width, 1), *dilated])
+        self.branches = nn.ModuleList([conv_bn(inputs, width, 1)])
+        for rate in rates:
+            self.branches.append(conv_bn(inputs, width, 3, rate))
 
     def forward(self, x: Tensor) -> Tensor:
         pooled = self.pool(x.mean((2, 3), keepdim=True)).expand(-1, -1, *x.shape[-2:])
