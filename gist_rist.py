@@ -120,7 +120,7 @@ class Args:
     paper's numbers, every other flag overrides one of them. Marks such as DEPARTS[cl] are explained
     in docs/gist_rist.md."""
 
-    # -- data
+    # data
 
     # what to train on; also picks the defaults
     dataset: Literal["voc", "cityscapes", "shapes", "folder"] = "voc"
@@ -135,7 +135,7 @@ class Args:
     # labeled images kept out of training for --dev-size, and never fewer; 500 for Table III
     dev_reserve: int = 0
 
-    # -- the search (Sec. III-B)
+    # the search (Sec. III-B)
 
     # which searches to run, side by side; batchwise is Fig. 6, path walks the paths of --path
     search: tuple[Literal["fist", "gist", "rist", "batchwise", "path"], ...] = ("gist", "rist")
@@ -150,7 +150,7 @@ class Args:
     # RIST: paths share no nodes, not even equal beginnings, as a study of the spread needs it
     independent: bool = False
 
-    # -- a refinement stage (Sec. III)
+    # a refinement stage (Sec. III)
 
     steps: Positive = 3000  # K, iterations of a stage
     cl: float = 1.0  # weight of the consistency loss, Eq. 8; 0: none, Table V. DEPARTS[cl]
@@ -161,7 +161,7 @@ class Args:
     # T multiplies the logits before the confidence of Eq. 9; 1: no TS, Table V. DEPARTS[ts]
     temp: Annotated[float, msgspec.Meta(ge=1e-6, le=1e6)] = 0.2
 
-    # -- stage 0 (Table I)
+    # stage 0 (Table I)
 
     # supervised, s4gan, classmix, or a checkpoint to start from. DEPARTS[stage0-best]
     stage0: str = "supervised"
@@ -170,7 +170,7 @@ class Args:
     gan_gamma: Share = 0.6  # S4GAN: score above which an image is trusted. DEPARTS[s4gan]
     mix_colour: bool = False  # ClassMix: jitter and blur the mixed images. DEPARTS[classmix]
 
-    # -- network (Sec. IV: DeepLabV2 from MS-COCO weights, all BatchNorm frozen)
+    # network (Sec. IV: DeepLabV2 from MS-COCO weights, all BatchNorm frozen)
 
     # the Caffe-style ResNet of COCO weights; or a timm name, else a torchvision one
     backbone: str = "caffe_resnet101"
@@ -187,7 +187,7 @@ class Args:
     # BatchNorm; live for weights that do not know the domain, and for none at all. DEPARTS[bn]
     bn: Literal["frozen", "live"] = "frozen"
 
-    # -- optimisation (Sec. IV)
+    # optimisation (Sec. IV)
 
     # labeled images per step of a node, and as many unlabeled
     batch_size: Annotated[int, msgspec.Meta(ge=2)] = 8
@@ -202,7 +202,7 @@ class Args:
     lr: float = 2.5e-4  # of the backbone, at the beginning of each node
     head_lr: float = 10  # times lr, for the classifier. DEPARTS[lr]
 
-    # -- the run
+    # the run
 
     out: str = ""  # run folder; empty: runs/gist_rist-<dataset>-<split>-d<split seed>-s<seed>
     store: str = "runs/gist_rist-nodes"  # trained nodes, shared by runs, searches and processes
@@ -1165,8 +1165,11 @@ def group_scores(dev: list[float], val: list[float], size: int) -> list[float]:
 def rejected_share(stages: int, max_run: int) -> float:
     """Sec. IV-A: the share of all paths of L and P with more than `max_run` equal letters in a
     row."""
-    paths = ["".join(letters) for letters in itertools.product("LP", repeat=stages)]
-    return sum(longest_run(path) > max_run for path in paths) / len(paths)
+    # In how many ways a path of 0, 1, 2, ... stages is cut into runs that are short enough.
+    ways = [1]
+    for n in range(1, stages + 1):
+        ways.append(sum(ways[max(n - max_run, 0) :]))
+    return 1 - 2 * ways[stages] / 2**stages
 
 
 def bloat(shares: list[float], rise: float = 0.1) -> list[bool]:
