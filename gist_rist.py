@@ -333,8 +333,8 @@ def label_erase(logits: Tensor, phi: float, temp: float) -> tuple[Tensor, Tensor
     """Eq. 9: labels (B, H, W), the class where its confidence reaches `phi` and 255 elsewhere, and
     the confidences (B, H, W), of logits (B, K, H, W).
 
-    The confidence is the softmax of `temp` times the logits: temperature scaling (TS), which
-    cannot change the class. DEPARTS[ts]"""
+    The confidence is the softmax of T = `temp` times the logits: temperature scaling (TS), which
+    cannot change the class. With T = 0.2, the paper's, phi is 0.5 here. DEPARTS[ts], DEPARTS[le]"""
     confidence, label = (temp * logits).softmax(dim=1).max(dim=1)
     return label.masked_fill(confidence < phi, IGNORE), confidence
 
@@ -1667,25 +1667,32 @@ def train(args: Args) -> dict:
     out = runs.default_out(SCRIPT, args)
     args = replace(args, out=str(out))
     tree, lines = set_up(args)
-    store, main = tree.store, distributed.launched().main
+    main = distributed.launched().main
     if main:
         runs.open_run(out, SCRIPT, args, args.resume, not (out / "config.json").exists())
-        facts = {"images": "; ".join(lines), "stage0": str(store.root)}
+        facts = {"images": "; ".join(lines), "stage0": str(tree.store.root)}
         runs.write_config(out, SCRIPT, args, tree.world, facts)
         searches = ", ".join(args.search)
         print(*lines, sep="\n")
         print(f"{args.stage0} stage 0; {searches}; in {out}, nodes in {args.store}")
     tree.signals = runs.Signals(say=main)
+    try:
+        return search_and_report(tree, out)
+    finally:
+        tree.signals.give_back()
+
+
+def search_and_report(tree: Tree, out: Path) -> dict:
+    """Stage 0, all searches, and, on the main process, the results of what they chose."""
+    args, store = tree.args, tree.store
     store.ensure(ROOT, tree.train, tree.wait)
     store.others = Path(args.store) / key_of(tree, STAGE0_ONLY, store.record(ROOT)["weights"])
     visited = search_all(tree)
-    results = {}
-    if main:
-        results = collect_results(tree, visited)
-        save_best(tree, visited, out)
-        results = write_report(tree, results, out)
-    tree.signals.give_back()
-    return results
+    if not distributed.launched().main:
+        return {}
+    results = collect_results(tree, visited)
+    save_best(tree, visited, out)
+    return write_report(tree, results, out)
 
 
 def collect_results(tree: Tree, visited: dict[str, list[str]]) -> dict:
