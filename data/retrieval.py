@@ -227,8 +227,8 @@ def embedded(
                         broken.append(len(sha256) + i)
                     elif not 0 < length[i] < torch.inf:
                         raise RankError(
-                            f"The embedding of {store.paths[span[len(sha256) + i]]} is zero or not finite; "
-                            f"use other weights, or a higher precision."
+                            f"The embedding of {store.paths[span[len(sha256) + i]]} is zero or not "
+                            "finite; use other weights, or a higher precision."
                         )
                 rows.append(x / length)
                 sha256 += found
@@ -347,8 +347,8 @@ def candidates(queries: np.ndarray, store: Store, k: int, index: str, nprobe: in
     except RuntimeError as error:  # Error in f(x) at y.cpp:66: Error: ... failed: why
         why = re.split(r":\d+: |Error: |failed: ", str(error).strip())[-1].rstrip(".")
         raise UserError(
-            f"--index {index} cannot be built of {len(rows)} vectors of {queries.shape[1]} numbers ({why}"
-            f"); take exact, or a Faiss factory string that suits them."
+            f"--index {index} cannot be built of {len(rows)} vectors of {queries.shape[1]} numbers "
+            f"({why}); take exact, or a Faiss factory string that suits them."
         ) from None
     return np.where(places < 0, -1, rows[places])
 
@@ -421,16 +421,11 @@ def histogram(
         np.array([-1, *np.arange(50, 100, 5) / 100, 0.98, 1]),
     )
     counts = np.histogram(highest, edges)[0]
-    return "\n".join(
-        [
-            f"highest cosine of {len(chosen)} of {len(rows)} pictures to another of them:",
-            *(
-                f"{edges[i]:5.2f} to {edges[i + 1]:4.2f} {n:6d} {'#' * round(40 * n / counts.max())}"
-                for i, n in enumerate(counts)
-            ),
-            f"{(highest > threshold).mean():.1%} are above {threshold}",
-        ]
-    )
+    lines = [f"highest cosine of {len(chosen)} of {len(rows)} pictures to another of them:"]
+    for low, high, n in zip(edges[:-1], edges[1:], counts, strict=True):
+        lines.append(f"{low:5.2f} to {high:4.2f} {n:6d} {'#' * round(40 * n / counts.max())}")
+    lines.append(f"{(highest > threshold).mean():.1%} are above {threshold}")
+    return "\n".join(lines)
 
 
 def report(
@@ -487,8 +482,9 @@ def report(
     )
     write_text(out / "retrieved.txt", "".join(f"{store.paths[r].resolve()}\n" for r in kept))
     print(
-        f"retrieved: {len(kept)} images of {len(store.paths)}; {len(found) - len(kept)} of those found are duplicates"
-        f", or labeled or scored themselves; {out / 'retrieved.txt'}, .json and .png"
+        f"retrieved: {len(kept)} images of {len(store.paths)}; {len(found) - len(kept)} of those "
+        f"found are duplicates, or labeled or scored themselves; {out / 'retrieved.txt'}, .json "
+        "and .png"
     )
 
 

@@ -38,9 +38,9 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 import better_pseudo_labels as bp
-from common import backbones, cli, instances, lvis_ap, objects, plots, runs
+from common import cli, instances, lvis_ap, plots, runs
+from common import files as common_files
 from common.distributed import World
-from common.errors import UserError
 from common.objects import masks_of, singles
 from data import shapes
 
@@ -84,7 +84,6 @@ TINY = dict(
     ema=0.9,
     holdout=0.25,
     threshold=0.2,
-    calib_min_score=0.1,
 )
 
 
@@ -187,21 +186,9 @@ STARTS: dict[str, Path] = {}  # where runs start from, once it is made
 
 
 def tiny(data: Path, out: Path, **flags) -> dict:
-    """Settings of a run; those that would be refused beside `flags` are left out."""
+    """Settings of a run; those that are None are left out."""
     every = {"dataset": "lvis", **TINY, **STARTS, "root": data, "out": out} | flags
-    while True:
-        plain = {k: str(v) if isinstance(v, Path) else v for k, v in every.items() if v is not None}
-        try:
-            bp.check(bp.preset(**plain), World())
-        except UserError as error:
-            idle = re.match(r"--([\w-]+) (?:does nothing|has no meaning)", str(error))
-            name = idle and idle[1].replace("-", "_")
-            if name in every and name not in flags:
-                del every[name]
-                continue
-        except KeyError:
-            pass  # an unknown name, which is for the test to see
-        return plain
+    return {k: str(v) if isinstance(v, Path) else v for k, v in every.items() if v is not None}
 
 
 def train(data: Path, out: Path, **flags) -> dict:
@@ -274,8 +261,8 @@ def short(trained, tail, tmp_path, monkeypatch):
         found = {}
 
         def begin(phase, *args, real=bp.begin):
-            found[phase], notes = real(phase, *args)
-            return found[phase], notes
+            found[phase.name] = real(phase, *args)
+            return found[phase.name]
 
         with monkeypatch.context() as patch:
             patch.setattr(bp, "begin", begin)
@@ -381,7 +368,6 @@ def whole(trained, tmp_path_factory) -> tuple[Path, Ran]:
         out=folder / "run",
         root=folder / "data",
         init_detector=STARTS["init_detector"],
-        stratify=True,
     )
     done = helpers.run(
         ["--dataset", "shapes", *argv(**flags)],
@@ -596,10 +582,9 @@ def test_log_of_a_run(whole):
         for x in "lu" if "loss_u" in r else "l":
             total = sum(r[f"{name}_{x}"] for name in PARTS[1:])
             assert r[f"loss_{x}"] == pytest.approx(total, rel=1e-5) and np.isfinite(total)
-        args = bp.preset("shapes")  # each phase has a schedule of its own
-        assert r["lr"] == pytest.approx(
-            1e-3 * 0.5**0 * bp.schedule(r["step"] - 1 - first, length, args)
-        )
+        # each phase has a schedule of its own
+        factor = bp.learning_rate_factor(r["step"] - 1 - first, length, "cosine", 0.05)
+        assert r["lr"] == pytest.approx(1e-3 * factor)
 
 
 # ------------------------------------------------------------------------------------------- stages
@@ -640,14 +625,12 @@ def test_stage_calibrate(finished):
     assert not differences(mine, whole_run)
 
 
-@pytest.mark.parametrize("flags", [dict(tune=True), dict(delta_from="teacher")], ids=words)
-def test_calibration_of_the_teacher_itself(finished, flags):
-    """It is trained and measured, and no network beside it."""
-    out = finished(stage="calibrate", **flags)
-    assert {"teacher.pt", "calibration.json", "results.json"} <= files(
-        out
-    ) and "heldout.pt" not in files(out)
-    alone = finished(stage="calibrate", teacher=out / "teacher.pt", **flags)
+def test_calibration_of_the_teacher_itself(finished):
+    """With --tune it is trained and measured, and no network beside it."""
+    out = finished(stage="calibrate", tune=True)
+    made = files(out)
+    assert {"teacher.pt", "calibration.json", "results.json"} <= made and "heldout.pt" not in made
+    alone = finished(stage="calibrate", teacher=out / "teacher.pt", tune=True)
     assert (alone / "calibration.json").read_text() == (out / "calibration.json").read_text()
 
 
@@ -758,21 +741,16 @@ def test_who_learns_from_what(finished, trained, tail, tmp_path, monkeypatch):
     assert lists["unlabeled"] == EVERYONE - lists["teacher labeled"]
 
 
-@pytest.mark.parametrize("flags", [dict(tune=True), dict(refresh=2)], ids=words)
-def test_labels_that_teach_no_one(trained, tail, tmp_path, monkeypatch, flags):
-    """--tune scores on the held-out labels, --refresh measures on them while the student learns:
-    nothing learns from them, not the teacher either, and they are no unlabeled pictures."""
+def test_labels_that_teach_no_one(trained, tail, tmp_path, monkeypatch):
+    """--tune scores on the held-out labels and measures on them: nothing learns from them, not the
+    teacher either, and they are no unlabeled pictures."""
     lists = spied_lists(monkeypatch)
-    train(tail, tmp_path / "out", **LATE, **flags)
+    train(tail, tmp_path / "out", **LATE, tune=True)
     held = {
         Path(p).stem for p in json.loads((tmp_path / "out" / "config.json").read_text())["held_out"]
     }
     assert len(held) == 2 and lists["measured"] == held
-    assert (
-        (lists["scored"] == held)
-        == ("tune" in flags)
-        == (results(tmp_path / "out")["val"] == "held out")
-    )
+    assert lists["scored"] == held and results(tmp_path / "out")["val"] == "held out"
     for name in {"teacher labeled", "student labeled", "unlabeled"}:
         assert lists[name] and not lists[name] & held, name
     # nor do prototypes speak of them
@@ -958,8 +936,8 @@ def kill() -> None:
 
 def die(at: int | str) -> None:
     """In a process of its own: SIGKILL at the end of the step `at`; when half of the file `at` is
-    written; when the networks of the phase `begin ...` are to be made; or when `embed` or
-    `measure`, prototypes or Delta, is to begin."""
+    written; when the networks of the phase `begin ...` are to be made; or when prototypes
+    (`embed`), Delta (`measure`) or an evaluation (`score`) are to begin."""
     tally, made = runs.Run.tally, bp.begin
 
     def opened(path, mode="r", **more):
@@ -973,12 +951,14 @@ def die(at: int | str) -> None:
         return file
 
     runs.Run.tally = lambda self, step, *args: kill() if step == at else tally(self, step, *args)
-    bp.begin = lambda phase, *args: kill() if at == f"begin {phase}" else made(phase, *args)
+    bp.begin = lambda phase, *args: kill() if at == f"begin {phase.name}" else made(phase, *args)
     if at == "embed":
         bp.embed_objects = lambda *args: kill()
     if at == "measure":
         bp.calibrate = lambda *args: kill()
-    runs.open = opened
+    if at == "score":
+        bp.score_networks = lambda *args: kill()
+    common_files.open = opened
 
 
 def graded() -> None:
@@ -1003,21 +983,28 @@ MOMENTS = [
     (3, 3),
     ("teacher.pt", 3),
     ("last.pt", 3),
+    ("score", 4),
+    ("supervised.segm.json", 4),
     ("measure", 4),
     ("calibration.json", 4),
     ("begin student", 4),
     (4, 4),
     ("last.pt", 4),
     (5, 5),
-    ("student.segm.json", 5),
+    ("score", 6),
+    ("student.segm.json", 6),
     (6, 6),
     ("last.pt", 6),
+    ("score", 7),
+    ("student.segm.json", 7),
+    ("last.pt", 7),
     ("results.json", 7),
 ]
 
 
 def test_killed_at_chosen_moments_and_resumed_is_bit_equal(line, tmp_path):
-    """In each phase, at each border, while each kind of file is written."""
+    """In each phase, at each border, between saving and scoring, while each kind of file is
+    written."""
     out, flags = tmp_path / "out", line(resume=True, save_every=1)
     for at, saved in MOMENTS:
         done = forked(flags, tmp_path, graded, partial(die, at))
@@ -1085,13 +1072,8 @@ EVA = dict(
 
 SETTINGS = {
     "": {},
-    "refresh": dict(refresh=2),
     "tune": dict(tune=True, pseudo="soft"),
-    "fresh": dict(student_init="fresh", burn_in=2, pseudo="onehot"),
-    "frozen": dict(teacher_update="frozen", delta_from="teacher"),
-    "live": dict(
-        norm="live", cls_loss="softmax", smoothing="uniform", schedule="constant", clip=1.0, seed=1
-    ),
+    "live": dict(norm="live", smoothing="uniform", schedule="constant", clip=1.0, seed=1),
     "drop path": EVA
     | dict(drop_path=0.5, depth=2, pseudo="soft", smoothing="uniform", embed_size=None),
 }
@@ -1121,7 +1103,7 @@ def test_stopped_by_sigterm_and_resumed_is_bit_equal(
     out, flags = tmp_path / "out", line(resume=True, **settings)
     train(tail, tmp_path / "reference", **settings)
     last = state(tmp_path / "reference" / "last.pt")["step"]
-    for at in range(0, last - 1) if name in ("", "refresh") else (0, last - 3, last - 2):
+    for at in range(0, last - 1) if name == "" else (0, last - 3, last - 2):
         with monkeypatch.context() as patch:
             interrupt(patch, at)
             stopped = typed(flags).ok()
@@ -1135,8 +1117,7 @@ def test_stopped_by_sigterm_and_resumed_is_bit_equal(
 def test_settings_that_matter_give_other_weights(finished):
     """What the comparisons above would miss if they compared nothing."""
     found = [
-        weights(finished(**SETTINGS[name]) / "last.pt")["student"]
-        for name in ("", "refresh", "tune", "frozen")
+        weights(finished(**SETTINGS[name]) / "last.pt")["student"] for name in ("", "tune", "live")
     ]
     assert all(apart(a, b) > 1e-5 for i, a in enumerate(found) for b in found[:i])
 
@@ -1224,7 +1205,7 @@ def test_as_a_user_types_it(line, tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["processes"] == 2
     choosers = ", ".join(f'"{name}"' for name in helpers.CHOOSERS[NAME])
     assert (
-        f"runs.cli(Args, settings, main, choosers=({choosers}))"
+        f"cli.cli(Args, settings, main, choosers=({choosers}))"
         in (helpers.REPO / f"{NAME}.py").read_text()
     )
 
@@ -1237,6 +1218,11 @@ FOUR = dict(batch_size=4, teacher_batch_size=4, steps=2, teacher_steps=3, lr=3e-
 
 
 MEANS = {"conf", "mass", "images_per_second"}  # over objects, see below
+
+
+# Sums in another order, on any CPU. Half of the images in a batch, or a gradient that is not
+# exchanged, moves the weights by more than twice as much (asserted below).
+CLOSE = 5e-5
 
 
 def signal_to_one() -> None:
@@ -1253,7 +1239,7 @@ def test_steps_are_equal_on_one_and_two_processes(line, typed, finished, tmp_pat
         done.ok()
     assert apart(content(one / "prototypes.pt"), content(two / "prototypes.pt")) < 1e-6
     for name in ("heldout.pt", "teacher.pt", "last.pt"):
-        assert apart(weights(one / name), weights(two / name)) < 2e-6
+        assert apart(weights(one / name), weights(two / name)) < CLOSE
         assert (
             apart(
                 weights(one / name),
@@ -1279,7 +1265,7 @@ def test_steps_are_equal_on_one_and_two_processes(line, typed, finished, tmp_pat
     assert "Stopped by a signal to another process after step 5" in every[0].out
     assert state(out / "last.pt")["step"] == 5
     typed(line(resume=True, **FOUR)).ok()
-    assert apart(weights(one / "last.pt"), weights(out / "last.pt")) < 2e-6
+    assert apart(weights(one / "last.pt"), weights(out / "last.pt")) < CLOSE
 
 
 def test_logged_means_over_pseudo_labels_do_not_depend_on_parts_or_processes(
@@ -1294,9 +1280,9 @@ def test_logged_means_over_pseudo_labels_do_not_depend_on_parts_or_processes(
             assert all(b[k] == pytest.approx(a[k], rel=1e-3) for k in ("conf", "mass")), name
 
 
-def test_refresh_and_live_statistics_on_two_processes(line, tmp_path):
+def test_live_statistics_on_two_processes(line, tmp_path):
     """All processes have the same networks and Delta after each step."""
-    flags = line(norm="live", refresh=1, batch_size=4, teacher_batch_size=4, **LATE)
+    flags = line(norm="live", batch_size=4, teacher_batch_size=4, **LATE)
     every = on_ranks(2, flags, tmp_path, partial(keep_last, tmp_path))
     assert [done.code for done in every] == [0, 0], every[0].err[-3000:] + every[1].err[-3000:]
     a, b = (torch.load(tmp_path / f"kept{rank}.pt", weights_only=True) for rank in (0, 1))
@@ -1383,7 +1369,7 @@ def test_same_steps_in_less_memory(finished, trained, tail, tmp_path, flags):
     from none on."""
     train(tail, tmp_path / "out", **FOUR, **flags)
     for name in ("heldout.pt", "teacher.pt", "last.pt"):
-        assert apart(weights(finished(**FOUR) / name), weights(tmp_path / "out" / name)) < 5e-6
+        assert apart(weights(finished(**FOUR) / name), weights(tmp_path / "out" / name)) < CLOSE
     for a, b in zip(steps_of(finished(**FOUR)), steps_of(tmp_path / "out"), strict=True):
         assert all(b[k] == pytest.approx(a[k], rel=1e-4, abs=1e-6) for k in a.keys() - MEANS)
 
@@ -1638,10 +1624,9 @@ def resized(data: Path) -> None:
         part(data, name).write_text(json.dumps(read))
 
 
-@pytest.mark.parametrize("proto", ["crop", "roi"])
-def test_pictures_of_odd_sizes(trained, data, tmp_path, proto):
+def test_pictures_of_odd_sizes(trained, data, tmp_path):
     resized(data)
-    train(data, tmp_path / "out", proto=proto, calib_iou="mask", **LATE)
+    train(data, tmp_path / "out", **LATE)
     sizes = {i: tuple(s[::-1]) for i, s in enumerate(((37, 91), (91, 37), (64, 65), (130, 33)))}
     for r in found_by(tmp_path / "out", "teacher"):
         h, w = sizes[r["image_id"] % 4]
@@ -1658,7 +1643,7 @@ def test_images_without_an_object(trained, tail, line, typed, tmp_path):
 
     files = altered(tail, tmp_path, bare)
     (tmp_path / "list.txt").write_text("".join(f"{i:012d}.jpg\n" for i in (1, 3, 4, 5)))
-    done = typed(line(split=tmp_path / "list.txt", calib_samples="gt", **files)).ok()
+    done = typed(line(split=tmp_path / "list.txt", **files)).ok()
     assert (
         "3 labeled images" in done.out
         and "and 9 unlabeled" in done.out
@@ -1677,7 +1662,7 @@ def test_no_object_in_any_crop(trained, tail, tmp_path, monkeypatch):
         labels, masks, crowd = real(photo, data, window, crowds)
         return labels, masks if window is None else torch.zeros_like(masks), crowd
 
-    monkeypatch.setattr(objects, "masks_of", empty)
+    monkeypatch.setattr(bp, "masks_of", empty)
     train(tail, tmp_path / "out", threshold=1.0, **LATE)
     for r in steps_of(tmp_path / "out"):
         for x in "lu" if "loss_u" in r else "l":
@@ -1726,14 +1711,11 @@ def test_one_class_alone(trained, tail, tmp_path):
             image["neg_category_ids"] = []
 
     files = altered(tail, tmp_path, one)
-    for name, flags in (("a", {}), ("b", dict(cls_loss="softmax", smoothing="uniform"))):
-        last = train(tail, tmp_path / name, **files, **LATE, **flags)["teacher"]["last"]
-        assert last["per_class"] == {"thing": last["ap"]}
-        assert {r["category_id"] for r in found_by(tmp_path / name, "teacher")} <= {7}
-    assert weights(tmp_path / "b" / "last.pt")["student"]["heads.boxes.0.classes.weight"].shape == (
-        2,
-        64,
-    )
+    last = train(tail, tmp_path / "out", **files, **LATE)["teacher"]["last"]
+    assert last["per_class"] == {"thing": last["ap"]}
+    assert {r["category_id"] for r in found_by(tmp_path / "out", "teacher")} <= {7}
+    head = weights(tmp_path / "out" / "last.pt")["student"]["heads.boxes.0.classes.weight"]
+    assert head.shape == (1, 64)
 
 
 def test_one_labeled_picture(trained, tail, line, typed, tmp_path):
@@ -1785,14 +1767,13 @@ def test_crowd_does_not_count_as_an_object_when_a_class_is_measured(trained, tai
         for p in data.train
     ]
     data = instances.scored_on(data, photos)
-    args = bp.preset("lvis", device="cpu", workers=0, shrink=1.0, calib_min_score=0.0)
+    args = bp.preset("lvis", image_size=64, workers=0, shrink=1.0)
     samples = lvis_ap.Samples(
         np.array([0] * 9 + [1]), np.array([0.9] * 9 + [0.5]), np.array([False] * 9 + [True])
     )
-    monkeypatch.setattr(bp, "look", lambda *a: None)
-    monkeypatch.setattr(bp, "counted", lambda *a: [])
-    monkeypatch.setattr(bp, "samples_of", lambda *a: samples)
-    delta = bp.calibrate(None, data, ["r"] + ["f"] * 11, args, World())["delta"]
+    monkeypatch.setattr(lvis_ap, "samples", lambda *_, **__: samples)
+    nothing = SimpleNamespace(infer=lambda x: ([], [(torch.zeros(0, 4), torch.zeros(0, 12))]))
+    delta = bp.calibrate(nothing, data, ["r"] + ["f"] * 11, args, World())["delta"]
     assert delta[0] > 0.1, "nine wrong detections of a class without an object decide its Delta"
 
 
@@ -1812,7 +1793,6 @@ def two_steps(trained, typed, tmp_path):
             "split",
             "norm",
             "threshold",
-            "calib_min_score",
         )
         small, out = {k: None for k in (*own, "init_detector")}, tmp_path / "out"
         flags = dict(steps=2, eval_every=99, split="4") | flags
@@ -2012,13 +1992,8 @@ def test_smoothing(short):
 TARGETS = {
     "literal": dict(convention="literal"),
     "tau": dict(sim_tau=0.02),
-    "center": dict(sim_center=True),
-    "self": dict(sim_exclude_self=True),
-    "topk": dict(sim_topk=2),
-    "images": dict(counts="images"),
     "gamma": dict(gamma=0.2),
     "eps": dict(eps=0.3),
-    "roi": dict(proto="roi"),
     "few": dict(proto_per_class=1),
 }
 
@@ -2030,46 +2005,25 @@ def test_targets_change_with(short, name):
     soft, was = found - (0.7 if name == "eps" else 0.9) * ONE, base - 0.9 * ONE
     if name == "literal":
         assert torch.allclose(soft, was.T)
-    if name == "self":
-        assert not soft.diagonal().abs().max() > 1e-6
-    if name == "topk":
-        assert (soft > 1e-7).sum(1).max() == 2
     if name == "tau":
         assert soft.max() > 2 * was.max() and (soft > 1e-4).sum() < (was > 1e-4).sum()  # sharper
     if name == "eps":
         assert torch.allclose(soft / 3, was, atol=1e-6)
 
 
-def test_prototypes_of_regions_and_of_crops(trained, tail, tmp_path, monkeypatch):
-    """Of whole pictures' features of stride 16, or of the embedder's; also of an EVA-02; so many of
-    a class at most."""
+def test_prototypes_of_few_objects_and_of_an_eva02(trained, tail, tmp_path, monkeypatch):
+    """So many of a class at most; the EVA-02's are of its own width."""
     made = {}
-    for name, flags in {
-        "crop": {},
-        "roi": dict(proto="roi"),
-        "few": dict(proto_per_class=2),
-    }.items():
+    for name, flags in {"all": {}, "few": dict(proto_per_class=2)}.items():
         train(tail, tmp_path / name, stage="prototypes", **flags)
         made[name] = content(tmp_path / name / "prototypes.pt")
-    assert (
-        torch.equal(made["crop"]["embedded"], made["roi"]["embedded"])
-        and made["few"]["embedded"].max() == 2
-    )
-    assert torch.equal(made["few"]["embedded"], made["crop"]["embedded"].clamp(max=2))
-    assert (
-        made["roi"]["prototypes"].shape[1]
-        == backbones.Strides("test_resnet", True, False).channels[2]
-    )
+    embedded = made["all"]["embedded"]
+    assert torch.equal(made["few"]["embedded"], embedded.clamp(max=2)) and embedded.max() > 2
     shallow(monkeypatch, 2)
-    for proto, size in (("crop", 48), ("roi", 48)):
-        train(
-            tail, tmp_path / f"eva {proto}", stage="prototypes", proto=proto, global_blocks=1, **EVA
-        )
-        found = content(tmp_path / f"eva {proto}" / "prototypes.pt")
-        assert found["prototypes"].shape == (12, size) and torch.equal(
-            found["embedded"], made["crop"]["embedded"]
-        )
-        assert found["prototypes"][found["embedded"] > 0].std(0).max() > 1e-4
+    train(tail, tmp_path / "eva", stage="prototypes", global_blocks=1, **EVA)
+    found = content(tmp_path / "eva" / "prototypes.pt")
+    assert found["prototypes"].shape == (12, 48) and torch.equal(found["embedded"], embedded)
+    assert found["prototypes"][found["embedded"] > 0].std(0).max() > 1e-4
 
 
 def spied_losses(monkeypatch) -> list[tuple[torch.Tensor, ...]]:
@@ -2081,48 +2035,34 @@ def spied_losses(monkeypatch) -> list[tuple[torch.Tensor, ...]]:
     return seen
 
 
-def test_federated_loss_and_soft_labels(short, monkeypatch):
-    """--federated 3: an image teaches its own classes and others, up to three; `topk` similar ones,
-    too, `fg-all` everything where an object is."""
-    seen, known, real = spied_losses(monkeypatch), {}, bp.known_classes
+def test_federated_loss(short, monkeypatch):
+    """--federated 3: an image teaches its own classes and others, up to three; 0: all that have an
+    image."""
+    seen, known, real = spied_losses(monkeypatch), [], bp.known_classes
 
-    def spied(objects, classes, *args):
-        rows = real(objects, classes, *args)
-        known.setdefault(current[0], []).append((rows, [o.labels for o in objects], classes))
-        return rows
+    def spied(objects, *args):
+        known.append((real(objects, *args), [o.labels for o in objects]))
+        return known[-1][0]
 
     monkeypatch.setattr(bp, "known_classes", spied)
-    shares, current = {}, [""]
-    for current[0] in ("mask", "topk", "fg-all"):
-        seen.clear()
-        run = short(
-            stage="teacher", teacher_steps=1, teacher_batch_size=4, federated=3, fed_soft=current[0]
-        )
-        there = run.teacher.classes.images > 0
-        ((rows, labels, classes),) = known[current[0]]
-        for row, mine in zip(rows, labels, strict=True):
-            assert row[mine].all() and not row[~there].any()
-            near = classes.similar[mine].any(0)
-            assert (
-                row.sum()
-                == (near.sum() if current[0] == "topk" else max(3, len(set(mine.tolist()))))
-                < 12
-            )
-        shares[current[0]] = [k[t.sum(1) > 0].float().mean().item() for _, t, k in seen]
-        assert all(0 < k.float().mean() < 1 for _, _, k in seen) or current[0] == "topk"
-    assert max(shares["mask"]) < 1 == min(shares["fg-all"])
+    run = short(stage="teacher", teacher_steps=1, teacher_batch_size=4, federated=3)
+    has_images = run.teacher.classes.images > 0
+    ((rows, labels),) = known
+    for row, mine in zip(rows, labels, strict=True):
+        assert row[mine].all() and not row[~has_images].any()
+        assert row.sum() == max(3, len(set(mine.tolist()))) < 12
+    assert len(seen) == 3 and all(0 < taught.float().mean() < 1 for _, _, taught in seen)
     seen.clear()
     short(stage="teacher", teacher_steps=1, federated=0)
-    assert len(seen) == 3 and all(k.all() for *_, k in seen)
+    assert len(seen) == 3 and all(taught.all() for *_, taught in seen)
 
 
 def test_pseudo_labels_teach_all_classes_that_they_speak_of(short, monkeypatch, trained):
-    seen = []
+    calls = []
 
-    def spied(objects, classes, pseudo, *args, real=bp.known_classes):
-        rows = real(objects, classes, pseudo, *args)
-        seen.extend((row, o, classes) for row, o in zip(rows, objects, strict=True) if pseudo)
-        return rows
+    def spied(objects, counts, *args, real=bp.known_classes):
+        calls.append((real(objects, counts, *args), objects, counts))
+        return calls[-1][0]
 
     monkeypatch.setattr(bp, "known_classes", spied)
     short(
@@ -2133,136 +2073,13 @@ def test_pseudo_labels_teach_all_classes_that_they_speak_of(short, monkeypatch, 
         batch_size=4,
         federated=1,
     )
-    spoken = [(row, (o.probs > 0).any(0) & (c.images > 0)) for row, o, c in seen if len(o.labels)]
-    assert (
-        spoken
-        and all(torch.equal(row, of) for row, of in spoken)
-        and max(of.sum() for _, of in spoken) > 1
-    )
-
-
-def test_softmax(short, trained, tail, tmp_path):
-    """A unit for the background, which starts as any other; scores of the classes sum to less than
-    1."""
-    run = short(
-        cls_loss="softmax", init_detector="", weights=STARTS["weights"], teacher_steps=1, steps=1
-    )
-    for head in run.student.student.heads.boxes:
-        assert head.classes.out_features == 13
-    assert not any(h.classes.bias.any() for h in bp.Detector(run.args, 12).heads.boxes)
-    image = instances.load(instances.find("lvis", tail).val[0])
-    seen = bp.look(run.student.teacher.eval(), image, run.args)
-    assert (
-        len(seen.probs)
-        and (seen.probs.sum(1) < 1).all()
-        and (seen.probs[:, run.student.teacher.heads.learned] > 0).all()
-    )
-
-
-def test_calibration_counts_objects_or_detections_by_box_or_mask(
-    trained, tail, tmp_path, monkeypatch
-):
-    kinds, read = [], {}
-    monkeypatch.setattr(
-        lvis_ap,
-        "samples",
-        lambda truth, entries, kind, real=lvis_ap.samples, **more: (
-            kinds.append((kind, any("segmentation" in e for e in entries))),
-            real(truth, entries, kind, **more),
-        )[1],
-    )
-    flags = {
-        "detections": {},
-        "mask": dict(calib_iou="mask"),
-        "gt": dict(calib_samples="gt", calib_min_score=0.0),
-        "high": dict(calib_min_score=0.9, shrink=0.0),
-        "bins": dict(bins=3),
-    }
-    for name, more in flags.items():
-        train(tail, tmp_path / name, stage="calibrate", teacher=trained / "teacher.pt", **more)
-        read[name] = json.loads((tmp_path / name / "calibration.json").read_text())
-    assert kinds == [("bbox", False), ("segm", True), *[("bbox", False)] * 2]
-    data = instances.find("lvis", tail)
-    held = json.loads((tmp_path / "gt" / "config.json").read_text())["held_out"]
-    true = [t.category for p in data.train if p.name in held for t in p.things]
-    assert read["gt"]["samples"] == [true.count(c) for c in range(12)] and sum(true) > 0
-    plain, high, bins = read["detections"], read["high"], read["bins"]
-    assert sum(high["samples"]) < sum(plain["samples"]) > 3 and high["delta"] == pytest.approx(
-        high["raw_delta"]
-    )
-    assert plain["delta"] != pytest.approx(plain["raw_delta"]) and sum(map(abs, plain["delta"])) > 0
-    assert len(bins["reliability"]["bins"]) == 3 and bins["raw_delta"] == pytest.approx(
-        plain["raw_delta"], abs=1e-6
-    )
-
-
-def test_refresh_measures_the_teacher_again(short, monkeypatch):
-    """Every two steps of the student, of the teacher as it then is; the next pseudo labels use
-    it."""
-    measured, used = [], []
-
-    def calibrate(net, data, *args, real=bp.calibrate):
-        measured.append((net, len(data.val)))
-        record = real(net, data, *args)
-        return record | {"delta": [len(measured) / 100] * 12}
-
-    monkeypatch.setattr(bp, "calibrate", calibrate)
-    monkeypatch.setattr(
-        bp,
-        "pseudo_labels",
-        lambda teacher, weak, delta, args, real=bp.pseudo_labels: (
-            used.append(round(float(delta[0]), 3)),
-            real(teacher, weak, delta, args),
-        )[1],
-    )
-    run = short(refresh=2, steps=5)
-    assert used == [0.01, 0.01, 0.02, 0.02, 0.03] and [n for _, n in measured] == [2, 2, 2]
-    assert all(net is run.student.teacher for net, _ in measured[1:]) and run.student.delta[
-        0
-    ] == pytest.approx(0.03)
-
-
-def followed(monkeypatch) -> list[float]:
-    """How far teacher and student are apart after each step."""
-    gaps = []
-
-    def step(s, *args, real=bp.train_step):
-        log = real(s, *args)
-        gaps.append(apart(dict(s.teacher.named_parameters()), dict(s.student.named_parameters())))
-        return log
-
-    monkeypatch.setattr(bp, "train_step", step)
-    return gaps
-
-
-def test_fresh_student_with_burn_in(short, monkeypatch, trained):
-    """The teacher waits; is made a copy of the student; and follows it."""
-    gaps = followed(monkeypatch)
-    flags = dict(stage="student", pseudo="soft", teacher=trained / "teacher.pt")
-    run = short(student_init="fresh", burn_in=2, steps=4, init_detector="", **flags)
-    assert gaps[0] > 0.1 and gaps[1] == 0 and 0 < gaps[2] < gaps[0]
-    there = weights(trained / "teacher.pt")["supervised"]
-    assert (
-        apart(
-            {k: there[k] for k in run.student.teacher.state_dict()},
-            run.student.teacher.state_dict(),
-        )
-        > 0.1
-    )
-    gaps.clear()
-    short(steps=1, lr=0.0, **flags)
-    assert gaps == [0.0]  # else it begins as the teacher is
-
-
-def test_teacher_that_is_frozen(finished):
-    """It stays what it was, and is scored once; best.pt is the student's."""
-    out = finished(**SETTINGS["frozen"])
-    there, last = weights(out / "teacher.pt")["supervised"], weights(out / "last.pt")
-    assert apart(there, last["teacher"]) == 0 < apart(there, last["student"])
-    assert ["ap_teacher" in r for r in log_of(out) if "ap_student" in r] == [True, False, False][
-        : len([r for r in log_of(out) if "ap_student" in r])
-    ]
-    assert results(out)["teacher"]["last"]["ap"] == results(out)["supervised"]["last"]["ap"]
+    spoken = []
+    for rows, objects, counts in calls[1::2]:  # labeled and unlabeled images take turns
+        for row, o in zip(rows, objects, strict=True):
+            if len(o.labels):
+                spoken.append((o.probs > 0).any(0) & (counts > 0))
+                assert torch.equal(row, spoken[-1])
+    assert spoken and max(row.sum() for row in spoken) > 1
 
 
 def test_student_that_knows_a_class_which_its_teacher_did_not(trained, tail, short, tmp_path):
@@ -2336,17 +2153,14 @@ def test_init_detector_with_other_classes_says_what_did_not_fit(finished, line, 
     assert "heads.mask.masks.bias" in fresh[2]
 
 
-def test_labels_of_the_student_and_of_the_later_heads(short, monkeypatch, trained):
-    """--student-labels onehot, --smooth-heads first: where labels are not smoothed."""
+def test_labels_of_the_student(short, monkeypatch, trained):
+    """Labeled images teach smoothed labels, unless --student-labels onehot; one-hot pseudo labels
+    are not smoothed."""
     seen = spied_losses(monkeypatch)
 
     def soft() -> list[bool]:  # of each call, whether a target is between
         return [bool(((t > 0) & (t < 0.99)).any()) for _, t, _ in seen]
 
-    for flags, want in (({}, [True] * 3), (dict(smooth_heads="first"), [True, False, False])):
-        seen.clear()
-        short(stage="teacher", teacher_steps=1, teacher_batch_size=4, federated=0, **flags)
-        assert soft() == want
     student = dict(
         stage="student",
         pseudo="onehot",
@@ -2362,7 +2176,7 @@ def test_labels_of_the_student_and_of_the_later_heads(short, monkeypatch, traine
 
 
 def test_filters_of_pseudo_labels(short, monkeypatch, trained):
-    """--threshold, --filter-on, --size-threshold, --pseudo-nms, --unsup-weight."""
+    """--threshold, of the raw scores, and --size-threshold."""
     found, real = {}, bp.pseudo_labels
 
     def seen(teacher, weak, delta, args):
@@ -2385,12 +2199,7 @@ def test_filters_of_pseudo_labels(short, monkeypatch, trained):
         "base": {},
         "high": dict(threshold=0.3),
         "large": dict(size_threshold=300.0),
-        "class": dict(pseudo_nms="class", threshold=0.1),
-        "agnostic": dict(threshold=0.1),
         "raw": dict(pseudo="calibrated", calibration=trained / "minus.json"),
-        "corrected": dict(
-            pseudo="calibrated", calibration=trained / "minus.json", filter_on="corrected"
-        ),
     }
     for name, more in flags.items():
         found[name] = []
@@ -2407,12 +2216,7 @@ def test_filters_of_pseudo_labels(short, monkeypatch, trained):
         and len(area["large"]) < len(area["base"])
         and (area["large"] > 300).all()
     )
-    assert len(conf["class"]) >= len(conf["agnostic"]) >= len(conf["base"])
-    assert (
-        len(conf["raw"]) == len(conf["base"]) > len(conf["corrected"]) > 0
-        and conf["corrected"].min() >= 0.2
-    )
-    assert conf["raw"].min() < 0.2
+    assert len(conf["raw"]) == len(conf["base"]) and conf["raw"].min() < 0.2
 
 
 def test_weight_of_the_unlabeled_loss(short, monkeypatch, trained):
@@ -2436,9 +2240,9 @@ def test_weight_of_the_unlabeled_loss(short, monkeypatch, trained):
 
 
 def test_repeat_factors_and_schedules(short, monkeypatch):
-    factors, real = [], instances.repeat_factors
+    factors, real = [], bp.repeat_factors
     monkeypatch.setattr(
-        instances, "repeat_factors", lambda *args: (factors.append(real(*args)), factors[-1])[1]
+        bp, "repeat_factors", lambda *args: (factors.append(real(*args)), factors[-1])[1]
     )
     for repeat in (0.0, 0.9):
         short(stage="teacher", teacher_steps=1, repeat=repeat)
@@ -2467,7 +2271,6 @@ def test_checkpointing_and_windows_of_an_eva02(short, monkeypatch):
         "window": dict(window=4, global_blocks=1),
         "whole": dict(global_blocks=2),
         "drop": dict(drop_path=0.9),
-        "bicubic": dict(patch_resize="bicubic"),
     }.items():
         more = dict(
             global_blocks=1,
@@ -2482,9 +2285,7 @@ def test_checkpointing_and_windows_of_an_eva02(short, monkeypatch):
             k: p.grad for k, p in run.teacher.student.named_parameters() if p.grad is not None
         }
     assert apart(found["plain"], found["again"]) == 0
-    assert all(
-        apart(found["plain"], found[k]) > 1e-6 for k in ("window", "whole", "drop", "bicubic")
-    )
+    assert all(apart(found["plain"], found[k]) > 1e-6 for k in ("window", "whole", "drop"))
 
 
 # ------------------------------------------------------------------------------------------- errors
@@ -2514,7 +2315,6 @@ REFUSED = [  # flags, what the sentence names
             size_threshold="inf",
             holdout=0,
             prior=0.9,
-            nms=0,
             sim_tau=0,
             repeat=2,
             accumulate=0,
@@ -2532,7 +2332,6 @@ REFUSED = [  # flags, what the sentence names
             warmup=-1,
             federated=-1,
             lambda_calib=-1,
-            calib_min_score=2,
             embed_size=3,
             head_convs=0,
             anchor_scale=0,
@@ -2544,115 +2343,13 @@ REFUSED = [  # flags, what the sentence names
     (dict(accumulate=2, norm="live"), "--norm frozen"),
     (dict(norm="live", batch_size=1), "batch"),
     (EVA | dict(window=3), "--image-size 64"),
-    (EVA | dict(norm="live"), "--norm"),
     (dict(stage="student"), "--teacher"),
     (dict(stage="student", teacher="x.pt"), "--calibration"),
     (dict(stage="retrieve"), "--pool"),
-    (dict(student_init="fresh"), "--burn-in"),
-    (dict(refresh=2, tune=True), "--refresh"),
-    (dict(stage="student", teacher="x.pt", pseudo="soft", teacher_steps=4), "--teacher-steps"),
     (dict(split="1", tune=True, pseudo="soft"), "held out"),
     (dict(grid="student"), "--teacher"),
     (dict(grid="teacher", stage="teacher"), "--stage"),
-    *(
-        (dict(stage="teacher") | {k: v}, f"--{k.replace('_', '-')} ")
-        for k, v in dict(
-            pseudo="soft",
-            lambda_calib=1.0,
-            support="all",
-            refresh=5,
-            threshold=0.9,
-            filter_on="corrected",
-            size_threshold=1.0,
-            unsup_weight=2.0,
-            ema=0.5,
-            unlabeled="x",
-            steps=9,
-            teacher_update="frozen",
-            teacher="x.pt",
-            student_init="fresh",
-            burn_in=2,
-            student_labels="onehot",
-            batch_size=4,
-            shrink=1.0,
-            delta_from="teacher",
-            pool="x",
-            calibration="x.json",
-            holdout=0.3,
-            stratify=True,
-        ).items()
-    ),
-    *(
-        (
-            dict(stage=stage, **SMALL if stage == "retrieve" else {}) | {k: v},
-            f"--{k.replace('_', '-')} ",
-        )
-        for stage in ("prototypes", "retrieve")
-        for k, v in dict(
-            teacher_steps=9, teacher_batch_size=4, teacher="x.pt", steps=9, calibration="x.json"
-        ).items()
-    ),
-    (dict(stage="calibrate", calibration="x.json"), "--calibration "),
-    (dict(stage="calibrate", steps=9), "--steps "),
-    *(
-        (dict(smoothing="none") | {k: v}, f"--{k.replace('_', '-')} ")
-        for k, v in dict(
-            eps=0.2,
-            gamma=1.0,
-            convention="literal",
-            student_labels="onehot",
-            sim_tau=0.1,
-            sim_center=True,
-            sim_topk=3,
-            sim_exclude_self=True,
-            counts="images",
-            proto="roi",
-            proto_per_class=3,
-        ).items()
-    ),
-    (dict(smoothing="similarity", gamma=1.0), "--gamma "),
-    (dict(smoothing="uniform", sim_tau=0.1), "--sim-tau "),
-    *(
-        (dict(pseudo="soft") | {k: v}, f"--{k.replace('_', '-')} ")
-        for k, v in dict(
-            lambda_calib=1.0,
-            support="all",
-            refresh=5,
-            calibration="x",
-            shrink=1.0,
-            delta_from="teacher",
-            filter_on="corrected",
-        ).items()
-    ),
-    *(
-        (dict(calibration="x.json", stage="all") | {k: v}, f"--{k.replace('_', '-')} ")
-        for k, v in dict(shrink=1.0, delta_from="teacher", holdout=0.3).items()
-    ),
-    *(
-        ({k: v}, f"--{k.replace('_', '-')} ")
-        for k, v in dict(
-            neighbours=3,
-            retrieval_model="resnet18",
-            retrieval_weights="none",
-            index="Flat",
-            duplicate=0.5,
-            window=8,
-            global_blocks=2,
-            patch_resize="bicubic",
-            drop_path=0.1,
-            checkpointing=True,
-        ).items()
-    ),
-    (dict(federated=0, fed_soft="topk"), "--fed-soft "),
-    (dict(cls_loss="softmax", fed_soft="topk"), "--fed-soft "),
-    (dict(cls_loss="softmax", federated=3), "--federated "),
-    (dict(cls_loss="softmax", prior=0.1), "--prior "),
-    (dict(teacher_update="frozen", ema=0.5), "--ema "),
-    (dict(teacher_update="frozen", burn_in=2), "--burn-in "),
-    (dict(calib_samples="gt", calib_iou="mask"), "--calib-iou "),
-    (dict(pseudo="onehot", filter_on="corrected"), "--filter-on "),
     (dict(pool="x", unlabeled="y"), "--pool "),
-    (dict(tune=True, val="tune"), "--val "),
 ]
 
 
@@ -2768,7 +2465,7 @@ LATER = [  # what is found when networks, prototypes or labels are needed
 @pytest.mark.parametrize("flags, said", LATER, ids=words)
 def test_refused_when_it_is_needed(trained, pool, line, typed, texts, tmp_path, flags, said):
     places = {"TEACHER": trained / "teacher.pt", "POOL": pool}
-    more = dict(frequency="file", proto="roi") if "pool" in flags else {}
+    more = dict(frequency="file") if "pool" in flags else {}
     error = typed(
         line(**more, **{k: places.get(v, v) if isinstance(v, str) else v for k, v in flags.items()})
     ).error()
