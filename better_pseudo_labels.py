@@ -534,7 +534,7 @@ def embed_objects(
     num_classes = len(data.classes)
     chosen = choose_objects(photos, {*range(num_classes)}, args.proto_per_class, args.split_seed)
     distributed.seed_torch(args.seed, "prototypes")
-    net = embedder(args.backbone, args.weights, args.root, args.embed_size).to(world.device)
+    net = embedder(args).to(world.device)
     found = embed_crops(net, chosen, data, args.embed_size, world, args.workers)
     return {
         "prototypes": prototypes(found.embeddings, found.labels, num_classes),
@@ -931,7 +931,9 @@ def unwindows(x: Tensor, w: int, size: tuple[int, int]) -> Tensor:
 def maybe_checkpoint(on: bool, function: Callable, *inputs):
     """function(*inputs); when `on`, activations are computed again in the backward pass instead of
     being kept."""
-    return checkpoint(function, *inputs, use_reentrant=False) if on else function(*inputs)
+    if on:
+        return checkpoint(function, *inputs, use_reentrant=False)
+    return function(*inputs)
 
 
 class SimplePyramid(nn.Module):
@@ -1527,12 +1529,11 @@ def repeat_factors(photos: list[Photo], num_classes: int, threshold: float) -> n
     """How often each picture comes in a pass, (len(photos),) float64, 1 or more: of its classes the
     largest r(c) = max(1, sqrt(threshold / f_c)), f_c the share of `photos` that hold class c (LVIS,
     arXiv 1908.03195)."""
-    held = [sorted(singles(photo)) for photo in photos]
-    counts = np.bincount(
-        np.array([c for classes in held for c in classes], np.int64), minlength=num_classes
-    )
+    classes_of = [sorted(singles(photo)) for photo in photos]
+    every = np.array([c for classes in classes_of for c in classes], np.int64)
+    counts = np.bincount(every, minlength=num_classes)
     factors = np.maximum(1, np.sqrt(threshold * len(photos) / np.maximum(counts, 1)))
-    return np.array([factors[classes].max(initial=1) for classes in held])
+    return np.array([factors[classes].max(initial=1) for classes in classes_of])
 
 
 def jittered_window(size: tuple[int, int], args: Args, g: np.random.Generator) -> Window:
@@ -1770,7 +1771,8 @@ def retrieve(
 
     out, size = Path(args.out), args.embed_size
     distributed.seed_torch(args.seed, "retrieval")
-    net = embedder(args.retrieval_model, args.retrieval_weights, args.root, size).to(world.device)
+    of_retrieval = {"backbone": args.retrieval_model, "weights": args.retrieval_weights}
+    net = embedder(replace(args, **of_retrieval)).to(world.device)
     rare = {c for c, group in enumerate(groups) if group == "r"}
     chosen = choose_objects(labeled, rare, 10**9, args.split_seed)
     if not chosen:
@@ -2334,26 +2336,27 @@ def create(name: str, weights: str, **options: Any) -> nn.Module:
         ) from None
 
 
-def backbone_weights(weights: str, backbone: str, root: str) -> dict[str, Tensor] | None:
+# SAME AS gta_seg.py:backbone_weights
+def backbone_weights(args: Args) -> dict[str, Tensor] | None:
     """The tensors that --weights names, a file's or the embedded data's own; None for imagenet and
     none."""
-    if weights in ("imagenet", "none"):
+    if args.weights in ("imagenet", "none"):
         return None
-    if weights == "shapes":
+    if args.weights == "shapes":
         from data import shapes
 
-        return checkpoints.read_weights(shapes.pretrained(Path(root), backbone))
-    return checkpoints.read_weights(Path(weights))
+        return checkpoints.read_weights(shapes.pretrained(Path(args.root), args.backbone))
+    return checkpoints.read_weights(Path(args.weights))
 
 
-def embedder(name: str, weights: str, root: str, size: int) -> Embedder:
-    """An Embedder with the weights that --weights or --retrieval-weights name, in eval mode."""
-    net = Embedder(name, size, pretrained=weights == "imagenet")
-    if weights not in ("imagenet", "none"):
-        if name.startswith(ONE_SIZE):
-            net.body = create(name, weights, img_size=size)
+def embedder(args: Args) -> Embedder:
+    """What embeds objects: --backbone with the weights that --weights names, in eval mode."""
+    net = Embedder(args.backbone, args.embed_size, pretrained=args.weights == "imagenet")
+    if args.weights not in ("imagenet", "none"):
+        if args.backbone.startswith(ONE_SIZE):  # timm reads EVA-02's own files
+            net.body = create(args.backbone, args.weights, img_size=args.embed_size)
         else:
-            checkpoints.load_matching(net.body, backbone_weights(weights, name, root), weights)
+            checkpoints.load_matching(net.body, backbone_weights(args), args.weights)
     return net.requires_grad_(False).eval()
 
 
@@ -2368,7 +2371,7 @@ def network(args: Args, num_classes: int, world: World, name: str, fresh: bool =
         if args.backbone.startswith("eva02"):
             net.backbone.take(create(args.backbone, args.weights, **eva_options(args)))
         else:
-            weights = backbone_weights(args.weights, args.backbone, args.root)
+            weights = backbone_weights(args)
             notes = checkpoints.load_matching(net.backbone.cnn.body, weights, args.weights)
     if fresh and args.init_detector:
         notes = load_detector(net, Path(args.init_detector))

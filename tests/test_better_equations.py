@@ -360,7 +360,7 @@ def test_prototypes_of_drawn_objects(tail, tmp_path):
     saved = checkpoints.load_checkpoint(tmp_path / "prototypes.pt", bpl.PROTOTYPES)
     distributed.seed_torch(args.seed, "prototypes")
     net, sums, numbers = (
-        bpl.embedder(args.backbone, "none", "", 32),
+        bpl.embedder(args),
         torch.zeros(c, net_width(args)),
         [0] * c,
     )
@@ -410,9 +410,7 @@ def test_prototypes_of_another_command_are_made_anew(tail, tmp_path, monkeypatch
 
 def net_width(args: Args) -> int:
     with torch.random.fork_rng():
-        return bpl.embedder(args.backbone, "none", "", 32)(
-            torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
-        ).shape[1]
+        return bpl.embedder(args)(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape[1]
 
 
 @pytest.mark.parametrize("smoothing", ["uniform", "similarity", "similarity+freq"])
