@@ -1567,9 +1567,9 @@ def strong_view(image: Tensor, g: np.random.Generator) -> Tensor:
     if g.random() < 0.2:
         image = tv.rgb_to_grayscale(image, num_output_channels=3)
     if g.random() < 0.5:
-        blur = ImageFilter.GaussianBlur(g.uniform(0.1, 2.0))
-        blurred = Image.fromarray(image.permute(1, 2, 0).numpy()).filter(blur)
-        image = torch.from_numpy(np.array(blurred)).permute(2, 0, 1).contiguous()
+        picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+        picture = picture.filter(ImageFilter.GaussianBlur(g.uniform(0.1, 2.0)))
+        image = torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
     return image
 
 
