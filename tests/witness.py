@@ -203,7 +203,7 @@ BETTER_TINY = (
     "better_pseudo_labels.py --dataset lvis --root {data}/few-tail --frequency subset"
     " --backbone test_resnet --image-size 64 --width 32 --fc 64 --head-convs 1 --anchor-scale 4.0"
     " --proposals 20 --rpn-batch 32 --roi-batch 16 --lr 1e-3 --layer-decay 0.5 --eval-every 99"
-    " --log-every 1 --workers 0 --device cpu --scale 0.7 1.4 --calib-min-score 0.2 --out {out}"
+    " --log-every 1 --workers 0 --device cpu --scale 0.7 1.4 --calib-min-score 0.1 --out {out}"
 )
 # From a detector that finds things: 60 steps are enough on the pictures that it has learned.
 FOUND = (
@@ -213,12 +213,12 @@ FOUND = (
 TAUGHT = FOUND + " --teacher-batch-size 2 --teacher-steps 2"
 ALONE = TAUGHT + " --stage teacher --embed-size 32"  # the teacher's labels: Eqs. 1 to 3
 BETTER = (
-    TAUGHT + " --embed-size 32 --holdout 0.25 --batch-size 2 --steps 3 --ema 0.9 --threshold 0.2"
+    TAUGHT + " --embed-size 32 --holdout 0.25 --batch-size 2 --steps 3 --ema 0.9 --threshold 0.1"
 )
 # A student whose pseudo labels need no calibration, or have that of another run.
 SOFT = (
     FOUND + " --stage student --teacher {runs}/better/teacher.pt --batch-size 2 --steps 3"
-    " --embed-size 32 --threshold 0.2 --pseudo soft"
+    " --embed-size 32 --threshold 0.1 --pseudo soft"
 )
 GIVEN = SOFT + " --ema 0.9 --pseudo calibrated --calibration {data}/delta.json"
 CALIBRATE = (
@@ -277,13 +277,13 @@ BETTER_RUNS = {
     "better grid teacher": TAUGHT
     + " --teacher-steps 1 --embed-size 32 --tune --grid teacher --holdout 0.25",
     "better grid student": FOUND
-    + " --embed-size 32 --holdout 0.25 --batch-size 2 --steps 1 --ema 0.9 --threshold 0.2 --tune"
+    + " --embed-size 32 --holdout 0.25 --batch-size 2 --steps 1 --ema 0.9 --threshold 0.1 --tune"
     " --grid student --teacher {runs}/better/heldout.pt",
     "better retrieve": FOUND + SEARCH + " --stage retrieve",
     "better faiss": FOUND + SEARCH + " --stage retrieve --index Flat",
     "better pool": TAUGHT
     + SEARCH
-    + " --batch-size 2 --steps 2 --threshold 0.2 --ema 0.9 --pseudo soft",
+    + " --batch-size 2 --steps 2 --threshold 0.1 --ema 0.9 --pseudo soft",
     "better softmax": ALONE + " --init-detector '' --cls-loss softmax",
     "better federated": ALONE + " --federated 3 --fed-soft mask",
     "better federated all": ALONE + " --federated 3 --fed-soft fg-all",
