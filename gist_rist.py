@@ -479,7 +479,8 @@ def refine_step(
     """Algorithm 1, lines 10 and 11 (Algorithm 2, lines 8 and 9), with the consistency loss: one
     iteration on labels (alpha = 1), pseudo labels (alpha = 0), both, or one of them drawn by a coin
     (alpha is None, Fig. 6). It composes Eqs. 1 to 8. A batch that the stage does not learn from
-    serves the consistency loss alone, with --cl-on both."""
+    serves the consistency loss alone, with --cl-on both. Returned for the log: loss; and loss_l,
+    cl_l, mean_l of the labeled batch, loss_p, cl_p, mean_p of the other one."""
     if alpha is None:
         alpha = float(rng(args.seed, path, "alpha", step).random() > 0.5)
     losses = {"l": 0.0, "p": 0.0}
@@ -1497,34 +1498,33 @@ def save_scores(file: Path, scores: Scores, temp: float) -> None:
 
 
 # ========================================================================== data, weights, and runs
+# SAME AS gta_seg.py:backbone_weights
 def backbone_weights(args: Args) -> dict[str, Tensor] | None:
-    """The tensors that --weights names: a file's, the embedded data's own, or ImageNet's for a
-    Caffe-style ResNet. None for none, and for imagenet where the backbone brings its own."""
-    if args.weights == "none":
+    """The tensors that --weights names, a file's or the embedded data's own; None for imagenet and
+    none."""
+    if args.weights in ("imagenet", "none"):
         return None
-    if args.weights == "imagenet":
-        if args.backbone not in CAFFE:
-            return None
-        name = args.backbone.removeprefix("caffe_") + ".tv_in1k"
-        return backbones.build(name, 32, True)[0].state_dict()
     if args.weights == "shapes":
         from data import shapes
 
         return checkpoints.read_weights(shapes.pretrained(Path(args.root), args.backbone))
-    if not args.weights:
-        raise UserError(
-            "The paper starts from MS-COCO weights: give the file resnet101COCO-41f33a49.pth (or "
-            "another layout of docs/gist_rist.md) with --weights FILE, or start with --weights "
-            "imagenet --pixels imagenet."
-        )
     return checkpoints.read_weights(Path(args.weights))
 
 
 def initial_weights(args: Args, num_classes: int) -> tuple[dict[str, Tensor] | None, list[str]]:
     """The tensors of a whole network that --weights names, with a fresh classifier, and lines for
     the user; None where the network brings its weights itself."""
+    if not args.weights:
+        raise UserError(
+            "The paper starts from MS-COCO weights: give the file resnet101COCO-41f33a49.pth (or "
+            "another layout of docs/gist_rist.md) with --weights FILE, or start with --weights "
+            "imagenet --pixels imagenet."
+        )
     weights = backbone_weights(args)
     check_pixels(args, weights)
+    if args.weights == "imagenet" and args.backbone in CAFFE:  # torchvision's, of the same names
+        name = args.backbone.removeprefix("caffe_") + ".tv_in1k"
+        weights = backbones.build(name, 32, True)[0].state_dict()
     if weights is None:
         return None, []
     distributed.seed_torch(args.seed, "student")
@@ -1534,7 +1534,7 @@ def initial_weights(args: Args, num_classes: int) -> tuple[dict[str, Tensor] | N
         weights = caffe_weights(weights, net.backbone, args.weights)
         kind = "ImageNet, normalised RGB" if args.pixels == "imagenet" else "COCO, 0 to 255"
         notes.append(f"of {args.weights}: {kind}")
-    elif args.weights != "imagenet":
+    else:
         check_cut(args, weights, net.backbone)
     notes += checkpoints.load_matching(net.backbone, weights, args.weights)
     return net.state_dict(), notes
@@ -1564,6 +1564,7 @@ def check_cut(args: Args, weights: dict[str, Tensor], backbone: nn.Module) -> No
         )
 
 
+# SAME AS gta_seg.py:find_data
 def find_data(args: Args, classes: list[str] | None = None) -> Segmentation:
     """The data set that --dataset and --root name; the embedded one is drawn on first use."""
     root = Path(args.root)
