@@ -491,6 +491,7 @@ def refine_step(
         if batch is None or (weight == 0 and not in_consistency):
             continue
         teacher = s.teacher if in_consistency else None
+        # Eqs. 4, 5
         o, f, f_teacher = outputs_and_features(s.student, teacher, batch.images, batch.valid)
         if weight > 0:
             losses[name] = upsampled_cross_entropy(o, batch.label)  # Eq. 1
