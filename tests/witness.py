@@ -186,7 +186,7 @@ GUIDED_RUNS = {
     "guided deit": GUIDED_TINY + " --stage teacher --backbone deit_tiny_patch16_224 --steps 2"
     " --vit-resize nearest",
     "guided swin": GUIDED_TINY
-    + " --stage teacher --backbone swin_tiny_patch4_window7_224 --steps 2 --drop-path 0.5",
+    + " --stage teacher --backbone swin_tiny_patch4_window7_224 --steps 2",
     "guided two": "@2 " + GUIDED,
     "guided live two": "@2 " + GUIDED_TINY + " --stage teacher --norm live --batch-size 4",
     "guided preset": "guided_distillation.py --dataset shapes --root {data} --split 5% --workers 0"
