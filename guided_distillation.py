@@ -1718,6 +1718,7 @@ def find_data(args: Args, classes: list[str] | None = None) -> Instances:
     )
 
 
+# SAME AS gta_seg.py:backbone_weights
 def backbone_weights(args: Args) -> dict[str, Tensor] | None:
     """The tensors that --weights names, a file's or the embedded data's own; None for imagenet and
     none."""
@@ -1858,6 +1859,7 @@ def settings(
 CHOOSERS = ("dataset", "split", "stage", "backbone", "steps", "eval", "predict")
 
 
+# SAME AS gta_seg.py:main
 def main(args: Args) -> Any:
     try:
         if args.eval:
