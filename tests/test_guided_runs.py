@@ -848,7 +848,7 @@ def test_evaluation_and_prediction_are_equal_on_any_number_of_processes(copy, th
     )
 
 
-@pytest.mark.parametrize("batch_size", [0, 3, 5])
+@pytest.mark.parametrize("batch_size", [3, 5])
 def test_batch_that_does_not_divide_is_said_before_processes_meet(line, tmp_path, batch_size):
     for rank in "01":  # nobody listens at the address: none may wait
         env = {
@@ -1212,7 +1212,7 @@ def test_preset_shapes_starts_from_its_own_weights(two_steps, tmp_path, monkeypa
     monkeypatch.setattr(
         shapes, "make_things", lambda root, make=shapes.make_things: make(root, 8, 2, 4)
     )
-    monkeypatch.setattr(gd, "update", lambda s, args: None)
+    monkeypatch.setattr(gd, "update", lambda s: None)
     root = tmp_path / "shapes"
     two_steps(
         lambda: root / "things/images/val/000000000001.jpg",
@@ -1253,7 +1253,7 @@ def test_backbone_takes_a_step_of_both_stages(things, tmp_path, monkeypatch, nam
     """What learns and what does not; nothing is written, for these networks are large."""
     saved, live = {}, name.endswith("live")
     monkeypatch.setattr(
-        checkpoints, "save_checkpoint", lambda path, script, state: saved.update({path.name: state})
+        runs, "save_checkpoint", lambda path, script, state: saved.update({path.name: state})
     )
     monkeypatch.setattr(
         checkpoints, "read_weights", lambda path, *_: saved[path.name]["networks"]["supervised"]
