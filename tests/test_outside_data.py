@@ -160,6 +160,7 @@ def test_a_broken_picture_is_read_or_refused(tmp_path, form, cut, flips):
     assert image.dtype == torch.uint8 and image.dim() == 3 and len(image) == 3
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @whatever
 @given(content=st.binary(max_size=200))
 @pytest.mark.parametrize("name", ["net.pth", "net.safetensors", "net.pkl"])
