@@ -937,8 +937,8 @@ def kill() -> None:
 def die(at: int | str) -> None:
     """In a process of its own: SIGKILL at the end of the step `at`; when half of the file `at` is
     written; when the networks of the phase `begin ...` are to be made; or when prototypes
-    (`embed`), Delta (`measure`) or an evaluation (`score`) are to begin."""
-    tally, made = runs.Run.tally, bp.begin
+    (`embed`), Delta (`measure`) or the evaluation of a step (`score ...`) are to begin."""
+    tally, made, scored = runs.Run.tally, bp.begin, bp.score_networks
 
     def opened(path, mode="r", **more):
         file = open(path, mode, **more)
@@ -956,8 +956,7 @@ def die(at: int | str) -> None:
         bp.embed_objects = lambda *args: kill()
     if at == "measure":
         bp.calibrate = lambda *args: kill()
-    if at == "score":
-        bp.score_networks = lambda *args: kill()
+    bp.score_networks = lambda s, *args: kill() if at == f"score {s.step}" else scored(s, *args)
     common_files.open = opened
 
 
@@ -983,7 +982,7 @@ MOMENTS = [
     (3, 3),
     ("teacher.pt", 3),
     ("last.pt", 3),
-    ("score", 4),
+    ("score 4", 4),
     ("supervised.segm.json", 4),
     ("measure", 4),
     ("calibration.json", 4),
@@ -991,11 +990,11 @@ MOMENTS = [
     (4, 4),
     ("last.pt", 4),
     (5, 5),
-    ("score", 6),
+    ("score 6", 6),
     ("student.segm.json", 6),
     (6, 6),
     ("last.pt", 6),
-    ("score", 7),
+    ("score 7", 7),
     ("student.segm.json", 7),
     ("last.pt", 7),
     ("results.json", 7),
