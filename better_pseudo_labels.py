@@ -2136,10 +2136,9 @@ def delta_of(
         plots.diagram({measured.stem: record["reliability"]}, path.with_suffix(".png"))
         write_text(path, json.dumps(record, indent=1))
         ece = record["reliability"]["ece"]
-        print(
-            f"calibration: {sum(record['samples'])} samples on {len(held)} held-out images, "
-            f"ECE {'none' if ece is None else f'{ece:.3f}'}; {path}"
-        )
+        error = "none" if ece is None else f"{ece:.3f}"
+        number = sum(record["samples"])
+        print(f"calibration: {number} samples on {len(held)} held-out images, ECE {error}; {path}")
     return delta_in(record, data.classes, world)
 
 
