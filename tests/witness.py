@@ -368,7 +368,6 @@ EXPECTED: dict[str, str] = {
             "better calibrate*",
             "better tune",
             "better grid student",
-            "better preset",
         ),
         "Delta is measured on weak views, as pseudo labels are made",
     ),
