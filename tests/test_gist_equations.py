@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import gist_rist
+from common import splits
 from common.distributed import World
 from common.errors import UserError
 from common.nodes import Nodes
@@ -1830,6 +1831,24 @@ def test_dev_miou_counts_the_classes_in_the_labels():
         assert len(found) == 3 and gist_rist.dev_miou(counts) == pytest.approx(
             np.mean(found), abs=1e-4
         )
+
+
+def test_a_fraction_of_cityscapes_is_drawn_without_opening_a_label(tmp_path):
+    """Its labels are empty files here. The development images are apart from the draw."""
+    train = {}
+    for i in range(80):
+        file = tmp_path / f"{i}.png"
+        file.touch()
+        train[file.stem] = Picture(file.stem, file, file)
+    data = Segmentation("cityscapes", tmp_path, ["a", "b"], train, [])
+    args = gist_rist.preset("cityscapes", split="1/50", dev_size=10, device="cpu")
+    tree, said = gist_rist.choose_pictures(args, data)
+    assert [p.name for p in tree.labeled] == splits.draw(list(train), 59, 0)
+    parts = [{p.name for p in part} for part in (tree.labeled, tree.dev, tree.pool)]
+    assert [len(part) for part in parts] == [59, 10, 11] and len(set.union(*parts)) == 80
+    assert "69 labels used in all" in said
+    with pytest.raises(UserError, match="no unlabeled image"):
+        gist_rist.choose_pictures(replace(args, dev_size=21), data)
 
 
 def test_cityscapes_is_read_at_half_size():
