@@ -111,6 +111,7 @@ MIX_DECAY, MIX_CONFIDENCE = 0.99, 0.968  # ClassMix: EMA, and a sure pixel. DEPA
 # ========================================================================================= settings
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
+Side = Annotated[int, msgspec.Meta(ge=16)]
 
 
 @dataclass
@@ -193,11 +194,7 @@ class Args:
     batch_size: Annotated[int, msgspec.Meta(ge=2)] = 8
     # size of images and labels before anything else; Cityscapes 0.5. DEPARTS[cityscapes]
     resize: Annotated[float, msgspec.Meta(ge=0.05, le=20)] = 1
-    # height and width in training
-    crop_size: tuple[Annotated[int, msgspec.Meta(ge=16)], Annotated[int, msgspec.Meta(ge=16)]] = (
-        321,
-        321,
-    )
+    crop_size: tuple[Side, Side] = (321, 321)  # height and width in training
     scale: tuple[float, float] = (0.5, 1.5)  # random resizing, lowest and highest. DEPARTS[scale]
     lr: float = 2.5e-4  # of the backbone, at the beginning of each node
     head_lr: float = 10  # times lr, for the classifier. DEPARTS[lr]
