@@ -379,13 +379,14 @@ class Features(nn.Module):
 
 def deeplab_resnet(body: nn.Module, stride: int) -> None:
     """What the released network changes in a ResNet: max pooling in ceil mode and, at stride 8,
-    dilations 4, 8, 16 in the three bottlenecks of the last stage. Other backbones stay as they
-    are. DEPARTS[open]"""
-    if not hasattr(body, "layer4"):
+    dilations 4, 8, 16 in the three bottlenecks of the last stage. DEPARTS[open]
+
+    Other backbones stay as they are, and toys with one block a stage, such as test_resnet."""
+    blocks = list(getattr(body, "layer4", ()))
+    if len(blocks) < 2:
         return
     if isinstance(getattr(body, "maxpool", None), nn.MaxPool2d):
         body.maxpool.ceil_mode = True
-    blocks = list(body.layer4)
     bottlenecks = all(
         hasattr(block, "conv3") and isinstance(getattr(block, "conv2", None), nn.Conv2d)
         for block in blocks
