@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from common.errors import UserError
 from common.files import write_bytes
 
+# Keys under which programs keep a state dict; inner ones later.
+WRAPPERS = ("networks", "model", "state_dict", "teacher", "supervised", "student")
+
 
 # -------------------------------------------------------------------------------------- checkpoints
 def save_checkpoint(path: Path, script: str, state: dict) -> None:
@@ -39,81 +42,54 @@ def load_checkpoint(path: Path, script: str) -> dict:
     return state | {"path": str(path)}
 
 
+# ----------------------------------------------------------------------------- weights of others
 def read_weights(path: Path, flag: str = "--weights") -> dict[str, Tensor]:
-    """A flat dict of tensors from .pth/.pt/.bin (weights_only), .safetensors or .pkl, without
-    wrappers' prefixes."""
+    """A flat dict of tensors from .pth, .pt or .bin (weights_only), .safetensors or .pkl, without
+    what other programs wrap around them; UserError, which names the `flag`, when there is none."""
     if not path.is_file():
         raise UserError(f"{flag} {path}: no such file; give imagenet, none or a file.")
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            weights = load_file(str(path))
-        elif path.suffix == ".pkl":
-            pass
-
-            weights = read_pickle(path)
-        else:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
+        content = read_any(path)
     except Exception as error:  # noqa: BLE001 (each format has its own)
         raise UserError(
             f"{flag} {path} cannot be read as weights ({type(error).__name__}); save it again as a "
             f"plain state dict."
         ) from None
-    for wrapper in ("networks", "model", "state_dict", "teacher", "supervised", "student"):
-        if isinstance(weights, dict) and isinstance(weights.get(wrapper), dict):
-            weights = weights[wrapper]
-    weights = weights if isinstance(weights, dict) else {}
-    weights = {k: torch.as_tensor(v) for k, v in weights.items() if hasattr(v, "shape")}
-    while weights and all(k.startswith("module.") for k in weights):
-        weights = {k.removeprefix("module."): v for k, v in weights.items()}
+    weights = unwrapped(content)
     if not weights:
         raise UserError(f"{flag} {path} holds no tensors.")
     return weights
 
 
-def load_exact(network: nn.Module, weights: dict[str, Tensor], path: str) -> None:
-    """Load all tensors of the checkpoint `path`; UserError when the network was built with other
-    settings."""
-    try:
-        network.load_state_dict(weights)
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip()[:90]
-        raise UserError(
-            f"{path} does not fit the network of these settings ({first}); leave --backbone, --width and "
-            f"other network flags as they were."
-        ) from None
+def read_any(path: Path):
+    """What a file of weights holds, by its suffix. Nothing in the file is executed."""
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(str(path))
+    if path.suffix == ".pkl":
+        with open(path, "rb") as file:
+            return ArraysOnly(file, encoding="latin1").load()
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def load_matching(network: nn.Module, weights: dict[str, Tensor], what: str) -> list[str]:
-    """Load every tensor whose name and shape fit; return lines that report each one that did not.
-
-    Raises UserError when nothing fits."""
-    own = network.state_dict()
-    fits = {k: v for k, v in weights.items() if k in own and own[k].shape == v.shape}
-    if not any(v.dim() > 1 for v in fits.values()):
-        raise UserError(
-            f"None of the {len(weights)} tensors of {what} fits this --backbone "
-            f"(for example {next(iter(weights))})."
-        )
-    network.load_state_dict(fits, strict=False)
-    wrong = [k for k in weights if k in own and k not in fits]
-    fresh = [k for k in own if k not in fits and not k.endswith("num_batches_tracked")]
-    unused = [k for k in weights if k not in own]
-    return [
-        f"{label} ({len(keys)}): {', '.join(keys)}"
-        for label, keys in [
-            ("of another shape, left fresh", wrong),
-            ("not in the file, left fresh", fresh),
-            ("in the file, not in the network", unused),
-        ]
-        if keys
-    ]
+def unwrapped(content) -> dict[str, Tensor]:
+    """The tensors of a state dict, out of the dictionaries and without the prefixes that training
+    programs wrap around it. The network of several is the first in WRAPPERS that is there."""
+    for wrapper in WRAPPERS:
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    if not isinstance(content, dict):
+        return {}
+    weights = {k: torch.as_tensor(v) for k, v in content.items() if hasattr(v, "shape")}
+    while weights and all(key.startswith("module.") for key in weights):
+        weights = {key.removeprefix("module."): value for key, value in weights.items()}
+    return weights
 
 
-# ------------------------------------------------------------------------------------- weight files
 class ArraysOnly(pickle.Unpickler):
-    """Detectron2 and Caffe2 .pkl files: dicts of numpy arrays and nothing else may be built."""
+    """Reads Detectron2's and Caffe2's .pkl files: dicts of numpy arrays, and nothing else may be
+    built, so that a foreign file cannot run anything."""
 
     ALLOWED = {
         ("numpy.core.multiarray", "_reconstruct"),
@@ -130,7 +106,37 @@ class ArraysOnly(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def read_pickle(path: Path):
-    """A pickled dict of arrays, without the means to run anything."""
-    with open(path, "rb") as file:
-        return ArraysOnly(file, encoding="latin1").load()
+# -------------------------------------------------------------------------------- into a network
+def load_exact(network: nn.Module, weights: dict[str, Tensor], path: str) -> None:
+    """Load all tensors of the checkpoint `path`; UserError when the network was built with other
+    settings."""
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip()[:90]
+        raise UserError(
+            f"{path} does not fit the network of these settings ({first}); leave --backbone, "
+            f"--width and other network flags as they were."
+        ) from None
+
+
+def load_matching(network: nn.Module, weights: dict[str, Tensor], what: str) -> list[str]:
+    """Load every tensor whose name and shape fit; return lines that report each one that did not.
+
+    Raises UserError when nothing fits."""
+    own = network.state_dict()
+    fits = {k: v for k, v in weights.items() if k in own and own[k].shape == v.shape}
+    if not any(v.dim() > 1 for v in fits.values()):
+        raise UserError(
+            f"None of the {len(weights)} tensors of {what} fits this --backbone "
+            f"(for example {next(iter(weights))})."
+        )
+    network.load_state_dict(fits, strict=False)
+    reports = {
+        "of another shape, left fresh": [k for k in weights if k in own and k not in fits],
+        "not in the file, left fresh": [
+            k for k in own if k not in fits and not k.endswith("num_batches_tracked")
+        ],
+        "in the file, not in the network": [k for k in weights if k not in own],
+    }
+    return [f"{what} ({len(keys)}): {', '.join(keys)}" for what, keys in reports.items() if keys]

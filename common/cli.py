@@ -21,24 +21,13 @@ def cli(
     choosers: tuple[str, ...] = ("dataset",),
     argv: list[str] | None = None,
 ) -> None:
-    """Parse the command line over a preset and run `main(args)`; a UserError leaves with one
-    sentence and code 2.
+    """Parse the command line over a preset and run `main(args)`. A UserError leaves with one
+    sentence and code 2; a defect of ours leaves with its traceback and code 1.
 
     `choosers` are the flags that pick the defaults: `preset(dataset="shapes")` returns the settings
     that every other flag then overrides, so that --help shows the numbers which will be used."""
-    import tyro
-
-    argv = sys.argv[1:] if argv is None else argv
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in choosers:
-        first.add_argument(f"--{name}", default=argparse.SUPPRESS)
     try:
-        try:
-            default = preset(**vars(first.parse_known_args(argv)[0]))
-        except KeyError:
-            default = preset()  # an unknown name: tyro lists those that exist
-        # --flag and --no-flag: presets have both
-        main(tyro.cli(args_type, default=default, args=argv))
+        main(parse(args_type, preset, choosers, sys.argv[1:] if argv is None else argv))
     except Stopped as stopped:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"\n{stopped}", flush=True)
@@ -49,15 +38,35 @@ def cli(
             file=sys.stderr,
         )
         leave(130)
-    except Exception as error:  # noqa: BLE001 (only those with a sentence stay)
-        if (sentence := user_sentence(error)) is None:
+    except Exception as error:  # noqa: BLE001 (those without a sentence are raised again)
+        sentence = user_sentence(error)
+        if sentence is None:
             raise
-        alone = sentence != LOST and (
-            isinstance(error, RankError) or not isinstance(error, UserError)
-        )
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0 or alone:  # else another process says the same
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0 or is_of_one_process(error, sentence):
             print(f"error: {sentence}", file=sys.stderr, flush=True)
         leave(2)
+
+
+def parse(args_type: type, preset: Callable, choosers: tuple[str, ...], argv: list[str]):
+    """The settings that a command line asks for."""
+    import tyro
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in choosers:
+        first.add_argument(f"--{name}", default=argparse.SUPPRESS)
+    chosen, _ = first.parse_known_args(argv)
+    try:
+        default = preset(**vars(chosen))
+    except KeyError:
+        default = preset()  # a name that does not exist: tyro lists those that do
+    return tyro.cli(args_type, default=default, args=argv)
+
+
+def is_of_one_process(error: Exception, sentence: str) -> bool:
+    """Whether an error may have met this process alone, so that no other one says its sentence."""
+    if sentence == LOST:
+        return False
+    return isinstance(error, RankError) or not isinstance(error, UserError)
 
 
 def leave(code: int) -> None:
@@ -162,12 +171,15 @@ def check_meaning(args, base, method: str, flags_of: dict[str, str], idle: dict[
 def saved_settings(args_type: type, path: Path, script: str):
     """The settings inside a checkpoint, for scoring or predicting with it on this machine."""
     saved = load_checkpoint(path, script)["settings"]
-    default = args_type()
-    if unknown := sorted(saved.keys() - vars(default).keys()):
+    default = vars(args_type())
+    unknown = sorted(saved.keys() - default.keys())
+    if unknown:
         raise UserError(
-            f"{path} has settings unknown here ({', '.join(unknown)}); use the version that wrote it."
+            f"{path} has settings unknown here ({', '.join(unknown)}); use the version that wrote "
+            f"it."
         )
-    saved = {k: tuple(v) if isinstance(getattr(default, k), tuple) else v for k, v in saved.items()}
-    return args_type(
-        **saved | {k: getattr(default, k) for k in ("resume", "device", "workers", "compile")}
-    )
+    for name, value in saved.items():
+        if isinstance(default[name], tuple):  # JSON made a list of it
+            saved[name] = tuple(value)
+    of_this_machine = {k: default[k] for k in ("resume", "device", "workers", "compile")}
+    return args_type(**saved | of_this_machine)

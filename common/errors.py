@@ -8,6 +8,15 @@ import torch
 
 LOST = "another process of this run stopped, or the network to it failed; see its message."
 
+# What gloo, NCCL and torchrun's store say when another process is gone. NCCL says other things too.
+WORDS_OF_LOST_PEERS = (
+    "closed by peer",
+    "closed by remote peer",
+    "onnection reset",
+    "remote process exited",
+    "likely closed",
+)
+
 
 class UserError(Exception):
     """Something the user can mend. The message is one sentence: what, where, what to do."""
@@ -17,34 +26,27 @@ class RankError(UserError):
     """A UserError that only one process met, so that this process must say it."""
 
 
-def user_sentence(error: BaseException) -> str | None:
-    """The sentence for the user, or None when this is a defect of ours and deserves its
-    traceback."""
-    text = str(error)
-    if isinstance(error, UserError):  # a DataLoader worker wraps it in its traceback
-        return re.split(r"(?:BrokenImage|RankError|UserError): ", text)[-1].strip()
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return (
-            f"No space left on the disk, or in its quota, while writing {error.filename or 'the run folder'}; the "
-            f"last checkpoint is whole, so free some space and continue with --resume."
-        )
-    words = (
-        "closed by peer",
-        "closed by remote peer",
-        "onnection reset",
-        "remote process exited",
-        "likely closed",
-    )
-    if (
-        isinstance(error, RuntimeError)
-        and any(w in text for w in words)
-        and int(os.environ.get("WORLD_SIZE", 1)) > 1
-    ):
-        return LOST  # of gloo, NCCL and the store; NCCL has others, too
-    if "out of memory" in text.lower() and isinstance(error, torch.OutOfMemoryError):
-        return "The GPU ran out of memory; use a smaller --batch-size or --crop-size, or more GPUs."
-    return None
-
-
 class Stopped(Exception):
     """A run that was asked to leave and has saved its state."""
+
+
+def user_sentence(error: BaseException) -> str | None:
+    """The sentence for the user, or None when the error is a defect of ours and deserves its
+    traceback."""
+    text = str(error)
+    if isinstance(error, UserError):
+        # A DataLoader's worker hands on its error wrapped in the worker's traceback.
+        return re.split(r"(?:BrokenImage|RankError|UserError|SplitError): ", text)[-1].strip()
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        place = error.filename or "the run folder"
+        return (
+            f"No space left on the disk, or in its quota, while writing {place}; the last "
+            f"checkpoint is whole, so free some space and continue with --resume."
+        )
+    several_processes = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if isinstance(error, RuntimeError) and several_processes:
+        if any(words in text for words in WORDS_OF_LOST_PEERS):
+            return LOST
+    if isinstance(error, torch.OutOfMemoryError) and "out of memory" in text.lower():
+        return "The GPU ran out of memory; use a smaller --batch-size or --crop-size, or more GPUs."
+    return None

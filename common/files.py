@@ -1,5 +1,4 @@
-"""Images, labels and weights as they lie on disk: what a data set is, how files are read, and by
-which processes."""
+"""Images and text as they lie on disk: decoding, and atomic writing."""
 
 import contextlib
 import json
@@ -15,10 +14,13 @@ from torch import Tensor
 
 from common.errors import RankError, UserError
 
+IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
+
+# ------------------------------------------------------------------------------------------ writing
 def write_bytes(path: Path, data: bytes | memoryview) -> None:
-    """Write to a temporary file, flush it to the disk, rename: a reader sees the old file or the
-    new one."""
+    """Write to a temporary file, flush it to the disk, rename it: a reader sees the old file or the
+    new one, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -35,6 +37,7 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
+# ------------------------------------------------------------------------------------------- a log
 def parse_line(line: str) -> dict:
     """One line of a log; {} when a crash left it torn."""
     with contextlib.suppress(json.JSONDecodeError):
@@ -43,34 +46,30 @@ def parse_line(line: str) -> dict:
 
 
 def read_log(path: Path) -> list[dict]:
-    return [record for line in path.read_text().splitlines() if (record := parse_line(line))]
+    """The records of a log, without torn lines."""
+    records = [parse_line(line) for line in path.read_text().splitlines()]
+    return [record for record in records if record]
 
 
-IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-
-
-# ------------------------------------------------------------------------------------------ reading
-def image_files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGES)
-
-
+# ------------------------------------------------------------------------------------------- images
 class BrokenImage(RankError):
     """An image that cannot be decoded: training skips it, evaluation stops."""
 
 
+def image_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGES)
+
+
 def read_image(path: Path) -> Tensor:
-    """(3, H, W) uint8 RGB, with the camera's rotation applied to nothing: pixels as they lie in the
-    file."""
+    """(3, H, W) uint8 RGB. The pixels are taken as they lie in the file: a camera's note that the
+    picture should be turned is not followed, because label maps are not turned either."""
     try:
         with Image.open(path) as file:
             if file.mode == "F":
                 raise ValueError("its pixels are floating-point numbers; save it with 8 bits")
-            if file.mode.startswith("I"):  # 16 bits, which PIL would cut to white
-                grey = np.array(file)
-                file = Image.fromarray(
-                    (grey // 257 if grey.max() > 255 else grey).clip(0, 255).astype(np.uint8)
-                )
-            return torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1).contiguous()
+            if file.mode.startswith("I"):
+                file = with_8_bits(file)
+            pixels = np.array(file.convert("RGB"))
     except (
         OSError,
         UnidentifiedImageError,
@@ -79,11 +78,23 @@ def read_image(path: Path) -> Tensor:
         Image.DecompressionBombError,
     ) as error:
         raise BrokenImage(f"{path} cannot be read as an image ({error})") from None
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
+def with_8_bits(image: Image.Image) -> Image.Image:
+    """A grey picture of 16 bits in 8, where PIL would turn everything bright to white."""
+    grey = np.array(image)
+    if grey.max() > 255:
+        grey = grey // 257
+    return Image.fromarray(grey.clip(0, 255).astype(np.uint8))
+
+
+# -------------------------------------------------------------------------- pictures of --predict
 def pictures(paths: list[str]) -> list[Path]:
     """The images that --predict names, folders opened; UserError when there are none."""
-    files = [f for p in map(Path, paths) for f in (image_files(p) if p.is_dir() else [p])]
+    files = []
+    for path in map(Path, paths):
+        files += image_files(path) if path.is_dir() else [path]
     if not files:
         raise UserError(
             "--predict needs a checkpoint and then images, or folders that hold some: "
@@ -93,12 +104,14 @@ def pictures(paths: list[str]) -> list[Path]:
 
 
 def readable(files: list[Path], world) -> Iterator[tuple[int, Path, Tensor]]:
-    """Place, file and image of those that this process shall predict; files that are no images are
-    said and passed over, but an only one is an error."""
-    for i, file in list(enumerate(files))[world.rank :: world.size]:
+    """Place, file and image of those that this process shall predict. A file that is no image is
+    named and passed over, unless it is the only one, which is an error."""
+    for place in range(world.rank, len(files), world.size):
         try:
-            yield i, file, read_image(file)
+            image = read_image(files[place])
         except BrokenImage as error:
             if len(files) == 1:
                 raise
             print(f"passed over: {error}", file=sys.stderr, flush=True)
+            continue
+        yield place, files[place], image

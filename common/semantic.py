@@ -1,5 +1,5 @@
-"""What lies where on disk (VOC/SBD, Cityscapes, plain folders, the embedded set), and which images
-a run learns from.
+"""Semantic data sets: what lies where on disk (VOC with SBD, Cityscapes, plain folders, and the
+embedded set, which lies there as VOC does), and which images a run learns from.
 
 Layouts are described in data/README.md; --split and --unlabeled are read here."""
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from common import splits
 from common.distributed import World, rng
@@ -22,79 +22,12 @@ from common.errors import RankError, UserError
 from common.files import IMAGES, BrokenImage, image_files, read_image
 from common.loading import helpers
 
-
-class Picture(NamedTuple):
-    """One image on disk; `label` is None when there is no label file, or none may be opened."""
-
-    name: str
-    image: Path
-    label: Path | None
-
-
-@dataclass
-class Segmentation:
-    """A data set as found on disk. `to_class` maps the values of a label file to class indices
-    (None: as they are)."""
-
-    name: str
-    root: Path
-    classes: list[str]
-    train: dict[str, Picture]
-    val: list[Picture]
-    extra: list[Picture] = field(default_factory=list)  # images that never had labels
-    to_class: np.ndarray | None = None
-
-
-def read_label(path: Path, data: Segmentation) -> Tensor:
-    """(H, W) uint8 class indices. Palette files are read as indices, never as colours or grey
-    values.
-
-    Raises UserError (RankError, one process may meet it alone) when a value is not a class."""
-    try:
-        with Image.open(path) as file:
-            mode, values = file.mode, np.array(file)
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-        raise RankError(
-            f"The label {path} cannot be read ({error}); fetch or make it again."
-        ) from None
-    if values.ndim != 2 or mode not in ("P", "L", "1", "I", "I;16"):
-        raise RankError(
-            f"The label {path} is a colour picture (mode {mode}); labels are single-channel PNGs of class "
-            f"indices."
-        )
-    if data.to_class is not None:
-        return torch.from_numpy(data.to_class[np.clip(values, 0, 255)])
-    wrong = values[(values >= len(data.classes)) & (values != 255)]
-    if wrong.size:
-        raise RankError(
-            f"The label {path} holds the value {int(wrong.flat[0])}, but there are {len(data.classes)} "
-            f"classes (0 to {len(data.classes) - 1}, 255 to ignore); correct the file or classes.txt."
-        )
-    return torch.from_numpy(values.astype(np.uint8))
-
-
-def load_picture(
-    picture: Picture, data: Segmentation, labels: bool = True
-) -> tuple[Tensor, Tensor | None]:
-    """Image and, when `labels`, its label (None for a picture without one); they must be of one
-    size."""
-    image = read_image(picture.image)
-    if not labels or picture.label is None:
-        return image, None
-    label = read_label(picture.label, data)
-    if label.shape != image.shape[-2:]:
-        raise RankError(
-            f"{picture.image} has {image.shape[2]}x{image.shape[1]} pixels but its label {picture.label} "
-            f"has {label.shape[1]}x{label.shape[0]}; they must agree."
-        )
-    return image, label
-
+IGNORE = 255  # in label maps: a pixel of no class
 
 VOC_CLASSES = (
-    "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
-    "person pottedplant sheep sofa train tvmonitor"
+    "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
+    "motorbike person pottedplant sheep sofa train tvmonitor"
 ).split()
-
 
 CITYSCAPES_CLASSES = [
     "road",
@@ -118,83 +51,180 @@ CITYSCAPES_CLASSES = [
     "bicycle",
 ]
 
-
-# labelId of trainId i
+# The value in a labelIds PNG of each of these classes, in their order.
 CITYSCAPES_IDS = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
+
+
+class Picture(NamedTuple):
+    """One image on disk; `label` is None when there is no label file, or none may be opened."""
+
+    name: str
+    image: Path
+    label: Path | None
+
+
+@dataclass
+class Segmentation:
+    """A data set as found on disk. `to_class` (256,) maps the values of a label file to class
+    indices; None leaves them as they are."""
+
+    name: str
+    root: Path
+    classes: list[str]
+    train: dict[str, Picture]
+    val: list[Picture]
+    extra: list[Picture] = field(default_factory=list)  # images that never had labels
+    to_class: np.ndarray | None = None
+
+
+# ------------------------------------------------------------------------------------------ reading
+def read_label(path: Path, data: Segmentation) -> Tensor:
+    """(H, W) uint8 class indices. Palette files are read as indices, never as colours or grey
+    values.
+
+    Raises UserError (RankError: one process may meet it alone) when a value is no class."""
+    try:
+        with Image.open(path) as file:
+            mode = file.mode
+            values = np.array(file)
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+        raise RankError(
+            f"The label {path} cannot be read ({error}); fetch or make it again."
+        ) from None
+    if values.ndim != 2 or mode not in ("P", "L", "1", "I", "I;16"):
+        raise RankError(
+            f"The label {path} is a colour picture (mode {mode}); labels are single-channel PNGs "
+            f"of class indices."
+        )
+    if data.to_class is not None:
+        return torch.from_numpy(data.to_class[np.clip(values, 0, 255)])
+    number = len(data.classes)
+    wrong = values[(values >= number) & (values != IGNORE)]
+    if wrong.size:
+        raise RankError(
+            f"The label {path} holds the value {int(wrong.flat[0])}, but there are {number} "
+            f"classes (0 to {number - 1}, 255 to ignore); correct the file or classes.txt."
+        )
+    return torch.from_numpy(values.astype(np.uint8))
+
+
+def load_picture(
+    picture: Picture, data: Segmentation, labels: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """Image and, when `labels`, its label (None for a picture without one); they must be of one
+    size."""
+    image = read_image(picture.image)
+    if not labels or picture.label is None:
+        return image, None
+    label = read_label(picture.label, data)
+    if label.shape != image.shape[-2:]:
+        raise RankError(
+            f"{picture.image} has {image.shape[2]}x{image.shape[1]} pixels but its label "
+            f"{picture.label} has {label.shape[1]}x{label.shape[0]}; they must agree."
+        )
+    return image, label
+
+
+def classes_in(data: Segmentation, picture: Picture) -> set[int]:
+    """The classes that occur in the label of a picture."""
+    values = np.unique(read_label(picture.label, data).numpy())
+    return set(values.tolist()) - {IGNORE}
 
 
 # ------------------------------------------------------------------------------------------ on disk
 def find(name: str, root: Path, val: str = "val", classes: list[str] | None = None) -> Segmentation:
-    """The data set `name` under `root`, scored on its `val` list; UserError when it is not there,
-    or has not `classes`. The embedded set, shapes, lies on disk as VOC does."""
-    readers = {
-        "voc": find_voc,
-        "shapes": find_voc,
-        "cityscapes": find_cityscapes,
-        "folder": find_folder,
-    }
+    """The data set `name` (voc, shapes, cityscapes, folder) under `root`, scored on its `val` list;
+    UserError when it is not there, or has not these `classes`."""
     if root.exists() and not root.is_dir():
         raise missing(name, root, "a folder")
     if not root.is_dir():
         raise missing(name, root, "the folder itself")
-    data = readers[name](root, val)
+    if name == "cityscapes":
+        data = find_cityscapes(root, val)
+    elif name == "folder":
+        data = find_folder(root, val)
+    else:
+        data = find_voc(root, val)
     data.name = name
     if not data.val:
         raise UserError(f"The list '{val}' of {root} is empty, so there is nothing to score on.")
-    if classes is not None and data.classes != classes:
-        raise UserError(
-            f"The checkpoint knows {len(classes)} classes ({', '.join(classes[:3])} ...) and {root} has "
-            f"{len(data.classes)} ({', '.join(data.classes[:3])} ...); they must be the same."
-        )
+    check_classes(data.classes, classes, root)
     return data
 
 
+def check_classes(found: list[str], expected: list[str] | None, root: Path) -> None:
+    """UserError when a data set has other classes than a checkpoint (None: any will do)."""
+    if expected is not None and found != expected:
+        raise UserError(
+            f"The checkpoint knows {len(expected)} classes ({', '.join(expected[:3])} ...) and "
+            f"{root} has {len(found)} ({', '.join(found[:3])} ...); they must be the same."
+        )
+
+
 def missing(name: str, root: Path, what: str) -> UserError:
-    where = root.resolve()
-    get = {
-        "voc": "run `python -m data.download voc`",
-        "folder": "see data/README.md for its layout",
-        "cityscapes": "run `python -m data.download cityscapes` for the steps",
-    }.get(name, "see data/README.md")
+    """The error that says what of a data set was looked for where, and how to get it."""
+    if name == "voc":
+        how = "run `python -m data.download voc`"
+    elif name == "cityscapes":
+        how = "run `python -m data.download cityscapes` for the steps"
+    elif name == "folder":
+        how = "see data/README.md for its layout"
+    else:
+        how = "see data/README.md"
     return UserError(
-        f"The {name} data are missing: looked for {what} in {where}; {get}, or name the folder that "
-        f"holds them with --root (layout in data/README.md)."
+        f"The {name} data are missing: looked for {what} in {root.resolve()}; {how}, or name the "
+        f"folder that holds them with --root (layout in data/README.md)."
     )
+
+
+def need(path: Path) -> Path:
+    """The path, or a UserError when there is no such file."""
+    if not path.is_file():
+        raise UserError(
+            f"{path} is missing, though the data set's lists name it; see data/README.md."
+        )
+    return path
 
 
 def find_voc(root: Path, val: str) -> Segmentation:
     """PASCAL VOC 2012 with SBD: the folder that holds JPEGImages, or VOCdevkit/VOC2012 under the
     root."""
-
-    def image(name: str) -> Path:
-        return images.get(name) or need(base / "JPEGImages" / f"{name}.jpg")
-
-    bases = (root, root / "VOCdevkit" / "VOC2012", root / "VOC2012")
-    base = next((p for p in bases if (p / "JPEGImages").is_dir()), None)
+    base = first_existing(
+        root, root / "VOCdevkit" / "VOC2012", root / "VOC2012", holds="JPEGImages"
+    )
     if base is None:
         raise missing("voc", root, "JPEGImages or VOCdevkit/VOC2012/JPEGImages")
-    masks = next(
-        (base / m for m in ("SegmentationClassAug", "SegmentationClass") if (base / m).is_dir()),
-        None,
-    )
+    masks = first_existing(base / "SegmentationClassAug", base / "SegmentationClass")
     if masks is None:
         raise missing("voc", base, "SegmentationClassAug")
     lists = base / "ImageSets" / "Segmentation"
-    images = {p.stem: p for p in (base / "JPEGImages").iterdir() if p.suffix.lower() in IMAGES}
-    val_names = listed(lists / f"{val}.txt", root / "splits" / "gta_seg" / f"{val}.txt")
-    train_lists = (lists / f"{name}.txt" for name in ("train_aug", "trainaug", "train"))
-    train_file = next((path for path in train_lists if path.is_file()), None)
-    if val_names is None:
+    images = {
+        path.stem: path for path in (base / "JPEGImages").iterdir() if path.suffix.lower() in IMAGES
+    }
+
+    def picture(name: str) -> Picture:
+        image = images.get(name)
+        if image is None:
+            image = need(base / "JPEGImages" / f"{name}.jpg")
+        return Picture(name, image, masks / f"{name}.png")
+
+    val_list = first_existing(lists / f"{val}.txt", root / "splits" / "gta_seg" / f"{val}.txt")
+    if val_list is None:
         raise missing("--val", lists, f"{val}.txt")
-    train_names = listed(train_file) if train_file else sorted(images.keys() - set(val_names))
-    classes = root / "classes.txt"
-    return Segmentation(
-        "voc",
-        root,
-        read_classes(classes) if classes.is_file() else VOC_CLASSES,
-        {n: Picture(n, image(n), masks / f"{n}.png") for n in train_names},
-        [Picture(n, image(n), need(masks / f"{n}.png")) for n in val_names],
-    )
+    val_names = read_names(val_list)
+    train_list = first_existing(*(lists / f"{n}.txt" for n in ("train_aug", "trainaug", "train")))
+    if train_list is None:
+        train_names = sorted(images.keys() - set(val_names))
+    else:
+        train_names = read_names(train_list)
+    classes = VOC_CLASSES
+    if (root / "classes.txt").is_file():
+        classes = read_classes(root / "classes.txt")
+    train = {name: picture(name) for name in train_names}
+    scored = [picture(name) for name in val_names]
+    for one in scored:
+        need(one.label)
+    return Segmentation("voc", root, classes, train, scored)
 
 
 def find_cityscapes(root: Path, val: str) -> Segmentation:
@@ -211,16 +241,15 @@ def find_cityscapes(root: Path, val: str) -> Segmentation:
 
     if not (root / "leftImg8bit").is_dir():
         raise missing("cityscapes", root, "leftImg8bit")
-    to_class = np.full(256, 255, np.uint8)
+    to_class = np.full(256, IGNORE, np.uint8)
     to_class[CITYSCAPES_IDS] = np.arange(19)
-    train, score = part("train"), part(val)
+    train, scored = part("train"), part(val)
     if not train:
         raise missing("cityscapes", root, "leftImg8bit/train/<city>/*_leftImg8bit.png")
-    for picture in score:
+    for picture in scored:
         need(picture.label)
-    return Segmentation(
-        "cityscapes", root, CITYSCAPES_CLASSES, {p.name: p for p in train}, score, to_class=to_class
-    )
+    by_name = {picture.name: picture for picture in train}
+    return Segmentation("cityscapes", root, CITYSCAPES_CLASSES, by_name, scored, to_class=to_class)
 
 
 def find_folder(root: Path, val: str) -> Segmentation:
@@ -229,40 +258,46 @@ def find_folder(root: Path, val: str) -> Segmentation:
 
     def part(name: str) -> list[Picture]:
         folder, labels = root / "images" / name, root / "labels" / name
-        return (
-            [Picture(p.stem, p, labels / f"{p.stem}.png") for p in image_files(folder)]
-            if folder.is_dir()
-            else []
-        )
+        if not folder.is_dir():
+            return []
+        return [Picture(p.stem, p, labels / f"{p.stem}.png") for p in image_files(folder)]
 
     if not (root / "images" / "train").is_dir():
         raise missing("folder", root, "images/train")
     if not (root / "classes.txt").is_file():
         raise missing("folder", root, "classes.txt")
-    score = part(val)
-    if not score:
+    scored = part(val)
+    if not scored:
         raise missing("folder", root, f"images/{val}")
-    for picture in score:
+    for picture in scored:
         need(picture.label)
     return Segmentation(
         "folder",
         root,
         read_classes(root / "classes.txt"),
-        {p.name: p for p in part("train")},
-        score,
-        extra=[Picture(p.name, p.image, None) for p in part("unlabeled")],
+        {picture.name: picture for picture in part("train")},
+        scored,
+        extra=[picture._replace(label=None) for picture in part("unlabeled")],
     )
 
 
+def first_existing(*paths: Path, holds: str = "") -> Path | None:
+    """The first path that exists, or below which `holds` does."""
+    for path in paths:
+        if (path / holds if holds else path).exists():
+            return path
+    return None
+
+
 def read_classes(path: Path) -> list[str]:
+    """The names in a file that has one a line."""
     try:
-        names = [
-            line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
-        ]
+        lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError:
         raise UserError(
             f"{path} is not UTF-8 text; save it as such, one class name a line."
         ) from None
+    names = [line.strip() for line in lines if line.strip()]
     if len(names) < 2 or len(names) > 255 or len(set(names)) < len(names):
         raise UserError(
             f"{path} needs 2 to 255 different class names, one a line; it has {len(names)}."
@@ -270,22 +305,9 @@ def read_classes(path: Path) -> list[str]:
     return names
 
 
-def listed(*paths: Path) -> list[str] | None:
-    """The ids of the first list that exists."""
-    path = next((p for p in paths if p.is_file()), None)
-    return (
-        None
-        if path is None
-        else [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
-    )
-
-
-def need(path: Path) -> Path:
-    if not path.is_file():
-        raise UserError(
-            f"{path} is missing, though the data set's lists name it; see data/README.md."
-        )
-    return path
+def read_names(path: Path) -> list[str]:
+    """The image ids of a list: the first word of each line."""
+    return [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
 
 
 # ---------------------------------------------------------------------------- labeled and unlabeled
@@ -299,6 +321,15 @@ class Chosen:
     text: str
     fingerprint: str
     held_out: list[Picture] = field(default_factory=list)
+
+
+class Split(NamedTuple):
+    """The labeled images of --split; the unlabeled ones, if it names these too; and where they come
+    from, in words."""
+
+    labeled: list[Picture]
+    unlabeled: list[Picture] | None
+    origin: str
 
 
 def choose(
@@ -315,76 +346,81 @@ def choose(
     `unlabeled` names; UserError when there are none and they are `needed`. `held_out` labeled
     images are kept apart from both.
 
-    `split`: a published list of `family`, fetched beside the data; random:183, random:5%; a list
-    file; all."""
-    published = data.name in ("voc", "cityscapes")
-    folder = data.root / "splits" / family / splits.folder_name(split)
-    rest: list[Picture] | None = None
-    if split == "all":
-        labeled, rest, origin = list(data.train.values()), list(data.train.values()), "all labels"
-    elif Path(split).is_file():
-        labeled, origin = pictures_of(Path(split), data), f"the list {split}"
-    elif published and not split.startswith("random:"):
-        if not (folder / "labeled.txt").is_file():
-            have = (
-                sorted(p.parent.name for p in folder.parent.glob("*/labeled.txt"))
-                if folder.parent.is_dir()
-                else []
-            )
-            known = sorted(
-                {n for d, f, n in splits.PUBLISHED if (d, f) == (data.name, family) and n != "val"},
-                key=lambda n: (len(n), n),
-            )
-            fetch = f"`python -m data.download splits --dataset {data.name} --root {data.root}`"
-            raise UserError(
-                f"There is no split '{split}' in {folder.parent} (there: {', '.join(have) or 'none'}; "
-                f"published: {', '.join(known)}); fetch the published lists with {fetch}, draw one with "
-                f"--split random:{split if split[:1].isdigit() else 183}, or name a list file."
-            )
-        labeled, origin = (
-            pictures_of(folder / "labeled.txt", data),
-            f"the published list {family}/{split}",
-        )
-        if (folder / "unlabeled.txt").is_file():
-            rest = pictures_of(folder / "unlabeled.txt", data, labels=False)
-    else:
-        try:
-            number = splits.count(split.removeprefix("random:"), len(data.train))
-            able = [name for name, picture in data.train.items() if picture.label.is_file()]
-            if balanced:  # over classes, for which all training labels are opened
-                names = splits.draw(
-                    able, number, split_seed, lambda name: classes_in(data, data.train[name])
-                )
-            else:
-                names = splits.draw(able, number, split_seed)
-        except splits.SplitError as error:
-            raise UserError(f"--split {split}: {error}") from None
-        labeled, origin = (
-            [data.train[name] for name in names],
-            f"{number} drawn with --split-seed {split_seed}",
-        )
+    `split`: a published list of `family`, fetched beside the data; random:183, random:5%, drawn
+    with `split_seed`; a list file; all. A `balanced` draw covers the classes evenly, for which the
+    labels of all training images are opened; the other is uniform."""
+    labeled, rest, origin = split_of(data, split, split_seed, family, balanced)
     for picture in labeled:
         need(picture.label)
     if unlabeled:
         rest = unlabeled_pictures(unlabeled, data)
     elif rest is None:
-        taken = {p.image for p in labeled}
+        taken = {picture.image for picture in labeled}
         rest = [p for p in data.train.values() if p.image not in taken] + data.extra
     apart = hold_out(data, labeled, split_seed, held_out, family)
-    rest = [p for p in rest if p.image not in {q.image for q in apart}] if apart else rest
+    if apart:
+        taken = {picture.image for picture in apart}
+        rest = [picture for picture in rest if picture.image not in taken]
     if needed and not rest:
         raise UserError(
-            f"--split {split} leaves no unlabeled image; take a smaller one, name some with --unlabeled, "
-            f"or learn from labels alone (gta_seg.py: --method suponly)."
+            f"--split {split} leaves no unlabeled image; take a smaller one, name some with "
+            f"--unlabeled, or learn from labels alone (gta_seg.py: --method suponly)."
         )
-    fingerprint = splits.fingerprint([p.name for p in labeled])
-    family_name = splits.published_name([p.name for p in labeled])
+    names = [picture.name for picture in labeled]
+    fingerprint = splits.fingerprint(names)
+    known = splits.published_name(names)
+    if known:
+        origin += f", known as {known}"
     text = (
-        f"{len(labeled)} labeled images ({origin}{f', known as {family_name}' if family_name else ''}, "
-        f"fingerprint {fingerprint[:12]}) and {len(rest)} unlabeled ones"
+        f"{len(labeled)} labeled images ({origin}, fingerprint {fingerprint[:12]}) and "
+        f"{len(rest)} unlabeled ones"
     )
-    text += f", {len(apart)} held out" if apart else ""
+    if apart:
+        text += f", {len(apart)} held out"
     return Chosen(labeled, rest, text, fingerprint, apart)
+
+
+def split_of(data: Segmentation, split: str, split_seed: int, family: str, balanced: bool) -> Split:
+    """What --split names, see `choose`."""
+    if split == "all":
+        everything = list(data.train.values())
+        return Split(everything, list(everything), "all labels")
+    if Path(split).is_file():
+        return Split(listed_pictures(Path(split), data), None, f"the list {split}")
+    if data.name in ("voc", "cityscapes") and not split.startswith("random:"):
+        return published_split(data, split, family)
+    with_label = [name for name, picture in data.train.items() if picture.label.is_file()]
+    classes_of = None
+    if balanced:
+        classes_of = lambda name: classes_in(data, data.train[name])  # noqa: E731
+    try:
+        number = splits.count(split.removeprefix("random:"), len(data.train))
+        names = splits.draw(with_label, number, split_seed, classes_of)
+    except splits.SplitError as error:
+        raise UserError(f"--split {split}: {error}") from None
+    drawn = [data.train[name] for name in names]
+    return Split(drawn, None, f"{number} drawn with --split-seed {split_seed}")
+
+
+def published_split(data: Segmentation, split: str, family: str) -> Split:
+    """A published list that was fetched beside the data; UserError when it is not there."""
+    folder = data.root / "splits" / family / splits.folder_name(split)
+    if not (folder / "labeled.txt").is_file():
+        there = sorted(path.parent.name for path in folder.parent.glob("*/labeled.txt"))
+        known = [name for d, f, name in splits.PUBLISHED if (d, f) == (data.name, family)]
+        known = sorted((name for name in known if name != "val"), key=lambda n: (len(n), n))
+        drawn = split if split[:1].isdigit() else "183"
+        raise UserError(
+            f"There is no split '{split}' in {folder.parent} (there: {', '.join(there) or 'none'}; "
+            f"published: {', '.join(known)}); fetch the published lists with `python -m "
+            f"data.download splits --dataset {data.name} --root {data.root}`, draw one with "
+            f"--split random:{drawn}, or name a list file."
+        )
+    labeled = listed_pictures(folder / "labeled.txt", data)
+    rest = None
+    if (folder / "unlabeled.txt").is_file():
+        rest = listed_pictures(folder / "unlabeled.txt", data, labels=False)
+    return Split(labeled, rest, f"the published list {family}/{split}")
 
 
 def hold_out(
@@ -399,47 +435,56 @@ def hold_out(
         order = [name for name, _ in splits.read_list(published)]
     else:
         order = splits.draw(list(data.train), len(data.train), split_seed)
-    taken = {p.name for p in labeled}
+    taken = {picture.name for picture in labeled}
     able = (
-        p
-        for n in reversed(order)
-        if n not in taken and (p := data.train.get(n)) and p.label.is_file()
+        data.train[name]
+        for name in reversed(order)
+        if name in data.train and name not in taken and data.train[name].label.is_file()
     )
     found = list(itertools.islice(able, number))
     if len(found) < number:
         raise UserError(
-            f"{number} images with labels are to be held out (--dev-size, --dev-reserve), but beside the "
-            f"{len(taken)} labeled ones there are only {len(found)}; ask for fewer, or a smaller --split."
+            f"{number} images with labels are to be held out (--dev-size, --dev-reserve), but "
+            f"beside the {len(taken)} labeled ones there are only {len(found)}; ask for fewer, or "
+            f"a smaller --split."
         )
     return found
 
 
-def pictures_of(path: Path, data: Segmentation, labels: bool = True) -> list[Picture]:
+def listed_pictures(path: Path, data: Segmentation, labels: bool = True) -> list[Picture]:
     """The images that a list names, as ids of the data set or as paths under its root or beside the
-    list."""
+    list. Without `labels` they need none."""
     try:
         entries = splits.read_list(path)
     except (splits.SplitError, OSError) as error:
         raise UserError(str(error)) from None
+
+    def file(name: str) -> Path | None:
+        for place in (data.root / name, path.parent / name, Path(name)):
+            if place.is_file():
+                return place
+        return None
+
     found, lost = [], []
     for entry, mask in entries:
         name = splits.short_id(entry, data.name)
-        if mask is None and name in data.train:
-            found.append(data.train[name])
+        known = data.train.get(name)
+        if mask is None and known is not None:
+            found.append(known)
             continue
-        bases = [data.root, path.parent, Path()]
-        image = next((b / entry for b in bases if (b / entry).is_file()), None)
-        label = next((b / mask for b in bases if (b / mask).is_file()), None) if mask else None
-        if image is None and name in data.train:  # UniMatch names masks of SegmentationClass
-            image, label = data.train[name].image, label or data.train[name].label
+        image = file(entry)
+        label = file(mask) if mask else None
+        if image is None and known is not None:  # UniMatch names masks of SegmentationClass
+            image = known.image
+            label = label or known.label
         if image is None or (labels and label is None):
             lost.append(entry)
         else:
             found.append(Picture(name, image, label))
     if lost:
         raise UserError(
-            f"{len(lost)} of {len(entries)} images listed in {path} are not under {data.root}, for example "
-            f"{lost[0]}; is --root right? See data/README.md for the layout."
+            f"{len(lost)} of {len(entries)} images listed in {path} are not under {data.root}, for "
+            f"example {lost[0]}; is --root right? See data/README.md for the layout."
         )
     return found
 
@@ -448,19 +493,16 @@ def unlabeled_pictures(text: str, data: Segmentation) -> list[Picture]:
     """--unlabeled: a folder of images, or a list of them."""
     path = Path(text)
     if path.is_dir():
-        found = [Picture(p.stem, p, None) for p in image_files(path)]
+        found = [Picture(image.stem, image, None) for image in image_files(path)]
         if not found:
             raise UserError(f"--unlabeled {path}: no images in that folder.")
         return found
     if not path.is_file():
         raise UserError(f"--unlabeled {path}: neither a folder nor a list file.")
-    return pictures_of(path, data, labels=False)
+    return listed_pictures(path, data, labels=False)
 
 
-def classes_in(data: Segmentation, picture: Picture) -> set[int]:
-    return set(np.unique(read_label(picture.label, data).numpy()).tolist()) - {255}
-
-
+# ------------------------------------------------------------------------------------------ samples
 class Batch(NamedTuple):
     """`images` (B, 3, H, W) uint8, `valid` (B, H, W) bool, `label` (B, H, W) uint8 (all 255 where
     none was opened)."""
@@ -471,7 +513,7 @@ class Batch(NamedTuple):
     skipped: Tensor  # (B,) how many broken images were passed over
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(*(t.to(device, non_blocking=True) for t in self))
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
 
 class Pictures(Dataset):
@@ -502,10 +544,12 @@ class Pictures(Dataset):
             except BrokenImage as error:
                 warnings.warn(f"{error}; training goes on without it", stacklevel=2)
                 continue
-            out = self.augment(image, label, rng(self.seed, self.name, step, sample))
-            return Batch(out[0], out[2], out[1], torch.tensor(skipped))
+            g = rng(self.seed, self.name, step, sample)
+            image, label, valid = self.augment(image, label, g)
+            return Batch(image, valid, label, torch.tensor(skipped))
         raise RankError(
-            f"None of the {len(self.pictures)} {self.name} images can be read, such as {picture.image}."
+            f"None of the {len(self.pictures)} {self.name} images can be read, such as "
+            f"{picture.image}."
         )
 
 
@@ -533,7 +577,6 @@ def score_loader(
     pictures: list[Picture], data: Segmentation, world: World, workers: int, labels: bool = True
 ) -> DataLoader:
     """(index, image, label), one picture at a time, each on exactly one process."""
-    mine = torch.utils.data.Subset(
-        Whole(pictures, data, labels), range(world.rank, len(pictures), world.size)
-    )
+    whole = Whole(pictures, data, labels)
+    mine = Subset(whole, range(world.rank, len(pictures), world.size))
     return DataLoader(mine, batch_size=None, **helpers(min(workers, 4)))

@@ -16,8 +16,10 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from common.errors import UserError
 
-class SplitError(ValueError):
+
+class SplitError(UserError):
     """One sentence for the user: which list is wrong, how, and what to do."""
 
 
