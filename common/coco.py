@@ -8,12 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from common.errors import UserError
-from common.objects import Photo, Thing, outline
-
-
-def said_of(photos: list[Photo]) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
-    """`negative` and `partial` of Instances that are scored on these pictures."""
-    return {p.id: list(p.negative) for p in photos}, {p.id: list(p.partial) for p in photos}
+from common.objects import Photo, Thing, read_segmentation
 
 
 def read_json(path: Path) -> dict:
@@ -22,20 +17,21 @@ def read_json(path: Path) -> dict:
     file would fill many times its size."""
 
     def lean(record: dict):
+        """A tuple of an annotation; any other record as it is."""
         if not {"image_id", "category_id", "segmentation"} <= record.keys():
             return record
         try:
             return (
                 record["image_id"],
                 record["category_id"],
-                outline(record["segmentation"]),
+                read_segmentation(record["segmentation"]),
                 bool(record.get("iscrowd")),
                 float(record.get("area", 0)),
             )
         except (TypeError, ValueError, KeyError, OverflowError):
             raise UserError(
-                f"{path}: the annotation {record.get('id')} cannot be read; its segmentation must be "
-                f"polygons or run lengths, and its area a number."
+                f"{path}: the annotation {record.get('id')} cannot be read; its segmentation must "
+                f"be polygons or run lengths, and its area a number."
             ) from None
 
     try:
@@ -58,25 +54,31 @@ def read_json(path: Path) -> dict:
 
 def classes_of(content: dict, path: Path) -> dict[int, str]:
     """Category id -> name, by ascending id."""
+    records = content["categories"]
     try:
-        found = dict(
-            sorted((record["id"], str(record["name"])) for record in content["categories"])
-        )
+        classes = dict(sorted((record["id"], str(record["name"])) for record in records))
     except (KeyError, TypeError):
         raise UserError(
             f"{path}: each of its categories needs a number as id, and a name; correct the file."
         ) from None
-    if not found or not len(content["categories"]) == len(found) == len(set(found.values())):
+    all_differ = len(records) == len(classes) == len(set(classes.values()))
+    if not classes or not all_differ:
         raise UserError(
-            f"{path}: its categories need ids and names that all differ, and there must be one at least."
+            f"{path}: its categories need ids and names that all differ, and there must be one at "
+            f"least."
         )
-    return found
+    return classes
 
 
 def finder(bases: list[Path], part: str) -> Callable[[dict], Path | None]:
     """Record of an image -> its file. Folders are listed once: asking for each file is slow on a
     network disk. Pictures of a part other than train and val (tune) are looked for among the
     training pictures, too."""
+    parts = [part] if part == "val" else list(dict.fromkeys([part, "train"]))
+    subfolders = [""]
+    for name in parts:
+        subfolders += [name, f"{name}2017"]
+    places = [base / subfolder for base in bases for subfolder in subfolders]
 
     @functools.cache
     def files(folder: str) -> set[str]:
@@ -84,30 +86,23 @@ def finder(bases: list[Path], part: str) -> Callable[[dict], Path | None]:
 
     def locate(record: dict) -> Path | None:
         url = (record.get("coco_url") or "").split("/")
-        for name in filter(None, (record.get("file_name"), "/".join(url[-2:]), url[-1])):
+        for name in (record.get("file_name"), "/".join(url[-2:]), url[-1]):
+            if not name:
+                continue
             for place in places:
                 folder, file = os.path.split(os.path.join(place, name))
                 if file in files(folder):
                     return Path(folder, file)
         return None
 
-    parts = [
-        "",
-        *(
-            p + year
-            for p in dict.fromkeys([part] + ["train"] * (part != "val"))
-            for year in ("", "2017")
-        ),
-    ]
-    places = [base / p for base in bases for p in parts]
     return locate
 
 
 def photos_of(content: dict, path: Path, index: dict[int, int], locate: Callable) -> list[Photo]:
     """The pictures of a file by ascending id, with their objects; UserError where it contradicts
-    itself or the disk."""
+    itself or the disk. `index` maps category ids to class indices, `locate` records to files."""
 
-    def places(record: dict, key: str) -> tuple[int, ...]:
+    def class_indices(record: dict, key: str) -> tuple[int, ...]:
         return tuple(index[category] for category in record.get(key) or () if category in index)
 
     try:
@@ -118,8 +113,8 @@ def photos_of(content: dict, path: Path, index: dict[int, int], locate: Callable
                 r["id"],
                 int(r["height"]),
                 int(r["width"]),
-                negative=places(r, "neg_category_ids"),
-                partial=places(r, "not_exhaustive_category_ids"),
+                negative=class_indices(r, "neg_category_ids"),
+                partial=class_indices(r, "not_exhaustive_category_ids"),
             )
             for r in content["images"]
         }
@@ -136,19 +131,22 @@ def photos_of(content: dict, path: Path, index: dict[int, int], locate: Callable
     lost = [p.name for p in photos.values() if p.image is None]
     if lost:
         raise UserError(
-            f"{len(lost)} of the {len(photos)} images of {path} are not on disk, for example {lost[0]}; "
-            f"name the folder that holds them with --images (layout in data/README.md)."
+            f"{len(lost)} of the {len(photos)} images of {path} are not on disk, for example "
+            f"{lost[0]}; name the folder that holds them with --images (layout in data/README.md)."
         )
-    things, left_out = {number: [] for number in photos}, 0
+    things = {number: [] for number in photos}
+    left_out = 0
     for image, category, segmentation, crowd, area in content["annotations"]:
         if image not in things or category not in index:
             unknown = f"image {image}" if image not in things else f"category {category}"
             raise UserError(
-                f"{path}: an annotation is of {unknown}, which the file does not list; correct the file."
+                f"{path}: an annotation is of {unknown}, which the file does not list; correct the "
+                f"file."
             )
         if segmentation:
             things[image].append(Thing(index[category], segmentation, crowd, area))
-        left_out += not segmentation
+        else:
+            left_out += 1
     if left_out:
         warnings.warn(
             f"{left_out} annotations of {path} have no polygon of three points; they are left out",

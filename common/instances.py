@@ -1,10 +1,8 @@
-"""Annotated objects as they lie on disk (COCO, LVIS and own JSON files, Cityscapes, the embedded
-set): which pictures a run learns from, their masks under a joint geometry, and in what order they
-come.
+"""Instance data sets (COCO, LVIS and own JSON files, Cityscapes, the embedded set): what lies where
+on disk, which pictures a run learns from, and their samples.
 
-As in common/datasets.py, order and augmentation depend on (seed, step, sample) alone: not on
-workers, processes or restarts. Labels are class indices 0..K-1, the places in the sorted category
-ids, always."""
+Order and augmentation depend on (seed, step, sample) alone, see common/loading.py. Labels are class
+indices 0..K-1, the places in the sorted category ids, always."""
 
 import itertools
 import json
@@ -23,13 +21,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from common import splits
-from common.coco import classes_of, finder, photos_of, read_json, said_of
+from common.coco import classes_of, finder, photos_of, read_json
 from common.distributed import World, rng
 from common.errors import RankError, UserError
 from common.files import IMAGES, BrokenImage, image_files, read_image
 from common.loading import helpers
-from common.objects import CITYSCAPES_THINGS, Instances, Photo, bare, opened, singles
-from common.semantic import missing, need
+from common.objects import CITYSCAPES_THINGS, Instances, Photo, bare, singles, with_things
+from common.semantic import check_classes, missing, need
 
 # annotations/<one of them>.json
 FILES = ("{}", "instances_{}", "instances_{}2017", "lvis_{}", "lvis_v1_{}")
@@ -65,11 +63,7 @@ def find(
         data = find_cityscapes(root, val)
     else:
         data = find_coco(name, root, train_json, val_json, images, val)
-    if classes is not None and data.classes != classes:
-        raise UserError(
-            f"The checkpoint knows {len(classes)} classes ({', '.join(classes[:3])} ...) and {root} has "
-            f"{len(data.classes)} ({', '.join(data.classes[:3])} ...); they must be the same."
-        )
+    check_classes(data.classes, classes, root)
     return data
 
 
@@ -79,9 +73,8 @@ def find_cityscapes(root: Path, val: str) -> Instances:
 
     def part(name: str) -> list[Photo]:
         found, end = [], "_leftImg8bit.png"
-        for number, image in enumerate(
-            sorted((root / "leftImg8bit" / name).glob("*/*" + end)), start=1
-        ):
+        images = sorted((root / "leftImg8bit" / name).glob("*/*" + end))
+        for number, image in enumerate(images, start=1):
             stem = image.name.removesuffix(end)
             label = root / "gtFine" / name / image.parent.name / f"{stem}_gtFine_instanceIds.png"
             found.append(Photo(stem, image, number, label=label))
@@ -109,83 +102,89 @@ def find_coco(
     """COCO's or LVIS's files: annotations/ (see FILES) and images/, images/<part>, <part>2017,
     <part> or the folder that coco_url or file_name names. Pictures without an object but crowds go
     from `train` to `extra`, where those of images/unlabeled are, too."""
-
-    def json_file(flag: str, value: str, part: str, *first: Path) -> Path:
-        names = [
-            f"annotations/{form.format(part)}.json"
-            for form in FILES
-            if name != "lvis" or form.startswith("lvis")
-        ]
-        paths = (
-            [Path(value), root / value, root / "annotations" / value]
-            if value
-            else [*first, *(root / n for n in names)]
-        )
-        path = next((p for p in paths if p.is_file()), None)
-        if path is None:
-            raise missing(
-                name, root, f"{flag} {value}" if value else f"{', '.join(names)} (or give {flag})"
-            )
-        return path
-
-    train_path = json_file("--train-json", train_json, "train")
+    train_path = json_file(name, root, "--train-json", train_json, "train")
     beside = train_path.with_name(train_path.name.replace("train", val))
-    val_path = json_file("--val-json", val_json, val, *[beside] * (beside != train_path))
-    folder = (
-        next((p for p in (Path(images), root / images) if p.is_dir()), None)
-        if images
-        else root / "images"
-    )
-    if folder is None:
-        raise missing(name, root, f"--images {images}")
+    first = [] if beside == train_path else [beside]
+    val_path = json_file(name, root, "--val-json", val_json, val, first)
+    folder = images_folder(name, root, images)
     content = {path: read_json(path) for path in (train_path, val_path)}  # one file may be both
-    kinds = [classes_of(content[path], path) for path in (train_path, val_path)]
-    for a, b in itertools.zip_longest(*(kind.items() for kind in kinds)):
-        if a != b:
-            raise UserError(
-                f"The categories of {train_path} and {val_path} differ (first {a} and {b}); both must list "
-                f"the same ids with the same names."
-            )
-    ids, classes = list(kinds[0]), list(kinds[0].values())
+    kinds = common_categories(content, train_path, val_path)
+    ids, classes = list(kinds), list(kinds.values())
     index = {category: place for place, category in enumerate(ids)}
     bases = [folder] if images else [folder, root]
-    train, score = (
-        photos_of(content[path], path, index, finder(bases, part))
-        for path, part in ((train_path, "train"), (val_path, val))
-    )
-    for path, photos in ((train_path, train), (val_path, score)):
+    train = photos_of(content[train_path], train_path, index, finder(bases, "train"))
+    scored = photos_of(content[val_path], val_path, index, finder(bases, val))
+    for path, photos in ((train_path, train), (val_path, scored)):
         if not any(singles(photo) for photo in photos):
             raise UserError(
-                f"{path} has no object with a mask, so there is nothing to learn from or to score on."
+                f"{path} has no object with a mask, so there is nothing to learn from or to score "
+                f"on."
             )
+    with_objects = [photo for photo in train if singles(photo)]
     extra = [bare(photo) for photo in train if not singles(photo)]
     if (folder / "unlabeled").is_dir():
         extra += [Photo(path.name, path) for path in image_files(folder / "unlabeled")]
-    data = Instances(
-        name,
-        root,
-        classes,
-        ids,
-        [p for p in train if singles(p)],
-        score,
-        extra,
-        train_path,
-        val_path,
-    )
+    data = Instances(name, root, classes, ids, with_objects, scored, extra, train_path, val_path)
     frequency = {
         record["id"]: record.get("frequency") for record in content[train_path]["categories"]
     }
     if None not in frequency.values():
-        data.lvis, data.frequency = True, [frequency[i] for i in ids]
-        data.negative, data.partial = said_of(score)
+        data.lvis = True
+        data.frequency = [frequency[i] for i in ids]
+        data = scored_on(data, scored, val_path)
     return data
 
 
-def scored_on(data: Instances, photos: list[Photo]) -> Instances:
+def json_file(
+    name: str, root: Path, flag: str, value: str, part: str, first: Iterable[Path] = ()
+) -> Path:
+    """The JSON file of a part: the one that the flag names, or the `first` that exists, or the
+    first of FILES; UserError when there is none."""
+    if value:
+        paths = [Path(value), root / value, root / "annotations" / value]
+        looked_for = f"{flag} {value}"
+    else:
+        forms = [form for form in FILES if name != "lvis" or form.startswith("lvis")]
+        names = [f"annotations/{form.format(part)}.json" for form in forms]
+        paths = [*first, *(root / n for n in names)]
+        looked_for = f"{', '.join(names)} (or give {flag})"
+    for path in paths:
+        if path.is_file():
+            return path
+    raise missing(name, root, looked_for)
+
+
+def images_folder(name: str, root: Path, images: str) -> Path:
+    """The folder that --images names, or <root>/images, which need not exist."""
+    if not images:
+        return root / "images"
+    for path in (Path(images), root / images):
+        if path.is_dir():
+            return path
+    raise missing(name, root, f"--images {images}")
+
+
+def common_categories(content: dict[Path, dict], train: Path, val: Path) -> dict[int, str]:
+    """Category id -> name, which both files must list alike."""
+    of_train, of_val = classes_of(content[train], train), classes_of(content[val], val)
+    for a, b in itertools.zip_longest(of_train.items(), of_val.items()):
+        if a != b:
+            raise UserError(
+                f"The categories of {train} and {val} differ (first {a} and {b}); both must list "
+                f"the same ids with the same names."
+            )
+    return of_train
+
+
+def scored_on(data: Instances, photos: list[Photo], val_json: Path | None = None) -> Instances:
     """The same data set, but scored on these pictures, which have labels: such as training pictures
-    that are held out. What is true is then made of the Photos (data.ap.truth_of)."""
-    negative, partial = said_of(photos) if data.lvis else ({}, {})
-    return replace(data, val=list(photos), val_json=None, negative=negative, partial=partial)
+    that are held out. Without `val_json`, what is true is made of the Photos
+    (mask_ap.truth_of)."""
+    negative, partial = {}, {}
+    if data.lvis:
+        negative = {photo.id: list(photo.negative) for photo in photos}
+        partial = {photo.id: list(photo.partial) for photo in photos}
+    return replace(data, val=list(photos), val_json=val_json, negative=negative, partial=partial)
 
 
 def photometric_distortion(image: Tensor, g: np.random.Generator) -> Tensor:
@@ -250,59 +249,67 @@ def choose(
     `data.train`, sorted by image id. `unlabeled`: a folder or a list. Else `pool` "all" takes all
     training pictures (labeled ones too, as the released code), "remaining" the others, and both
     `data.extra` (Cityscapes' train_extra with --split all only)."""
-    official = (
-        data.name == "cityscapes"
-        or data.name == "coco"
-        and not data.lvis
-        and (len(data.train) == COCO_IMAGES or supervision(data).is_file())
-    )
-    if split == "all":
-        labeled, origin = data.train, "all labels"
-    elif Path(split).is_file():
-        labeled, origin = listed(Path(split), data), f"the list {split}"
-    elif official and not split.startswith("random:"):
-        labeled, origin = published(data, split, split_seed)
-    else:
-        try:
-            number = splits.count(split.removeprefix("random:"), len(data.train))
-            able = {
-                p.name: p
-                for p in labels_read(
-                    [p for p in data.train if p.label is None or p.label.is_file()]
-                )
-            }
-            held = (lambda name: singles(able[name])) if balanced else None
-            names = splits.draw(list(able), number, split_seed, held)
-        except splits.SplitError as error:
-            raise UserError(f"--split {split}: {error}") from None
-        labeled, origin = (
-            [able[name] for name in names],
-            f"{number} drawn with --split-seed {split_seed}",
-        )
-    taken = {p.image for p in labeled} if pool == "remaining" else set()
-    rest = [p for p in data.train if p.image not in taken]
-    rest += data.extra if data.name != "cityscapes" or split == "all" else []
+    labeled, origin = split_of(data, split, split_seed, balanced)
     if unlabeled:
         rest = unlabeled_photos(unlabeled, data)
+    else:
+        taken = {photo.image for photo in labeled} if pool == "remaining" else set()
+        rest = [photo for photo in data.train if photo.image not in taken]
+        if data.name != "cityscapes" or split == "all":
+            rest += data.extra
     if needed and not rest:
         raise UserError(
-            f"--split {split} leaves no unlabeled image; take a smaller one, name some with --unlabeled, "
-            f"or learn from labels alone."
+            f"--split {split} leaves no unlabeled image; take a smaller one, name some with "
+            f"--unlabeled, or learn from labels alone."
         )
-    names = [splits.short_id(p.name, data.name) for p in labeled]
+    names = [splits.short_id(photo.name, data.name) for photo in labeled]
     fingerprint, known = splits.fingerprint(names), splits.published_name(names)
-    labeled = [p for p in labels_read(labeled) if singles(p)]
+    labeled = [photo for photo in labels_read(labeled) if singles(photo)]
     if not labeled:
         raise UserError(
             f"--split {split}: none of its images has an object, so there is nothing to learn from."
         )
+    if known:
+        origin += f", known as {known}"
     text = (
-        f"{len(labeled)} labeled images ({origin}{f', known as {known}' if known else ''}, fingerprint "
-        f"{fingerprint[:12]}) and {len(rest)} unlabeled ones"
+        f"{len(labeled)} labeled images ({origin}, fingerprint {fingerprint[:12]}) and {len(rest)} "
+        f"unlabeled ones"
     )
     if len(labeled) < len(names):
         text += f"; {len(names) - len(labeled)} listed ones without an object are left out"
-    return Chosen(labeled, [bare(p) for p in rest], text, fingerprint)
+    return Chosen(labeled, [bare(photo) for photo in rest], text, fingerprint)
+
+
+def split_of(
+    data: Instances, split: str, split_seed: int, balanced: bool
+) -> tuple[list[Photo], str]:
+    """The pictures that --split names, see `choose`, and where they come from, in words."""
+    if split == "all":
+        return data.train, "all labels"
+    if Path(split).is_file():
+        return listed_photos(Path(split), data), f"the list {split}"
+    if has_published_lists(data) and not split.startswith("random:"):
+        return published_split(data, split, split_seed)
+    with_label = [p for p in data.train if p.label is None or p.label.is_file()]
+    by_name = {photo.name: photo for photo in labels_read(with_label)}
+    classes_of_photo = None
+    if balanced:
+        classes_of_photo = lambda name: singles(by_name[name])  # noqa: E731
+    try:
+        number = splits.count(split.removeprefix("random:"), len(data.train))
+        names = splits.draw(list(by_name), number, split_seed, classes_of_photo)
+    except splits.SplitError as error:
+        raise UserError(f"--split {split}: {error}") from None
+    return [by_name[name] for name in names], f"{number} drawn with --split-seed {split_seed}"
+
+
+def has_published_lists(data: Instances) -> bool:
+    """Whether --split 5% means a published list: for Cityscapes, and for COCO itself."""
+    if data.name == "cityscapes":
+        return True
+    if data.name != "coco" or data.lvis:
+        return False
+    return len(data.train) == COCO_IMAGES or supervision(data).is_file()
 
 
 def labels_read(photos: list[Photo]) -> list[Photo]:
@@ -310,102 +317,134 @@ def labels_read(photos: list[Photo]) -> list[Photo]:
     if all(p.things is not None for p in photos):
         return photos
     with ThreadPoolExecutor(8) as threads:
-        return list(threads.map(lambda p: opened(p._replace(label=need(p.label)))[0], photos))
+        return list(threads.map(read_objects, photos))
+
+
+def read_objects(photo: Photo) -> Photo:
+    """The picture with its objects, from its label PNG, which must be there."""
+    return with_things(photo._replace(label=need(photo.label))).photo
 
 
 def supervision(data: Instances) -> Path:
     return data.root / "splits" / "unbiased_teacher" / "COCO_supervision.txt"
 
 
-def published(data: Instances, split: str, split_seed: int) -> tuple[list[Photo], str]:
-    """The pictures of a published list that lies beside the data, and where it comes from."""
+def published_split(data: Instances, split: str, split_seed: int) -> tuple[list[Photo], str]:
+    """The pictures of a published list that lies beside the data, and where it comes from, in words;
+    UserError when it is not there."""
     family, known = PUBLISHED[data.name]
-    folder, have = data.root / "splits" / family, {}
+    folder = data.root / "splits" / family
     if data.name == "cityscapes":
-        have = {path.parent.name: path for path in sorted(folder.glob("*/labeled.txt"))}
-        if splits.folder_name(split) in have:
-            path = have[splits.folder_name(split)]
-            return listed(path, data), f"the published list {family}/{split}"
-    elif supervision(data).is_file():
-        try:  # "5.0" -> draw "1" -> [12, 5, ...]
-            have = {
-                f"{float(key):g}%": draws
-                for key, draws in json.loads(supervision(data).read_text()).items()
-            }
-        except (OSError, ValueError, AttributeError) as error:
-            raise UserError(
-                f"{supervision(data)} cannot be read ({error}); fetch it again."
-            ) from None
-    if split in have and len(data.train) != COCO_IMAGES:
-        raise UserError(
-            f"The published list {split} is of the {COCO_IMAGES} images of train2017 that hold an object, "
-            f"but {data.train_json} has {len(data.train)}; draw one with --split random:{split}."
-        )
-    if split in have and str(split_seed) not in have[split]:
-        raise UserError(
-            f"--split {split} is published for --split-seed {', '.join(have[split])}, not {split_seed}."
-        )
-    if split in have:
-        return (
-            [data.train[place] for place in have[split][str(split_seed)]],
-            f"the published list {family}/{split}, draw {split_seed}",
-        )
-    fetch = f"`python -m data.download splits --dataset {data.name} --root {data.root}`"
+        there = {path.parent.name: path for path in sorted(folder.glob("*/labeled.txt"))}
+        path = there.get(splits.folder_name(split))
+        if path is not None:
+            return listed_photos(path, data), f"the published list {family}/{split}"
+    else:
+        there = coco_draws(data)
+        if split in there:
+            return published_draw(data, split, split_seed, there[split])
+    drawn = split if split[:1].isdigit() else "5%"
     raise UserError(
-        f"There is no split '{split}' in {folder} (there: {', '.join(have) or 'none'}; published: {known}"
-        f"); fetch the published lists with {fetch}, draw one with --split random:"
-        f"{split if split[:1].isdigit() else '5%'}, or name a list file."
+        f"There is no split '{split}' in {folder} (there: {', '.join(there) or 'none'}; published: "
+        f"{known}); fetch the published lists with `python -m data.download splits --dataset "
+        f"{data.name} --root {data.root}`, draw one with --split random:{drawn}, or name a list "
+        f"file."
     )
 
 
-def listed(path: Path, data: Instances, files: bool = False) -> list[Photo]:
+def coco_draws(data: Instances) -> dict[str, dict[str, list[int]]]:
+    """Share of COCO's pictures ("5%") -> number of the draw ("1") -> places in `data.train`, as
+    Unbiased Teacher publishes them; {} when its file is not there."""
+    path = supervision(data)
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text())
+        return {f"{float(share):g}%": draws for share, draws in content.items()}
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); fetch it again.") from None
+
+
+def published_draw(
+    data: Instances, split: str, split_seed: int, draws: dict[str, list[int]]
+) -> tuple[list[Photo], str]:
+    """The pictures of one draw; UserError for another data set, or a draw that is not published."""
+    if len(data.train) != COCO_IMAGES:
+        raise UserError(
+            f"The published list {split} is of the {COCO_IMAGES} images of train2017 that hold an "
+            f"object, but {data.train_json} has {len(data.train)}; draw one with --split "
+            f"random:{split}."
+        )
+    places = draws.get(str(split_seed))
+    if places is None:
+        raise UserError(
+            f"--split {split} is published for --split-seed {', '.join(draws)}, not {split_seed}."
+        )
+    family, _ = PUBLISHED[data.name]
+    photos = [data.train[place] for place in places]
+    return photos, f"the published list {family}/{split}, draw {split_seed}"
+
+
+def listed_photos(path: Path, data: Instances, files: bool = False) -> list[Photo]:
     """The pictures that a list, or a COCO file, names: all by file name, or all by its stem, or all
     by id. Those without labels are left out; but with `files` they stay, and paths under the root
     or beside the list count, too."""
     try:
         if path.suffix == ".json":
-            entries = [str(r.get("file_name") or r.get("id")) for r in read_json(path)["images"]]
+            records = read_json(path)["images"]
+            entries = [str(record.get("file_name") or record.get("id")) for record in records]
         else:
             entries = [entry for entry, _ in splits.read_list(path)]
     except splits.SplitError as error:
         raise UserError(str(error)) from None
-    best: list[Photo | None] = []
+    found = best_reading(entries, data)
+    if files:
+        for i, entry in enumerate(entries):  # a path is that file, whatever else has its name
+            if found[i] is None or ("/" in entry and found[i].name != entry):
+                for base in (data.root, path.parent, Path()):
+                    if (base / entry).is_file():
+                        found[i] = Photo(entry, base / entry)
+                        break
+    if None in found:
+        raise UserError(
+            f"{found.count(None)} of {len(found)} images listed in {path} are not among the "
+            f"training images of {data.root}, for example {entries[found.index(None)]}; is --root "
+            f"right?"
+        )
+    if files:
+        return found
+    return [photo for photo in found if photo.things is not None or photo.label is not None]
+
+
+def best_reading(entries: list[str], data: Instances) -> list[Photo | None]:
+    """The picture of each entry, read as a file name, as a stem or as an id: as what finds most."""
+    best: list[Photo | None] | None = None
     for kind in ("name", "stem", "id"):
         table: dict[str, Photo | None] = {}
         for photo in data.train + data.extra:
             key = str(photo.id) if kind == "id" else photo.name
-            key = splits.short_id(key, data.name) if kind == "stem" else key
+            if kind == "stem":
+                key = splits.short_id(key, data.name)
             table[key] = None if key in table else photo  # two of one stem: neither
-        found = [table.get(splits.short_id(e, data.name) if kind == "stem" else e) for e in entries]
-        if kind == "name" or found.count(None) < best.count(None):
+        keys = entries
+        if kind == "stem":
+            keys = [splits.short_id(entry, data.name) for entry in entries]
+        found = [table.get(key) for key in keys]
+        if best is None or found.count(None) < best.count(None):
             best = found
-    for i, entry in enumerate(entries):  # a path is that file, whatever else has its name
-        paths = (base / entry for base in (data.root, path.parent, Path()))
-        wanted = files and (best[i] is None or "/" in entry and best[i].name != entry)
-        if wanted and (image := next((p for p in paths if p.is_file()), None)):
-            best[i] = Photo(entry, image)
-    if None in best:
-        raise UserError(
-            f"{best.count(None)} of {len(best)} images listed in {path} are not among the training images "
-            f"of {data.root}, for example {entries[best.index(None)]}; is --root right?"
-        )
-    return [photo for photo in best if files or photo.things is not None or photo.label is not None]
+    return best
 
 
 def unlabeled_photos(text: str, data: Instances, flag: str = "--unlabeled") -> list[Photo]:
     """What a flag names: a folder of images, also in folders below it, or a list of them."""
     path = Path(text)
     if path.is_file():
-        return listed(path, data, files=True)
-    found = [
-        Photo(str(p.relative_to(path)), p)
-        for p in sorted(path.rglob("*"))
-        if p.suffix.lower() in IMAGES
-    ]
-    if not found:
-        raise UserError(
-            f"{flag} {path}: {'no images in that folder' if path.is_dir() else 'no folder or list'}."
-        )
+        return listed_photos(path, data, files=True)
+    images = [image for image in sorted(path.rglob("*")) if image.suffix.lower() in IMAGES]
+    if not images:
+        why = "no images in that folder" if path.is_dir() else "no folder or list"
+        raise UserError(f"{flag} {path}: {why}.")
+    found = [Photo(str(image.relative_to(path)), image) for image in images]
     for photo in found:
         # surrogates: not UTF-8
         if not str(photo.image).isascii() and "\\udc" in ascii(str(photo.image)):
@@ -433,8 +472,8 @@ def load(photo: Photo) -> Tensor:
     image = read_image(photo.image)
     if photo.things is not None and image.shape[-2:] != (photo.height, photo.width):
         raise RankError(
-            f"{photo.image} has {image.shape[2]}x{image.shape[1]} pixels but its annotations are for "
-            f"{photo.width}x{photo.height}; they must agree."
+            f"{photo.image} has {image.shape[2]}x{image.shape[1]} pixels but its annotations are "
+            f"for {photo.width}x{photo.height}; they must agree."
         )
     return image
 
@@ -469,19 +508,15 @@ def collate(samples: list[tuple[tuple, int]]) -> Batch:
 
 
 def to_device(batch: Batch | None, device: torch.device) -> Batch | None:
-    def move(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.to(device, non_blocking=True)
+    """The batch on the device, where it arrives while the processor goes on; None stays None."""
+    if batch is None:
+        return None
 
-    return (
-        None
-        if batch is None
-        else Batch(
-            move(batch.images),
-            move(batch.weak),
-            [Target(move(t.labels), move(t.masks)) for t in batch.targets],
-            move(batch.skipped),
-        )
-    )
+    def move(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(device, non_blocking=True)
+
+    targets = [Target(move(target.labels), move(target.masks)) for target in batch.targets]
+    return Batch(move(batch.images), move(batch.weak), targets, move(batch.skipped))
 
 
 class Views(Dataset):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from common.distributed import World
 from common.errors import RankError
-from common.objects import CITYSCAPES_THINGS, Instances, opened, outline
+from common.objects import CITYSCAPES_THINGS, Instances, read_segmentation, with_things
 
 THRESHOLDS = np.arange(0.5, 1.0, 0.05)  # of the overlap, as cityscapesScripts has them
 
@@ -170,7 +170,7 @@ def truth_of(data: Instances) -> dict:
         if record["id"] in ids
     }
     for a in content["annotations"]:
-        segmentation = outline(a["segmentation"])
+        segmentation = read_segmentation(a["segmentation"])
         if a["image_id"] not in ids or not segmentation:
             continue
         area, box = float(a.get("area") or 0), a.get("bbox") or ()
@@ -200,7 +200,7 @@ def truth_of_labels(data: Instances) -> dict:
     """The same from Cityscapes' instanceIds; what is void there is background here."""
     images, annotations = [], []
     for photo in data.val:
-        photo, ids = opened(photo)
+        photo, ids = with_things(photo)
         size = [photo.height, photo.width]
         images.append(
             {"id": photo.id, "file_name": photo.image.name, "height": size[0], "width": size[1]}

@@ -1,4 +1,6 @@
-"""Annotated objects as they lie on disk, and their masks under a joint geometry."""
+"""Annotated objects as they lie on disk, and their masks under a joint geometry.
+
+Things are what can be counted, as Cityscapes and COCO call it: a person, not the sky."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,20 +96,19 @@ def bare(photo: Photo) -> Photo:
     return photo._replace(things=None, label=None, negative=(), partial=())
 
 
-def outline(segmentation: list | dict) -> list[np.ndarray] | dict:
-    """Polygons as arrays, a quarter of the memory of lists, or compressed run lengths. As in
-    Detectron2, a polygon of an odd count or of fewer than six numbers is left out; an object
-    without any other is no object."""
+def read_segmentation(segmentation: list | dict) -> list[np.ndarray] | dict:
+    """What a JSON file says of an outline: polygons as arrays, which take a quarter of the memory
+    of lists, or compressed run lengths. As in Detectron2, a polygon of an odd count or of fewer
+    than six numbers is left out; an object without any other is no object."""
     if isinstance(segmentation, dict):
-        listed = isinstance(segmentation["counts"], list)
-        return (
-            coco_mask.frPyObjects(segmentation, *segmentation["size"]) if listed else segmentation
-        )
-    return [
-        np.array(p, np.float64)
-        for p in segmentation
-        if isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0
-    ]
+        if isinstance(segmentation["counts"], list):
+            return coco_mask.frPyObjects(segmentation, *segmentation["size"])
+        return segmentation
+    polygons = []
+    for numbers in segmentation:
+        if isinstance(numbers, list) and len(numbers) >= 6 and len(numbers) % 2 == 0:
+            polygons.append(np.array(numbers, np.float64))
+    return polygons
 
 
 # -------------------------------------------------------------------------------------------- masks
@@ -130,121 +131,160 @@ def cut_out(image: Tensor, window: Window, fill: int) -> Tensor:
     return torch.where(valid, out, fill)
 
 
+class Masks(NamedTuple):
+    """Objects of a picture as they look in a window."""
+
+    labels: Tensor  # (N,) int64
+    masks: Tensor  # (N, h, w) uint8, 0 or 1
+    crowds: Tensor  # (N,) bool, whether it is a region of many objects
+
+
 def masks_of(
     photo: Photo, data: Instances, window: Window | None = None, crowds: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Labels (N,) int64, masks (N, h, w) uint8 0/1 and whether each is a crowd (N,) bool, in the
-    file's order; empty masks are kept. Without `window` in the picture's own frame; without
-    `crowds` no crowds.
+) -> Masks:
+    """The objects of a picture in the file's order; empty masks are kept. Without `window` in the
+    picture's own frame; without `crowds` no crowds.
 
     Polygons are moved as coordinates and drawn on the window, so they stay sharp; run lengths and
     instanceIds are decoded, and each pixel of the window takes the nearest one. A RankError names
     the image that cannot be drawn."""
     assert photo.things is not None or photo.label is not None, f"{photo.name} has no labels"
-    photo, ids = opened(photo)
+    photo, ids = with_things(photo)
     whole = (photo.height, photo.width)
-    window = window or Window(False, whole, 0, 0, whole)
+    if window is None:
+        window = Window(False, whole, 0, 0, whole)
+    if ids is not None:
+        ids = nearest_in_window(ids, window)
     things = [thing for thing in photo.things if crowds or not thing.crowd]
     masks = np.zeros((len(things), *window.out), np.uint8)
-    ids = None if ids is None else seen(ids, window)
-    for mask, (category, segmentation, *_) in zip(masks, things, strict=True):
+    for mask, thing in zip(masks, things, strict=True):
         try:
-            if isinstance(segmentation, list):
-                polygons = [moved(np.asarray(p, np.float64), whole, window) for p in segmentation]
-                mask[:] = coco_mask.decode(
-                    coco_mask.merge(coco_mask.frPyObjects(polygons, *window.out))
-                )
-            elif isinstance(segmentation, dict):
-                if list(segmentation["size"]) != list(whole):
-                    raise ValueError(
-                        f"its run lengths are for {segmentation['size']}, height and width"
-                    )
-                mask[:] = seen(coco_mask.decode(outline(segmentation)), window)
-            else:
-                mask[:] = ids == segmentation
+            mask[:] = draw(thing.segmentation, whole, window, ids)
         except (ValueError, TypeError, KeyError, IndexError) as error:
             raise RankError(
-                f"An annotation of {photo.image} ({data.classes[category]}, {photo.width}x{photo.height} "
-                f"pixels) cannot be drawn ({error}); correct it or take it out."
+                f"An annotation of {photo.image} ({data.classes[thing.category]}, {photo.width}x"
+                f"{photo.height} pixels) cannot be drawn ({error}); correct it or take it out."
             ) from None
-    return (
+    return Masks(
         torch.tensor([thing.category for thing in things], dtype=torch.int64),
         torch.from_numpy(masks),
         torch.tensor([thing.crowd for thing in things], dtype=torch.bool),
     )
 
 
-def moved(polygon: np.ndarray, whole: tuple[int, int], window: Window) -> np.ndarray:
+def draw(
+    segmentation: list | dict | int,
+    whole: tuple[int, int],
+    window: Window,
+    ids_in_window: np.ndarray | None,
+) -> np.ndarray:
+    """The mask (h, w) of an object in a window of its picture, whose size is `whole`."""
+    if isinstance(segmentation, list):
+        polygons = [
+            polygon_in_window(np.asarray(points, np.float64), whole, window)
+            for points in segmentation
+        ]
+        return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, *window.out)))
+    if isinstance(segmentation, dict):
+        size = segmentation["size"]
+        if list(size) != list(whole):
+            raise ValueError(f"its run lengths are for {size}, height and width")
+        return nearest_in_window(coco_mask.decode(read_segmentation(segmentation)), window)
+    return ids_in_window == segmentation
+
+
+def polygon_in_window(points: np.ndarray, whole: tuple[int, int], window: Window) -> np.ndarray:
     """Coordinates x, y, x, y, ... in a picture of size `whole` (height, width) -> in the window."""
-    if not np.abs(polygon).max() < 1e6:  # drawing takes memory for every pixel of an edge
+    if not np.abs(points).max() < 1e6:  # drawing takes memory for every pixel of an edge
         raise ValueError("a coordinate is not finite, or far outside")
-    out = np.empty_like(polygon)
-    out[0::2] = (whole[1] - polygon[0::2] if window.flip else polygon[0::2]) * (
-        window.size[1] / whole[1]
-    ) - window.left
-    out[1::2] = polygon[1::2] * (window.size[0] / whole[0]) - window.top
-    return out
+    height, width = whole
+    x, y = points[0::2], points[1::2]
+    if window.flip:
+        x = width - x
+    moved = np.empty_like(points)
+    moved[0::2] = x * (window.size[1] / width) - window.left
+    moved[1::2] = y * (window.size[0] / height) - window.top
+    return moved
 
 
-def seen(values: np.ndarray, window: Window) -> np.ndarray:
+def nearest_in_window(values: np.ndarray, window: Window) -> np.ndarray:
     """(H, W) -> the window (h, w) of it, nearest pixel with half-pixel centres, 0 outside of the
     picture."""
-    places = []
-    for n, size, start, number in zip(
-        values.shape, window.size, (window.top, window.left), window.out, strict=True
-    ):
-        first = max(start, 0)
-        at = np.arange(first, max(min(start + number, size), first))
-        places.append(
-            (slice(first - start, first - start + len(at)), (2 * at + 1) * n // (2 * size))
-        )
-    (rows, ys), (columns, xs) = places
-    out = np.zeros(window.out, values.dtype)
-    out[rows, columns] = values[ys[:, None], values.shape[1] - 1 - xs if window.flip else xs]
-    return out
+    height, width = values.shape
+    rows, ys = nearest_places(height, window.size[0], window.top, window.out[0])
+    columns, xs = nearest_places(width, window.size[1], window.left, window.out[1])
+    if window.flip:
+        xs = width - 1 - xs
+    cut = np.zeros(window.out, values.dtype)
+    cut[rows, columns] = values[ys[:, None], xs]
+    return cut
 
 
-def opened(photo: Photo) -> tuple[Photo, np.ndarray | None]:
-    """The picture with its objects and size, and its instanceIds (H, W) int32 where it has a label
-    PNG.
+def nearest_places(length: int, size: int, start: int, number: int) -> tuple[slice, np.ndarray]:
+    """Along one axis: `length` pixels are resized to `size`, and a window of `number` begins at
+    `start`. Which part of the window lies inside, and which pixel each place of it takes."""
+    first = max(start, 0)
+    at = np.arange(first, max(min(start + number, size), first))
+    return slice(first - start, first - start + len(at)), (2 * at + 1) * length // (2 * size)
 
-    Of their values, 24000 to 33999 are objects of the class value // 1000; the same classes under
-    1000 are crowds."""
+
+class WithThings(NamedTuple):
+    """A picture with its objects and size, and its instanceIds (H, W) int32 where it has a label
+    PNG."""
+
+    photo: Photo
+    ids: np.ndarray | None
+
+
+def with_things(photo: Photo) -> WithThings:
+    """Read the label PNG of a picture, if it has one. Of its values, 24000 to 33999 are objects of
+    the class value // 1000; the same classes under 1000 are crowds."""
     if photo.label is None:
-        return photo, None
+        return WithThings(photo, None)
     ids = read_ids(photo.label)
-    counts, classes = np.bincount(ids.ravel()), list(CITYSCAPES_THINGS)
-    things = [
-        Thing(classes.index(kind), value, value < 1000, float(counts[value]))
-        for value in np.flatnonzero(counts).tolist()
-        if (kind := value // 1000 if value >= 1000 else value) in CITYSCAPES_THINGS
-    ]
-    return photo._replace(things=tuple(things), height=ids.shape[0], width=ids.shape[1]), ids
+    counts = np.bincount(ids.ravel())
+    classes = list(CITYSCAPES_THINGS)
+    things = []
+    for value in np.flatnonzero(counts).tolist():
+        crowd = value < 1000
+        label_id = value if crowd else value // 1000
+        if label_id in CITYSCAPES_THINGS:
+            things.append(Thing(classes.index(label_id), value, crowd, float(counts[value])))
+    photo = photo._replace(things=tuple(things), height=ids.shape[0], width=ids.shape[1])
+    return WithThings(photo, ids)
 
 
 def read_ids(path: Path) -> np.ndarray:
     """(H, W) int32 of a Cityscapes instanceIds PNG."""
     try:
         with Image.open(path) as file:
-            mode, ids = file.mode, np.array(file).astype(np.int32)
+            mode = file.mode
+            ids = np.array(file).astype(np.int32)
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
         raise RankError(
             f"The label {path} cannot be read ({error}); fetch or make it again."
         ) from None
     if mode not in ("I", "I;16", "I;16B", "L") or ids.min() < 0:
         raise RankError(
-            f"The label {path} (mode {mode}) is no map of instance ids, a single-channel 16-bit PNG."
+            f"The label {path} (mode {mode}) is no map of instance ids, a single-channel 16-bit "
+            f"PNG."
         )
     return ids
 
 
-def true_objects(
-    photo: Photo, data: Instances, chosen: list[int] | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Labels (N,), masks (N, H, W) uint8 and boxes (N, 4) of the objects of a picture, or of the
-    `chosen` ones, in its own frame; crowds and empty masks are left out."""
+class TrueObjects(NamedTuple):
+    """The objects of a picture in its own frame."""
+
+    labels: Tensor  # (N,) int64
+    masks: Tensor  # (N, H, W) uint8, none of them empty
+    boxes: Tensor  # (N, 4) float32
+
+
+def true_objects(photo: Photo, data: Instances, chosen: list[int] | None = None) -> TrueObjects:
+    """All objects of a picture, or the `chosen` ones; crowds and empty masks are left out."""
     if chosen is not None:
         photo = photo._replace(things=tuple(photo.things[i] for i in chosen))
     labels, masks, _ = masks_of(photo, data)
-    seen = masks.flatten(1).any(1).bool()
-    return labels[seen], masks[seen], boxes_of(masks[seen])
+    has_pixels = masks.flatten(1).any(1).bool()
+    masks = masks[has_pixels]
+    return TrueObjects(labels[has_pixels], masks, boxes_of(masks))
