@@ -148,8 +148,8 @@ def check_limits(args, limits: dict[str, tuple[float, float]]) -> None:
             name != "crop_size" and list(values) != sorted(values)
         ):
             raise UserError(
-                f"--{name.replace('_', '-')} {' '.join(map(str, values))} is outside {low:g} to {high:g}"
-                f"{', or not in order' if len(values) > 1 else ''}."
+                f"--{name.replace('_', '-')} {' '.join(map(str, values))} is outside {low:g} to "
+                f"{high:g}{', or not in order' if len(values) > 1 else ''}."
             )
 
 
@@ -158,7 +158,8 @@ def check_meaning(args, base, method: str, flags_of: dict[str, str], idle: dict[
     methods to their flags (both as words), or beside another flag, where `idle` says so."""
     for name in (n for n, off in idle.items() if off and getattr(args, n) != getattr(base, n)):
         raise UserError(
-            f"--{name.replace('_', '-')} does nothing beside another flag of this command; leave it out."
+            f"--{name.replace('_', '-')} does nothing beside another flag of this command; leave "
+            f"it out."
         )
     for methods, names in flags_of.items():
         for name in names.split() if method not in methods.split() else ():

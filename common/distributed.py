@@ -6,7 +6,7 @@ import os
 import re
 import warnings
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import numpy as np
@@ -32,28 +32,29 @@ class World:
 
     def bf16(self, precision: str) -> bool:
         """Whether networks run in bf16: as told, or with `auto` on GPUs that compute in it."""
-        able = self.device.type == "cuda" and torch.cuda.is_bf16_supported(
-            including_emulation=False
-        )
-        return precision == "bf16" or (precision == "auto" and able)
+        if precision != "auto":
+            return precision == "bf16"
+        if self.device.type != "cuda":
+            return False
+        return torch.cuda.is_bf16_supported(including_emulation=False)
 
     def share(self, batch_size: int, multiple: int = 1) -> int:
         """This process's part of a global batch: a multiple of `multiple`, and two at least
         (BatchNorm, mixing)."""
         step = self.size * multiple
-        if batch_size % step or batch_size < 2 * self.size:
-            below, above = (
-                batch_size // step * step,
-                max((batch_size // step + 1) * step, 2 * self.size),
-            )
-            parts = f"{self.size} processes" + (
-                f" of a multiple of {multiple} images" if multiple > 1 else ""
-            )
-            raise UserError(
-                f"--batch-size {batch_size} is global and does not divide into {parts}, two images each at "
-                f"least; take {f'{below} or ' if below >= 2 * self.size else ''}{above}."
-            )
-        return batch_size // self.size
+        least = 2 * self.size
+        if batch_size % step == 0 and batch_size >= least:
+            return batch_size // self.size
+        below = batch_size // step * step
+        above = max(below + step, least)
+        parts = f"{self.size} processes"
+        if multiple > 1:
+            parts += f" of a multiple of {multiple} images"
+        advice = f"{below} or {above}" if below >= least else f"{above}"
+        raise UserError(
+            f"--batch-size {batch_size} is global and does not divide into {parts}, two images "
+            f"each at least; take {advice}."
+        )
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum of `tensor` over all processes (a new tensor)."""
@@ -90,10 +91,11 @@ class World:
 def launched() -> World:
     """The world that torchrun describes in the environment, before joining it: to check settings
     against."""
-    rank, size, local_rank = (
-        int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    return World(
+        rank=int(os.environ.get("RANK", 0)),
+        size=int(os.environ.get("WORLD_SIZE", 1)),
+        local_rank=int(os.environ.get("LOCAL_RANK", 0)),
     )
-    return World(rank, size, local_rank)
 
 
 def start(device: str = "auto", join: bool = True) -> World:
@@ -101,43 +103,56 @@ def start(device: str = "auto", join: bool = True) -> World:
     `join` False no group is made: the world says who we are, and nothing may be reduced.
 
     `device`: auto (GPUs when there are any), cpu, cuda. GPUs talk by NCCL, processors by gloo."""
-    rank, size, local_rank = (w := launched()).rank, w.size, w.local_rank
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    if device != "cpu" and not re.fullmatch(r"cuda(:\d+)?", device):
-        raise UserError(f"--device {device}: give auto, cpu, cuda or cuda:N.")
-    if device.startswith("cuda:") and size > 1:
-        raise UserError(
-            f"--device {device} would put all {size} processes on one GPU; give --device cuda, and choose "
-            f"GPUs with CUDA_VISIBLE_DEVICES."
-        )
+    world = launched()
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    check_device(device, world)
     if device.startswith("cuda"):
-        if not torch.cuda.is_available():
-            raise UserError(
-                f"--device {device}: this PyTorch sees no GPU; use --device cpu or install a CUDA build."
-            )
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"Process {local_rank} of this machine has no GPU of its own: {torch.cuda.device_count()} "
-                f"GPU(s) seen; lower --nproc_per_node or use --device cpu."
-            )
-        device = f"cuda:{local_rank}" if device == "cuda" else device
+        if device == "cuda":
+            device = f"cuda:{world.local_rank}"
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
-    if size > 1 and join:
-        try:
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo",
-                timeout=timedelta(minutes=60),
-            )
-        except RuntimeError as error:  # DistNetworkError is a RuntimeError
-            if "address already in use" in str(error).lower():
-                raise UserError(
-                    f"Port {os.environ.get('MASTER_PORT')} is in use on this machine; give torchrun "
-                    f"another one, for example --master_port 29501."
-                ) from None
-            raise
-    return World(rank, size, local_rank, torch.device(device))
+    if world.size > 1 and join:
+        join_group(device)
+    return replace(world, device=torch.device(device))
+
+
+def check_device(device: str, world: World) -> None:
+    """UserError for a device that is not there, or that several processes would share."""
+    if device != "cpu" and not re.fullmatch(r"cuda(:\d+)?", device):
+        raise UserError(f"--device {device}: give auto, cpu, cuda or cuda:N.")
+    if device == "cpu":
+        return
+    if device != "cuda" and world.size > 1:
+        raise UserError(
+            f"--device {device} would put all {world.size} processes on one GPU; give --device "
+            f"cuda, and choose GPUs with CUDA_VISIBLE_DEVICES."
+        )
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"--device {device}: this PyTorch sees no GPU; use --device cpu or install a CUDA "
+            f"build."
+        )
+    if world.local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"Process {world.local_rank} of this machine has no GPU of its own: "
+            f"{torch.cuda.device_count()} GPU(s) seen; lower --nproc_per_node or use --device cpu."
+        )
+
+
+def join_group(device: str) -> None:
+    """Wait for the other processes; UserError when torchrun's port is taken."""
+    backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+    try:
+        dist.init_process_group(backend, timeout=timedelta(minutes=60))
+    except RuntimeError as error:  # DistNetworkError is a RuntimeError
+        if "address already in use" in str(error).lower():
+            raise UserError(
+                f"Port {os.environ.get('MASTER_PORT')} is in use on this machine; give torchrun "
+                f"another one, for example --master_port 29501."
+            ) from None
+        raise
 
 
 def stop() -> None:
@@ -183,8 +198,9 @@ def average_buffers(world: World, *networks: nn.Module) -> None:
     buffers = [b for net in networks for b in net.buffers() if b.is_floating_point()]
     if not buffers:
         return
-    flat = world.mean(torch.cat([b.flatten() for b in buffers]))
-    for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
+    flat = world.mean(torch.cat([buffer.flatten() for buffer in buffers]))
+    means = flat.split([buffer.numel() for buffer in buffers])
+    for buffer, mean in zip(buffers, means, strict=True):
         buffer.copy_(mean.view_as(buffer))
 
 
@@ -195,13 +211,11 @@ def parallel(network: nn.Module, world: World) -> nn.Module:
     Keep the bare network for everything else (EMA, checkpoints, evaluation)."""
     if world.size == 1:
         return network
-    # of 1x1 convolutions, channels last
+    # DDP warns of 1x1 convolutions in channels_last: their strides can be written in two ways.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view")
-    ids, ddp = (
-        [world.device] if world.device.type == "cuda" else None,
-        nn.parallel.DistributedDataParallel,
-    )
-    new = "forward_sync_buffers" in inspect.signature(ddp).parameters  # the name since PyTorch 2.13
-    return ddp(
-        network, device_ids=ids, **{"forward_sync_buffers" if new else "broadcast_buffers": False}
-    )
+    ddp = nn.parallel.DistributedDataParallel
+    # Buffers are not sent around; the flag has another name since PyTorch 2.13.
+    new_name = "forward_sync_buffers" in inspect.signature(ddp).parameters
+    flag = "forward_sync_buffers" if new_name else "broadcast_buffers"
+    device_ids = [world.device] if world.device.type == "cuda" else None
+    return ddp(network, device_ids=device_ids, **{flag: False})

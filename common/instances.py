@@ -330,7 +330,7 @@ def supervision(data: Instances) -> Path:
 
 
 def published_split(data: Instances, split: str, split_seed: int) -> tuple[list[Photo], str]:
-    """The pictures of a published list that lies beside the data, and where it comes from, in words;
+    """The pictures of a published list that lies beside the data, and where it comes from in words;
     UserError when it is not there."""
     family, known = PUBLISHED[data.name]
     folder = data.root / "splits" / family

@@ -1,4 +1,7 @@
-"""Confusion counts and mean intersection over union, exact on any number of processes."""
+"""Numbers that papers report, of plain arrays: confusion counts and mean intersection over union,
+and the calibration error."""
+
+import math
 
 import numpy as np
 import torch
@@ -12,12 +15,10 @@ def confusion(prediction: Tensor, label: Tensor, num_classes: int) -> Tensor:
     columns predictions.
 
     Pixels whose label is not a class (255) are not counted."""
-    # labels out of range share one extra row, which is cut off: no masking of the pixels, one pass
+    # Labels that are no class share one extra row, which is cut off: one pass without a mask.
     rows = label.to(torch.int64).clamp(max=num_classes)
-    index, bins = (
-        (rows * num_classes + prediction.to(torch.int64)).flatten(),
-        (num_classes + 1) * num_classes,
-    )
+    index = (rows * num_classes + prediction.to(torch.int64)).flatten()
+    bins = (num_classes + 1) * num_classes
     if index.device.type == "cpu":  # numpy counts ten times faster than torch here
         counts = torch.from_numpy(np.bincount(index.numpy(), minlength=bins))
     else:
@@ -43,25 +44,22 @@ def miou(counts: Tensor) -> float:
 def iou_record(counts: Tensor, classes: list[str], step: int) -> dict:
     """What results.json holds of a confusion matrix: `step`, `miou`, `iou` (class -> percent, None
     when absent)."""
-    values = iou(counts).tolist()
-    return {
-        "step": step,
-        "miou": round(miou(counts), 4),
-        "iou": {
-            name: None if value != value else round(value, 4)
-            for name, value in zip(classes, values, strict=True)
-        },
-    }
+    of_class = {}
+    for name, value in zip(classes, iou(counts).tolist(), strict=True):
+        of_class[name] = None if math.isnan(value) else round(value, 4)
+    return {"step": step, "miou": round(miou(counts), 4), "iou": of_class}
 
 
 @torch.no_grad()
 def distance(a: nn.Module, b: nn.Module) -> float:
     """Relative distance |a - b| / |b| of two networks' parameters."""
-    pairs = list(zip(a.parameters(), b.parameters(), strict=True))
-    apart = torch.stack(torch._foreach_norm([x - y for x, y in pairs])).norm()
-    return (apart / torch.stack(torch._foreach_norm([y for _, y in pairs])).norm()).item()
+    differences = [x - y for x, y in zip(a.parameters(), b.parameters(), strict=True)]
+    apart = torch.stack(torch._foreach_norm(differences)).norm()
+    size = torch.stack(torch._foreach_norm(list(b.parameters()))).norm()
+    return (apart / size).item()
 
 
+# -------------------------------------------------------------------------------------- calibration
 def table(conf: np.ndarray, right: np.ndarray, bins: int = 10) -> list[dict]:
     """The `bins` of equal width on [0, 1] of samples (N,), each: low, high, the number n of samples
     with low <= confidence < high (in the last also 1), their mean confidence conf and share of
@@ -74,30 +72,26 @@ def table(conf: np.ndarray, right: np.ndarray, bins: int = 10) -> list[dict]:
     )
     assert ((conf >= 0) & (conf <= 1)).all(), "a confidence is not in 0..1"
     place = np.minimum((conf * bins).astype(np.int64), bins - 1)
-    count, sums, hits = (
-        np.bincount(place, weights, bins).tolist() for weights in (None, conf, right)
-    )
-    return [
-        {
-            "low": b / bins,
-            "high": (b + 1) / bins,
-            "n": int(n),
-            "conf": s / n if n else None,
-            "acc": h / n if n else None,
-        }
-        for b, (n, s, h) in enumerate(zip(count, sums, hits, strict=True))
-    ]
+    counts = np.bincount(place, minlength=bins).tolist()
+    sums = np.bincount(place, conf, bins).tolist()
+    hits = np.bincount(place, right, bins).tolist()
+    rows = []
+    for b in range(bins):
+        row = {"low": b / bins, "high": (b + 1) / bins, "n": counts[b], "conf": None, "acc": None}
+        if counts[b]:
+            row["conf"] = sums[b] / counts[b]
+            row["acc"] = hits[b] / counts[b]
+        rows.append(row)
+    return rows
 
 
 def error_of(rows: list[dict]) -> float | None:
     """ECE of what `table` gives: the mean gap between confidence and accuracy, each bin by its
     share of samples."""
     number = sum(row["n"] for row in rows)
-    return (
-        sum(row["n"] * abs(row["acc"] - row["conf"]) for row in rows if row["n"]) / number
-        if number
-        else None
-    )
+    if not number:
+        return None
+    return sum(row["n"] * abs(row["acc"] - row["conf"]) for row in rows if row["n"]) / number
 
 
 def ece(conf: np.ndarray, right: np.ndarray, bins: int = 10) -> float | None:
@@ -116,9 +110,11 @@ def reliability(samples: Samples, bins: int = 10, groups: list[str] | None = Non
         rows = table(conf, right, bins)
         return {"ece": error_of(rows), "n": len(conf), "bins": rows}
 
-    labels, conf, right = (np.asarray(x) for x in samples)
-    found = record(conf, right)
-    for group in "rcf" if groups is not None else "":
-        mine = np.isin(labels, [k for k, g in enumerate(groups) if g == group])
-        found[group] = record(conf[mine], right[mine])
-    return found
+    labels, conf, right = map(np.asarray, samples)
+    result = record(conf, right)
+    if groups is not None:
+        for group in "rcf":
+            of_group = [label for label, name in enumerate(groups) if name == group]
+            in_group = np.isin(labels, of_group)
+            result[group] = record(conf[in_group], right[in_group])
+    return result

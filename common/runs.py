@@ -34,20 +34,21 @@ FREE_TO_CHANGE = {
 }
 
 
-HELD = []  # open files, locked as long as this process lives
+HELD = []  # open files: a lock ends when its file is closed
 
 
 # --------------------------------------------------------------------------------------- run folder
 def default_out(script: str, args) -> Path:
     """--out, or runs/<script>-<dataset>-<split>-d<split seed>-s<seed>."""
-    split = (
-        Path(args.split).stem if Path(args.split).is_file() else args.split.removeprefix("random:")
-    )
+    if args.out:
+        return Path(args.out)
+    if Path(args.split).is_file():
+        split = Path(args.split).stem
+    else:
+        split = args.split.removeprefix("random:")
     split = split.replace("/", "-of-").replace("%", "pc")
-    return Path(
-        args.out
-        or f"runs/{Path(script).stem}-{args.dataset}-{split}-d{args.split_seed}-s{args.seed}"
-    )
+    name = f"{Path(script).stem}-{args.dataset}-{split}-d{args.split_seed}-s{args.seed}"
+    return Path("runs") / name
 
 
 def open_run(out: Path, script: str, args, resume: bool, main: bool) -> bool:
@@ -56,39 +57,55 @@ def open_run(out: Path, script: str, args, resume: bool, main: bool) -> bool:
 
     Raises UserError when the folder holds another run, or the same run with other settings."""
     config, last = out / "config.json", out / "last.pt"
-    settings = json.loads(json.dumps(dataclasses.asdict(args), default=str))
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a folder.")
     if last.exists() or config.exists():
         if not resume:
             raise UserError(
-                f"{out} holds another run; continue it with --resume, or name a new folder with --out."
+                f"{out} holds another run; continue it with --resume, or name a new folder with "
+                f"--out."
             )
-        try:
-            old = json.loads(config.read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            raise UserError(
-                f"{config} cannot be read ({error}); start again with another --out."
-            ) from None
-        if old.get("script") != script:
-            raise UserError(
-                f"{out} holds a run of {old.get('script')}, not of {script}; name another --out."
-            )
-        then = old.get("settings", {})
-        if differ := [
-            f"{k} ({then.get(k)} then, {settings.get(k)} now)"
-            for k in sorted(then.keys() | settings.keys())
-            if k not in FREE_TO_CHANGE and then.get(k) != settings.get(k)
-        ]:
-            raise UserError(
-                f"--resume with other settings than {out} was started with: {', '.join(differ)}; "
-                f"use the old ones, or another --out."
-            )
+        check_same_run(config, script, args)
     if resume and main and not last.exists():
         print(f"--resume: no checkpoint in {out} yet, so this run starts afresh.")
+    lock(out)
+    return last.exists()
+
+
+def check_same_run(config: Path, script: str, args) -> None:
+    """UserError when config.json is of another script, or of other settings."""
+    out = config.parent
+    try:
+        old = json.loads(config.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"{config} cannot be read ({error}); start again with another --out."
+        ) from None
+    if old.get("script") != script:
+        raise UserError(
+            f"{out} holds a run of {old.get('script')}, not of {script}; name another --out."
+        )
+    then = old.get("settings", {})
+    now = json.loads(json.dumps(dataclasses.asdict(args), default=str))
+    differences = [
+        f"{name} ({then.get(name)} then, {now.get(name)} now)"
+        for name in sorted(then.keys() | now.keys())
+        if name not in FREE_TO_CHANGE and then.get(name) != now.get(name)
+    ]
+    if differences:
+        raise UserError(
+            f"--resume with other settings than {out} was started with: {', '.join(differences)}; "
+            f"use the old ones, or another --out."
+        )
+
+
+def lock(out: Path) -> None:
+    """Make the folder, and keep other programs out of it as long as this process lives; UserError
+    when one is there, or the folder cannot be written. Loader processes do not inherit the lock,
+    and a file system without locks goes without."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        HELD.append(open(out / ".lock", "w"))  # loader processes do not inherit its lock
+        HELD.append(open(out / ".lock", "w"))
         if int(os.environ.get("RANK", 0)) == 0:
             fcntl.lockf(HELD[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -97,23 +114,20 @@ def open_run(out: Path, script: str, args, resume: bool, main: bool) -> bool:
         ) from None
     except OSError as error:
         if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
-            return last.exists()  # a file system without locks
+            return
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UserError(
             f"The run folder {out} cannot be written ({error.strerror}); name another --out."
         ) from None
-    return last.exists()
 
 
 def write_config(out: Path, script: str, args, world, extra: dict) -> None:
     """config.json: settings, versions, commit, devices, and what the run decided by itself
     (`extra`)."""
-    device = (
-        torch.cuda.get_device_name()
-        if world.device.type == "cuda"
-        else platform.processor() or "cpu"
-    )
+    device = platform.processor() or "cpu"
+    if world.device.type == "cuda":
+        device = torch.cuda.get_device_name()
     record = {
         "script": script,
         "settings": dataclasses.asdict(args),
@@ -340,8 +354,8 @@ class Run:
         for name, step in self.first_bad.items():
             if step.item() >= 0:
                 raise RankError(
-                    f"{name} is not finite since step {step.item()}, so training stops; the last good "
-                    f"checkpoint stays in {self.out}. Try a lower --lr, or --precision fp32."
+                    f"{name} is not finite since step {step.item()}, so training stops; the last "
+                    f"good checkpoint stays in {self.out}. Try a lower --lr, or --precision fp32."
                 )
 
     def log(self, step: int, **extra) -> None:
@@ -384,8 +398,9 @@ class Run:
         for network, weights in state.get("networks", {}).items():
             if not all(bool(torch.isfinite(w).all()) for w in weights.values()):
                 raise RankError(
-                    f"The weights of {network} are not finite after step {state['step'] - 1}, so training "
-                    f"stops; the last good checkpoint stays in {self.out}. Try a lower --lr."
+                    f"The weights of {network} are not finite after step {state['step'] - 1}, so "
+                    f"training stops; the last good checkpoint stays in {self.out}. Try a lower "
+                    f"--lr."
                 )
         skipped = self.skipped_total()
         if self.world.main:

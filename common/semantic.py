@@ -3,7 +3,6 @@ embedded set, which lies there as VOC does), and which images a run learns from.
 
 Layouts are described in data/README.md; --split and --unlabeled are read here."""
 
-import itertools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -313,14 +312,13 @@ def read_names(path: Path) -> list[str]:
 # ---------------------------------------------------------------------------- labeled and unlabeled
 @dataclass
 class Chosen:
-    """Which images a run learns from, and which labeled ones it only chooses by. `text` says it to
-    the user, `fingerprint` identifies the labeled list."""
+    """Which images a run learns from. `text` says it to the user, `fingerprint` identifies the
+    labeled list."""
 
     labeled: list[Picture]
     unlabeled: list[Picture]
     text: str
     fingerprint: str
-    held_out: list[Picture] = field(default_factory=list)
 
 
 class Split(NamedTuple):
@@ -339,12 +337,10 @@ def choose(
     unlabeled: str,
     family: str,
     needed: bool = True,
-    held_out: int = 0,
     balanced: bool = True,
 ) -> Chosen:
     """The labeled images that `split` names, and the unlabeled ones: all others, or what
-    `unlabeled` names; UserError when there are none and they are `needed`. `held_out` labeled
-    images are kept apart from both.
+    `unlabeled` names; UserError when there are none and they are `needed`.
 
     `split`: a published list of `family`, fetched beside the data; random:183, random:5%, drawn
     with `split_seed`; a list file; all. A `balanced` draw covers the classes evenly, for which the
@@ -357,10 +353,6 @@ def choose(
     elif rest is None:
         taken = {picture.image for picture in labeled}
         rest = [p for p in data.train.values() if p.image not in taken] + data.extra
-    apart = hold_out(data, labeled, split_seed, held_out, family)
-    if apart:
-        taken = {picture.image for picture in apart}
-        rest = [picture for picture in rest if picture.image not in taken]
     if needed and not rest:
         raise UserError(
             f"--split {split} leaves no unlabeled image; take a smaller one, name some with "
@@ -375,9 +367,7 @@ def choose(
         f"{len(labeled)} labeled images ({origin}, fingerprint {fingerprint[:12]}) and "
         f"{len(rest)} unlabeled ones"
     )
-    if apart:
-        text += f", {len(apart)} held out"
-    return Chosen(labeled, rest, text, fingerprint, apart)
+    return Chosen(labeled, rest, text, fingerprint)
 
 
 def split_of(data: Segmentation, split: str, split_seed: int, family: str, balanced: bool) -> Split:
@@ -421,34 +411,6 @@ def published_split(data: Segmentation, split: str, family: str) -> Split:
     if (folder / "unlabeled.txt").is_file():
         rest = listed_pictures(folder / "unlabeled.txt", data, labels=False)
     return Split(labeled, rest, f"the published list {family}/{split}")
-
-
-def hold_out(
-    data: Segmentation, labeled: list[Picture], split_seed: int, number: int, family: str
-) -> list[Picture]:
-    """Images with labels beside the `labeled` ones of a run, to choose by: the last `number` of the
-    order the split was cut from (the published permutation where `family` has one, else a seeded
-    one), nearest the end first, so that a smaller set is the beginning of a larger one. UserError
-    when there are not so many."""
-    published = data.root / "splits" / family / "permutation.txt"
-    if data.name == "voc" and published.is_file():
-        order = [name for name, _ in splits.read_list(published)]
-    else:
-        order = splits.draw(list(data.train), len(data.train), split_seed)
-    taken = {picture.name for picture in labeled}
-    able = (
-        data.train[name]
-        for name in reversed(order)
-        if name in data.train and name not in taken and data.train[name].label.is_file()
-    )
-    found = list(itertools.islice(able, number))
-    if len(found) < number:
-        raise UserError(
-            f"{number} images with labels are to be held out (--dev-size, --dev-reserve), but "
-            f"beside the {len(taken)} labeled ones there are only {len(found)}; ask for fewer, or "
-            f"a smaller --split."
-        )
-    return found
 
 
 def listed_pictures(path: Path, data: Segmentation, labels: bool = True) -> list[Picture]:

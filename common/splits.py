@@ -51,10 +51,16 @@ _GITHUB = "https://raw.githubusercontent.com"
 _GTA_SEG = f"{_GITHUB}/Jin-Ying/GTA-Seg/534f10f4225ffd11e0cff29db51297ab7da41b44/data/splits"
 
 
-_S4GAN = f"{_GITHUB}/sud0301/semisup-semseg/586609b7bd4bf851c4b1f2691584ce8b11ba6d50/splits/voc/split_0.pkl"
+_S4GAN = (
+    f"{_GITHUB}/sud0301/semisup-semseg/586609b7bd4bf851c4b1f2691584ce8b11ba6d50/"
+    f"splits/voc/split_0.pkl"
+)
 
 
-_GUIDED = f"{_GITHUB}/facebookresearch/GuidedDistillation/f775b48028eedc5501f66dee2f49d9896027a59e/data_splits"
+_GUIDED = (
+    f"{_GITHUB}/facebookresearch/GuidedDistillation/f775b48028eedc5501f66dee2f49d9896027a59e/"
+    f"data_splits"
+)
 
 
 _TEACHER = (
