@@ -214,7 +214,7 @@ def test_shapes_are_drawn_on_first_use(tmp_path, monkeypatch):
     monkeypatch.setattr(shapes, "make_things", partial(shapes.make_things, train=5, tune=2, val=3))
     for val, number in (("val", 3), ("tune", 2)):
         data = instances.find("coco", shapes.make_things(tmp_path / "shapes" / "things"), val=val)
-        assert (data.name, len(data.train), len(data.val), data.extra) == ("shapes", 5, number, [])
+        assert (data.name, len(data.train), len(data.val), data.extra) == ("coco", 5, number, [])
         assert {p.image.parent.name for p in data.val} == {val} and data.val[
             0
         ].image.name == data.train[0].image.name
