@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -185,37 +184,6 @@ def scored_on(data: Instances, photos: list[Photo], val_json: Path | None = None
         negative = {photo.id: list(photo.negative) for photo in photos}
         partial = {photo.id: list(photo.partial) for photo in photos}
     return replace(data, val=list(photos), val_json=val_json, negative=negative, partial=partial)
-
-
-def photometric_distortion(image: Tensor, g: np.random.Generator) -> Tensor:
-    """SSD's colour distortion of (3, H, W) uint8: brightness, contrast, saturation and hue, each
-    half of the time."""
-
-    def on() -> bool:
-        return bool(g.random() < 0.5)
-
-    def contrast(x: np.ndarray) -> np.ndarray:
-        return (
-            np.clip(x.astype(np.float32) * g.uniform(0.5, 1.5), 0, 255).astype(np.uint8)
-            if on()
-            else x
-        )
-
-    x = image.permute(1, 2, 0).numpy()
-    if on():
-        x = np.clip(x.astype(np.float32) + g.uniform(-32, 32), 0, 255).astype(np.uint8)
-    contrast_first = on()
-    x = contrast(x) if contrast_first else x
-    hsv = np.array(Image.fromarray(x).convert("HSV")).astype(np.float32)
-    hsv[..., 1] = np.clip(hsv[..., 1] * (g.uniform(0.5, 1.5) if on() else 1), 0, 255)
-    hsv[..., 0] = (hsv[..., 0] + (g.integers(-18, 19) * 256 / 180 if on() else 0)) % 256
-    x = np.array(
-        Image.frombytes("HSV", (x.shape[1], x.shape[0]), hsv.astype(np.uint8).tobytes()).convert(
-            "RGB"
-        )
-    )
-    x = x if contrast_first else contrast(x)
-    return torch.from_numpy(x).permute(2, 0, 1).contiguous()
 
 
 # ---------------------------------------------------------------------------- labeled and unlabeled

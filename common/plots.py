@@ -1,7 +1,8 @@
-"""Pictures for people: palettes, overlays, strips of predictions, curves. Matplotlib is imported
-only for curves."""
+"""Pictures for people, from plain arrays: palettes, overlays, strips of predictions, curves and
+diagrams. Matplotlib is imported only where it draws."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 def palette() -> np.ndarray:
     """(256, 3) uint8: PASCAL VOC's colour map (the bits of an index spread over red, green and
     blue)."""
-    colours, index = np.zeros((256, 3), np.int64), np.arange(256)
+    colours = np.zeros((256, 3), np.int64)
+    index = np.arange(256)
     for bit in range(7, -1, -1):
         for channel in range(3):
             colours[:, channel] |= (index >> channel & 1) << bit
@@ -31,22 +33,23 @@ def overlay(
     """Picture (3, H, W) uint8 with its label map laid over it, a thin line where the class changes,
     and a legend when `classes` names them -> (H', W, 3) uint8. A first class "background" stays
     clear."""
-    picture, label = image.permute(1, 2, 0).cpu().numpy().astype(np.float32), label.cpu()
-    clear = (label == 0).numpy()[..., None] & (not classes or classes[0] == "background")
+    picture = image.permute(1, 2, 0).cpu().numpy().astype(np.float32)
+    label = label.cpu()
+    has_background = not classes or classes[0] == "background"
+    clear = (label == 0).numpy()[..., None] & has_background
     painted = np.where(clear, picture, (1 - alpha) * picture + alpha * colour(label))
     edge = torch.zeros_like(label, dtype=torch.bool)
     edge[1:] |= label[1:] != label[:-1]
     edge[:, 1:] |= label[:, 1:] != label[:, :-1]
     painted[edge.numpy()] = 255
     painted = painted.round().astype(np.uint8)
-    shown = [
-        i
-        for i in torch.bincount(label.flatten(), minlength=256)[: len(classes)]
-        .argsort(descending=True)
-        .tolist()
-        if (label == i).any() and not (i == 0 and classes[0] == "background")
-    ]
-    return np.concatenate([painted, legend(shown, classes, painted.shape[1])]) if shown else painted
+    pixels = torch.bincount(label.flatten(), minlength=256)[: len(classes)]
+    named = [i for i in pixels.argsort(descending=True).tolist() if pixels[i] > 0]
+    if classes and classes[0] == "background":
+        named = [i for i in named if i != 0]
+    if not named:
+        return painted
+    return np.concatenate([painted, legend(named, classes, painted.shape[1])])
 
 
 def legend(shown: list[int], classes: list[str], width: int) -> np.ndarray:
@@ -82,25 +85,15 @@ def save_index_png(label: Tensor, path: Path) -> None:
 
 def strip(rows: list[list[np.ndarray]], titles: list[str], path: Path, height: int = 144) -> None:
     """A sheet of pictures (H, W, 3) uint8: one row each, one titled column each."""
-    scaled = [
-        [
-            Image.fromarray(p).resize(
-                [max(1, round(n * s)) for n in p.shape[1::-1]],
-                Image.Resampling.NEAREST if s > 1 else Image.Resampling.BILINEAR,
-            )
-            for p in row
-            if (s := min(height / p.shape[0], 4 * height / p.shape[1]))
-        ]
-        for row in rows
-    ]
-    widths = [max(row[i].width for row in scaled) for i in range(len(titles))]
+    scaled = [[fitted(picture, height) for picture in row] for row in rows]
+    widths = [max(row[column].width for row in scaled) for column in range(len(titles))]
     gap, head = 4, 16
-    sheet = Image.new(
-        "RGB", (sum(widths) + gap * (len(widths) - 1), head + len(rows) * (height + gap)), "white"
-    )
-    draw, x = ImageDraw.Draw(sheet), 0
+    total_width = sum(widths) + gap * (len(widths) - 1)
+    sheet = Image.new("RGB", (total_width, head + len(rows) * (height + gap)), "white")
+    canvas = ImageDraw.Draw(sheet)
+    x = 0
     for column, (title, width) in enumerate(zip(titles, widths, strict=True)):
-        draw.text((x + 2, 2), title, fill="black")
+        canvas.text((x + 2, 2), title, fill="black")
         for line, row in enumerate(scaled):
             sheet.paste(row[column], (x, head + line * (height + gap)))
         x += width + gap
@@ -108,63 +101,86 @@ def strip(rows: list[list[np.ndarray]], titles: list[str], path: Path, height: i
     sheet.save(path)
 
 
-def curves(records: list[dict], path: Path, title: str = "") -> None:
-    """A panel for each family of keys in the log's records (what stands before an underscore), a
-    line for each key."""
+def fitted(picture: np.ndarray, height: int) -> Image.Image:
+    """A picture (H, W, 3) uint8 in this height, but no wider than four times of it."""
+    scale = min(height / picture.shape[0], 4 * height / picture.shape[1])
+    size = [max(1, round(side * scale)) for side in (picture.shape[1], picture.shape[0])]
+    way = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BILINEAR
+    return Image.fromarray(picture).resize(size, way)
+
+
+# ------------------------------------------------------------------------------------------ figures
+def pyplot():
+    """Matplotlib, for files and not for windows."""
     import matplotlib
 
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    import matplotlib.pyplot
 
+    return matplotlib.pyplot
+
+
+def save_figure(figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot().close(figure)
+
+
+def curves(records: list[dict], path: Path, title: str = "") -> None:
+    """A panel for each family of keys in the log's records (what stands before an underscore), a
+    line for each key."""
+    plt = pyplot()
     panels: dict[str, list[str]] = {}
-    for key in dict.fromkeys(
-        k for r in records for k in r if k not in ("step", "images_per_second")
-    ):
-        panels.setdefault(key.split("_")[0], []).append(key)
+    for record in records:
+        for key in record:
+            keys = panels.setdefault(key.split("_")[0], [])
+            if key not in keys:
+                keys.append(key)
+    panels.pop("step", None)
+    panels.pop("images", None)  # images_per_second
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.2 * rows), squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
     for axis, (name, keys) in zip(axes.flat, panels.items(), strict=False):
-        for k in keys:
-            points = [(r["step"], r[k]) for r in records if isinstance(r.get(k), (int, float))]
-            if points:
-                axis.plot(
-                    *zip(*points, strict=True),
-                    label=k,
-                    marker="o" if len(points) < 20 else None,
-                    markersize=3,
-                )
+        for key in keys:
+            with_key = [r for r in records if isinstance(r.get(key), (int, float))]
+            if with_key:
+                steps = [record["step"] for record in with_key]
+                values = [record[key] for record in with_key]
+                marker = "o" if len(with_key) < 20 else None
+                axis.plot(steps, values, label=key, marker=marker, markersize=3)
         axis.set(title=name, xlabel="step")
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3)
         if axis.lines:
             axis.legend(fontsize=8)
     figure.suptitle(title, fontsize=11)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save_figure(figure, path)
+
+
+class GroupStyle(NamedTuple):
+    """How a group of classes is called and drawn."""
+
+    word: str
+    colour: str
 
 
 GROUPS = {
-    "f": ("frequent", "#009e73"),
-    "c": ("common", "#0072b2"),
-    "r": ("rare", "#d55e00"),
-    None: ("classes", "#666666"),
-}  # r on top of the others, which are many
+    "f": GroupStyle("frequent", "#009e73"),
+    "c": GroupStyle("common", "#0072b2"),
+    "r": GroupStyle("rare", "#d55e00"),
+    None: GroupStyle("classes", "#666666"),
+}  # rare ones come later, on top of the others, which are many
 
 
-# ----------------------------------------------------------------------------------------- pictures
 def diagram(records: dict[str, dict], path: Path) -> None:
-    """Reliability diagrams (the paper's Fig. 3) of what `reliability` gives, a panel each, titled
-    by their keys: bars reach up to the accuracy of a bin, hatched ones from there to its mean
-    confidence; below, the number of samples."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    """Reliability diagrams of what `metrics.reliability` gives, a panel each, titled by their keys:
+    bars reach up to the accuracy of a bin, hatched ones from there to its mean confidence; below,
+    the number of samples."""
+    plt = pyplot()
     figure, axes = plt.subplots(
         2,
         len(records),
@@ -175,53 +191,57 @@ def diagram(records: dict[str, dict], path: Path) -> None:
     )
     for (top, below), (name, record) in zip(axes.T, records.items(), strict=True):
         rows = [row for row in record["bins"] if row["n"]]
-        places = [(row["low"] + row["high"]) / 2 for row in rows]
-        width = 0.94 / len(record["bins"])
-        gaps, right = [row["conf"] - row["acc"] for row in rows], [row["acc"] for row in rows]
-        top.bar(places, right, width, color="#0072b2", label="accuracy")
-        for word, sign, light, dark in (
-            ("too sure", 1, "#f4cdb2", "#d55e00"),
-            ("too unsure", -1, "#0072b2", "white"),
-        ):
-            top.bar(
-                places,
-                [sign * max(sign * gap, 0) for gap in gaps],
-                width,
-                bottom=right,
-                color=light,
-                edgecolor=dark,
-                hatch="///",
-                linewidth=0.6,
-                label=word,
-            )
-        top.plot([0, 1], [0, 1], color="black", linestyle="--", linewidth=1)
+        number_of_bins = len(record["bins"])
+        draw_gaps(top, rows, 0.94 / number_of_bins)
         error = "no ECE" if record["ece"] is None else f"ECE {record['ece']:.3f}"
         top.set_title(f"{name}\n{error}, {record['n']:,} samples", fontsize=10)
         top.set(xlim=(0, 1), ylim=(0, 1))
-        below.bar(places, [row["n"] for row in rows], width, color="#888888")
-        many = len(record["bins"]) > 10
-        below.set_ylim(0, (1.6 if many else 1.3) * max((row["n"] for row in rows), default=1))
-        for place, row in zip(places, rows, strict=True):
-            text = f"{row['n']:,}" if row["n"] < 10000 else f"{row['n'] / 1000:,.0f}k"
-            below.text(
-                place,
-                row["n"],
-                f" {text} ",
-                ha="center",
-                va="bottom",
-                fontsize=6,
-                rotation=90 * many,
-            )
-        below.set_xlabel("confidence", fontsize=9)
+        draw_sample_counts(below, rows, number_of_bins)
         for axis in (top, below):
             axis.tick_params(labelsize=8)
     axes[0, 0].set_ylabel("share of right detections", fontsize=9)
     if next(iter(records.values()))["n"]:
         axes[0, 0].legend(fontsize=8, loc="upper left")
     axes[1, 0].set_ylabel("samples", fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save_figure(figure, path)
+
+
+def draw_gaps(axis, rows: list[dict], width: float) -> None:
+    """The upper half of a reliability diagram."""
+    places = [(row["low"] + row["high"]) / 2 for row in rows]
+    accuracy = [row["acc"] for row in rows]
+    too_sure = [max(row["conf"] - row["acc"], 0) for row in rows]
+    too_unsure = [min(row["conf"] - row["acc"], 0) for row in rows]
+    hatched = {"bottom": accuracy, "hatch": "///", "linewidth": 0.6}
+    axis.bar(places, accuracy, width, color="#0072b2", label="accuracy")
+    axis.bar(
+        places, too_sure, width, color="#f4cdb2", edgecolor="#d55e00", label="too sure", **hatched
+    )
+    axis.bar(
+        places, too_unsure, width, color="#0072b2", edgecolor="white", label="too unsure", **hatched
+    )
+    axis.plot([0, 1], [0, 1], color="black", linestyle="--", linewidth=1)
+
+
+def draw_sample_counts(axis, rows: list[dict], number_of_bins: int) -> None:
+    """The lower half of a reliability diagram."""
+    places = [(row["low"] + row["high"]) / 2 for row in rows]
+    counts = [row["n"] for row in rows]
+    axis.bar(places, counts, 0.94 / number_of_bins, color="#888888")
+    upright = number_of_bins > 10  # there is no room for numbers side by side
+    axis.set_ylim(0, (1.6 if upright else 1.3) * max(counts, default=1))
+    for place, count in zip(places, counts, strict=True):
+        text = f"{count:,}" if count < 10000 else f"{count / 1000:,.0f}k"
+        axis.text(
+            place,
+            count,
+            f" {text} ",
+            ha="center",
+            va="bottom",
+            fontsize=6,
+            rotation=90 if upright else 0,
+        )
+    axis.set_xlabel("confidence", fontsize=9)
 
 
 def scatter(
@@ -232,42 +252,32 @@ def scatter(
     path: Path,
     labels: tuple[str, str] = ("teacher", "student"),
 ) -> None:
-    """AP of each class (name -> percent, or None) over its number of labeled objects (the paper's
-    Fig. 4), by its group (name -> r, c or f): hollow by one network, filled by another. The legend
-    has the mean gain of each group."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    """AP of each class (name -> percent, or None) over its number of labeled objects, by its group
+    (name -> r, c or f): hollow by one network, filled by another. The legend has the mean gain of
+    each group."""
+    plt = pyplot()
     figure, axis = plt.subplots(figsize=(6.4, 4.4))
     names = [name for name in before if before[name] is not None and after.get(name) is not None]
-    for group, (word, colour) in GROUPS.items():
-        points = np.array(
-            [(max(counts[n], 0.5), before[n], after[n]) for n in names if groups.get(n) == group]
+    for group, style in GROUPS.items():
+        of_group = [name for name in names if groups.get(name) == group]
+        if not of_group:
+            continue
+        x = np.array([max(counts[name], 0.5) for name in of_group])
+        old = np.array([before[name] for name in of_group])
+        new = np.array([after[name] for name in of_group])
+        legend_text = f"{len(of_group)} {style.word}, mean gain {(new - old).mean():+.1f}"
+        axis.vlines(x, old, new, color=style.colour, alpha=0.4, linewidth=1, zorder=1)
+        axis.scatter(
+            x,
+            old,
+            s=14,
+            facecolors="none",
+            edgecolors=style.colour,
+            linewidths=0.8,
+            zorder=2,
+            label="_",
         )
-        if len(points):
-            x, old, new = points.T
-            axis.vlines(x, old, new, color=colour, alpha=0.4, linewidth=1, zorder=1)
-            axis.scatter(
-                x,
-                old,
-                s=14,
-                facecolors="none",
-                edgecolors=colour,
-                linewidths=0.8,
-                zorder=2,
-                label="_",
-            )
-            axis.scatter(
-                x,
-                new,
-                s=14,
-                color=colour,
-                linewidths=0.8,
-                zorder=3,
-                label=f"{len(points)} {word}, mean gain {(new - old).mean():+.1f}",
-            )
+        axis.scatter(x, new, s=14, color=style.colour, linewidths=0.8, zorder=3, label=legend_text)
     axis.set(xscale="log", ylim=(-2, 102))
     axis.set_xlabel(
         f"labeled objects of a class (hollow: {labels[0]}, filled: {labels[1]})", fontsize=9
@@ -277,9 +287,7 @@ def scatter(
     axis.grid(alpha=0.3)
     if names:
         axis.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def draw_objects(
@@ -288,17 +296,15 @@ def draw_objects(
     """Image (3, H, W) uint8 with the objects that score 0.5 or more on it, the best in front ->
     (H', W, 3) uint8. With names of `classes`, each in a colour of its own, and a legend; else in
     the colour of its class."""
-    shown = [i for i in scores.argsort().tolist() if scores[i] >= 0.5][-250:]
+    ascending = scores.argsort().tolist()
+    shown = [i for i in ascending if scores[i] >= 0.5][-250:]
     index = torch.zeros(image.shape[-2:], dtype=torch.uint8)
     for place, i in enumerate(shown, start=1):
         index[masks[i]] = place if classes else 1 + int(labels[i]) % 250
-    return overlay(
-        image,
-        index,
-        ["background", *(f"{classes[labels[i]]} {scores[i]:.2f}" for i in shown)]
-        if classes
-        else [],
-    )
+    names = []
+    if classes:
+        names = ["background", *(f"{classes[labels[i]]} {scores[i]:.2f}" for i in shown)]
+    return overlay(image, index, names)
 
 
 # ------------------------------------------------------------------------------------ search trees
@@ -314,11 +320,7 @@ def search_tree(
     """A tree that grows to the right. Of each node: the index of its parent (None at the root), its
     depth, the number that stands at it, its colour, and whether it is a best one; the ways to those
     are red. Leaves stand below each other in the order of the nodes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     count = len(parents)
     leaves = [i for i in range(count) if i not in parents]
     row = {leaf: -float(place) for place, leaf in enumerate(leaves)}
@@ -360,10 +362,7 @@ def search_tree(
     axis.set_xticks(range(max(depths) + 1))
     axis.set_yticks([])
     axis.margins(0.08, 0.15)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def curves_by_stage(
@@ -374,11 +373,7 @@ def curves_by_stage(
     """A panel for each title in `curves`: for each name some lines of one colour, whose points are
     the values at stages 0, 1, 2, ...; then a panel for each title in `histograms`: for each name
     the counts of equal bins of [0, 1]."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, axes = plt.subplots(1, len(curves) + len(histograms), figsize=(14, 4))
     for axis, (title, lines_of) in zip(axes, curves.items(), strict=False):
         for number, (name, lines) in enumerate(lines_of.items()):
@@ -398,7 +393,4 @@ def curves_by_stage(
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save_figure(figure, path)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common import mask_ap, plots
+from common import mask_ap
 from common.distributed import World
 from common.files import pictures, readable, write_text
 from common.plots import draw_objects, overlay, save_index_png, save_picture
@@ -15,7 +15,11 @@ from common.plots import draw_objects, overlay, save_index_png, save_picture
 
 @torch.no_grad()
 def predict_labels(
-    paths: list[str], out: Path, classes: list[str], logits_of: Callable[[Tensor], Tensor], world
+    paths: list[str],
+    out: Path,
+    classes: list[str],
+    logits_of: Callable[[Tensor], Tensor],
+    world: World,
 ) -> None:
     """Index PNGs and overlays of images, or of folders of them, into `out`; `logits_of` maps uint8
     (1, 3, H, W) to logits (1, K, H, W). UserError when there is no image, or the only one cannot be
@@ -24,10 +28,10 @@ def predict_labels(
     stems = [file.stem for file in files]
     names = [f.stem if stems.count(f.stem) == 1 else f"{f.parent.name}_{f.name}" for f in files]
     out.mkdir(exist_ok=True)
-    for i, _, image in readable(files, world):
+    for place, _, image in readable(files, world):
         label = logits_of(image[None].to(world.device)).argmax(1)[0]
-        save_index_png(label, out / f"{names[i]}.png")
-        save_picture(overlay(image, label, classes), out / f"{names[i]}_overlay.jpg")
+        save_index_png(label, out / f"{names[place]}.png")
+        save_picture(overlay(image, label, classes), out / f"{names[place]}_overlay.jpg")
     if world.main:
         print(f"{len(files)} images: {out}/*.png (class indices) and *_overlay.jpg")
 
@@ -44,13 +48,16 @@ def predict_objects(
     into `out`. `detect`: (3, H, W) uint8 -> labels (n,), scores (n,), masks (n, H, W) and boxes (n,
     4)."""
     out.mkdir(exist_ok=True)
+    of_images = []
+    for place, file, image in readable(files, world):
+        labels, scores, masks, boxes = detect(image)
+        entries = mask_ap.results_of(str(file), ids, labels, scores, masks, boxes)
+        of_images.append((place, entries))
+        shown = draw_objects(image, labels.cpu(), scores.cpu(), masks.cpu(), classes)
+        save_picture(shown, out / f"{place:05d}_{file.stem}_overlay.jpg")
     results = []
-    for i, file, image in readable(files, world):
-        found = detect(image)
-        results.append((i, mask_ap.results_of(str(file), ids, *found)))
-        shown = draw_objects(image, *(t.cpu() for t in found[:3]), classes)
-        plots.save_picture(shown, out / f"{i:05d}_{file.stem}_overlay.jpg")
-    results = [entry for _, part in mask_ap.gather(world, results) for entry in part]
+    for _, entries in mask_ap.gather(world, of_images):
+        results += entries
     if world.main:
         write_text(out / "predictions.json", json.dumps(results))
         print(
