@@ -45,14 +45,14 @@ def predict_objects(
     world: World,
 ) -> None:
     """Overlays of images, and predictions.json in COCO's result format, with paths for `image_id`,
-    into `out`. `detect`: (3, H, W) uint8 -> labels (n,), scores (n,), masks (n, H, W) and boxes (n,
-    4)."""
+    into `out`. `detect`: (3, H, W) uint8 -> labels (n,), scores (n,), masks (n, H, W) and, if
+    there are any, boxes (n, 4)."""
     out.mkdir(exist_ok=True)
     of_images = []
     for place, file, image in readable(files, world):
-        labels, scores, masks, boxes = detect(image)
-        entries = mask_ap.results_of(str(file), ids, labels, scores, masks, boxes)
-        of_images.append((place, entries))
+        found = detect(image)
+        of_images.append((place, mask_ap.results_of(str(file), ids, *found)))
+        labels, scores, masks = found[:3]
         shown = draw_objects(image, labels.cpu(), scores.cpu(), masks.cpu(), classes)
         save_picture(shown, out / f"{place:05d}_{file.stem}_overlay.jpg")
     results = []
