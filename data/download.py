@@ -1,11 +1,15 @@
 """Fetch data sets and published label lists:  python -m data.download
 {voc,splits,cityscapes,coco,lvis} [--root DIR]
 
-voc         VOC 2012 and SBD from their official hosts, the 10,582 + 1,449 masks in SegmentationClassAug, the lists.
+voc         VOC 2012 and SBD from their official hosts, the 10,582 + 1,449 masks in
+            SegmentationClassAug, the lists.
 splits      only the published lists of --dataset, into <root>/splits.
-cityscapes  what to do by hand (the site asks for a login), and the lists; unpacks the two zips once they are there.
-coco        COCO 2017: annotations, train2017, val2017 (20 GB), the lists; --unlabeled adds unlabeled2017 (20 GB).
-lvis        LVIS v1: annotations, and COCO's pictures as above; --root datasets/coco shares those that are there.
+cityscapes  what to do by hand (the site asks for a login), and the lists; unpacks the two zips
+            once they are there.
+coco        COCO 2017: annotations, train2017, val2017 (20 GB), the lists; --unlabeled adds
+            unlabeled2017 (20 GB).
+lvis        LVIS v1: annotations, and COCO's pictures as above; --root datasets/coco shares those
+            that are there.
 
 Every step skips what is already there and right, so a command that was stopped is simply given
 again."""
@@ -63,7 +67,10 @@ VOC_FILES = {
 }
 
 
-SBD_URL = "https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours/benchmark.tgz"
+SBD_URL = (
+    "https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours/"
+    "benchmark.tgz"
+)
 
 
 SBD_MD5 = "82b4d87ceb2ed10f6038a1cba92111cb"  # as torchvision publishes it
@@ -194,7 +201,7 @@ def _wrong(path: Path, sha256: str | None, size: int | None, md5: str | None) ->
             continue
         digest = hashlib.new(name, usedforsecurity=False)
         with open(path, "rb") as file:
-            while block := file.read(CHUNK):
+            for block in iter(lambda: file.read(CHUNK), b""):
                 digest.update(block)
         if digest.hexdigest() != expected:
             return f"{name} {digest.hexdigest()[:12]}... instead of {expected[:12]}..."
@@ -237,8 +244,8 @@ def _transfer(url: str, part: Path, size: int | None) -> None:
         if error.code in (408, 429) or error.code >= 500:
             raise _Interrupted(f"HTTP {error.code}") from error
         raise DownloadError(
-            f"{url} answers HTTP {error.code} {error.reason}; fetch it by other means and put it at "
-            f"{part.with_suffix('')}, or try later"
+            f"{url} answers HTTP {error.code} {error.reason}; fetch it by other means and put it "
+            f"at {part.with_suffix('')}, or try later"
         ) from error
     except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
         reason = getattr(error, "reason", None) or error
@@ -248,8 +255,8 @@ def _transfer(url: str, part: Path, size: int | None) -> None:
         ):
             raise _Interrupted(reason) from error
         raise DownloadError(
-            f"cannot reach {url} ({reason}); is there a network here? If not, fetch it elsewhere and "
-            f"put it at {part.with_suffix('')}"
+            f"cannot reach {url} ({reason}); is there a network here? If not, fetch it elsewhere "
+            f"and put it at {part.with_suffix('')}"
         ) from error
     with response:
         start = 0
@@ -297,8 +304,8 @@ def _check_space(folder: Path, needed: int, what: object) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise DownloadError(
-            f"no disk space: {what} needs {needed / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB "
-            f"left; free some, or choose another --root"
+            f"no disk space: {what} needs {needed / 1e9:.1f} GB and {folder} has "
+            f"{free / 1e9:.1f} GB left; free some, or choose another --root"
         )
 
 
@@ -333,9 +340,8 @@ def extract(archive: str | Path, target: str | Path) -> None:
         for folder, folders, files in os.walk(staging):
             place = target / os.path.relpath(folder, staging)
             place.mkdir(parents=True, exist_ok=True)
-            for name in files + [
-                name for name in folders if os.path.islink(os.path.join(folder, name))
-            ]:
+            links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+            for name in files + links:
                 os.replace(os.path.join(folder, name), place / name)
     except (tarfile.ReadError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise DownloadError(
@@ -400,8 +406,8 @@ def voc(root: Path) -> None:
         augmented_masks(base, sbd, *TRAIN["voc"])
     splits(root, "voc")
     print(
-        f"VOC 2012 is complete in {base}; {root / 'benchmark_RELEASE'} and the two archives in {root}, "
-        f"if they are there, are no longer needed."
+        f"VOC 2012 is complete in {base}; {root / 'benchmark_RELEASE'} and the two archives in "
+        f"{root}, if they are there, are no longer needed."
     )
 
 
@@ -448,8 +454,8 @@ def augmented_masks(
     )
     if len(train) != expected or (ids_sha256 and fingerprint(train) != ids_sha256):
         raise DownloadError(
-            f"{lists} and {sbd_folder} give {len(train)} train images where the published {expected} "
-            f"are expected; remove both folders and fetch them again"
+            f"{lists} and {sbd_folder} give {len(train)} train images where the published "
+            f"{expected} are expected; remove both folders and fetch them again"
         )
     missing = [
         name for name in train + val if not (voc_folder / "JPEGImages" / f"{name}.jpg").is_file()
@@ -579,12 +585,14 @@ def cityscapes(root: Path) -> None:
             )
     if absent:
         zips = "\n".join(f"     {archive}" for archive in absent.values())
+        folders = " and ".join(str(root / name) for name in absent)
         print(
             f"Cityscapes needs an account; its terms do not allow others to hand it on.\n"
             f"  1. Register and log in at https://www.cityscapes-dataset.com\n"
             f"  2. Download there\n{zips}\n     and put them into {root}\n"
-            f"  3. Give this command again. It unpacks them to {' and '.join(str(root / name) for name in absent)}.\n"
-            f"     The labelIds and instanceIds in gtFine are read as they are; nothing is to be converted."
+            f"  3. Give this command again. It unpacks them to {folders}.\n"
+            f"     The labelIds and instanceIds in gtFine are read as they are; nothing is to be "
+            f"converted."
         )
     else:
         print(f"Cityscapes is complete in {root}.")
@@ -599,25 +607,30 @@ def coco(root: Path, lvis: bool = False, images: bool = True, unlabeled: bool = 
     `<root>/train2017` and `<root>/val2017`, unless `images` is False; with `unlabeled` also
     `<root>/unlabeled2017`. COCO's published lists. Raises DownloadError, SplitError."""
     folder, zips = root / "annotations", []
-    for url, names in (LVIS_ANNOTATIONS if lvis else COCO_ANNOTATIONS).items():
-        _unpacked(
-            url, root, folder if lvis else root, {f"annotations/{name}": 1 for name in names}, zips
-        )
-    parts = ["val2017", "train2017"] * images + ["unlabeled2017"] * unlabeled
+    annotations = LVIS_ANNOTATIONS if lvis else COCO_ANNOTATIONS
+    target = folder if lvis else root  # COCO's zip brings the folder along
+    for url, names in annotations.items():
+        _unpacked(url, root, target, {f"annotations/{name}": 1 for name in names}, zips)
+    parts = []
+    if images:
+        parts += ["val2017", "train2017"]
+    if unlabeled:
+        parts.append("unlabeled2017")
     for part in parts:
         _unpacked(
             f"{COCO_ZIPS}{part}.zip", root, root, {f"{part}/*.jpg": COCO_PICTURES[part]}, zips
         )
     if not lvis:
         splits(root, "coco")
-    name, pictures = (
-        "LVIS v1" if lvis else "COCO 2017",
-        f", pictures in {', '.join(parts)}" if parts else "",
-    )
-    print(
-        f"{name} is complete in {root}: {', '.join(sorted(p.name for p in folder.glob('*.json')))}{pictures}."
-        + (f" No longer needed: {', '.join(map(str, zips))}." if zips else "")
-    )
+    name = "LVIS v1" if lvis else "COCO 2017"
+    files = ", ".join(sorted(path.name for path in folder.glob("*.json")))
+    text = f"{name} is complete in {root}: {files}"
+    if parts:
+        text += f", pictures in {', '.join(parts)}"
+    text += "."
+    if zips:
+        text += f" No longer needed: {', '.join(map(str, zips))}."
+    print(text)
 
 
 def _unpacked(url: str, root: Path, target: Path, files: dict[str, int], zips: list[Path]) -> None:

@@ -11,9 +11,9 @@ forms and patterns go together.
     make_coco        COCO and LVIS JSON of one long-tailed set              instance segmentation
     make_things      COCO JSON of a few evenly frequent classes             the same, in minutes
     make_tail        LVIS JSON of a few long-tailed classes                 the same, in minutes
-    pretrain         a tiny backbone's weights from other drawn classes     what ImageNet is to the papers
+    pretrain         a tiny backbone's weights from other classes     what ImageNet is to the papers
 
-    python -m data.shapes [--root datasets/shapes]      draws all of it (it is drawn on first use anyway)
+    python -m data.shapes [--root datasets/shapes]      draws all (each is drawn on first use, too)
 
 Every picture depends on (variant, part, index) alone. No randomness is taken from or left in global
 generators."""
@@ -25,56 +25,24 @@ import os
 import shutil
 import sys
 import time
-import zlib
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from common.errors import UserError
-
-# the embedded classes
-FORMS = (
-    "circle",
-    "square",
-    "triangle",
-    "star",
-    "ring",
-    "cross",
-    "moon",
-    "bar",
-    "heart",
-    "hexagon",
-    "ell",
-    "drop",
-    "arrow",
-    "gear",
-    "bow",
-    "wedge",
-)  # pre-training only
-
-
-PATTERNS = ("plain", "stripes", "checks", "dots", "rings", "noise", "gradient", "mesh")
-
-
-@dataclass(frozen=True)
-class Difficulty:
-    """The knobs of one variant. Changing one means re-running the documents that quote its
-    numbers."""
-
-    size: int = 64  # pixels a side
-    objects: tuple[int, int] = (2, 4)  # drawn per scene, both ends included
-    radius: tuple[float, float] = (0.15, 0.28)  # of the side
-    hue_noise: float = 0.05  # standard deviation around the class's hue, of a full circle
-    grey: float = 0.3  # share of objects that lost their hue
-    lying: float = 0.0  # share of objects with a random hue
-    pattern: tuple[float, float] = (0.0, 1.0)  # contrast of the class's pattern
-    texture: float = 0.10  # amplitude of smooth shading inside an object
-    pixel_noise: float = 0.03  # standard deviation of pixel noise, of full range
-    clutter: float = 0.25  # contrast of the background
-
+from data.drawing import (
+    FORMS,
+    PATTERNS,
+    THINGS,
+    Difficulty,
+    draw,
+    generator,
+    polygons,
+    street_scene,
+)
 
 SEMANTIC = Difficulty(objects=(1, 3), radius=(0.22, 0.38), grey=0.0, pattern=(0.2, 1.0))
 
@@ -166,164 +134,6 @@ INSTANCE_CLASSES = {
 }
 
 
-# ------------------------------------------------------------------------------------------ drawing
-def signed_distance(form: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Rough signed distance to the outline of `form` in a unit frame: negative inside, about 1 =
-    one radius."""
-    r, angle = np.hypot(x, y), np.arctan2(y, x)
-    ax, ay = np.abs(x), np.abs(y)
-
-    def polygon(n: int, inner: float = 1.0) -> np.ndarray:  # star polygon when inner < 1
-        sector = np.pi / n
-        a = np.abs((angle + sector) % (2 * sector) - sector)  # 0 at a tip, sector at a notch
-        if inner == 1.0:
-            return r * np.cos(sector - a) - 0.95 * np.cos(sector)
-        tip, notch = 1.0, inner
-        px, py = tip, 0.0
-        qx, qy = notch * np.cos(sector), notch * np.sin(sector)
-        nx, ny = qy - py, px - qx
-        length = np.hypot(nx, ny)
-        return ((r * np.cos(a) - px) * nx + (r * np.sin(a) - py) * ny) / length
-
-    if form == "circle":
-        return r - 0.88
-    if form == "square":
-        return np.maximum(ax, ay) - 0.78
-    if form == "triangle":
-        return np.maximum.reduce([-y - 0.5, 0.866 * x + 0.5 * y - 0.5, -0.866 * x + 0.5 * y - 0.5])
-    if form == "star":
-        return polygon(5, 0.45)
-    if form == "ring":
-        return np.abs(r - 0.66) - 0.26
-    if form == "cross":
-        return np.minimum(np.maximum(ax - 0.95, ay - 0.32), np.maximum(ax - 0.32, ay - 0.95))
-    if form == "moon":
-        return np.maximum(r - 0.95, 0.72 - np.hypot(x - 0.5, y))
-    if form == "bar":
-        return np.maximum(ax - 1.0, ay - 0.36)
-    if form == "heart":
-        return np.minimum(
-            np.maximum(np.hypot(ax - 0.42, y + 0.3) - 0.48, -1.0),
-            np.maximum(ax * 0.8 + y - 0.62, -0.3 - y),
-        )
-    if form == "hexagon":
-        return polygon(6)
-    if form == "ell":
-        return np.minimum(
-            np.maximum(np.abs(x + 0.5) - 0.3, ay - 0.9),
-            np.maximum(ax - 0.85, np.abs(y - 0.6) - 0.3),
-        )
-    if form == "drop":
-        return np.minimum(
-            np.hypot(x, y - 0.3) - 0.55,
-            np.maximum(ax * 1.4 + 0.3 * y - 0.35 + 0.7 * np.abs(y + 0.3), y - 0.3),
-        )
-    if form == "arrow":
-        return np.minimum(
-            np.maximum(ax - 0.24, np.abs(y - 0.35) - 0.6),
-            np.maximum(ax + (-0.95 - y) * 0.9, y + 0.1),
-        )
-    if form == "gear":
-        return r - 0.8 - 0.14 * np.sign(np.cos(8 * angle))
-    if form == "bow":
-        return np.maximum(ay - ax * 0.8 - 0.06, ax - 0.95)
-    if form == "wedge":
-        return np.maximum(r - 0.95, np.abs(angle) - 1.0)
-    raise ValueError(form)
-
-
-def pattern_of(
-    name: str, x: np.ndarray, y: np.ndarray, frequency: float, rng: np.random.Generator
-) -> np.ndarray:
-    """Values in [-1, 1] of a pattern with about `frequency` periods per radius in the object's own
-    frame."""
-    k, p = np.pi * frequency, rng.uniform(0, 2 * np.pi, 2)
-    if name == "stripes":
-        return np.sign(np.sin(k * x + p[0]))
-    if name == "checks":
-        return np.sign(np.sin(k * x + p[0]) * np.sin(k * y + p[1]))
-    if name == "dots":
-        return np.where(np.sin(k * x + p[0]) + np.sin(k * y + p[1]) > 0.9, 1.0, -0.4)
-    if name == "rings":
-        return np.sign(np.sin(k * np.hypot(x, y) + p[0]))
-    if name == "noise":
-        return rng.uniform(-1, 1, x.shape)
-    if name == "gradient":
-        return np.clip(x, -1, 1)
-    if name == "mesh":
-        return np.where(np.maximum(np.sin(k * x + p[0]), np.sin(k * y + p[1])) > 0.75, 1.0, -0.4)
-    return np.zeros_like(x)
-
-
-def hsv(h: float, s: float, v: float) -> np.ndarray:
-    """Hue, saturation, value in [0, 1] -> RGB in [0, 1]."""
-    k = (np.array([5.0, 3.0, 1.0]) + 6 * (h % 1.0)) % 6
-    return v - v * s * np.clip(np.minimum(k, 4 - k), 0, 1)
-
-
-def smooth(rng: np.random.Generator, size: int, cells: int) -> np.ndarray:
-    """(size, size, 3) smooth random field in about [-1, 1]: a coarse grid, linearly
-    interpolated."""
-    at = np.linspace(0, cells - 1, size)
-    low = np.minimum(at.astype(int), cells - 2)
-    weights = np.zeros((size, cells))
-    weights[np.arange(size), low] = 1 - (at - low)
-    weights[np.arange(size), low + 1] = at - low
-    return np.einsum(
-        "yi,ijc,xj->yxc", weights, rng.uniform(-1, 1, (cells, cells, 3)), weights, optimize=True
-    )
-
-
-def draw(
-    rng: np.random.Generator, kinds: list[tuple[str, str, float]], ids: list[int], d: Difficulty
-) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """A scene with one object per entry of `kinds` (form, pattern, hue), later ones in front.
-
-    Returns the picture (S, S, 3) uint8, the instance map (S, S) uint8 (0 background, i the i-th
-    object) and `ids`."""
-    s = d.size
-    base = rng.uniform(0.25, 0.75) + rng.uniform(-0.06, 0.06, 3)
-    picture = (
-        base
-        + d.clutter * smooth(rng, s, int(rng.integers(3, 7))).mean(-1, keepdims=True)
-        + 0.25 * d.clutter * smooth(rng, s, 5)
-    )
-    instances = np.zeros((s, s), np.uint8)
-    ys, xs = np.mgrid[0:s, 0:s] + 0.5
-    for number, (form, pattern, hue) in enumerate(kinds, start=1):
-        radius = rng.uniform(*d.radius) * s
-        cx, cy = rng.uniform(0.12 * s, 0.88 * s, 2)
-        turn, stretch = rng.uniform(0, 2 * np.pi), rng.uniform(0.85, 1.18)
-        dx, dy = (xs - cx) / radius, (ys - cy) / radius
-        x = (np.cos(turn) * dx + np.sin(turn) * dy) * stretch
-        y = (-np.sin(turn) * dx + np.cos(turn) * dy) / stretch
-        cover = np.clip(0.5 - signed_distance(form, x, y) * radius, 0, 1)[..., None]
-        coin = rng.random()
-        if coin < d.lying:
-            hue = rng.random()
-        colour = hsv(
-            hue + d.hue_noise * rng.standard_normal(),
-            rng.uniform(0.55, 0.95),
-            rng.uniform(0.55, 0.95),
-        )
-        if d.lying <= coin < d.lying + d.grey:
-            colour = np.full(3, colour.mean()) + rng.uniform(-0.03, 0.03, 3)
-        values = (
-            pattern_of(pattern, x, y, rng.uniform(2.5, 3.5), rng)[..., None]
-            * 0.25
-            * rng.uniform(*d.pattern)
-        )
-        body = colour + values + d.texture * smooth(rng, s, 4)
-        picture = picture * (1 - cover) + body * cover
-        instances[cover[..., 0] > 0.5] = number
-    picture = picture + d.pixel_noise * rng.standard_normal(picture.shape)
-    return (np.clip(picture, 0, 1) * 255).round().astype(np.uint8), instances, ids
-
-
-def generator(*key: int | str) -> np.random.Generator:
-    return np.random.default_rng([zlib.crc32(f"{type(k).__name__} {k}".encode()) for k in key])
-
-
 # ------------------------------------------------------------------------------------------ on disk
 def once(target: Path, version: str, make) -> Path:
     """Run make(folder) into a temporary folder beside `target` and rename it, unless `target` has
@@ -344,7 +154,8 @@ def once(target: Path, version: str, make) -> Path:
             ours = found.split(" ")[0] == version.split(" ")[0]  # an older drawing of the same kind
             if not ours and target.exists() and (target.is_file() or any(target.iterdir())):
                 raise UserError(
-                    f"{target} holds something else than the embedded data set; name another --root."
+                    f"{target} holds something else than the embedded data set; name another "
+                    f"--root."
                 )
             # of processes that were killed
             for left in target.parent.glob(f".{target.name}.*.tmp"):
@@ -407,197 +218,6 @@ def make_voc(root: Path, train: int = 1000, tune: int = 200, val: int = 300) -> 
 
 
 # --------------------------------------------------------------------------------------- Cityscapes
-WHEELS = ", ellipse 10 70 30 100 15, ellipse 70 70 90 100 15"
-
-
-BODY = "rectangle 20 55 45 100 50, rectangle 55 55 80 100 50, rectangle 10 20 90 60 100, ellipse 28 0 72 22 140"
-
-
-# raw labelId, metres wide, high and above ground, hue, saturation and value (or any colour), and
-# parts in percent:
-# form, left, top, right, bottom, brightness
-THINGS = {
-    "pole": (17, 0.2, 4.2, 0, (0.6, 0.05, 0.45), "rectangle 0 0 100 100 100"),
-    "light": (
-        19,
-        0.8,
-        1.6,
-        3.0,
-        (0.13, 0.9, 0.95),
-        "rectangle 0 0 100 100 10, ellipse 20 35 80 65 100",
-    ),
-    "sign": (
-        20,
-        1.1,
-        1.1,
-        3.4,
-        (0.6, 0.8, 0.8),
-        "ellipse 0 0 100 100 100, rectangle 20 42 80 58 180",
-    ),
-    "tree": (
-        21,
-        3.5,
-        5.5,
-        0,
-        (0.28, 0.55, 0.42),
-        "rectangle 46 40 54 100 60, ellipse 0 20 65 65 80, ellipse 40 15 100 60 100, ellipse 20 0 80 40 120",
-    ),
-    "person": (24, 0.65, 1.75, 0, None, BODY),
-    "people": (24, 1.1, 1.6, 0, None, BODY),  # side by side they are a group without instances
-    "rider": (25, 0.65, 1.75, 0.3, None, BODY),
-    "car": (26, 3.4, 1.5, 0, None, "ellipse 10 0 88 80 50, rectangle 0 40 100 85 100" + WHEELS),
-    "truck": (27, 4.8, 3.2, 0, None, "rectangle 0 0 70 85 120, rectangle 72 30 100 85 80" + WHEELS),
-    "bus": (28, 5.5, 3.0, 0, None, "rectangle 0 0 100 88 100, rectangle 6 15 94 50 40" + WHEELS),
-    "caravan": (
-        29,
-        3.0,
-        2.3,
-        0,
-        (0.1, 0.1, 0.85),
-        "rectangle 0 0 100 90 100, rectangle 25 20 60 50 50" + WHEELS,
-    ),
-    "train": (
-        31,
-        7.5,
-        3.5,
-        0,
-        None,
-        "rectangle 0 0 100 100 100, rectangle 3 15 97 50 35, rectangle 0 70 100 76 160",
-    ),
-    "motorcycle": (
-        32,
-        2.0,
-        1.1,
-        0,
-        None,
-        "rectangle 25 30 75 80 100, ellipse 0 40 38 99 20, ellipse 62 40 99 99 20",
-    ),
-    "bicycle": (
-        33,
-        1.7,
-        1.1,
-        0,
-        None,
-        "ellipse 0 35 42 100 30, ellipse 58 35 100 100 30, rectangle 20 50 80 64 100",
-    ),
-}
-
-
-def street_scene(part: str, index: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """A street: picture (H, W, 3) uint8 and instanceIds (H, W) uint16. Four in a row show all 19
-    classes."""
-    rng, counts = generator("street", part, index), dict.fromkeys(range(34), -1)
-    images = Image.new("RGB", (width, height)), Image.new("I", (width, height))
-    canvases = [ImageDraw.Draw(image) for image in images]
-    horizon, centre = rng.uniform(0.38, 0.45) * height, rng.uniform(0.42, 0.58) * width
-    below = height - horizon
-
-    def put(value: int, colour: np.ndarray, form: str, *points: float) -> None:
-        for canvas, fill in zip(
-            canvases, (tuple((255 * np.clip(colour, 0, 1)).astype(int)), value), strict=True
-        ):
-            getattr(canvas, form)(points, fill)
-
-    def strip(
-        value: int, colour: np.ndarray, left: float, right: float, far: float, near: float
-    ) -> None:
-        put(
-            value,
-            colour,
-            "polygon",
-            *(
-                c
-                for u, t in ((left, far), (right, far), (right, near), (left, near))
-                for c in (centre + u * t * below / 2.5, horizon + t * below)
-            ),
-        )
-
-    def stand(name: str, u: float, t: float) -> None:  # u metres right, at share t of the ground
-        ident, wide, high, lift, colour, parts = THINGS[name]
-        counts[ident] += 1
-        value = ident if ident < 24 or name == "people" else 1000 * ident + counts[ident]
-        tint = (
-            hsv(*colour)
-            if colour
-            else hsv(rng.random(), rng.uniform(0.3, 0.8), rng.uniform(0.35, 0.8))
-        )
-        scale = t * below / 2.5  # pixels a metre, seen from 2.5 m above the road
-        left, top = centre + (u - wide / 2) * scale, horizon + t * below - (lift + high) * scale
-        for form, *box in map(str.split, parts.split(",")):
-            x0, y0, x1, y1, bright = (float(number) / 100 for number in box)
-            put(
-                value,
-                tint * bright,
-                form,
-                left + x0 * wide * scale,
-                top + y0 * high * scale,
-                left + x1 * wide * scale,
-                top + y1 * high * scale,
-            )
-
-    put(23, hsv(0.57, rng.uniform(0.1, 0.45), 0.9), "rectangle", 0, 0, width, horizon)
-    corners = np.linspace(0, width, int(rng.integers(6, 9)))
-    for left, right in zip(corners, corners[1:], strict=False):  # houses, higher towards the sides
-        top = horizon * rng.uniform(0.15, 0.75) * (1.25 - abs(left + right - width) / width)
-        facade = hsv(rng.uniform(0.02, 0.14), rng.uniform(0.1, 0.45), rng.uniform(0.45, 0.75))
-        put(11, facade, "rectangle", left, top, right, horizon)
-        for x, y in (
-            (x, y)
-            for x in np.arange(left + 4, right - 6, 9)
-            for y in np.arange(top + 4, horizon - 8, 9)
-        ):
-            put(11, facade * 0.55, "rectangle", x, y, x + 4, y + 5)
-    put(12, np.array([0.6, 0.55, 0.5]), "rectangle", 0, horizon - 4, 0.4 * width, horizon + 3)
-    for x in range(int(0.4 * width), width, 2):
-        put(
-            13,
-            np.full(3, 0.25 + 0.25 * (x % 4 < 2)),
-            "rectangle",
-            x,
-            horizon - 5,
-            x + 1,
-            horizon + 3,
-        )
-    put(8, np.full(3, rng.uniform(0.5, 0.65)), "rectangle", 0, horizon + 3, width, height)
-    strip(22, hsv(rng.uniform(0.2, 0.3), 0.55, 0.5), 8, 60, 0.04, 1)
-    strip(7, np.full(3, rng.uniform(0.28, 0.4)), -5, 5, 0.01, 1)
-    for t in (0.14, 0.26, 0.45, 0.75):
-        strip(7, np.full(3, 0.85), -0.12, 0.12, t, 1.35 * t)
-    # the car's own bonnet
-    put(1, np.full(3, 0.14), "ellipse", -0.1 * width, 0.94 * height, 1.1 * width, 1.3 * height)
-
-    things = [
-        (
-            ("truck", "bus", "train", "rider motorcycle")[index % 4],
-            2.6,
-            0.42 if index % 4 == 3 else 0.22,
-        ),
-        ("caravan", 2.0, 0.14) if index % 4 == 3 else ("people people people", -7.5, 0.25),
-        ("car", -2.6, 0.55),
-        ("rider bicycle", 3.2, 0.7),
-        ("car", -2.0, 0.2),
-        ("person", -6.5, 0.5),
-        ("person", 6.0, 0.35),
-        ("pole light", -5.3, 0.4),
-        ("pole sign", 5.3, 0.5),
-        ("tree", -8.0, 0.5),
-        ("tree", 7.5, 0.45),
-        ("car", -3.2, 0.38),
-    ][: rng.integers(11, 13)]
-    places = [
-        (t * rng.uniform(0.8, 1.2), u + rng.uniform(-0.6, 0.6), names) for names, u, t in things
-    ]
-    for t, u, names in sorted(places):  # far ones first
-        for shift, name in enumerate(names.split()):
-            stand(name, u + 0.8 * shift * (name == "people"), t)
-    picture = np.asarray(images[0]) / 255 + 0.02 * rng.standard_normal((height, width, 3))
-    picture += 0.05 * smooth(rng, max(height, width), 9)[:height, :width]
-    mirror = np.s_[:, :: rng.choice([-1, 1])]
-    return (np.clip(picture, 0, 1) * 255).round().astype(np.uint8)[mirror], np.asarray(
-        images[1], np.uint16
-    )[mirror]
-
-
 def make_cityscapes(
     root: Path, train: int = 16, val: int = 4, height: int = 128, width: int = 256
 ) -> Path:
@@ -631,30 +251,6 @@ def make_cityscapes(
 
 
 # ------------------------------------------------------------------------------------ COCO and LVIS
-def polygons(mask: np.ndarray) -> list[list[int]]:
-    """(H, W) bool -> polygons [x, y, x, y, ...] along pixel edges that cover exactly `mask`; holes
-    are cut open."""
-    steps, edges, found, padded = ((1, 0), (0, 1), (-1, 0), (0, -1)), set(), [], np.pad(mask, 1)
-    for turn, (row, column, dx, dy) in enumerate(
-        ((0, 1, 0, 0), (1, 2, 1, 0), (2, 1, 1, 1), (1, 0, 0, 1))
-    ):
-        outside = ~padded[row : row + mask.shape[0], column : column + mask.shape[1]]
-        edges |= {(x + dx, y + dy, turn) for y, x in np.argwhere(mask & outside).tolist()}
-    while edges:  # along edges that have the mask at their right
-        (x, y, turn), loop, last = min(edges), [], None
-        while (x, y, turn) in edges:
-            edges.remove((x, y, turn))
-            loop += [x, y] * (turn != last)
-            last, x, y = turn, x + steps[turn][0], y + steps[turn][1]
-            turn = next((t % 4 for t in (turn + 1, turn, turn + 3) if (x, y, t % 4) in edges), turn)
-        xs, ys = np.array(loop[::2]), np.array(loop[1::2])
-        if (xs * np.roll(ys, -1) - np.roll(xs, -1) * ys).sum() < 0:  # a hole
-            cut = np.arange(mask.shape[1]) < (xs.min() + xs.max() + 1) // 2
-            return polygons(mask & cut) + polygons(mask & ~cut)
-        found.append(loop)
-    return found
-
-
 def instance_scene(part: str, index: int) -> tuple[np.ndarray, np.ndarray, list[int], int]:
     """Scene `index` of a part: picture (H, W, 3) uint8, instance map (H, W) uint8, the class of
     each instance, and how many of them are no members of the crowd that every twelfth scene has in
@@ -686,57 +282,38 @@ def make_coco(root: Path, train: int = 400, val: int = 100, labeled: int | None 
 
     `labeled`: only so many training pictures are in the JSON files, the others lie in
     images/unlabeled (None: all)."""
-    from pycocotools.mask import encode, toBbox
-
-    names = sorted(INSTANCE_CLASSES)  # ids 1, 4, 8, 11, ... in COCO, 1, 2, ... in LVIS
+    names = sorted(INSTANCE_CLASSES)  # ids 1, 2, ... in LVIS, see coco_id
     place = [names.index(name) for name in INSTANCE_CLASSES]
-
-    def add(data: dict, image: int, mask: np.ndarray, category: int, **crowd: int) -> None:
-        runs = encode(np.asfortranarray(mask, np.uint8))
-        data["annotations"].append(
-            {
-                "id": len(data["annotations"]) + 1,
-                "image_id": image,
-                "category_id": category,
-                "area": float(mask.sum()),
-                "bbox": toBbox(runs).tolist(),
-                **crowd,
-                "segmentation": {**runs, "counts": runs["counts"].decode()}
-                if crowd
-                else polygons(mask),
-            }
-        )
 
     def make(folder: Path) -> None:
         head = {
             "info": {"description": "drawn shapes"},
             "licenses": [{"id": 1, "name": "as this code", "url": ""}],
         }
-        files = {
-            f"{kind}_{part}": {**head, "categories": [], "images": [], "annotations": []}
-            for kind in ("instances", "lvis")
-            for part in ("train", "val")
-        }
+        files = {}
+        for kind in ("instances", "lvis"):
+            for part in ("train", "val"):
+                files[f"{kind}_{part}"] = {
+                    **head,
+                    "categories": [],
+                    "images": [],
+                    "annotations": [],
+                }
         (folder / "annotations").mkdir()
         for part, index in [("train", i) for i in range(train)] + [("val", i) for i in range(val)]:
             picture, instances, classes, single = instance_scene(part, index)
-            coco, lvis, number = (
-                files[f"instances_{part}"],
-                files[f"lvis_{part}"],
-                3 * index + 1 + (part == "val"),
-            )
+            number = 3 * index + 1 + (part == "val")
             known = part == "val" or labeled is None or index < labeled
             path = folder / "images" / (part if known else "unlabeled") / f"{number:012d}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(picture).save(path, quality=95, subsampling=0)
             if not known:
                 continue
-            seen = [
-                (instances == n, place[c], n > single)
-                for n, c in enumerate(classes, start=1)
-                if (instances == n).sum() >= 12
-            ]
-            crowd = [(mask, c) for mask, c, many in seen if many]
+            objects, crowd = [], []  # (mask, class) of those that are large enough
+            for n, c in enumerate(classes, start=1):
+                if (instances == n).sum() >= 12:
+                    members = crowd if n > single else objects
+                    members.append((instances == n, place[c]))
             absent = sorted(set(range(len(names))) - {place[c] for c in classes})
             negative = generator("negative", part, index).permutation(absent)[:6]
             image = {
@@ -747,6 +324,7 @@ def make_coco(root: Path, train: int = 400, val: int = 100, labeled: int | None 
                 "coco_url": f"http://localhost/images/{part}/{path.name}",
                 "date_captured": "2025-01-01 00:00:00",
             }
+            coco, lvis = files[f"instances_{part}"], files[f"lvis_{part}"]
             coco["images"].append({**image, "file_name": path.name})
             lvis["images"].append(
                 {
@@ -755,38 +333,81 @@ def make_coco(root: Path, train: int = 400, val: int = 100, labeled: int | None 
                     "not_exhaustive_category_ids": [c + 1 for _, c in crowd[:1]],
                 }
             )
-            for mask, c in [(mask, c) for mask, c, many in seen if not many]:
-                add(coco, number, mask, 1 + 7 * c // 2, iscrowd=0)
-                add(lvis, number, mask, c + 1)
+            for mask, c in objects:
+                annotate(coco, number, mask, coco_id(c), iscrowd=0)
+                annotate(lvis, number, mask, c + 1)
             if crowd:  # one region in COCO, one object of it in LVIS
-                add(
-                    coco,
-                    number,
-                    np.any([mask for mask, _ in crowd], axis=0),
-                    1 + 7 * crowd[0][1] // 2,
-                    iscrowd=1,
-                )
-                add(lvis, number, crowd[0][0], crowd[0][1] + 1)
-        pairs = [(a["category_id"], a["image_id"]) for a in files["lvis_train"]["annotations"]]
-        for c, name in enumerate(names):
-            images, form = len({i for k, i in pairs if k == c + 1}), INSTANCE_CLASSES[name][0]
-            kind = {"id": 1 + 7 * c // 2, "name": name, "supercategory": form}
-            rare = {
-                "id": c + 1,
-                "name": name,
-                "synset": f"{name}.n.01",
-                "synonyms": [name],
-                "def": f"a drawn {form}",
-                "frequency": "r" if images <= 10 else "c" if images <= 100 else "f",
-                "image_count": images,
-                "instance_count": sum(k == c + 1 for k, _ in pairs),
-            }
-            for key, data in files.items():
-                data["categories"].append(rare if key.startswith("lvis") else kind)
+                mask, c = crowd[0]
+                region = np.any([member for member, _ in crowd], axis=0)
+                annotate(coco, number, region, coco_id(c), iscrowd=1)
+                annotate(lvis, number, mask, c + 1)
+        add_categories(files, names)
         for key, data in files.items():
             (folder / "annotations" / f"{key}.json").write_text(json.dumps(data))
 
     return once(root, f"coco {INSTANCE} {INSTANCE_CLASSES} {train} {val} {labeled}", make)
+
+
+def add_categories(files: dict[str, dict], names: list[str]) -> None:
+    """The categories of `make_coco`'s files, in LVIS with their frequencies among the training
+    pictures."""
+    pairs = [(a["category_id"], a["image_id"]) for a in files["lvis_train"]["annotations"]]
+    for c, name in enumerate(names):
+        form = INSTANCE_CLASSES[name][0]
+        facts = {
+            "synset": f"{name}.n.01",
+            "synonyms": [name],
+            "def": f"a drawn {form}",
+            **frequency_of(c + 1, pairs),
+        }
+        of_coco = {"id": coco_id(c), "name": name, "supercategory": form}
+        of_lvis = {"id": c + 1, "name": name, **facts}
+        for key, data in files.items():
+            data["categories"].append(of_lvis if key.startswith("lvis") else of_coco)
+
+
+def coco_id(place: int) -> int:
+    """The category id in COCO's file of the class at this place: with gaps, as COCO has them."""
+    return 1 + 7 * place // 2
+
+
+def annotate(data: dict, image: int, mask: np.ndarray, category: int, **crowd: int) -> None:
+    """Add an object to a file's content. With `iscrowd` 0 or 1 its outline is run lengths, without
+    it polygons."""
+    from pycocotools.mask import encode, toBbox
+
+    runs = encode(np.asfortranarray(mask, np.uint8))
+    if crowd:
+        segmentation = {**runs, "counts": runs["counts"].decode()}
+    else:
+        segmentation = polygons(mask)
+    data["annotations"].append(
+        {
+            "id": len(data["annotations"]) + 1,
+            "image_id": image,
+            "category_id": category,
+            "area": float(mask.sum()),
+            "bbox": toBbox(runs).tolist(),
+            **crowd,
+            "segmentation": segmentation,
+        }
+    )
+
+
+def frequency_of(category: int, pairs: list[tuple[int, int]]) -> dict:
+    """What LVIS says of a category, from the (category, image) of each annotation for training."""
+    images = len({image for c, image in pairs if c == category})
+    if images <= 10:
+        frequency = "r"
+    elif images <= 100:
+        frequency = "c"
+    else:
+        frequency = "f"
+    return {
+        "frequency": frequency,
+        "image_count": images,
+        "instance_count": sum(c == category for c, _ in pairs),
+    }
 
 
 def make_things(root: Path, train: int = 400, tune: int = 200, val: int = 200) -> Path:
@@ -822,12 +443,7 @@ def make_tail(root: Path, train: int = 600, tune: int = 200, val: int = 200) -> 
             )
         pairs = [(a["category_id"], a["image_id"]) for a in files["train"]["annotations"]]
         for kind in files["train"]["categories"]:
-            images = len({i for c, i in pairs if c == kind["id"]})
-            facts = {
-                "image_count": images,
-                "instance_count": sum(c == kind["id"] for c, _ in pairs),
-                "frequency": "r" if images <= 10 else "c" if images <= 100 else "f",
-            }
+            facts = frequency_of(kind["id"], pairs)
             for data in files.values():
                 data["categories"][kind["id"] - 1].update(facts)
         for part, data in files.items():
@@ -854,8 +470,6 @@ def annotated(
 ) -> dict:
     """Draws scenes of a part into folder/images/<part>; what a COCO file says of them. `law`: share
     of each class."""
-    from pycocotools.mask import encode, toBbox
-
     data = {
         "info": {"description": "drawn shapes"},
         "images": [],
@@ -886,18 +500,8 @@ def annotated(
         for n, c in enumerate(chosen, start=1):
             mask = instances == n
             if mask.sum() >= 12:
-                box = toBbox(encode(np.asfortranarray(mask, np.uint8))).tolist()
-                data["annotations"].append(
-                    {
-                        "id": len(data["annotations"]) + 1,
-                        "image_id": index + 1,
-                        "category_id": c + 1,
-                        "area": float(mask.sum()),
-                        "bbox": box,
-                        "iscrowd": 0,
-                        "segmentation": polygons(mask),
-                    }
-                )
+                annotate(data, index + 1, mask, c + 1)
+                data["annotations"][-1]["iscrowd"] = 0
     return data
 
 
@@ -917,7 +521,8 @@ def pretrain(root: Path, backbone: str, steps: int = 1200, batch_size: int = 64)
         forms, rng = FORMS[8:], generator("pretrain", backbone)
         if not sys.stderr.isatty():  # else there are bars
             print(
-                f"Pre-training {backbone} on drawn pictures of other classes, once: some two minutes.",
+                f"Pre-training {backbone} on drawn pictures of other classes, once: some two "
+                f"minutes.",
                 flush=True,
             )
         pictures, targets = [], []

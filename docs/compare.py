@@ -1,8 +1,9 @@
 """Compare finished runs: a table of the last scores paired by label draw, and a strip of their
 predictions.
 
-    python docs/compare.py runs/suponly-d* runs/gta-d*                       first method named is the baseline
-    python docs/compare.py runs/suponly-d0 runs/gta-d0 --strip strip.png     pictures: image, each method, label
+    python docs/compare.py runs/suponly-d* runs/gta-d*      the first method named is the baseline
+    python docs/compare.py runs/suponly-d0 runs/gta-d0 --strip strip.png
+                                                            pictures: image, each method, label
 
 Runs of one method and setting form a row: settings that differ from the baseline's name it. A
 difference is taken between runs on the same label draw and seed, and its spread is the sample
@@ -71,8 +72,8 @@ def table(runs: list[dict], metric: str = "miou") -> str:
         rows.setdefault(label(run["settings"], base), {})[place] = run
     first = next(iter(rows.values()))
     lines = [
-        f"| setting | scored | {metric} last, mean (draws) | difference to the first row, mean ± spread | wins | "
-        "best |",
+        f"| setting | scored | {metric} last, mean (draws) | difference to the first row, "
+        f"mean ± spread | wins | best |",
         "|---|---|---|---|---|---|",
     ]
     for name, draws in rows.items():
