@@ -357,14 +357,11 @@ def listed_photos(path: Path, data: Instances, files: bool = False) -> list[Phot
     """The pictures that a list, or a COCO file, names: all by file name, or all by its stem, or all
     by id. Those without labels are left out; but with `files` they stay, and paths under the root
     or beside the list count, too."""
-    try:
-        if path.suffix == ".json":
-            records = read_json(path)["images"]
-            entries = [str(record.get("file_name") or record.get("id")) for record in records]
-        else:
-            entries = [entry for entry, _ in splits.read_list(path)]
-    except splits.SplitError as error:
-        raise UserError(str(error)) from None
+    if path.suffix == ".json":
+        records = read_json(path)["images"]
+        entries = [str(record.get("file_name") or record.get("id")) for record in records]
+    else:
+        entries = [entry for entry, _ in splits.read_list(path)]
     found = best_reading(entries, data)
     if files:
         for i, entry in enumerate(entries):  # a path is that file, whatever else has its name

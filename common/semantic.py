@@ -416,10 +416,6 @@ def published_split(data: Segmentation, split: str, family: str) -> Split:
 def listed_pictures(path: Path, data: Segmentation, labels: bool = True) -> list[Picture]:
     """The images that a list names, as ids of the data set or as paths under its root or beside the
     list. Without `labels` they need none."""
-    try:
-        entries = splits.read_list(path)
-    except (splits.SplitError, OSError) as error:
-        raise UserError(str(error)) from None
 
     def file(name: str) -> Path | None:
         for place in (data.root / name, path.parent / name, Path(name)):
@@ -427,6 +423,7 @@ def listed_pictures(path: Path, data: Segmentation, labels: bool = True) -> list
                 return place
         return None
 
+    entries = splits.read_list(path)
     found, lost = [], []
     for entry, mask in entries:
         name = splits.short_id(entry, data.name)

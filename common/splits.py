@@ -334,18 +334,18 @@ def draw(
     names = [names[i] for i in np.argsort(stream.random_raw(len(names)), kind="stable")]
     if classes is None:
         return names[:n]
-    held = [set(classes(name)) for name in names]
-    found = sorted(set().union(*held))
-    ties = np.argsort(stream.random_raw(len(found)), kind="stable")
-    # in random order, so that argmin breaks ties by the seed
-    column = {found[c]: k for k, c in enumerate(ties)}
-    columns = [[column[c] for c in image] for image in held]
+    classes_of_image = [set(classes(name)) for name in names]
+    found = sorted(set().union(*classes_of_image))
+    # A class has a column, in random order, so that argmin breaks ties by the seed.
+    order = np.argsort(stream.random_raw(len(found)), kind="stable")
+    column_of_class = {found[c]: column for column, c in enumerate(order)}
+    columns = [[column_of_class[c] for c in image] for image in classes_of_image]
     waiting: list[list[int]] = [[] for _ in found]  # images of a class, the next one last
     for i in reversed(range(len(names))):
         for k in columns[i]:
             waiting[k].append(i)
     # chosen images that hold the class; infinite when no unused one is left
-    covered = np.zeros(len(found))
+    covered = np.zeros(len(found))  # (number of classes,)
     used = np.zeros(len(names), dtype=bool)
     chosen: list[str] = []
     while len(chosen) < n and np.isfinite(covered).any():
@@ -359,9 +359,8 @@ def draw(
         used[i] = True
         covered[columns[i]] += 1
         chosen.append(names[i])
-    # images without any class
-    chosen += [name for i, name in enumerate(names) if not used[i]][: n - len(chosen)]
-    return chosen
+    without_class = [name for i, name in enumerate(names) if not used[i]]
+    return chosen + without_class[: n - len(chosen)]
 
 
 class _IntegerArrayUnpickler(pickle.Unpickler):

@@ -1,4 +1,4 @@
-"""data/splits.py: the published lists against their hashes, formats, counts, draws, and files that
+"""common/splits.py: the published lists against their hashes, formats, counts, draws, and files that
 must be refused."""
 
 import hashlib
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from common import splits
+from common.errors import UserError
 from common.splits import SplitError
 
 REPO = Path(__file__).resolve().parents[1]
@@ -417,3 +418,10 @@ def test_names_with_spaces_in_a_list_of_files(tmp_path):
     [name.touch() for name in names]
     (tmp_path / "list.txt").write_text("".join(f"{name}\n" for name in names))
     assert splits.read_list(tmp_path / "list.txt") == [(str(name), None) for name in names]
+
+
+def test_a_wrong_list_is_an_error_for_the_user(tmp_path):
+    """A program that reads a list needs no translation: the command line prints the sentence."""
+    (tmp_path / "list.txt").write_text("")
+    with pytest.raises(UserError, match="is empty"):
+        splits.read_list(tmp_path / "list.txt")
