@@ -1,9 +1,10 @@
-"""What common/ does on GPUs and with several processes, as far as a CPU can tell; sentences for the
-user."""
+"""Rooms of common/ that have no file of tests of their own: what they do on GPUs and with several
+processes, as far as a CPU can tell; and sentences for the user."""
 
 import errno
 import multiprocessing
 import os
+import pickle
 import signal
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,18 @@ from PIL import Image
 from torch import nn
 
 import gta_seg
-from common import checkpoints, cli, distributed, errors, plots, runs, semantic, transforms
+from common import (
+    backbones,
+    boxes,
+    checkpoints,
+    cli,
+    distributed,
+    errors,
+    plots,
+    runs,
+    semantic,
+    transforms,
+)
 from common.distributed import World
 from common.errors import UserError
 from common.files import read_image, read_log, readable
@@ -272,3 +284,26 @@ def test_checkpoints_of_another_version_are_named(tmp_path):
     checkpoints.save_checkpoint(tmp_path / "y.pt", "a.py", {"settings": {"seed": 3, "old_flag": 1}})
     with pytest.raises(UserError, match="old_flag"):
         cli.saved_settings(Settings, tmp_path / "y.pt", "a.py")
+
+
+# ----------------------------------------------------------------------------------- copied elsewhere
+def test_a_frozen_network_can_be_pickled():
+    """A hook that is a lambda cannot; multiprocessing and copies of whole networks need it."""
+    network = backbones.Strides("test_resnet", frozen=True, pretrained=False)
+    again = pickle.loads(pickle.dumps(network))
+    images = torch.rand(1, 3, 64, 64)
+    for a, b in zip(network.eval()(images), again.eval()(images), strict=True):
+        assert torch.equal(a, b) and b.dtype == torch.float32
+
+
+def test_anchors_of_an_evaluation_serve_training():
+    """What is cached under inference_mode would be refused by autograd."""
+    boxes.anchors_of.cache_clear()
+    boxes.constant_row.cache_clear()
+    with torch.inference_mode():
+        anchors, _ = boxes.anchors_of(64, 8.0, torch.device("cpu"))
+        boxes.constant_row((1.0, 1.0, 2.0, 2.0), torch.device("cpu"))
+    deltas = torch.zeros(len(anchors), 4, requires_grad=True)
+    decoded = boxes.decode_boxes(deltas, anchors, (1.0, 1.0, 2.0, 2.0), 64)
+    decoded.square().sum().backward()
+    assert deltas.grad.abs().sum() > 0

@@ -1,5 +1,5 @@
-"""data/instances.py: readers of COCO, LVIS and Cityscapes, masks under a joint geometry, splits,
-and sample orders."""
+"""common/instances.py, objects.py and coco.py: readers of COCO, LVIS and Cityscapes, masks under a
+joint geometry, splits, and sample orders."""
 
 import hashlib
 import json

@@ -1,5 +1,5 @@
-"""common/splits.py: the published lists against their hashes, formats, counts, draws, and files that
-must be refused."""
+"""common/splits.py: the published lists against their hashes, formats, counts, draws, and files
+that must be refused."""
 
 import hashlib
 import json

@@ -1,5 +1,5 @@
-"""data/calibration.py: the calibration error against values by hand and a plain loop, and the
-pictures."""
+"""common/metrics.py: the calibration error against values by hand and a plain loop, and its
+pictures in common/plots.py."""
 
 import json
 
