@@ -88,17 +88,21 @@ def test_auto_takes_bf16_where_the_gpu_computes_in_it(monkeypatch):
 LOST = [
     "[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:2046",
     "[../gloo/transport/tcp/pair.cc:534] Read error [127.0.0.1]:2046: Connection reset by peer",
-    "NCCL error in: NCCLUtils.cpp:77, remote process exited or there was a network error, NCCL version 2.28.3",
+    "NCCL error in: NCCLUtils.cpp:77, remote process exited or there was a network error, "
+    "NCCL version 2.28.3",
     "socketProgress: Connection closed by remote peer node<47>",
-    "Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?",
+    "Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown "
+    "or crash?",
 ]
 
 
 CAUSES = [
     "NCCL error in: NCCLUtils.cpp:77, invalid usage, NCCL version 2.28.3\nDuplicate GPU detected",
-    "NCCL error in: NCCLUtils.cpp:77, unhandled system error, NCCL version 2.28.3\nncclSystemError: System call "
-    "(e.g. socket, malloc) or external library call failed or device error.\nError: no socket interface found",
-    "NCCL error in: NCCLUtils.cpp:77, unhandled cuda error, NCCL version 2.28.3\nncclUnhandledCudaError",
+    "NCCL error in: NCCLUtils.cpp:77, unhandled system error, NCCL version 2.28.3\n"
+    "ncclSystemError: System call (e.g. socket, malloc) or external library call failed or device "
+    "error.\nError: no socket interface found",
+    "NCCL error in: NCCLUtils.cpp:77, unhandled cuda error, NCCL version 2.28.3\n"
+    "ncclUnhandledCudaError",
 ]
 
 
@@ -286,7 +290,7 @@ def test_checkpoints_of_another_version_are_named(tmp_path):
         cli.saved_settings(Settings, tmp_path / "y.pt", "a.py")
 
 
-# ----------------------------------------------------------------------------------- copied elsewhere
+# --------------------------------------------------------------------------------- copied elsewhere
 def test_a_frozen_network_can_be_pickled():
     """A hook that is a lambda cannot; multiprocessing and copies of whole networks need it."""
     network = backbones.Strides("test_resnet", frozen=True, pretrained=False)
