@@ -153,25 +153,3 @@ def paste_masks(probs: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
         grid = torch.stack([x, y], dim=3)
         pasted.append(F.grid_sample(part[:, None], grid, align_corners=False)[:, 0])
     return torch.cat(pasted)
-
-
-# --------------------------------------------------------------------- until their script has them
-def shares(groups: list[Tensor]) -> Tensor:
-    """The weight (R,) of each region in a mean over images of means over their regions (n,)."""
-    return torch.cat(
-        [
-            g.new_full((len(g),), 1 / max(len(g), 1) / len(groups), dtype=torch.float32)
-            for g in groups
-        ]
-    )
-
-
-def mask_targets(masks: Tensor, matches: Tensor, boxes: Tensor, size: int = 28) -> Tensor:
-    """Masks (N, S, S), the object of each box (n,) and boxes (n, 4) -> (n, size, size) 0/1: what of
-    the object lies in the box, averaged over each cell, from a half on."""
-    from torchvision.ops import roi_align
-
-    used, place = matches.unique(return_inverse=True)
-    rois = torch.cat([place[:, None].to(boxes), boxes], dim=1)
-    cells = roi_align(masks[used][:, None].float(), rois, size, 1.0, 0, aligned=True)[:, 0]
-    return (cells >= 0.5).float()

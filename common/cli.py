@@ -77,15 +77,12 @@ def leave(code: int) -> None:
     os._exit(code)
 
 
-def check_ranges(args, limits: dict[str, tuple[float, float]] | None = None) -> None:
+def check_ranges(args) -> None:
     """UserError when a setting is not of its field's type, or outside the range at its field.
 
     A range is written `Annotated[float, msgspec.Meta(ge=0, le=1)]`, in a tuple once for each
     element. Every number must be finite, and must not be negative unless its field names a lower
     bound. `args` is a dataclass with any fields."""
-    if limits is not None:  # of a script that does not write its ranges at the fields yet
-        check_limits(args, limits)
-        return
     types = get_type_hints(type(args), include_extras=True)
     for name, value in vars(args).items():
         bounds = bounds_of(types[name])
@@ -135,38 +132,6 @@ def words_of(bounds: msgspec.Meta) -> str:
     if excluded:
         return f"outside {low:g} to {high:g} ({' and '.join(excluded)} excluded)"
     return f"outside {low:g} to {high:g}"
-
-
-def check_limits(args, limits: dict[str, tuple[float, float]]) -> None:
-    """`check_ranges` of a script that keeps its ranges in a table."""
-    for name, values in vars(args).items():
-        values = values if isinstance(values, tuple) else (values,)
-        if not all(isinstance(v, (int, float)) for v in values):
-            continue
-        low, high = limits.get(name, (1 if name == "log_every" else 0, 1e15))
-        if not all(low <= v <= high for v in values) or (
-            name != "crop_size" and list(values) != sorted(values)
-        ):
-            raise UserError(
-                f"--{name.replace('_', '-')} {' '.join(map(str, values))} is outside {low:g} to "
-                f"{high:g}{', or not in order' if len(values) > 1 else ''}."
-            )
-
-
-def check_meaning(args, base, method: str, flags_of: dict[str, str], idle: dict[str, bool]) -> None:
-    """UserError when a flag was changed that would be ignored: by `method`, where `flags_of` maps
-    methods to their flags (both as words), or beside another flag, where `idle` says so."""
-    for name in (n for n, off in idle.items() if off and getattr(args, n) != getattr(base, n)):
-        raise UserError(
-            f"--{name.replace('_', '-')} does nothing beside another flag of this command; leave "
-            f"it out."
-        )
-    for methods, names in flags_of.items():
-        for name in names.split() if method not in methods.split() else ():
-            if getattr(args, name) != getattr(base, name):
-                raise UserError(
-                    f"--{name.replace('_', '-')} has no meaning for {method}; leave it out."
-                )
 
 
 def saved_settings(args_type: type, path: Path, script: str):

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -26,7 +25,7 @@ from common.errors import RankError, UserError
 from common.files import IMAGES, BrokenImage, image_files, read_image
 from common.loading import helpers
 from common.objects import CITYSCAPES_THINGS, Instances, Photo, bare, singles, with_things
-from common.semantic import check_classes, missing, need
+from common.semantic import check_classes, check_folder, missing, need
 
 # annotations/<one of them>.json
 FILES = ("{}", "instances_{}", "instances_{}2017", "lvis_{}", "lvis_v1_{}")
@@ -54,10 +53,7 @@ def find(
     """The data set `name` (shapes, coco, lvis, cityscapes) under `root`, scored on its part `val`;
     UserError when it is not there, contradicts itself, or has not `classes`. Flags name files and a
     folder, also relative to `root`."""
-    if root.exists() and not root.is_dir():
-        raise missing(name, root, "a folder")
-    if not root.is_dir():
-        raise missing(name, root, "the folder itself")
+    check_folder(name, root)
     if name == "cityscapes":
         data = find_cityscapes(root, val)
     else:
@@ -417,18 +413,6 @@ def unlabeled_photos(text: str, data: Instances, flag: str = "--unlabeled") -> l
                 f"{flag} {path}: the file name {ascii(photo.name)} is not UTF-8; rename it."
             )
     return found
-
-
-def repeat_factors(photos: list[Photo], num_classes: int, threshold: float) -> np.ndarray:
-    """How often each picture comes in a pass, (len(photos),) float64, 1 or more: of its classes the
-    largest r(c) = max(1, sqrt(threshold / f_c)), f_c the share of `photos` that hold class c (LVIS,
-    arXiv 1908.03195)."""
-    held = [sorted(singles(photo)) for photo in photos]
-    counts = np.bincount(
-        np.array([c for classes in held for c in classes], np.int64), minlength=num_classes
-    )
-    factors = np.maximum(1, np.sqrt(threshold * len(photos) / np.maximum(counts, 1)))
-    return np.array([factors[classes].max(initial=1) for classes in held])
 
 
 # ------------------------------------------------------------------------------------------ samples

@@ -11,10 +11,9 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
-from pycocotools import mask as coco_mask
 
 from common.mask_ap import percent, truth_of
-from common.objects import Instances
+from common.objects import Instances, coco_mask
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)  # of the overlap
 
@@ -40,7 +39,7 @@ def lvis_ap(
     frequency: list[str] | None = None,
 ) -> dict:
     """LVIS's AP of `results`, entries of a results file, on the scored pictures of a data set or on
-    the content of an LVIS file. Results of several processes are gathered first (data.ap.gather).
+    the content of an LVIS file. Results of several processes are gathered first (mask_ap.gather).
 
     `kind` is segm (run lengths, `counts` text or bytes; a bbox is not looked at) or bbox (that, or
     else the box of the mask, which then also gives the area). Of each image the `max_dets` best
@@ -300,16 +299,16 @@ def shapes_of(results: list[dict], kind: str) -> tuple[list | np.ndarray, np.nda
     if kind == "bbox":
         masks = [None if "bbox" in r else r["segmentation"] for r in results]
         boxes = [
-            coco_mask.toBbox(m) if m else r["bbox"] for r, m in zip(results, masks, strict=True)
+            coco_mask().toBbox(m) if m else r["bbox"] for r, m in zip(results, masks, strict=True)
         ]
         boxes = np.array(boxes, np.float64).reshape(-1, 4)
         areas = [
-            float(coco_mask.area(m)) if m else w * h
+            float(coco_mask().area(m)) if m else w * h
             for m, (_, _, w, h) in zip(masks, boxes, strict=True)
         ]
         return boxes, np.array(areas, np.float64)
     shapes = [r["segmentation"] for r in results]
-    areas = [coco_mask.area(shapes[i : i + BLOCK]) for i in range(0, len(shapes), BLOCK)]
+    areas = [coco_mask().area(shapes[i : i + BLOCK]) for i in range(0, len(shapes), BLOCK)]
     return shapes, np.concatenate([np.zeros(0), *areas])
 
 
@@ -319,10 +318,10 @@ def shape_of(annotation: dict, kind: str, image: dict):
         return annotation["bbox"]
     runs, size = annotation["segmentation"], (int(image["height"]), int(image["width"]))
     if isinstance(runs, list):
-        runs = coco_mask.merge(coco_mask.frPyObjects(runs, *size))
+        runs = coco_mask().merge(coco_mask().frPyObjects(runs, *size))
     elif isinstance(runs["counts"], list):
-        runs = coco_mask.frPyObjects(runs, *size)
-    return coco_mask.toBbox(runs) if kind == "bbox" else runs
+        runs = coco_mask().frPyObjects(runs, *size)
+    return coco_mask().toBbox(runs) if kind == "bbox" else runs
 
 
 def candidates(
@@ -346,7 +345,7 @@ def candidates(
         g0, g1, d0, d1 = ends
         true = [shape_of(a, kind, images[pair % len(images)]) for a in objects[g0:g1]]
         true = np.array(true, np.float64) if kind == "bbox" else true
-        overlap = coco_mask.iou(shapes[d0:d1], true, [int(crowds)] * (g1 - g0))
+        overlap = coco_mask().iou(shapes[d0:d1], true, [int(crowds)] * (g1 - g0))
         d, g = np.nonzero(overlap >= lowest)
         found.append((d + d0, g + g0, overlap[d, g]))
     return tuple(np.concatenate(x) for x in zip(*found, strict=True))

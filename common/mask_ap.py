@@ -10,14 +10,11 @@ import json
 import numpy as np
 import torch
 import torch.distributed as dist
-from pycocotools import mask as coco_mask
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from common.distributed import World
 from common.errors import RankError
-from common.objects import CITYSCAPES_THINGS, Instances, read_segmentation, with_things
+from common.objects import CITYSCAPES_THINGS, Instances, coco_mask, read_segmentation, with_things
 
 THRESHOLDS = np.arange(0.5, 1.0, 0.05)  # of the overlap, as cityscapesScripts has them
 
@@ -39,7 +36,7 @@ def encode(masks: Tensor) -> list[dict]:
     columns = (masks != 0).to(torch.uint8).transpose(1, 2).contiguous().cpu().numpy()
     return [
         {"size": list(runs["size"]), "counts": runs["counts"].decode()}
-        for runs in coco_mask.encode(columns.transpose(2, 1, 0))
+        for runs in coco_mask().encode(columns.transpose(2, 1, 0))
     ]
 
 
@@ -97,6 +94,9 @@ def coco_ap(
     larger), ar100 (the recall with `max_dets` detections an image), `stats`, the twelve numbers in
     the order of pycocotools, `per_class`, name -> ap; and, with the `frequency` (r, c or f) of each
     class by ascending id, their means apr, apc, apf."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
     truth = data if isinstance(data, dict) else truth_of(data)
     # pycocotools takes an object of id 0 for no match, and writes into what it is given
     truth = {
@@ -178,8 +178,8 @@ def truth_of(data: Instances) -> dict:
             runs = runs_of(
                 segmentation, images[a["image_id"]]["height"], images[a["image_id"]]["width"]
             )
-            area = area or float(coco_mask.area(runs))
-            box = box if len(box) == 4 else coco_mask.toBbox(runs).tolist()
+            area = area or float(coco_mask().area(runs))
+            box = box if len(box) == 4 else coco_mask().toBbox(runs).tolist()
         annotations.append(
             {
                 **a,
@@ -212,14 +212,14 @@ def truth_of_labels(data: Instances) -> dict:
             mine = flat[starts] == thing.segmentation
             edges = np.stack([starts[mine], ends[mine]], axis=1).ravel()
             counts = np.diff(edges, prepend=0, append=flat.size).tolist()
-            runs = coco_mask.frPyObjects({"size": size, "counts": counts}, *size)
+            runs = coco_mask().frPyObjects({"size": size, "counts": counts}, *size)
             annotations.append(
                 {
                     "image_id": photo.id,
                     "category_id": data.ids[thing.category],
                     "segmentation": runs,
                     "area": thing.area,
-                    "bbox": coco_mask.toBbox(runs).tolist(),
+                    "bbox": coco_mask().toBbox(runs).tolist(),
                     "iscrowd": int(thing.crowd),
                 }
             )
@@ -246,8 +246,8 @@ def truth_of_things(data: Instances) -> dict:
                 points = np.concatenate(segmentation).reshape(-1, 2)
                 box = np.concatenate([points.min(axis=0), np.ptp(points, axis=0)]).round(2)
             else:
-                box = coco_mask.toBbox(segmentation)
-            area = area or float(coco_mask.area(runs_of(segmentation, photo.height, photo.width)))
+                box = coco_mask().toBbox(segmentation)
+            area = area or float(coco_mask().area(runs_of(segmentation, photo.height, photo.width)))
             annotations.append(
                 {
                     "id": len(annotations) + 1,
@@ -265,7 +265,7 @@ def truth_of_things(data: Instances) -> dict:
 def runs_of(segmentation: list | dict, height: int, width: int) -> dict:
     """Run lengths of polygons in a picture of this size, or those that there are."""
     if isinstance(segmentation, list):
-        return coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
+        return coco_mask().merge(coco_mask().frPyObjects(segmentation, height, width))
     return segmentation
 
 

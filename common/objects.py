@@ -10,7 +10,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
-from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from common import transforms
@@ -86,6 +85,13 @@ class Instances:
     partial: dict[int, list[int]] = field(default_factory=dict)
 
 
+def coco_mask():
+    """pycocotools, for arithmetic of run lengths: loaded where it is needed, --help needs none."""
+    from pycocotools import mask
+
+    return mask
+
+
 def singles(photo: Photo) -> set[int]:
     """The classes of the objects of a picture that are no crowds."""
     return {thing.category for thing in photo.things or () if not thing.crowd}
@@ -102,7 +108,7 @@ def read_segmentation(segmentation: list | dict) -> list[np.ndarray] | dict:
     than six numbers is left out; an object without any other is no object."""
     if isinstance(segmentation, dict):
         if isinstance(segmentation["counts"], list):
-            return coco_mask.frPyObjects(segmentation, *segmentation["size"])
+            return coco_mask().frPyObjects(segmentation, *segmentation["size"])
         return segmentation
     polygons = []
     for numbers in segmentation:
@@ -184,12 +190,12 @@ def draw(
             polygon_in_window(np.asarray(points, np.float64), whole, window)
             for points in segmentation
         ]
-        return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, *window.out)))
+        return coco_mask().decode(coco_mask().merge(coco_mask().frPyObjects(polygons, *window.out)))
     if isinstance(segmentation, dict):
         size = segmentation["size"]
         if list(size) != list(whole):
             raise ValueError(f"its run lengths are for {size}, height and width")
-        return nearest_in_window(coco_mask.decode(read_segmentation(segmentation)), window)
+        return nearest_in_window(coco_mask().decode(read_segmentation(segmentation)), window)
     return ids_in_window == segmentation
 
 

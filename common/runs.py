@@ -302,8 +302,14 @@ class Run:
     def leave_if_asked(self, step: int) -> None:
         """After a signal, and after saving: say where the run stands, and raise Stopped. What was
         due to be scored is scored when the run is resumed."""
-        if self.leaving:
-            self.leave(step)
+        if not self.leaving:
+            return
+        self.world.barrier()
+        self.close()
+        raise Stopped(
+            f"Stopped by {self.leaving} after step {step}; {self.out / 'last.pt'} is saved, "
+            f"continue with --resume."
+        )
 
     def asked(self, step: int) -> str:
         """The signal that some process got, or "". Several processes agree on every fifth step
@@ -316,16 +322,6 @@ class Run:
         if self.world.sum(heard).item() == 0:
             return ""
         return self.signals.name or "a signal to another process"
-
-    def leave(self, step: int) -> None:
-        """Say where the run stands after a signal, and raise Stopped."""
-        self.world.barrier()
-        self.close()
-        heard = self.leaving or self.signals.name or "a signal"
-        raise Stopped(
-            f"Stopped by {heard} after step {step}; {self.out / 'last.pt'} is saved, continue with "
-            f"--resume."
-        )
 
     # ------------------------------------------------------------------------------ what happened
     def say(self, *lines: str) -> None:
@@ -454,15 +450,6 @@ class Run:
             )
             print(f"\n{metric}: {', '.join(reached)}\nin {self.out}: {', '.join(files)}")
         return results
-
-    # for scripts that still keep their own signals
-    @property
-    def signal(self) -> str:
-        return self.signals.name
-
-    @signal.setter
-    def signal(self, name: str) -> None:
-        self.signals.name = name
 
 
 def is_multiple(step: int, every: int) -> bool:

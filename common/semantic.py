@@ -134,10 +134,7 @@ def classes_in(data: Segmentation, picture: Picture) -> set[int]:
 def find(name: str, root: Path, val: str = "val", classes: list[str] | None = None) -> Segmentation:
     """The data set `name` (voc, shapes, cityscapes, folder) under `root`, scored on its `val` list;
     UserError when it is not there, or has not these `classes`."""
-    if root.exists() and not root.is_dir():
-        raise missing(name, root, "a folder")
-    if not root.is_dir():
-        raise missing(name, root, "the folder itself")
+    check_folder(name, root)
     if name == "cityscapes":
         data = find_cityscapes(root, val)
     elif name == "folder":
@@ -149,6 +146,14 @@ def find(name: str, root: Path, val: str = "val", classes: list[str] | None = No
         raise UserError(f"The list '{val}' of {root} is empty, so there is nothing to score on.")
     check_classes(data.classes, classes, root)
     return data
+
+
+def check_folder(name: str, root: Path) -> None:
+    """UserError when the root of a data set is no folder, or not there."""
+    if root.exists() and not root.is_dir():
+        raise missing(name, root, "a folder")
+    if not root.is_dir():
+        raise missing(name, root, "the folder itself")
 
 
 def check_classes(found: list[str], expected: list[str] | None, root: Path) -> None:

@@ -12,10 +12,12 @@ standard deviation over the draws."""
 import argparse
 import json
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+HOUSE = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(HOUSE))
 
 
 BOOKKEEPING = {
@@ -103,35 +105,35 @@ def table(runs: list[dict], metric: str = "miou") -> str:
 
 def strip(runs: list[dict], path: Path, count: int = 8) -> None:
     """Rows of image, each run's prediction, label, on the first images of the runs' scored set
-    (Figs. 3 and 4)."""
+    (Figs. 3 and 4). The predictions are those of `gta_seg.py --predict`."""
+    import numpy as np
     import torch
+    from PIL import Image
 
-    import gta_seg
-    from common import plots, semantic, transforms
+    from common import plots, semantic
 
-    args = gta_seg.settings(eval=str(runs[0]["folder"] / "last.pt"))
-    data = semantic.find(args.dataset, Path(args.root), args.val)
-    networks = []
+    settings = runs[0]["settings"]
+    root = Path(settings["root"])
+    if settings["dataset"] == "shapes":
+        root = root / "voc"
+    data = semantic.find(settings["dataset"], root, settings["val"])
+    pictures = data.val[:count]
     for run in runs:
-        checkpoint = str(run["folder"] / "last.pt")
-        found, _, _ = gta_seg.load(checkpoint, gta_seg.settings(eval=checkpoint))
-        networks.append((found[run["network"]], gta_seg.settings(eval=checkpoint)))
+        command = [sys.executable, str(HOUSE / "gta_seg.py"), "--predict"]
+        command.append(str(run["folder"] / "last.pt"))
+        command += [str(picture.image) for picture in pictures]
+        subprocess.run(command, check=True)
     rows = []
-    with torch.no_grad():
-        for picture in data.val[:count]:
-            image, truth = semantic.load_picture(picture, data)
-            x = transforms.normalize(image[None])
-            predictions = [
-                gta_seg.predict_logits(net.cpu(), x, a.window).argmax(1)[0] for net, a in networks
-            ]
-            rows.append(
-                [
-                    image.permute(1, 2, 0).numpy(),
-                    *map(plots.colour, predictions),
-                    plots.colour(truth),
-                ]
-            )
-    names = [label(run["settings"], runs[0]["settings"]).split(" --")[0] for run in runs]
+    for picture in pictures:
+        image, truth = semantic.load_picture(picture, data)
+        row = [image.permute(1, 2, 0).numpy()]
+        for run in runs:
+            folder = run["folder"] / "last.pt.predictions"
+            with Image.open(folder / f"{picture.image.stem}.png") as file:
+                row.append(plots.colour(torch.from_numpy(np.array(file))))
+        row.append(plots.colour(truth))
+        rows.append(row)
+    names = [label(run["settings"], settings).split(" --")[0] for run in runs]
     plots.strip(rows, ["image", *names, "label"], path)
 
 

@@ -987,30 +987,6 @@ def test_unlabeled_from_a_folder_or_a_list(own, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------- orders
-def test_repeat_factors_of_the_recipe():
-    """Recipe 4.4, threshold 10: classes in 95, 30 and 5 % of the images; crowds do not count, and
-    no object is 1."""
-    photos = [
-        Photo(
-            "",
-            Path(),
-            things=tuple(
-                [Thing(0, 0, False, 1.0)] * (i < 95) * 2
-                + [Thing(1, 0, False, 1.0)] * (i < 30)
-                + [Thing(2, 0, False, 1.0)] * (i < 5)
-                + [Thing(3, 0, True, 1.0)]
-            ),
-        )
-        for i in range(100)
-    ]
-    factors = instances.repeat_factors(photos, 5, 10.0)
-    assert (
-        factors[[94, 29, 4, 0]].round(2).tolist() == [3.24, 5.77, 14.14, 14.14]
-        and factors[95:].tolist() == [1] * 5
-    )
-    lvis = instances.repeat_factors(photos, 5, 0.1)
-    assert lvis[[94, 29, 4]].round(3).tolist() == [1, 1, 1.414]
-    assert instances.repeat_factors(photos[95:], 5, 10.0).tolist() == [1.0] * 5
 
 
 FACTORS = np.array([1.0, 1.5, 3.25, 1.0, 2.0])

@@ -239,7 +239,7 @@ def test_an_older_drawing_is_replaced_and_a_failed_one_is_not(tmp_path):
 
 def test_voc_is_found_and_its_labels_are_palette_files_of_balanced_classes(drawn):
     root = drawn[0]
-    data, tune = find("shapes", root), find("shapes", root, val="tune")
+    data, tune = find("shapes", root / "voc"), find("shapes", root / "voc", val="tune")
     assert data.classes == ["background", *shapes.SEMANTIC_CLASSES]
     assert (len(data.train), len(tune.val), len(data.val)) == (1000, 200, 300)
     parts = {"train": list(data.train.values()), "tune": tune.val, "val": data.val}
