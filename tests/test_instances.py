@@ -17,7 +17,6 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from better_pseudo_labels import hold_out
 from common import distributed, instances, loading, objects, splits, transforms
 from common.distributed import World
 from common.errors import RankError, UserError
@@ -794,82 +793,6 @@ def holding(*classes: list[int]) -> list[Photo]:
         )
         for i, mine in enumerate(classes)
     ]
-
-
-def test_pictures_held_out_are_a_draw_of_names(drawn):
-    learn, held = hold_out(drawn.train, 0.15, 0)
-    assert (len(learn), len(held)) == (340, 60)
-    for part in (learn, held):
-        assert [p.id for p in part] == sorted(p.id for p in part)
-    assert {p.id for p in learn} | {p.id for p in held} == {p.id for p in drawn.train}
-    shuffled = [drawn.train[i] for i in np.random.default_rng(1).permutation(400)]
-    for stratify in (False, True):
-        learn, held = hold_out(drawn.train, 0.15, 0, stratify, 24)
-        mixed, taken = hold_out(shuffled, 0.15, 0, stratify, 24)
-        assert {p.name for p in taken} == {p.name for p in held} and len(mixed) == 340
-        assert (
-            [p.name for p in taken]
-            == [p.name for p in shuffled if p in taken]
-            != [p.name for p in held]
-        )
-        assert {p.name for p in hold_out(drawn.train, 0.15, 1, stratify, 24)[1]} != {
-            p.name for p in held
-        }
-    counts = np.zeros(40, int)  # every picture is as likely as the others
-    for seed in range(200):
-        for photo in hold_out(holding(*[[0]] * 40), 0.25, seed)[1]:
-            counts[photo.id] += 1
-    assert counts.sum() == 2000 and 30 < counts.min() and counts.max() < 75
-
-
-@pytest.mark.parametrize(
-    "n, share, number",
-    [
-        (2, 0.0, 1),
-        (2, 1.0, 1),
-        (9, 0.0, 1),
-        (9, 1.0, 8),
-        (10, 0.15, 2),
-        (100, 0.15, 15),
-        (7, 0.5, 4),
-    ],
-)
-def test_how_many_are_held_out(n, share, number):
-    for stratify in (False, True):
-        learn, held = hold_out(holding(*[[i % 3] for i in range(n)]), share, 0, stratify, 3)
-        assert (len(learn), len(held)) == (n - number, number)
-    with pytest.raises(UserError, match="Of 1 labeled images none can be held out"):
-        hold_out(holding([0]), share, 0)
-
-
-def parts(photos: list[Photo], share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(4,) in how many pictures to learn from, and held out, each class of four is."""
-    return tuple(
-        np.bincount([c for p in part for c in objects.singles(p)], minlength=4)
-        for part in hold_out(photos, share, seed, True, 4)
-    )
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_a_stratified_draw_has_each_class_in_both_parts(seed, drawn):
-    """Class 0 in half of 40 pictures, class 1 in two, class 2 in one; class 3 in three, but twice
-    as a crowd alone."""
-    photos = holding(
-        *[[0, 0] if i % 2 else [] for i in range(36)], [0, 1], [1, 2], [0, 3, -3], [-3]
-    )
-    for share in (0.05, 0.1, 0.5):
-        learn, held = parts(photos, share, seed)
-        assert (
-            learn.tolist() == [19 + 1 - held[0], 1, 1 - held[2], 1]
-            and held[:2].min() > 0 == held[3]
-        )
-        if share > 0.05:  # the other picture of class 1 is the better one
-            assert learn[2] == 1
-    learn, held = (
-        np.bincount([c for p in part for c in objects.singles(p)], minlength=24)
-        for part in hold_out(drawn.train, 0.15, seed, True, 24)
-    )
-    assert learn.min() > 0 and held.min() > 0
 
 
 def test_what_a_stratified_draw_cannot_have():
