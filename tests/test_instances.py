@@ -795,30 +795,6 @@ def holding(*classes: list[int]) -> list[Photo]:
     ]
 
 
-def test_what_a_stratified_draw_cannot_have():
-    """Of two pictures with the same two classes one goes; a class whose pictures all hold an only
-    one goes to both parts nevertheless; three pictures that share a class two by two leave one
-    class in a single part; and the number is kept where there are more classes than places (the
-    rarest go first), or more places than can be spared."""
-    for seed in range(9):
-        learn, held = parts(holding([0, 1], [0, 2], *[[3]] * 6), 0.25, seed)
-        assert (learn[0], held[0], held[3]) == (1, 1, 1)
-        assert [x.tolist() for x in parts(holding(*[[0]] * 5, [1], [1]), 0.1, seed)] == [
-            [5, 1, 0, 0],
-            [0, 1, 0, 0],
-        ]
-        assert parts(holding(*[[0]] * 3, *[[1]] * 3), 0.34, seed)[1].tolist() == [1, 1, 0, 0]
-        assert [x.tolist() for x in parts(holding([0, 1], [0, 1]), 0.5, seed)] == [[1, 1, 0, 0]] * 2
-        learn, held = parts(holding([0, 1], [0, 2]), 0.5, seed)
-        assert (learn[0], held[0]) == (1, 1) and sorted(held[1:3]) == [0, 1]
-        learn, held = parts(holding([0, 1], [1, 2], [2, 0]), 0.34, seed)
-        assert held.sum() == 2 and learn.min() == 0 and sorted(learn[:3]) == [1, 1, 2]
-        learn, held = parts(holding(*[[c] for c in (0, 1, 2, 3)] * 2), 0.25, seed)
-        assert held.sum() == 2 and held.max() == 1
-        learn, held = parts(holding([0], [1], [2], [2]), 0.5, seed)
-        assert held.sum() == 2 and held[2] == 1
-
-
 def test_unlabeled_pools_carry_no_labels(drawn, street):
     every = choose(drawn, "40", 0, "", "all", True)
     rest = choose(drawn, "40", 0, "", "remaining", True)
