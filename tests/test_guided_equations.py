@@ -1459,6 +1459,21 @@ def test_unlabeled_views_and_collate():
     )
 
 
+def test_repeat_factors_of_the_recipe():
+    """Recipe 4.4, threshold 10: classes in 95, 30 and 5 % of the images; crowds do not count, and
+    no object is 1."""
+    photos = []
+    for i in range(100):
+        held = [0, 0] * (i < 95) + [1] * (i < 30) + [2] * (i < 5)
+        things = [objects.Thing(c, 0, False, 1.0) for c in held] + [objects.Thing(3, 0, True, 1.0)]
+        photos.append(objects.Photo("", Path(), things=tuple(things)))
+    factors = gd.repeat_factors(photos, 5, 10.0)
+    assert factors[[94, 29, 4, 0]].round(2).tolist() == [3.24, 5.77, 14.14, 14.14]
+    assert factors[95:].tolist() == [1] * 5
+    assert gd.repeat_factors(photos, 5, 0.1)[[94, 29, 4]].round(3).tolist() == [1, 1, 1.414]
+    assert gd.repeat_factors(photos[95:], 5, 10.0).tolist() == [1.0] * 5
+
+
 # ---------------------------------------------------------------------------------------- detection
 
 
