@@ -1450,6 +1450,24 @@ def test_released_warm_up_moves_the_others_statistics_only():
     assert not torch.equal(before["student"][key], s.student.state_dict()[key])
 
 
+class Lonely(World):
+    """A process that must not ask the others for anything."""
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        raise AssertionError("the released code reduces nothing but gradients")
+
+    gather = mean = sum
+
+
+def test_released_steps_have_the_denominators_of_their_process():
+    args = settings("released")
+    s = tiny(args)
+    labeled = pictures(1)
+    labeled.label[0] = IGNORE
+    gta_seg.warmup_step_released(s, labeled, args, Lonely(rank=0, size=2))
+    gta_seg.train_step_released(s, labeled, pictures(2), args, Lonely(rank=0, size=2))
+
+
 # ------------------------------------------------------------------------------- full-size networks
 
 

@@ -361,7 +361,6 @@ GONE: dict[str, str] = {
 EXPECTED: dict[str, str] = {
     "guided cityscapes": "",  # has crops of another kind
     "guided*": "the place of a crop on COCO is rounded, as in Detectron2, not truncated",
-    "gta released two": "the released warm-up divides by each process's own count of labels",
     **dict.fromkeys(
         (
             "better",
