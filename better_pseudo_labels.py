@@ -1967,7 +1967,9 @@ def train(args: Args) -> dict:
         run.save("last.pt", snapshot(s, args, data))  # resumed, the run has nothing left to score
     if args.stage == "calibrate":
         delta_of(args, data, photos.held, classes.groups, world)
-    return finish(run, last, best, classes, data, args, world, chosen.fingerprint)
+    results = finish(run, last, best, classes, data, args, world, chosen.fingerprint)
+    world.barrier()  # nobody leaves the group, to join the next run's, before all is written
+    return results
 
 
 def train_phase(
