@@ -1601,7 +1601,6 @@ def test_small_backbones_take_a_step(backbone):
         ("resnext50_32x4d", [4, 8, 16]),
         ("resnet26", [2, 4]),
         ("resnet14t", [2]),
-        ("test_resnet", [2]),
         ("resnet51q", None),
         ("resnet33ts", None),
     ],
