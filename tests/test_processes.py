@@ -126,7 +126,7 @@ STEPS = {
     "gta": {},
     "mt": dict(method="mt"),
     "suponly": dict(method="suponly", cutmix_labeled=0.5, warmup_epochs=None),
-    "all losses": dict(aux=0.4, ohem=0.7, gta_data="both", student_data="both", cutmix_labeled=0.5),
+    "all losses": dict(aux=0.4, ohem=0.7, gta_data="both", cutmix_labeled=0.5),
 }
 
 
