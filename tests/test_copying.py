@@ -148,11 +148,16 @@ def equations() -> list[tuple[str, str]]:
 
 
 def along(script: str, name: str) -> tuple[list[str], list[str], list[str]]:
-    """What a function needs of its script -> constants, records, helpers."""
+    """What a function needs of its script -> constants; records, also those that it is handed;
+    helpers."""
     own, rooms = definitions(script), records_of_rooms(script)
     constants, records, helpers, todo = [], [], [], [name]
+    signature = re.findall(r"\w+", ast.unparse(own.nodes[name].args))
+    types = {word for word in signature if word in own.nodes and own.is_record(word)}
+    types |= rooms.keys() & set(signature)
     while todo:
-        for other in sorted(needs(ast.parse(text_of(script, todo.pop())).body[0])):
+        needed = types | needs(ast.parse(text_of(script, todo.pop())).body[0])
+        for other in sorted(needed):
             if other in (*constants, *records, *helpers, name):
                 continue
             if other in rooms:
