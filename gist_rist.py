@@ -552,14 +552,14 @@ def augment(
 
 # SAME AS gta_seg.py:random_scale
 def random_scale(
-    image: Tensor, label: Tensor | None, low: float, high: float, rng: np.random.Generator
+    image: Tensor, label: Tensor | None, low: float, high: float, generator: np.random.Generator
 ) -> tuple[Tensor, Tensor | None]:
-    """Scale both sides by one factor. Factors under and over 1 are equally likely when the range
-    holds 1: half of the time uniform in [low, 1], else uniform in [1, high]."""
+    """Scale both sides by one factor. When the range holds 1, factors below and above 1 are equally
+    likely: half of the time the factor is uniform in [low, 1], else in [1, high]."""
     if low < 1 < high:
-        factor = rng.uniform(low, 1) if rng.random() < 0.5 else rng.uniform(1, high)
-    else:
-        factor = rng.uniform(low, high)
+        shrink = generator.random() < 0.5
+        low, high = (low, 1) if shrink else (1, high)
+    factor = generator.uniform(low, high)
     height, width = image.shape[-2:]
     size = (max(int(height * factor), 2), max(int(width * factor), 2))
     return transforms.resize(image, label, size)

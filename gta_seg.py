@@ -9,7 +9,7 @@ student itself learns from human labels, and only these reach its mask predictor
 a moving average of the student, and the result.
 
     paper                                           this file
-    Sec. 3.1  feature extractor f, predictor g      Features, Predictor, SegNet
+    Sec. 3.1  feature extractor f, predictor g      Features, Predictor, SegNet (joins them)
     Eq. 1     prediction and its confidence         confidence
     Eq. 2     pseudo labels over a threshold        pseudo_label
     Eq. 3     teacher-student loss                  teacher_student_loss
@@ -24,23 +24,28 @@ a moving average of the student, and the result.
     Eq. 12    teacher follows the student           ema_update (called by train_step)
     Algorithm 1  line 1 (initialization)            end_of_warmup
     Algorithm 1  lines 3 to 12 (a minibatch)        train_step
+    Sec. 4.2  ResNet-101, DeepLabv3+                Features, ASPP, Predictor
+    Sec. 4.2  numbers, for VOC and Cityscapes       Args, PRESETS
     Sec. 4.2  optimizer, poly schedule              sgd, learning_rate_factor
-    Sec. 4.2  warm-up on labels                     warmup_step, --warmup-epochs, --warmup-over
+    Sec. 4.2  warm-up on labels                     warmup_step, warmup_steps (how many)
     Sec. 4.2  20 % of pseudo labels abandoned       drop_threshold, --drop
-    Sec. 4.2  evaluation                            evaluate, predict_logits
+    Sec. 4.2  crops and windows in evaluation       evaluate, centre_crop, predict_logits
+    Sec. 4.2  mIoU; mean of seeds 0, 1, 2           common/metrics.py; --seed, docs/compare.py
     Table 1   VOC; SupOnly, MT, CutMix rows         --split, --method, --cutmix
     Table 2   VOC, augmented training set           --split
     Table 3   Cityscapes                            --dataset, --split
     Table 4   components                            --method, --reweight
-    Table 5   what the assistant hands over         --transfer, --method, unbiased_st_step
+    Table 5   what the assistant hands over         --transfer, --method, --reweight (none)
+    Table 5   Unbiased ST                           unbiased_st_step
     Table 6   the three networks                    evaluate (scores all of them in each run)
     Table 7   who learns from which labels          --gta-data, --student-data, loss_on
     Table 8   alpha, warm-up                        --alpha-gta, --alpha-teacher, --warmup-epochs
     Table 9   re-weighting, Laplace smoothing       --reweight, --tau
-    Fig. 1    (a) and (b): earlier frameworks       mean_teacher_step
-    Fig. 2    overview, Fig. 1 (c)                  train_step, teach
+    Fig. 1    (b), the earlier framework            mean_teacher_step
+    Fig. 1    (a), its own pseudo labels            mean_teacher_step, --alpha-teacher (0)
+    Fig. 2    overview; also Fig. 1 (c)             train_step, teach
     Figs. 3, 4  pictures of predictions             score_networks, docs/compare.py
-    (released)  the loop that the authors released  train_step_released, --recipe
+    Release   the loop that the authors released    train_step_released, --recipe
 
 Shapes: B images, K classes, H x W pixels, h x w cells of stride 4. Suffix _l labeled, _u unlabeled.
 Lines marked DEPARTS[name] leave the paper or decide what it leaves open; docs/gta_seg.md says why.
@@ -83,12 +88,12 @@ from common.semantic import Batch, Segmentation
 
 SCRIPT = "gta_seg.py"
 IGNORE = 255  # the label of a pixel without a label
-OHEM_KEPT = 50_000  # labeled pixels an image that --ohem keeps at least
+OHEM_KEPT = 50_000  # how many labeled pixels of each image --ohem keeps at least
 PREVIEWS = 6  # scored images that are drawn
 
 
 # ========================================================================================= settings
-# Numbers without a range of their own are finite and not negative.
+# A number without a range of its own must be finite and not negative.
 Share = Annotated[float, Meta(ge=0, le=1)]
 Dilation = Annotated[int, Meta(ge=1, le=512)]
 Factor = Annotated[float, Meta(ge=0.01, le=100)]
@@ -112,7 +117,7 @@ class Args:
     root: str = "datasets/voc"  # where the data lie, see data/README.md
     # labeled images: a published list, random:N, random:1/N, random:N%, all, or a list file
     split: str = "183"
-    split_seed: int = 0  # which draw, for random splits
+    split_seed: int = 0  # number of the draw, for random splits
     unlabeled: str = ""  # folder or list of unlabeled images; empty: all other training images
     val: str = "val"  # name of the list or folder that is scored
     out: str = ""  # run folder; empty: runs/gta_seg-<dataset>-<split>-d<split seed>-s<seed>
@@ -120,7 +125,7 @@ class Args:
     # initial weights, order of images, augmentation. The paper averages 0, 1, 2 (Sec. 4.2)
     seed: int = 0
     eval: str = ""  # evaluate this checkpoint, train nothing
-    # checkpoint, then images or folders: write predictions
+    # write predictions: a checkpoint, then images or folders
     predict: list[str] = field(default_factory=list)
 
     # the method (Sec. 3.2) and the tables
@@ -134,9 +139,9 @@ class Args:
     reweight: Literal["laplace", "none"] = "laplace"  # Eq. 6, or equal weights: Tables 4, 9
     # share of the least confident pixels that get no pseudo label, Sec. 4.2
     drop: Annotated[float, Meta(ge=0, lt=1)] = 0.2
-    # on labels alone, before the assistant exists, Sec. 4.2, Table 8
+    # epochs on labels alone, before the assistant exists, Sec. 4.2, Table 8
     warmup_epochs: float = 1
-    # an epoch of the warm-up is a pass over these images. DEPARTS[warmup-epoch]
+    # the images of which one epoch of the warm-up is a pass. DEPARTS[warmup-epoch]
     warmup_over: Literal["unlabeled", "labeled"] = "unlabeled"
     # what the assistant learns from, Table 7
     gta_data: Literal["pseudo", "labeled", "both"] = "pseudo"
@@ -144,9 +149,9 @@ class Args:
     student_data: Literal["labeled", "pseudo"] = "labeled"
     # what the assistant hands over, Table 5. DEPARTS[original-ema]
     transfer: Literal["features", "all"] = "features"
-    # probability, per step, to mix the unlabeled batch, Table 1. DEPARTS[cutmix]
+    # probability that a step mixes the unlabeled batch, Table 1. DEPARTS[cutmix]
     cutmix: Share = 0.5
-    # the same for the labeled batch, for fair baselines. DEPARTS[cutmix]
+    # probability that a step mixes the labeled batch, for fair baselines. DEPARTS[cutmix]
     cutmix_labeled: Share = 0
     # student and assistant share g, as in the released loop. DEPARTS[share-predictor]
     share_predictor: bool = False
@@ -159,14 +164,14 @@ class Args:
     crop_size: Annotated[int, Meta(ge=16, le=100_000)] = 513
     scale: tuple[Factor, Factor] = (0.5, 2.0)  # random scaling of training images. DEPARTS[open]
     epochs: float = 80  # passes over the unlabeled images. DEPARTS[open]
-    steps: int = 0  # whole run, warm-up included; 0: as many as `epochs` makes
-    lr: float = 0.001  # of the backbone, Sec. 4.2
-    # times lr, for everything behind the backbone, Sec. 4.2. DEPARTS[decoder-lr]
+    steps: int = 0  # of the whole run, with the warm-up; 0: as many as --epochs makes
+    lr: float = 0.001  # initial learning rate of the backbone, Sec. 4.2
+    # factor on --lr for everything behind the backbone, Sec. 4.2. DEPARTS[decoder-lr]
     decoder_lr: float = 10
     weight_decay: float = 1e-4  # Sec. 4.2
     aux: float = 0  # weight of an auxiliary loss on the third stage. DEPARTS[cityscapes]
-    # keep labeled pixels up to this true-class probability, 50,000 an image at least; 0: keep all.
-    # DEPARTS[cityscapes]
+    # learn only from labeled pixels whose true class has at most this probability, and from 50,000
+    # an image at least; 0: from all. DEPARTS[cityscapes]
     ohem: Share = 0
 
     # network (Sec. 4.2: ResNet-101, DeepLabv3+, 512-dimensional features)
@@ -188,11 +193,11 @@ class Args:
     eval_every: int = 0  # steps between evaluations; 0: once per epoch
     save_every: int = 0  # steps between checkpoints; 0: with every evaluation
     log_every: Annotated[int, Meta(ge=1)] = 20  # steps between log lines
-    # open the unlabeled images' labels to log how right pseudo labels are; never to learn
+    # read the unlabeled images' labels, to log how many pseudo labels are right; never to learn
     monitor_labels: bool = False
     workers: int = loading.default_workers()  # decoding processes per process and stream
     device: str = "auto"  # auto, cpu, cuda
-    # inside the network; auto: bf16 on GPUs, fp32 elsewhere
+    # arithmetic inside the network; auto: bf16 on GPUs, fp32 elsewhere
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     # torch.compile the networks in training; scoring and predicting never are
     compile: bool = False
@@ -200,17 +205,19 @@ class Args:
 
 # ======================================================================================== equations
 def confidence(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Eq. 1: logits (B, K, H, W) -> confidence c (B, H, W) in [0, 1] and its class (B, H, W)."""
+    """Eq. 1: logits (B, K, H, W) of g(f(x)) -> the confidence c (B, H, W), which is the largest of
+    the K probabilities p, and its class (B, H, W)."""
     conf, label = logits.softmax(dim=1).max(dim=1)
     return conf, label
 
 
 def drop_threshold(conf: Tensor, valid: Tensor, drop: float) -> Tensor:
-    """Sec. 4.2: the gamma_t of Eq. 2 that leaves out the `drop` share of least confident valid
-    pixels. `conf`, `valid` (B, H, W) of the whole batch -> ().
+    """Sec. 4.2: the threshold gamma_t of Eq. 2 that leaves out a share `drop` of the valid pixels,
+    those of lowest confidence. `conf`, `valid` (B, H, W) of the whole batch -> ().
 
-    It is their k-th smallest confidence with k = floor(drop (n - 1)) + 1, so that `conf > gamma_t`
-    equals numpy's percentile rule; -1 when `drop` is 0 or nothing is valid."""
+    With n valid pixels it is the k-th smallest of their confidences, k = floor(drop (n - 1)) + 1.
+    The same pixels are above numpy's percentile, which interpolates. When `drop` is 0 or no pixel
+    is valid it is -1, which every confidence exceeds."""
     # sorted, and not torch.kthvalue, which would copy k to the host and wait for the device
     ordered = torch.where(valid, conf, torch.inf).flatten().sort().values
     n = valid.sum()
@@ -220,17 +227,19 @@ def drop_threshold(conf: Tensor, valid: Tensor, drop: float) -> Tensor:
 
 
 def pseudo_label(label: Tensor, conf: Tensor, valid: Tensor, gamma: Tensor | float) -> Tensor:
-    """Eq. 2: the teacher's class where it is sure, 255 elsewhere and in padding; all (B, H, W)."""
+    """Eq. 2: the teacher's class where its confidence is above gamma_t, and 255 ("ignore")
+    elsewhere, as in padding. All tensors are (B, H, W)."""
     return label.masked_fill(~(valid & (conf > gamma)), IGNORE)
 
 
 def reweight(
     conf: Tensor, keep: Tensor, tau: float, total: Callable[[Tensor], Tensor] = lambda x: x
 ) -> Tensor:
-    """Eq. 6: weights (B, H, W) in proportion to c + tau on kept pixels, 0 elsewhere; they sum to
-    the number of kept pixels. `conf` is float32 and carries no gradient.
+    """Eq. 6: weights (B, H, W) of the pseudo labels. Kept pixels (above gamma_t) have weights in
+    proportion to c + tau, which sum to the number of kept pixels; all others have weight 0.
 
-    `total` sums a tensor over all processes, so that the weights belong to the global batch."""
+    `conf` is float32 and carries no gradient. `total` sums a tensor over all processes, so that the
+    sums of Eq. 6 are those of the global batch."""
     raw = (conf + tau) * keep
     return raw * (total(keep.sum()) / total(raw.sum()).clamp(min=1e-12))
 
@@ -238,11 +247,11 @@ def reweight(
 def unsupervised_loss(
     logits: Tensor, label: Tensor, weight: Tensor, mean: Callable[[Tensor], Tensor] = lambda x: x
 ) -> Tensor:
-    """Eq. 7, divided by the number of kept pixels. DEPARTS[mean] logits (B, K, H, W); label, weight
-    (B, H, W) -> ().
+    """Eq. 7: logits (B, K, H, W), label and weight (B, H, W) -> L_u, (). The sum over pixels is
+    divided by the number of kept pixels. DEPARTS[mean]
 
-    `mean` averages a count over all processes. As DDP averages gradients, the two together divide
-    by the count of the global batch."""
+    `mean` averages a count over all processes. DDP averages the gradients of all processes, too;
+    together they divide the sum over the global batch by the count of the global batch."""
     loss = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="none")  # 0 where ignored
     kept = mean((label != IGNORE).sum())
     return (weight * loss).sum() / kept.clamp(min=1e-6)  # a mean count may be below 1
@@ -251,8 +260,8 @@ def unsupervised_loss(
 def supervised_loss(
     logits: Tensor, label: Tensor, mean: Callable[[Tensor], Tensor] = lambda x: x
 ) -> Tensor:
-    """Eq. 10, divided by the number of labeled pixels. DEPARTS[mean] logits (B, K, H, W), label
-    (B, H, W) -> (). `mean` as in Eq. 7."""
+    """Eq. 10: logits (B, K, H, W), label (B, H, W) -> L_l, (). The sum over pixels is divided by
+    the number of labeled pixels. DEPARTS[mean] `mean` is what it is in unsupervised_loss."""
     loss = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="none")
     labeled = mean((label != IGNORE).sum())
     return loss.sum() / labeled.clamp(min=1e-6)
@@ -264,12 +273,14 @@ def teacher_student_loss(loss_l: Tensor, loss_u: Tensor, mu: float) -> Tensor:
 
 
 def update(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    """Eqs. 4, 8, 11: one gradient step on the loss."""
+    """Eqs. 4, 8, 11: theta := theta - lambda dL / dtheta, as the optimizer does it: one step of SGD
+    with momentum and weight decay, for the parameters that were given to the optimizer."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
 
 
+# Eqs. 5 and 12: the teacher (target) follows the student (source), f and g alike.
 @torch.no_grad()
 def ema_update(target: nn.Module, source: nn.Module, decay: float) -> None:
     """target <- decay * target + (1 - decay) * source, in place, for every parameter and for
@@ -282,14 +293,16 @@ def ema_update(target: nn.Module, source: nn.Module, decay: float) -> None:
 
 @torch.no_grad()
 def ema_update_parameters(target: nn.Module, source: nn.Module, decay: float) -> None:
-    """Eq. 9: target <- decay * target + (1 - decay) * source, in place, for parameters only: the
-    student keeps its own BatchNorm statistics. DEPARTS[bn-ema]"""
+    """Eq. 9: target <- decay * target + (1 - decay) * source, in place, for parameters only. The
+    target is the student's f and the source the assistant's; the student keeps its own BatchNorm
+    statistics. DEPARTS[bn-ema]"""
     torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), 1 - decay)
 
 
 def ema_decay(n: int, alpha: float, ramp: bool) -> float:
-    """The alpha of Eqs. 5, 9, 12 in the n-th update (n = 0, 1, ...): constant as printed, or with
-    `ramp` a plain mean of all updates until that reaches alpha. DEPARTS[ramp]"""
+    """The alpha of Eqs. 5, 9, 12 in the n-th update (n = 0, 1, ...). It is constant, as printed.
+    With `ramp` it rises as 1 - 1 / (n + 1) until it reaches alpha: up to there, the target is the
+    plain mean of the sources of all updates. DEPARTS[ramp]"""
     if ramp:
         return min(1 - 1 / (n + 1), alpha)
     return alpha
@@ -307,16 +320,18 @@ def hard_pixels(
     min_kept: int,
     gather: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> Tensor:
-    """OHEM: logits (B, K, H, W), label (B, H, W) -> the label without its easy pixels.
-    DEPARTS[cityscapes]
+    """Online hard example mining (OHEM): logits (B, K, H, W), label (B, H, W) -> the label with 255
+    on easy pixels. DEPARTS[cityscapes]
 
-    Hard is a true-class probability of at most `thresh`, or among the `min_kept` smallest of the
-    batch; fewer valid pixels than that are all kept. `gather` concatenates over all processes."""
+    A pixel is hard when the probability of its true class is at most `thresh`, or is one of the
+    `min_kept` smallest in the batch. When fewer pixels than that have a label, all of them are
+    kept. `gather` concatenates a tensor over all processes."""
     valid = label != IGNORE
     prob = logits.softmax(dim=1).gather(1, label.masked_fill(~valid, 0)[:, None])[:, 0]  # (B, H, W)
     ordered = gather(torch.where(valid, prob, torch.inf).flatten()).sort().values
-    cut = ordered[min(min_kept, len(ordered)) - 1].clamp(min=thresh)  # inf when too few are valid
-    return label.masked_fill(prob > cut, IGNORE)
+    last_kept = min(min_kept, len(ordered)) - 1
+    limit = ordered[last_kept].clamp(min=thresh)  # infinite when too few pixels have a label
+    return label.masked_fill(prob > limit, IGNORE)
 
 
 # ========================================================================================== network
@@ -353,7 +368,8 @@ class Features(nn.Module):
     """The paper's f: images (B, 3, H, W) -> features (B, 2 * width, h, w) at stride 4, and the
     third stage's map (B, C, h', w') for an auxiliary head.
 
-    Wider than DeepLabv3+: `width` low-level channels, no projection inside ASPP. DEPARTS[open]"""
+    This is wider than DeepLabv3+ (Sec. 4.2): the low-level map has `width` channels, and ASPP does
+    not project its output. DEPARTS[open]"""
 
     def __init__(
         self, backbone: str, stride: int, rates: tuple[int, ...], width: int, pretrained: bool
@@ -378,10 +394,10 @@ class Features(nn.Module):
 
 
 def deeplab_resnet(body: nn.Module, stride: int) -> None:
-    """What the released network changes in a ResNet: max pooling in ceil mode and, at stride 8,
-    dilations 4, 8, 16 in the three bottlenecks of the last stage. DEPARTS[open]
+    """Change a ResNet as the released network does: its max pooling rounds sizes up, and at stride
+    8 the three bottlenecks of its last stage have dilations 4, 8 and 16. DEPARTS[open]
 
-    Other backbones stay as they are, and toys with one block a stage, such as test_resnet."""
+    Other backbones stay as they are, and so do toys with one block a stage, such as test_resnet."""
     blocks = list(getattr(body, "layer4", ()))
     if len(blocks) < 2:
         return
@@ -397,8 +413,10 @@ def deeplab_resnet(body: nn.Module, stride: int) -> None:
 
 
 class Predictor(nn.Module):
-    """The paper's g: features (B, 2 * width, h, w) -> logits (B, K, h, w), and in training those of
-    an auxiliary head on the third stage's map, if there are `aux_channels`; else None."""
+    """The paper's g: features (B, 2 * width, h, w) -> logits (B, K, h, w), and None.
+
+    With `aux_channels` it has an auxiliary head on the third stage's map, whose logits take the
+    place of None in training."""
 
     def __init__(self, width: int, num_classes: int, aux_channels: int = 0):
         super().__init__()
@@ -425,8 +443,9 @@ class Predictor(nn.Module):
 
 
 class SegNet(nn.Module):
-    """DeepLabv3+, cut into f and g as in the paper: images (B, 3, H, W) -> float32 logits
-    (B, K, h, w), and auxiliary ones or None. `pretrained`: with timm's ImageNet weights."""
+    """The whole network, cut into f and g as in the paper: images (B, 3, H, W) -> g(f(x)), which
+    are float32 logits (B, K, h, w), and auxiliary logits or None. `pretrained`: the backbone starts
+    from timm's ImageNet weights."""
 
     def __init__(self, args: Args, num_classes: int, pretrained: bool = False, bf16: bool = False):
         super().__init__()
@@ -447,39 +466,41 @@ class SegNet(nn.Module):
 # ========================================================================================= the step
 @dataclass
 class State:
-    """All that training changes (saved whole), and the forward passes that DDP wraps."""
+    """What a step changes: networks, optimizers, the step's number and the scores. A checkpoint
+    holds all of it (see `snapshot`)."""
 
     student: SegNet
     teacher: SegNet | None  # no gradients, eval mode
     gta: SegNet | None  # the assistant
     opt_student: torch.optim.Optimizer
     opt_gta: torch.optim.Optimizer | None
-    forward_student: Callable
-    forward_gta: Callable | None
-    warmup: int  # steps on labels alone
-    epoch: int  # steps per pass over the unlabeled images
+    forward_student: Callable  # the student, which on several processes is wrapped in DDP
+    forward_gta: Callable | None  # the assistant, likewise
+    warmup: int  # how many steps learn from labels alone
+    epoch: int  # how many steps make a pass over the unlabeled images
     step: int = 0
     scored: int = 0  # the last step that was scored
-    last: dict = field(default_factory=dict)  # network -> its newest score
-    best: dict = field(default_factory=dict)  # network -> its best one
+    last: dict = field(default_factory=dict)  # name of a network -> its newest score
+    best: dict = field(default_factory=dict)  # name of a network -> its best score
 
     def networks(self) -> dict[str, SegNet]:
-        """Those that the method has, by name."""
+        """The networks that the method has, by name."""
         found = {"student": self.student, "teacher": self.teacher, "gta": self.gta}
         return {name: net for name, net in found.items() if net is not None}
 
     def result(self) -> str:
-        """Algorithm 1, Output: the teacher; the student of a method without one."""
+        """The network that a run is about: the teacher (Algorithm 1, Output), or the student when
+        the method has no teacher."""
         return "student" if self.teacher is None else "teacher"
 
 
 class Pseudo(NamedTuple):
-    """What the teacher made of the unlabeled batch."""
+    """The unlabeled batch with the teacher's pseudo labels."""
 
-    images: Tensor  # (B, 3, H, W), mixed
-    label: Tensor  # (B, H, W), 255 where there is none
-    weight: Tensor  # (B, H, W), 0 where there is none
-    log: dict[str, Tensor]
+    images: Tensor  # (B, 3, H, W), mixed by CutMix
+    label: Tensor  # (B, H, W), 255 where there is no pseudo label
+    weight: Tensor  # (B, H, W), 0 where there is no pseudo label
+    log: dict[str, Tensor]  # what the run's log shows of them
 
 
 def train_step(
@@ -489,11 +510,11 @@ def train_step(
 
     `labeled` has normalised images (B, 3, H, W) and int64 labels (B, H, W). `unlabeled` has images
     and `valid` (False where padded) of any number and any size; its labels are not looked at."""
-    n = s.step - s.warmup
+    n = s.step - s.warmup  # counts the steps after the warm-up: 0, 1, ...
     # line 3, Step 1: the teacher labels the unlabeled images and weighs its labels
     pseudo = teach(s.teacher, unlabeled, args, s.step, world)  # line 4, Eqs. 1, 2; line 5, Eq. 6
     loss_u = loss_on(args.gta_data, s.forward_gta, labeled, pseudo, args, world)  # line 5, Eq. 7
-    # line 6, Step 2: the assistant, and nobody else, learns from them; it hands over f, and not g
+    # line 6, Step 2: the assistant alone learns from them, and hands over its f, but not its g
     update(s.opt_gta, loss_u)  # line 7, Eq. 8
     alpha = ema_decay(n, args.alpha_gta, args.ramp_gta)
     ema_update_parameters(s.student.features, s.gta.features, alpha)  # line 8, Eq. 9
@@ -508,8 +529,10 @@ def train_step(
 
 @torch.no_grad()
 def teach(teacher: SegNet, unlabeled: Batch, args: Args, step: int, world: World) -> Pseudo:
-    """Step 1: the teacher sees clean images (Eq. 1); images, labels and confidences are mixed alike
-    (CutMix); Eq. 2; Eq. 6. The teacher is in eval mode."""
+    """Step 1, Eqs. 1, 2 and 6: pseudo labels and their weights, by a teacher in eval mode.
+
+    The teacher sees the unmixed images. Then CutMix mixes images, labels and confidences alike, and
+    the threshold and the weights are those of the mixed batch."""
     size = unlabeled.images.shape[-2:]
     conf, label = confidence(upsample(teacher(unlabeled.images)[0], size))  # Eq. 1
     images, valid, label, conf = mix(
@@ -524,43 +547,48 @@ def teach(teacher: SegNet, unlabeled: Batch, args: Args, step: int, world: World
         weight = keep.float()
     pixels = valid.sum().clamp(min=1)
     log = {"conf": (conf * valid).sum() / pixels, "kept": keep.sum() / pixels}
-    if args.monitor_labels:  # watched, never learned from; the same boxes as above
+    if args.monitor_labels:  # nothing learns from these labels; they are mixed as the images were
         (truth,) = mix(args.cutmix, "u", args, step, world, unlabeled.label)
         log["pseudo_acc"] = pseudo_accuracy(label, truth)
     return Pseudo(images, label, weight, log)
 
 
 def pseudo_accuracy(label: Tensor, truth: Tensor) -> Tensor:
-    """Share of right pseudo labels, (B, H, W) each -> (), where both exist and one is no
-    background (class 0)."""
-    asked = (label != IGNORE) & (truth != IGNORE) & ((truth > 0) | (label > 0))
-    return ((label == truth) & asked).sum() / asked.sum().clamp(min=1)
+    """The share of pseudo labels that are right: label, truth (B, H, W) -> (). Pixels count that
+    have both labels, of which at least one is not background (class 0)."""
+    both = (label != IGNORE) & (truth != IGNORE)
+    counted = both & ((truth > 0) | (label > 0))
+    return ((label == truth) & counted).sum() / counted.sum().clamp(min=1)
 
 
 def loss_on(
     data: str, forward: Callable, labeled: Batch, pseudo: Pseudo, args: Args, world: World
 ) -> Tensor:
-    """What a network learns from (Table 7): "labeled": L_l (Eq. 10); "pseudo": mu L_u (Eq. 7), for
-    mu scales the step of Eq. 8, too, DEPARTS[mu]; "both": their sum (Eq. 3)."""
+    """The loss of a network that learns from `data` (Table 7): from "labeled" L_l (Eq. 10), from
+    "pseudo" mu L_u (Eq. 7), from "both" L_l + mu L_u (Eq. 3). So mu scales the assistant's step of
+    Eq. 8, too. DEPARTS[mu] `forward` is the network's forward pass."""
     if data == "labeled":
         logits, aux = forward(labeled.images)
         return labeled_loss(logits, aux, labeled.label, args, world)
     if data == "pseudo":
         logits, aux = forward(pseudo.images)
-        unused = 0 if aux is None else 0 * aux.sum()  # DDP waits for every parameter's gradient
+        # pseudo labels do not teach the auxiliary head, but DDP waits for its gradient
+        unused = 0 if aux is None else 0 * aux.sum()
         return args.mu * pseudo_loss(logits, pseudo, world) + unused
-    # Both in one pass, of one size, so that they share batch statistics. DEPARTS[one-pass]
+    # Both batches, whose images have one size, pass together and so share BatchNorm's statistics.
+    # DEPARTS[one-pass]
     logits, aux = forward(torch.cat([labeled.images, pseudo.images]))
     b = len(labeled.images)
     aux_l = None if aux is None else aux[:b]
     loss_l = labeled_loss(logits[:b], aux_l, labeled.label, args, world)
-    return teacher_student_loss(loss_l, pseudo_loss(logits[b:], pseudo, world), args.mu)
+    loss_u = pseudo_loss(logits[b:], pseudo, world)
+    return teacher_student_loss(loss_l, loss_u, args.mu)
 
 
 def labeled_loss(
     logits: Tensor, aux: Tensor | None, label: Tensor, args: Args, world: World
 ) -> Tensor:
-    """Eq. 10, and on Cityscapes of hard pixels, plus the weighted loss of the auxiliary head.
+    """Eq. 10, plus --aux times the same loss of the auxiliary head, if there is one.
     DEPARTS[cityscapes]"""
     loss = head_loss(logits, label, args, world)
     if aux is not None:
@@ -569,23 +597,25 @@ def labeled_loss(
 
 
 def head_loss(logits: Tensor, label: Tensor, args: Args, world: World) -> Tensor:
-    """Eq. 10 of one head at the size of the labels; with --ohem, of the hard pixels alone."""
+    """Eq. 10 of one head's logits, enlarged to the size of the labels; with --ohem, of the hard
+    pixels alone."""
     logits = upsample(logits, label.shape[-2:])
     if args.ohem:
-        kept = OHEM_KEPT * args.batch_size  # of the global batch
+        kept = OHEM_KEPT * args.batch_size  # pixels of the global batch
         label = hard_pixels(logits.detach(), label, args.ohem, kept, world.gather)
     return supervised_loss(logits, label, world.mean)
 
 
 def pseudo_loss(logits: Tensor, pseudo: Pseudo, world: World) -> Tensor:
-    """Eq. 7 at the pseudo labels' size."""
+    """Eq. 7 of logits, enlarged to the size of the pseudo labels."""
     logits = upsample(logits, pseudo.label.shape[-2:])
     return unsupervised_loss(logits, pseudo.label, pseudo.weight, world.mean)
 
 
 def warmup_step(s: State, labeled: Batch, args: Args, world: World) -> dict[str, Tensor]:
-    """Sec. 4.2: labels alone. The paper trains "all three components"; here one is trained, and
-    copied at the end: three equal copies that are trained alike stay equal. DEPARTS[warmup]"""
+    """Sec. 4.2: one minibatch of the warm-up, which learns from labels alone. The paper trains "all
+    three components". Three equal copies that are trained alike stay equal, so one is trained here,
+    and end_of_warmup copies it. DEPARTS[warmup]"""
     logits, aux = s.forward_student(labeled.images)
     loss = labeled_loss(logits, aux, labeled.label, args, world)
     update(s.opt_student, loss)
@@ -593,15 +623,17 @@ def warmup_step(s: State, labeled: Batch, args: Args, world: World) -> dict[str,
 
 
 def end_of_warmup(s: State, args: Args) -> None:
-    """Algorithm 1, line 1: assistant and teacher start as copies, by value, of the warmed-up
-    student. DEPARTS[warmup] The released loop ties the parameters in its own step, and never copies
-    the statistics."""
+    """Algorithm 1, line 1: after the warm-up, teacher and assistant start as copies of the student.
+    DEPARTS[warmup]
+
+    Nothing is copied for the released loop: train_step_released ties the networks by itself, and
+    they keep their own BatchNorm statistics."""
     if args.recipe == "released":
         return
     weights = s.student.state_dict()
     for net in (s.teacher, s.gta):
         if net is not None:
-            # the assistant has no auxiliary head
+            # by the names that `net` has: the assistant has no auxiliary head
             net.load_state_dict({name: weights[name] for name in net.state_dict()})
 
 
@@ -609,8 +641,9 @@ def end_of_warmup(s: State, args: Args) -> None:
 def mean_teacher_step(
     s: State, labeled: Batch, unlabeled: Batch, args: Args, world: World
 ) -> dict[str, Tensor]:
-    """Sec. 3.1, Fig. 1 (b), Tables 1, 4: the student itself learns from labels and pseudo labels.
-    Composes Eqs. 1 to 5. DEPARTS[mean-teacher]: neither CutMix nor Eq. 6, unless asked for."""
+    """Sec. 3.1, Fig. 1 (b), Tables 1 and 4: the student itself learns from labels and pseudo
+    labels. Composes Eqs. 1 to 5. It has neither CutMix nor Eq. 6, unless --cutmix and --reweight
+    ask for them. DEPARTS[mean-teacher]"""
     pseudo = teach(s.teacher, unlabeled, args, s.step, world)  # Eqs. 1, 2
     loss = loss_on("both", s.forward_student, labeled, pseudo, args, world)  # Eq. 3
     update(s.opt_student, loss)  # Eq. 4
@@ -622,8 +655,9 @@ def mean_teacher_step(
 def unbiased_st_step(
     s: State, labeled: Batch, unlabeled: Batch, args: Args, world: World
 ) -> dict[str, Tensor]:
-    """Table 5, "Unbiased ST": student and assistant share the parameters of f, and each has its g;
-    so pseudo labels train f directly, and nothing is averaged. DEPARTS[unbiased-st]"""
+    """Table 5, "Unbiased ST": student and assistant share the parameters of f (`build` ties them),
+    and each has a g of its own. So pseudo labels train the student's f directly, and Eq. 9 is left
+    out. DEPARTS[unbiased-st]"""
     pseudo = teach(s.teacher, unlabeled, args, s.step, world)
     loss_u = loss_on("pseudo", s.forward_gta, labeled, pseudo, args, world)
     update(s.opt_gta, loss_u)
@@ -638,31 +672,40 @@ def unbiased_st_step(
 def train_step_released(
     s: State, labeled: Batch, unlabeled: Batch, args: Args, world: World
 ) -> dict[str, Tensor]:
-    """train_step as the authors released it; read it as a diff. Recipe and consequences are in
-    docs/gta_seg.md. Each process has its own threshold, weights and denominators."""
-    n, b, size = s.step - s.warmup, len(labeled.images), labeled.images.shape[-2:]
-    if n < s.epoch:  # copied by reference, in every step of the first epoch
+    """train_step as the authors released it, to be read beside the paper's. What differs, and what
+    follows from that, is in docs/gta_seg.md, section 4. Each process has its own threshold, weights
+    and denominators."""
+    n = s.step - s.warmup
+    b = len(labeled.images)
+    size = labeled.images.shape[-2:]
+    if n < s.epoch:  # in the first epoch each step begins with three networks that are one
         alias(s.gta, s.student)
         alias(s.teacher, s.student)
     with torch.no_grad():
-        label = confidence(upsample(s.teacher(unlabeled.images)[0], size))[1]  # first pass: labels
+        # The teacher's first pass, on clean images in eval mode, gives the labels.
+        _, label = confidence(upsample(s.teacher(unlabeled.images)[0], size))
         images_u, label = mix(args.cutmix, "u", args, s.step, world, unlabeled.images, label)
+        # Its second pass, on both mixed batches in train mode, gives the confidences.
         both = torch.cat([labeled.images, images_u])
-        s.teacher.train()  # second pass, batch statistics and dropout on: confidence
-        conf = confidence(upsample(s.teacher(both)[0][b:], size))[0]
+        s.teacher.train()
+        conf, _ = confidence(upsample(s.teacher(both)[0][b:], size))
         s.teacher.eval()
         everywhere = torch.ones_like(conf, dtype=torch.bool)  # padding counts, too
-        label = pseudo_label(label, conf, everywhere, drop_threshold(conf, everywhere, args.drop))
+        gamma = drop_threshold(conf, everywhere, args.drop)
+        label = pseudo_label(label, conf, everywhere, gamma)
         keep = label != IGNORE
-        raw = conf * keep + args.tau  # dropped pixels stay in the denominator of Eq. 6 with tau
+        raw = conf * keep + args.tau  # dropped pixels add tau to the denominator of Eq. 6
         weight = raw / raw.sum() * keep.sum()
-    loss_u = unsupervised_loss(upsample(s.forward_gta(both)[0][b:], size), label, weight)
+    # Assistant and student see both batches, and each learns from one.
+    logits_u = upsample(s.forward_gta(both)[0][b:], size)
+    loss_u = unsupervised_loss(logits_u, label, weight)
     update(s.opt_gta, loss_u)
     ema_rebind(s.student.features, s.gta.features, ema_decay(n, args.alpha_gta, args.ramp_gta))
-    loss_l = supervised_loss(upsample(s.forward_student(both)[0][:b], size), labeled.label)
+    logits_l = upsample(s.forward_student(both)[0][:b], size)
+    loss_l = supervised_loss(logits_l, labeled.label)
     update(s.opt_student, loss_l)
     alpha = ema_decay(n, args.alpha_teacher, args.ramp_teacher)
-    ema_rebind(s.teacher, s.student, alpha)  # never the statistics
+    ema_rebind(s.teacher, s.student, alpha)  # the teacher keeps its own BatchNorm statistics
     return {
         "loss_l": loss_l.detach(),
         "loss_u": loss_u.detach(),
@@ -672,8 +715,9 @@ def train_step_released(
 
 
 def warmup_step_released(s: State, labeled: Batch, args: Args, world: World) -> dict[str, Tensor]:
-    """The student is trained, with denominators of its own in each process; teacher and assistant
-    only see the images, which moves their BatchNorm statistics."""
+    """warmup_step as the authors released it. The student learns, with a denominator of its own in
+    each process. Teacher and assistant only see the images, which moves their BatchNorm statistics.
+    """
     with torch.no_grad():
         for net in (s.teacher.train(), s.gta):
             net(labeled.images)
@@ -685,14 +729,15 @@ def warmup_step_released(s: State, labeled: Batch, args: Args, world: World) -> 
 
 
 def alias(target: nn.Module, source: nn.Module) -> None:
-    """Make the parameters of `target` share the storage of those of `source`: what `t.data =
-    s.data` does."""
+    """Make the parameters of `target` share the storage of those of `source`, so that a change in
+    place of one changes both."""
     for t, s in zip(target.parameters(), source.parameters(), strict=True):
         t.data = s.data
 
 
 def ema_rebind(target: nn.Module, source: nn.Module, decay: float) -> None:
-    """ema_update_parameters that assigns new tensors, and so ends an alias."""
+    """The same average as ema_update_parameters, but in new tensors: `target` no longer shares its
+    storage with anything (see `alias`)."""
     for t, s in zip(target.parameters(), source.parameters(), strict=True):
         t.data = t.data.clone().mul_(decay).add_(s.data, alpha=1 - decay)
 
@@ -701,8 +746,11 @@ def ema_rebind(target: nn.Module, source: nn.Module, decay: float) -> None:
 def augment(
     args: Args, image: Tensor, label: Tensor | None, generator: np.random.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One image and its label -> image, label, valid at the crop's size: scaling, flip and crop of
-    the released code, for the paper names none. DEPARTS[open], DEPARTS[padding]"""
+    """One image and its label -> image, label, valid of the crop's size: a random scale, flip and
+    crop. The paper names no augmentation; this is the released code's. DEPARTS[open]
+
+    `valid` is False in padding, which has no label; in the released recipe it has class 0.
+    DEPARTS[padding]"""
     image, label = random_scale(image, label, *args.scale, generator)
     image, label = transforms.random_flip(image, label, generator)
     pad_label = IGNORE if args.recipe == "paper" else 0
@@ -710,21 +758,21 @@ def augment(
 
 
 def random_scale(
-    image: Tensor, label: Tensor | None, low: float, high: float, rng: np.random.Generator
+    image: Tensor, label: Tensor | None, low: float, high: float, generator: np.random.Generator
 ) -> tuple[Tensor, Tensor | None]:
-    """Scale both sides by one factor. Factors under and over 1 are equally likely when the range
-    holds 1: half of the time uniform in [low, 1], else uniform in [1, high]."""
+    """Scale both sides by one factor. When the range holds 1, factors below and above 1 are equally
+    likely: half of the time the factor is uniform in [low, 1], else in [1, high]."""
     if low < 1 < high:
-        factor = rng.uniform(low, 1) if rng.random() < 0.5 else rng.uniform(1, high)
-    else:
-        factor = rng.uniform(low, high)
+        shrink = generator.random() < 0.5
+        low, high = (low, 1) if shrink else (1, high)
+    factor = generator.uniform(low, high)
     height, width = image.shape[-2:]
     size = (max(int(height * factor), 2), max(int(width * factor), 2))
     return transforms.resize(image, label, size)
 
 
 def prepare(batch: Batch, world: World) -> Batch:
-    """To the device: normalised images, channels last, and int64 labels."""
+    """The batch on the device, with normalised images (channels last) and int64 labels."""
     batch = batch.to(world.device)
     images = transforms.normalize(batch.images, batch.valid)
     images = images.contiguous(memory_format=torch.channels_last)
@@ -732,7 +780,7 @@ def prepare(batch: Batch, world: World) -> Batch:
 
 
 def mix_labeled(batch: Batch, args: Args, step: int, world: World) -> Batch:
-    """CutMix for the labeled batch, with --cutmix-labeled."""
+    """The labeled batch, mixed by CutMix with the probability --cutmix-labeled."""
     images, valid, label = mix(
         args.cutmix_labeled, "l", args, step, world, batch.images, batch.valid, batch.label
     )
@@ -742,11 +790,13 @@ def mix_labeled(batch: Batch, args: Args, step: int, world: World) -> Batch:
 def mix(
     probability: float, stream: str, args: Args, step: int, world: World, *maps: Tensor
 ) -> tuple[Tensor, ...]:
-    """CutMix the maps of a batch alike with `probability`: one coin a step for all processes, one
-    box an image. DEPARTS[cutmix]
+    """CutMix: mix the images of a batch with `probability`, and all their `maps` (images, labels,
+    confidences) alike. DEPARTS[cutmix]
 
-    `stream` is l or u. Coin and boxes depend on (seed, stream, step, sample) alone, so the number
-    of processes does not matter, and a second call mixes another map in the same way."""
+    One coin decides for the whole batch, on all processes, and each image has a box of its own.
+    They depend on seed, `stream` ("l" or "u" for the labeled or unlabeled batch), step and the
+    image's place in the global batch, and on nothing else. So the number of processes does not
+    matter, and a second call mixes further maps in the same way."""
     if rng(args.seed, "cutmix", stream, step).random() >= probability:
         return maps
     b, device = len(maps[0]), maps[0].device
@@ -763,14 +813,15 @@ def mix(
 
 
 def neighbours(count: int) -> Tensor:
-    """Whose pixels show in whose box: 0 and 1 swap, 2 and 3, ... In an odd batch the last image
-    shows the first one's; an image that is alone stays as it is."""
-    partner = torch.arange(count) ^ 1
+    """For each of `count` images, the image whose pixels show in its box, (B,). Images 0 and 1 are
+    partners, 2 and 3, and so on. In an odd batch the last image shows pixels of the first; an image
+    that is alone stays as it is."""
+    partner = torch.arange(count) ^ 1  # flips the last bit: 0 <-> 1, 2 <-> 3
     return torch.where(partner < count, partner, 0)
 
 
 def cutmix_boxes(size: tuple[int, int], generators: list[np.random.Generator]) -> Tensor:
-    """A box of half the image's area from each generator: (B, 4) rows of top, bottom, left, right.
+    """A box with half of the image's area from each generator, (B, 4): top, bottom, left, right.
     DEPARTS[cutmix]"""
     height, width = size
     boxes = []
@@ -802,17 +853,18 @@ def cutmix(boxes: Tensor, partner: Tensor, *maps: Tensor) -> tuple[Tensor, ...]:
 
 # ======================================================================================= evaluation
 @torch.no_grad()
-# images of many sizes: no time to try convolution algorithms for each
+# images have many sizes, and trying out convolution algorithms for each would take too long
 @torch.backends.cudnn.flags(enabled=True, benchmark=False)
 def evaluate(
     networks: dict[str, SegNet], data: Segmentation, args: Args, world: World
 ) -> tuple[dict[str, Tensor], list[list]]:
-    """Confusion counts (K, K) of each network, and rows of preview pictures (image, label,
-    predictions).
+    """Sec. 4.2: confusion counts (K, K) of each network over the validation images, from which
+    common/metrics.py makes mIoU; and rows of preview pictures (image, label, predictions).
 
-    Sec. 4.2. Single scale, no flip, every image once on any number of processes; absent classes
-    stay out of the mean. VOC and others: whole images, no padding scored. DEPARTS[whole-image]
-    Cityscapes: sliding window, mean of logits."""
+    Each image is scored once, on any number of processes, at its own scale and without a flip. On
+    VOC the paper crops the centre, which only pads an image. Whole images are scored here, without
+    padding; --recipe released crops. DEPARTS[whole-image] On Cityscapes a window slides over the
+    image, and logits are averaged where windows overlap (--window)."""
     num_classes = len(data.classes)
     counts = {name: torch.zeros(num_classes, num_classes, dtype=torch.int64) for name in networks}
     previews: list[list] = []
@@ -839,42 +891,44 @@ def evaluate(
 
 
 def centre_crop(image: Tensor, label: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The released code's view of a scored image: `size` pixels a side around the centre; padding
-    is scored as class 0."""
+    """The view in which the released code scores an image -> image, label, valid: `size` pixels a
+    side around the centre. Padding is labeled, and so scored, as class 0."""
     height, width = label.shape
     top, left = -((size - height) // 2), -((size - width) // 2)
     return transforms.crop(image, label, top, left, size, size, pad_label=0)
 
 
 def predict_logits(net: SegNet, images: Tensor, window: int = 0) -> Tensor:
-    """Normalised images (1, 3, H, W) -> logits (1, K, H, W): of the whole image, or with a `window`
-    the mean over square windows two thirds apart."""
+    """Normalised images (1, 3, H, W) -> logits (1, K, H, W). With a `window`, an image larger than
+    that is cut into square windows, two thirds of a side apart, and logits are averaged where they
+    overlap; otherwise the network sees the whole image."""
     height, width = images.shape[-2:]
     if not window or max(height, width) <= window:
         # net.forward is never compiled, as net(...) may be: each size would be compiled once more
         return upsample(net.forward(images)[0], (height, width))
-    stride = -(-window * 2 // 3)
+    stride = -(-window * 2 // 3)  # two thirds of the window, rounded up
     total, count = 0, 0
     for top in window_starts(height, window, stride):
         for left in window_starts(width, window, stride):
             part = images[:, :, top : top + window, left : left + window]
             logits = upsample(net.forward(part)[0], part.shape[-2:])
-            border = (left, width - left - part.shape[-1], top, height - top - part.shape[-2])
+            right = width - left - part.shape[-1]
+            bottom = height - top - part.shape[-2]
+            border = (left, right, top, bottom)  # what of the image lies around this window
             total = total + F.pad(logits, border)
             count = count + F.pad(torch.ones_like(logits[:, :1]), border)
     return total / count
 
 
 def window_starts(side: int, window: int, stride: int) -> list[int]:
-    """Where windows begin along one side: `stride` apart, and one that ends at the border."""
+    """Where windows begin along one side: `stride` apart, and the last one ends at the border."""
     last = max(side - window, 0)
     return [*range(0, last, stride), last]
 
 
 # ========================================================================================= training
 def train(args: Args) -> dict:
-    """One run, from the start or from its checkpoint, to results.json, whose contents are
-    returned."""
+    """Train from the start, or from the run's checkpoint, and return what results.json holds."""
     check(args, distributed.launched())
     data = find_data(args)
     chosen = semantic.choose(
@@ -917,14 +971,14 @@ def train(args: Args) -> dict:
     for step in run.steps(s.step, args.steps):
         schedule(s, step, args)
         labeled = mix_labeled(prepare(next(labeled_batches), world), args, step, world)
-        if step < s.warmup:
-            unlabeled = None
-            distributed.seed_torch(args.seed, "step", step, world.rank)  # dropout
+        unlabeled = None if step < s.warmup else prepare(next(unlabeled_batches), world)
+        # dropout is the same in a run that was resumed
+        distributed.seed_torch(args.seed, "step", step, world.rank)
+        if unlabeled is None:
             values = warm_up(s, labeled, args, world)
         else:
-            unlabeled = prepare(next(unlabeled_batches), world)
-            distributed.seed_torch(args.seed, "step", step, world.rank)  # dropout
             values = learn(s, labeled, unlabeled, args, world)
+        # BatchNorm's statistics, on CPUs, where it does not synchronise by itself
         distributed.average_buffers(world, *s.networks().values())
         s.step = step + 1
         if s.step == s.warmup:
@@ -944,8 +998,8 @@ def train(args: Args) -> dict:
 
 
 def finish_settings(args: Args, epoch: int, warmup: int) -> Args:
-    """The settings with the numbers that follow from the data, decided once: steps, evaluations and
-    the run's folder."""
+    """The settings with what is left to be decided when the data are known: the number of steps,
+    the steps between evaluations and the run's folder."""
     steps = args.steps or round(args.epochs * epoch)
     if steps <= warmup:
         raise UserError(
@@ -956,14 +1010,15 @@ def finish_settings(args: Args, epoch: int, warmup: int) -> Args:
 
 
 def steps_of(args: Args) -> tuple[Callable, Callable]:
-    """A step of the warm-up, and one of the method."""
+    """The function for a step of the warm-up, and the one for a step of the method."""
     if args.recipe == "released":
         return warmup_step_released, train_step_released
     if args.method == "mt":
         return warmup_step, mean_teacher_step
     if args.method == "unbiased-st":
         return warmup_step, unbiased_st_step
-    return warmup_step, train_step  # gta; suponly, too, whose warm-up never ends
+    # gta; and suponly, whose warm-up is the whole run (see `build`)
+    return warmup_step, train_step
 
 
 def check(args: Args, world: World) -> None:
@@ -999,13 +1054,14 @@ def check(args: Args, world: World) -> None:
 
 
 def epoch_steps(pictures: list[semantic.Picture], args: Args) -> int:
-    """Steps of a pass over the pictures."""
+    """How many steps make a pass over the pictures; what does not fill a batch is left out."""
     return max(len(pictures) // args.batch_size, 1)
 
 
 def warmup_steps(chosen: semantic.Chosen, args: Args) -> int:
-    """Sec. 4.2: "on labeled data for one epoch". An epoch is a pass over the unlabeled images, as
-    everywhere in the run, or literally one over the labeled ones. DEPARTS[warmup-epoch]"""
+    """How many steps the warm-up has. Sec. 4.2: "on labeled data for one epoch". An epoch is a pass
+    over the unlabeled images, as everywhere in the run, or, read literally, over the labeled ones
+    (--warmup-over). DEPARTS[warmup-epoch]"""
     if args.method == "suponly":
         return 0
     pictures = chosen.unlabeled if args.warmup_over == "unlabeled" else chosen.labeled
@@ -1021,14 +1077,15 @@ def batches(
     args: Args,
     world: World,
 ) -> Iterator[Batch]:
-    """This process's augmented batches from step `start` on; `name` seeds order and views."""
+    """The augmented batches of this process from step `start` on. `name` seeds the order of the
+    pictures and their augmentation."""
     views = semantic.Pictures(pictures, data, labels, partial(augment, args), args.seed, name)
     return loading.stream(views, args.batch_size, start, args.steps, world, args.workers)
 
 
 def score_networks(s: State, data: Segmentation, args: Args, world: World, run: runs.Run) -> None:
-    """Evaluate all networks: scores into the log, pictures (Figs. 3, 4) into previews/, and best.pt
-    when the result was never better."""
+    """Evaluate all networks (Table 6). Their scores go into the log, pictures as in Figs. 3 and 4
+    into previews/, and best.pt is written when the result was never better."""
     networks = s.networks()
     counts, previews = evaluate(networks, data, args, world)
     s.last = {name: metrics.iou_record(c, data.classes, s.step) for name, c in counts.items()}
@@ -1052,8 +1109,8 @@ def distance(s: State) -> dict[str, float]:
 
 
 def sgd(net: SegNet, args: Args, world: World) -> torch.optim.SGD:
-    """SGD as in Sec. 4.2; everything behind the backbone learns `decoder_lr` times faster.
-    DEPARTS[open]: momentum"""
+    """SGD as in Sec. 4.2; everything behind the backbone learns --decoder-lr times as fast. The
+    paper names no momentum. DEPARTS[open]"""
     f = net.features
     groups = [{"params": list(f.backbone.parameters()), "initial_lr": args.lr}]
     for part in (f.aspp, f.head, f.low, net.predictor):
@@ -1088,14 +1145,14 @@ def build(
     epoch: int = 1,
     train: bool = True,
 ) -> tuple[State, list[str]]:
-    """Networks, optimizers and forward passes of a method; also lines on weights that did not load.
-    Without `train` the networks are for the weights of a checkpoint: nothing is fetched."""
+    """The networks, optimizers and forward passes of a method, and notes on weights of --weights
+    that did not fit. Without `train` no weights are fetched, for a checkpoint brings its own."""
     weights = backbone_weights(args) if train else None
     pretrained = train and args.weights == "imagenet"
     notes: list[str] = []
 
     def network(name: str, aux: float) -> SegNet:
-        # one start for all; the released code starts three networks, and ties them later
+        # All networks start alike. In the released code they start apart, and are tied later.
         distributed.seed_torch(args.seed, name if args.recipe == "released" else "student")
         bf16 = world.bf16(args.precision)
         net = SegNet(replace(args, aux=aux), num_classes, pretrained, bf16)
@@ -1112,7 +1169,7 @@ def build(
     if args.method != "suponly":
         teacher = network("teacher", args.aux).requires_grad_(False).eval()
     if args.method in ("gta", "unbiased-st"):
-        gta = network("gta", aux=0)  # it sees no labels, which an auxiliary head learns from
+        gta = network("gta", aux=0)  # an auxiliary head learns from labels, which it does not see
         if args.share_predictor:  # DEPARTS[share-predictor]
             alias(gta.predictor.classifier, student.predictor.classifier)
         if args.method == "unbiased-st":  # one f, two g. DEPARTS[unbiased-st]
@@ -1129,7 +1186,7 @@ def build(
         opt_gta=None if gta is None else sgd(gta, args, world),
         forward_student=parallel(student),
         forward_gta=None if gta is None else parallel(gta),
-        warmup=args.steps if args.method == "suponly" else warmup,
+        warmup=args.steps if args.method == "suponly" else warmup,  # labels alone, to the end
         epoch=epoch,
     )
     return s, notes
@@ -1158,7 +1215,7 @@ def find_data(args: Args, classes: list[str] | None = None) -> Segmentation:
 
 
 def snapshot(s: State, data: Segmentation, args: Args, optimizers: bool = True) -> dict:
-    """What a checkpoint holds. best.pt has no `optimizers`: it is there to score and to predict."""
+    """What a checkpoint holds. best.pt is for scoring and predicting, and has no `optimizers`."""
     state = {
         "settings": json.loads(json.dumps(vars(args))),
         "classes": data.classes,
@@ -1180,7 +1237,8 @@ def restore(s: State, state: dict, args: Args) -> None:
     s.step, s.scored = state["step"], state["scored"]
     s.last, s.best = state["last"], state["best"]
     if args.recipe == "released" and "opt_gta" in state and s.step > s.warmup:
-        alias(s.gta.predictor, s.student.predictor)  # tied in the first epoch, and so it stays
+        # the first step of train_step_released ties the two predictors, and nothing unties them
+        alias(s.gta.predictor, s.student.predictor)
     networks = s.networks()
     for name, weights in state["networks"].items():
         checkpoints.load_exact(networks[name], weights, state.get("path", "the checkpoint"))
@@ -1199,12 +1257,15 @@ class Loaded(NamedTuple):
 
 
 def load(path: str, args: Args) -> Loaded:
-    """The networks of a checkpoint, built from the settings it holds."""
+    """The networks of a checkpoint, in eval mode, and what else it holds. `args` are the settings
+    that were saved in it (see `settings`)."""
     state = checkpoints.load_checkpoint(Path(path), SCRIPT)
     world = distributed.start(args.device)
     s, _ = build(args, len(state["classes"]), world, train=False)
-    restore(s, {name: value for name, value in state.items() if not name.startswith("opt_")}, args)
-    return Loaded({name: net.eval() for name, net in s.networks().items()}, state, world)
+    without_optimizers = {k: value for k, value in state.items() if not k.startswith("opt_")}
+    restore(s, without_optimizers, args)
+    networks = {name: net.eval() for name, net in s.networks().items()}
+    return Loaded(networks, state, world)
 
 
 def score_checkpoint(args: Args) -> dict:
@@ -1281,10 +1342,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "folder": dict(root="datasets/folder", split="random:1/8", crop_size=321),
 }
 
-# the earlier framework as Table 1 quotes it: no CutMix, and without the paper's Eq. 6
+# The mean teacher of Table 1 has neither CutMix nor the paper's Eq. 6. DEPARTS[mean-teacher]
 MEAN_TEACHER: dict[str, Any] = dict(cutmix=0.0, reweight="none")
 
-# what the released configuration has, and its loop does not fix by itself
+# What the released code sets in its configuration; the rest is in train_step_released.
 RELEASED: dict[str, Any] = dict(
     alpha_gta=0.999, alpha_teacher=0.999, ramp_gta=True, ramp_teacher=True, aux=0.0, ohem=0.0
 )
@@ -1293,7 +1354,7 @@ RELEASED: dict[str, Any] = dict(
 def preset(
     dataset: str = "voc", recipe: str = "paper", method: str = "gta", **overrides: Any
 ) -> Args:
-    """The settings of a data set, a recipe and a method, and what overrides them."""
+    """The settings for a data set, a recipe and a method; `overrides` are settings by name."""
     values: dict[str, Any] = dict(dataset=dataset, recipe=recipe, method=method)
     values |= PRESETS[dataset]
     if method == "mt":
@@ -1301,7 +1362,7 @@ def preset(
     if recipe == "released":
         values |= RELEASED
         if dataset == "voc":
-            values["batch_size"] = 12  # published for VOC only
+            values["batch_size"] = 12  # the released configuration is for VOC only
     return Args(**(values | overrides))
 
 
