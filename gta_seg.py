@@ -4,9 +4,9 @@ Jin, Wang, Lin. NeurIPS 2022. https://arxiv.org/abs/2301.07340
 Trains a network that gives each pixel of an image a class, from a few labeled images and many
 unlabeled ones. A teacher labels the unlabeled images. These pseudo labels are often wrong; the
 paper says that they still teach good features, but spoil the last layers. So an assistant (GTA)
-learns from them and hands the student its feature extractor f only, by a moving average; the
-student itself learns from human labels, and only these reach its mask predictor g. The teacher is
-a moving average of the student, and the result.
+learns from them and hands the student only its feature extractor f, by a moving average; the
+student itself learns from human labels, and only these reach its mask predictor g. The teacher, a
+moving average of the student, is the result.
 
     paper                                           this file
     Sec. 3.1  feature extractor f, predictor g      Features, Predictor, SegNet (joins them)
@@ -41,8 +41,8 @@ a moving average of the student, and the result.
     Table 7   who learns from which labels          --gta-data, --student-data, loss_on
     Table 8   alpha, warm-up                        --alpha-gta, --alpha-teacher, --warmup-epochs
     Table 9   re-weighting, Laplace smoothing       --reweight, --tau
+    Fig. 1    (a), a network's own pseudo labels    mean_teacher_step, --alpha-teacher (0)
     Fig. 1    (b), the earlier framework            mean_teacher_step
-    Fig. 1    (a), its own pseudo labels            mean_teacher_step, --alpha-teacher (0)
     Fig. 2    overview; also Fig. 1 (c)             train_step, teach
     Figs. 3, 4  pictures of predictions             score_networks, docs/compare.py
     Release   the loop that the authors released    train_step_released, --recipe
@@ -343,6 +343,7 @@ def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
 def conv_bn(
     inputs: int, outputs: int, kernel: int, dilation: int = 1, bias: bool = False
 ) -> nn.Sequential:
+    """A convolution that keeps height and width, BatchNorm, ReLU."""
     padding = dilation * (kernel // 2)
     conv = nn.Conv2d(inputs, outputs, kernel, padding=padding, dilation=dilation, bias=bias)
     return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
@@ -377,7 +378,8 @@ class Features(nn.Module):
         super().__init__()
         self.backbone, reductions, channels = backbones.build(backbone, stride, pretrained)
         deeplab_resnet(self.backbone, stride)
-        self.low_map = 0  # the deepest map of stride 4, or the first where none is that fine
+        # the deepest map of stride 4 or finer; the first map when all are coarser
+        self.low_map = 0
         for i, reduction in enumerate(reductions):
             if reduction <= 4:
                 self.low_map = i
@@ -826,6 +828,7 @@ def cutmix_boxes(size: tuple[int, int], generators: list[np.random.Generator]) -
     height, width = size
     boxes = []
     for generator in generators:
+        # from half of the image's width on; the height follows from the area
         w = int(generator.integers(max(width // 2, 1), max(width, 2)))
         h = min(round(height * width / 2 / w), height)
         top = int(generator.integers(0, height - h + 1))
@@ -904,7 +907,7 @@ def predict_logits(net: SegNet, images: Tensor, window: int = 0) -> Tensor:
     overlap; otherwise the network sees the whole image."""
     height, width = images.shape[-2:]
     if not window or max(height, width) <= window:
-        # net.forward is never compiled, as net(...) may be: each size would be compiled once more
+        # net(...) may be compiled, anew for every size of image; net.forward never is
         return upsample(net.forward(images)[0], (height, width))
     stride = -(-window * 2 // 3)  # two thirds of the window, rounded up
     total, count = 0, 0
@@ -1022,11 +1025,12 @@ def steps_of(args: Args) -> tuple[Callable, Callable]:
 
 
 def check(args: Args, world: World) -> None:
-    """Refuse, before any work, what cannot run or would spoil a comparison."""
+    """Refuse, before any work is done, settings that cannot run or would spoil a comparison."""
     cli.check_ranges(args)
     if args.scale[0] > args.scale[1]:
         raise UserError(f"--scale {args.scale[0]} {args.scale[1]}: the smaller factor comes first.")
-    # CutMix pairs neighbours, so each process has an even number of images
+    # Refuses a batch that the processes cannot share evenly. CutMix pairs neighbours, so that each
+    # process must have an even number of images.
     world.share(args.batch_size, multiple=1 if args.recipe == "released" else 2)
     if args.ohem and args.crop_size**2 <= OHEM_KEPT:
         raise UserError(
@@ -1037,8 +1041,8 @@ def check(args: Args, world: World) -> None:
         return
     if args.method != "gta":
         raise UserError(
-            f"--recipe released is a loop of --method gta; --method {args.method} has the paper's "
-            f"only."
+            f"--recipe released is a loop of --method gta; --method {args.method} has only "
+            f"--recipe paper."
         )
     table_7 = (args.gta_data, args.student_data) != ("pseudo", "labeled")
     if table_7 or args.transfer != "features" or args.reweight != "laplace" or args.mu != 1:
@@ -1123,7 +1127,7 @@ def sgd(net: SegNet, args: Args, world: World) -> torch.optim.SGD:
 
 
 def schedule(s: State, step: int, args: Args) -> None:
-    """The learning rates of this step, Sec. 4.2."""
+    """Set the learning rates of this step, Sec. 4.2."""
     factor = learning_rate_factor(step, args.steps)
     set_learning_rates(s.opt_student, factor)
     if s.opt_gta is not None:
@@ -1132,6 +1136,7 @@ def schedule(s: State, step: int, args: Args) -> None:
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Give every group of parameters its initial learning rate times `factor`."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
 
