@@ -665,7 +665,7 @@ def test_settings_that_matter_give_other_weights(finished):
     found = [
         weights(finished(**flags) / "last.pt")["student"]
         for flags in SETTINGS.values()
-        if len(flags) < 2
+        if len(flags) < 2 and "backbone" not in flags
     ]
     assert all(apart(a, b) > 1e-4 for i, a in enumerate(found) for b in found[:i])
 
@@ -681,9 +681,14 @@ def test_resume_in_an_empty_folder_starts_afresh_and_says_so(line, typed, finish
 @pytest.mark.parametrize("flags", [{}, dict(stage="teacher"), dict(burn_in="none")], ids=str)
 def test_finished_run_resumed_changes_nothing(line, typed, finished, tmp_path, flags):
     out = Path(shutil.copytree(finished(**flags), tmp_path / "out"))
-    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name != "config.json"}
+    kept = [p for p in out.rglob("*") if p.is_file() and p.name != "config.json"]
+    before = {p: state(p) if p.suffix == ".pt" else p.read_bytes() for p in kept}
     typed(line(resume=True, **flags)).ok()
-    assert [p for p in before if before[p] != p.read_bytes()] == []
+    for path, content in before.items():
+        if path.suffix == ".pt":
+            assert differences(content, state(path)) == []
+        else:
+            assert content == path.read_bytes(), path
 
 
 def test_used_folder_and_resume_with_other_settings(line, typed, finished, tmp_path):
