@@ -880,14 +880,14 @@ def evaluate(
             image, label, valid = centre_crop(image, label, args.crop_size)
             valid = valid[None].to(world.device)
         x = transforms.normalize(image[None].to(world.device), valid)
-        row = [image.permute(1, 2, 0).numpy(), plots.colour(label)]
+        found = []
         for name, net in networks.items():
             prediction = predict_logits(net, x, args.window).argmax(1)[0]
             counts[name] += metrics.confusion(prediction, label.to(prediction.device), num_classes)
-            if len(previews) < PREVIEWS:
-                row.append(plots.colour(prediction))
+            found.append(prediction)
         if len(previews) < PREVIEWS:
-            previews.append(row)
+            colours = [plots.colour(indices) for indices in (label, *found)]
+            previews.append([image.permute(1, 2, 0).numpy(), *colours])
     for name, net in networks.items():
         net.train(training[name])
     return {name: world.sum(c) for name, c in counts.items()}, previews
