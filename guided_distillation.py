@@ -1,11 +1,12 @@
 """Guided Distillation for Semi-Supervised Instance Segmentation.
 Berrada, Couprie, Alahari, Verbeek. WACV 2024. https://arxiv.org/abs/2308.02668
 
-Few images have their objects outlined, many have not. A teacher network first learns from the few.
-A student network, which starts afresh, then learns from them too, and from what the teacher finds
-in the many (its pseudo labels), while the teacher stays as it is: the guided burn-in. At its end
-the teacher becomes a copy of the student, and from then on follows it as a moving average. Both
-are Mask2Former (Cheng et al., CVPR 2022, https://arxiv.org/abs/2112.01527), complete in this file.
+A few images have their objects outlined; many have not. A teacher network first learns from the
+few. A student network, which starts afresh, then learns from the same few and from the objects that
+the teacher finds in the many (its pseudo labels), while the teacher stays as it is: this is the
+guided burn-in. At its end the teacher becomes a copy of the student, and from then on it follows
+the student as a moving average. Both networks are Mask2Former (Cheng et al., CVPR 2022,
+https://arxiv.org/abs/2112.01527), which is complete in this file.
 
     paper                                     here
     Sec. 3.1  architecture                    Mask2Former, PixelDecoder, Decoder
@@ -16,7 +17,8 @@ are Mask2Former (Cheng et al., CVPR 2022, https://arxiv.org/abs/2112.01527), com
     Sec. 3.2  bipartite matching              match, match_costs, assign
     Sec. 3.2  points by importance sampling   mask_losses
     Sec. 3.2  L_s and L_u                     criterion
-    Eq. 1     l_CE + lambda_D l_D + ...       weighted_loss, LossWeights, mask_losses
+    Eq. 1     l_CE + lambda_D l_D + ...       weighted_loss, LossWeights, mask_losses (l_CE, l_D),
+                                              criterion (l_C, and the sum over heads)
     Eq. 2     average over the batch          batch_average, normalisers, criterion
     Eq. 3     one-hot pseudo labels           pseudo_labels
     Eq. 4     L = L_s + lambda_u L_u          total_loss, train_step
@@ -25,18 +27,21 @@ are Mask2Former (Cheng et al., CVPR 2022, https://arxiv.org/abs/2112.01527), com
     Fig. 3    the three steps                 train, train_step
     Fig. 4    one step of distillation        train_step, teach, learn
     Sec. 4.1  data sets and splits            find_data, --dataset, --split, --pool
-    Sec. 4.1  hyper-parameters                Args, PRESETS, adamw, learning_rate_factor
+    Sec. 4.1  hyper-parameters                Args, PRESETS, preset, adamw, learning_rate_factor
+    Sec. 4.1  early stopping                  score_networks (best.pt), --eval-every
+    Sec. 4.1  mixed precision                 Mask2Former.forward, --precision
     Sec. 4.1  mask AP                         detect, evaluate
     Table 2   length of the burn-in           BURN_IN, --burn-in-steps
-    Table 3   results                         --dataset, --split, --backbone, --stage
+    Table 3   results, a command for each     --dataset, --split, --backbone, --stage,
+                                              docs/guided_distillation.md
     Table 4   other burn-ins                  TEACHING, --burn-in
     Table 5   weight of L_u                   --lambda-u
-    Table 6   pre-training of the backbone    --backbone
+    Table 6   pre-training of the backbone    --backbone, docs/guided_distillation.md (their names)
     Table 7   fixed backbone                  ViT (freeze), --freeze-backbone
     Sec. 4.3  weak views: crops and flips     weak_view, jitter_crop, street_crop
     Sec. 4.3  strong views                    strong_view
     Sec. 4.3  ViT backbones                   ViT
-    Fig. 6    strong views compared           strong_view, erase_boxes, --strong-aug
+    Fig. 6    strong views compared           unlabeled_view, strong_view, erase_boxes, --strong-aug
     Fig. 1    AP over the share of labels     docs/guided_distillation.md
     Figs. 2, 5  pictures of results           draw_previews, predict
     (Mask2Former) masked attention            blocked, Attention
@@ -117,25 +122,32 @@ class Args:
     split_seed: int = 1
     # teacher: Sec. 3.1, step 1 alone, the supervised rows of Table 3. student: steps 2 and 3.
     stage: Literal["teacher", "student", "all"] = "all"
-    teacher: str = ""  # a trained teacher, ours or official Mask2Former weights: step 1 is left out
-    burn_in: Literal["guided", "standard", "fixed", "none"] = "guided"  # Tables 1 and 4
-    # Table 2. Chosen by the data set and the split, in proportion to --steps.
+    # File of a trained teacher, ours or official Mask2Former weights, in place of step 1.
+    teacher: str = ""
+    # How the student starts, Tables 1 and 4.
+    burn_in: Literal["guided", "standard", "fixed", "none"] = "guided"
+    # Length of the burn-in, Table 2. The default follows from --dataset, --split and --steps.
     burn_in_steps: int = 30_000
     # Steps of the teacher, and of the student with its burn-in, Sec. 4.1.
     steps: Count = 368_750
 
     # ---- Sec. 4.1, hyper-parameters of the method
 
-    ema: Share = 0.9996  # alpha, Eq. 5
-    lambda_u: float = 2.0  # Eq. 4, Table 5
-    class_threshold: Share = 0.7  # alpha_C, Sec. 3.1
-    size_threshold: float = 5.0  # alpha_S, Sec. 3.1, in cells of stride 4. DEPARTS[size]
-    lambda_c: float = 2.0  # Eq. 1, of the classes; 1 in the paper's text. DEPARTS[loss-weights]
-    # Eq. 1, in front of l_CE, of the masks; 1 in the paper's text. DEPARTS[loss-weights]
+    ema: Share = 0.9996  # alpha of Eq. 5, the decay of the teacher's average
+    lambda_u: float = 2.0  # weight of the loss on pseudo labels, Eq. 4, Table 5
+    # alpha_C of Sec. 3.1: pseudo labels have a higher class probability.
+    class_threshold: Share = 0.7
+    # alpha_S of Sec. 3.1: pseudo labels have a larger mask, in cells of stride 4. DEPARTS[size]
+    size_threshold: float = 5.0
+    # Weight of the class loss, Eq. 1; 1 in the paper's text. DEPARTS[loss-weights]
+    lambda_c: float = 2.0
+    # Weight of the masks' cross-entropy, Eq. 1; 1 in the paper's text. DEPARTS[loss-weights]
     lambda_ce: float = 5.0
-    # Fig. 6: ours, ours with cut-out (PT), or the teacher's view. DEPARTS[strong-view]
+    # The student's view, Fig. 6: ours, ours with cut-out (PT), or the teacher's view itself.
+    # DEPARTS[strong-view]
     strong_aug: Literal["ours", "cutout", "same"] = "ours"
-    # How labeled images are drawn in the student's stage. DEPARTS[sampling]
+    # How the student's labeled images are drawn: more often if their classes are rare, or all
+    # alike. DEPARTS[sampling]
     labeled_sampling: Literal["repeat", "uniform"] = "repeat"
     # Unlabeled: all training images, or those without the labeled ones. DEPARTS[pool]
     pool: Literal["all", "remaining"] = "all"
@@ -151,24 +163,25 @@ class Args:
     norm: Literal["frozen", "live"] = "frozen"
     queries: Count = 100  # K of Sec. 3.1; 200 for Swin-L. DEPARTS[queries]
     vit_resize: Literal["bilinear", "nearest"] = "bilinear"  # Sec. 4.3. DEPARTS[vit-resize]
-    # Channels behind the backbone; a multiple of 32. Mask2Former's, as the next two; less on CPUs.
+    # Channels of both decoders, a multiple of 32. As in Mask2Former, like the next two.
     width: Annotated[int, msgspec.Meta(ge=32)] = 256
     encoder_layers: Count = 6  # of the pixel decoder
     decoder_layers: Count = 9  # of the transformer decoder
 
     # ---- optimisation (Sec. 4.1)
 
-    # Labeled images a step over all processes, and as many unlabeled ones. DEPARTS[batch]
+    # Labeled images in a step of all processes together, and as many unlabeled. DEPARTS[batch]
     batch_size: Count = 16
-    lr: float = 1e-4  # at its highest, of all but the backbone
-    backbone_lr: Share = 0.1  # of the backbone, times --lr
-    # Of the learning rate: two drops (COCO), or polynomial (Cityscapes). DEPARTS[schedule]
+    lr: float = 1e-4  # highest learning rate, of all but the backbone
+    backbone_lr: Share = 0.1  # learning rate of the backbone, as a share of --lr
+    # How the learning rate falls: in two drops (COCO), or as a polynomial (Cityscapes).
+    # DEPARTS[schedule]
     schedule: Literal["step", "poly"] = "step"
-    points: Annotated[int, msgspec.Meta(ge=16)] = 12544  # P, where masks are compared
+    points: Annotated[int, msgspec.Meta(ge=16)] = 12544  # at how many points masks are compared
     crop_size: tuple[Side, Side] = (1024, 1024)  # height and width in training, multiples of 32
-    # Range of the random scale of crops; Cityscapes has a list of its own instead.
+    # Range of the random scale of crops; Cityscapes draws from a list of its own instead.
     scale: tuple[Factor, Factor] = (0.1, 2.0)
-    # In evaluation: the shorter side, and the most for the longer one.
+    # Size of images in evaluation: of the shorter side, and at most of the longer one.
     test_size: tuple[Side, Side] = (800, 1333)
 
     # ---- where the data lie
@@ -187,7 +200,7 @@ class Args:
     seed: int = 0  # of initial weights, order of images, augmentation, points
     workers: int = loading.default_workers()  # decoding processes per process and stream
     device: str = "auto"  # auto, cpu, cuda
-    # Of the network that learns; auto: bf16 on GPUs that have it. DEPARTS[amp]
+    # Precision of the network that learns; auto: bf16 on GPUs that have it. DEPARTS[amp]
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     compile: bool = False  # torch.compile the backbone and the pixel decoder in training
     # Parts in which a process computes its share of the batch: less memory, same gradients.
@@ -203,7 +216,7 @@ class Args:
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "coco": {},
+    "coco": {},  # the defaults of Args
     "cityscapes": {
         "root": "datasets/cityscapes",
         "split_seed": 0,
@@ -237,7 +250,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-# Table 2: steps of burn-in by the text of --split; "else" is ours.
+# Table 2: steps of the burn-in by the text of --split. The paper has no number for "else".
 # fmt: off
 BURN_IN: dict[str, dict[str, int]] = {
     "coco":       {"1%": 20_000, "2%": 25_000, "5%": 30_000, "10%": 60_000, "else": 30_000},
@@ -303,12 +316,15 @@ class Norms(NamedTuple):
 def weighted_loss(
     l_c: Tensor, l_ce: Tensor, l_d: Tensor, weights: LossWeights = MASK2FORMER_WEIGHTS
 ) -> Tensor:
-    """Eq. 1, of sums over targets or of single pairs of target and query."""
+    """Eq. 1: the weighted sum of the three losses, be they of one pair of target and query, or
+    averages over a batch."""
     return weights.lambda_c * l_c + weights.lambda_ce * l_ce + weights.lambda_d * l_d
 
 
 def batch_average(losses: Tensor, weights: Tensor, norm: Tensor) -> Tensor:
-    """Eq. 2, over all targets, or queries, of a batch. DEPARTS[normaliser]"""
+    """Eq. 2: the losses of all targets (or of all queries) of a batch, each times a weight of its
+    own, summed and divided by `norm`. The paper divides by the number of an image's objects and
+    then by the number of images; here one division does for the batch. DEPARTS[normaliser]"""
     return (losses * weights).sum() / norm
 
 
@@ -343,21 +359,24 @@ def match_costs(
     masks = (target.masks != 0)[:, None].to(features.dtype)
     truth = sample_points(masks, points.expand(len(masks), -1, -1))[:, 0]  # (N, P)
     costs = []
-    for z, embed in zip(class_logits, mask_embed, strict=True):  # a head at a time: memory
+    for logits, embed in zip(class_logits, mask_embed, strict=True):  # one head at a time: memory
         x = embed @ features  # (Q, P) mask logits
-        # -t log sigmoid(x) - (1 - t) log sigmoid(-x) = softplus(x) - t x
+        # Of every query with every target, (Q, N). Cross-entropy with the truth t at a point is
+        # -t log sigmoid(x) - (1 - t) log sigmoid(-x), which equals softplus(x) - t x.
         l_ce = (F.softplus(x).sum(1, keepdim=True) - x @ truth.T) / len(points)
         s = x.sigmoid_()
         l_d = 1 - (2 * s @ truth.T + 1) / (s.sum(1, keepdim=True) + truth.sum(1) + 1)
-        l_c = -z.softmax(1)[:, target.labels]
+        # As in DETR, the class costs minus its probability, without the logarithm of the loss.
+        l_c = -logits.softmax(1)[:, target.labels]
         costs.append(weighted_loss(l_c, l_ce, l_d, weights))
     return torch.stack(costs)
 
 
 def assign(costs: list[Tensor]) -> tuple[list[Tensor], int]:
-    """Hungarian matching of each image's costs (L, Q, N) -> for each image the query (L, N) of each
-    target, -1 for targets beyond the number of queries; and how many costs were not finite (they
-    count as very large). One transfer to the host for all images and heads."""
+    """Hungarian matching. `costs` (L, Q, N) are those of each image. Returned are, for each image,
+    the query (L, N) that each head gives to each target, or -1 where there are more targets than
+    queries; and how many costs were not finite (these count as very large). The costs of all images
+    and heads go to the CPU in one transfer."""
     from scipy.optimize import linear_sum_assignment
 
     flat = torch.cat([cost.flatten() for cost in costs]).cpu().double().numpy()
@@ -383,7 +402,8 @@ def match(
     weights: LossWeights = MASK2FORMER_WEIGHTS,
     num_points: int = 12544,
 ) -> tuple[list[Tensor], int]:
-    """Sec. 3.2: what `assign` gives for the costs of a batch, at random points of each image."""
+    """Sec. 3.2: match the targets of each image of a batch with queries. Masks are compared at
+    random points, new ones for each image. Returns what `assign` returns."""
     costs = []
     for i, (target, generator) in enumerate(zip(targets, generators, strict=True)):
         points = random_points((num_points,), generator, heads.mask_features.device)
@@ -395,13 +415,16 @@ def match(
 def mask_losses(
     mask_logits: Tensor, masks: Tensor, points: Tensor, more: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """l_CE and l_D (N, L) of matched masks, at points where the network is unsure (PointRend).
+    """l_CE and l_D (N, L) of matched masks, mostly at points where the network is unsure
+    (PointRend).
 
-    mask_logits (N, L, h, w); masks (N, H', W'); `points` (N, L, 3 P, 2) are candidates, of which
-    the 0.75 P with the logits nearest 0 stay; `more` (N, L, 0.25 P, 2) join them."""
+    mask_logits (N, L, h, w) are compared with masks (N, H', W') at P points each. `points`
+    (N, L, 3 P, 2) are candidates, of which the 0.75 P whose logits are nearest 0 are kept; all of
+    `more` (N, L, 0.25 P, 2) are added to them."""
     n, heads = mask_logits.shape[:2]
     logits = mask_logits.flatten(0, 1)[:, None]
-    keep = points.shape[2] // 3 - more.shape[2]
+    num_points = points.shape[2] // 3  # P
+    keep = num_points - more.shape[2]  # 0.75 P
     with torch.no_grad():
         distance_from_0 = sample_points(logits, points.flatten(0, 1))[:, 0].abs()  # (N L, 3 P)
         nearest = distance_from_0.topk(keep, dim=1, largest=False, sorted=False).indices
@@ -420,8 +443,8 @@ def mask_losses(
 def normalisers(
     targets: list[Target], queries: int, mean: Callable[[Tensor], Tensor] = lambda sums: sums
 ) -> Norms:
-    """Of this process's whole batch. On several processes `mean` averages over them, as DDP
-    averages gradients. DEPARTS[normaliser]"""
+    """What the losses of this process's whole batch are divided by. On several processes `mean`
+    averages it over them, because DDP averages their gradients. DEPARTS[normaliser]"""
     counts = [len(target.labels) for target in targets]
     matched = sum(min(count, queries) for count in counts)
     unmatched = len(counts) * queries - matched
@@ -432,10 +455,11 @@ def normalisers(
 
 
 def wanted_classes(query: Tensor, labels: Tensor, num_queries: int, none: int) -> Tensor:
-    """(L, Q): the class that each query of an image shall predict, that of its target or `none`.
-    query (L, N) of each target, labels (N,)."""
+    """The class (L, Q) that each query of an image shall predict: that of its target, or `none`.
+    `query` (L, N) is the query of each target, `labels` (N,) are the targets' classes."""
     heads = torch.arange(len(query), device=query.device)[:, None]
-    # Targets without a query have -1 and so write into one column more, which is cut off.
+    # The query of targets without one is -1: they write into an additional last column, which is
+    # cut off.
     wanted = torch.full((len(query), num_queries + 1), none, device=query.device)
     wanted[heads, query] = labels.expand_as(query)
     return wanted[:, :num_queries]
@@ -449,8 +473,9 @@ def criterion(
     weights: LossWeights = MASK2FORMER_WEIGHTS,
     num_points: int = 12544,
 ) -> dict[str, Tensor]:
-    """Eqs. 1 and 2, summed over all heads: lambda_C l_C + lambda_CE l_CE + lambda_D l_D of a batch,
-    or of a part of it. `norms` are those of the whole batch.
+    """Eqs. 1 and 2 of a batch, or of a part of it, summed over all heads. "loss" is lambda_C l_C +
+    lambda_CE l_CE + lambda_D l_D, the others are what it consists of, to be logged. `norms` are
+    those of the whole batch.
 
     Labels are 0..K-1 (K would silently mean "no object"); in masks, 0 is outside and any other
     value inside. `generators` draw each image's points, so that they depend neither on the batch
@@ -458,15 +483,17 @@ def criterion(
     number_of_heads, _, num_queries, columns = heads.class_logits.shape
     device, none = heads.class_logits.device, columns - 1
     matches, bad_costs = match(heads, targets, generators, weights, num_points)
-    # Zero, but connected: DDP waits for a gradient of every parameter.
+    # These sums start at zero, but with a gradient: DDP waits for one of every parameter, even
+    # where a batch has no target.
     l_ce = l_d = 0 * (heads.mask_embed.sum() + heads.mask_features.sum())
     head = torch.arange(number_of_heads, device=device)[:, None]
     wanted = []
     for i, (query, target) in enumerate(zip(matches, targets, strict=True)):
         query = query.to(device, non_blocking=True)  # (L, N)
         wanted.append(wanted_classes(query, target.labels, num_queries, none))
-        for start in range(0, query.shape[1], 32):  # 32 targets at a time: memory
+        for start in range(0, query.shape[1], 32):  # n targets at a time: memory
             some, masks = query[:, start : start + 32], target.masks[start : start + 32]
+            # A target without a query borrows query 0 here; its losses get the weight 0 below.
             embed = heads.mask_embed[head, i, some.clamp(min=0)].transpose(0, 1)  # (n, L, C)
             logits = torch.einsum("nlc,chw->nlhw", embed, heads.mask_features[i])
             shape = (len(masks), number_of_heads)
@@ -494,9 +521,10 @@ def criterion(
 def pseudo_labels(
     heads: Heads, class_threshold: float = 0.7, size_threshold: float = 5.0
 ) -> tuple[list[Target], list[Tensor]]:
-    """Sec. 3.1 and Eq. 3: of the teacher's final head, the objects whose class is sure and whose
-    mask is not tiny, one-hot; and the class probability (N,) of each. The size of a mask is the sum
-    of its probabilities at stride 4. DEPARTS[size]"""
+    """Sec. 3.1 and Eq. 3: those predictions of the teacher's final head whose class is sure and
+    whose mask is not tiny, as one class and one binary mask each; and their class probabilities
+    (N,). The size of a mask is the sum of its probabilities at stride 4. DEPARTS[size] The paper
+    compares with >=, the released code and this one with >; only ties differ."""
     probability, label = heads.class_logits[-1].softmax(-1).max(-1)  # (B, Q)
     is_object = label < heads.class_logits.shape[-1] - 1
     sure = is_object & (probability > class_threshold)
@@ -506,14 +534,14 @@ def pseudo_labels(
         embed = heads.mask_embed[-1, b, queries]
         logits = torch.einsum("nc,chw->nhw", embed, heads.mask_features[b])
         large = (logits.sigmoid().sum((1, 2)) > size_threshold).nonzero().flatten()
-        masks = logits[large] > 0  # Eq. 3: sigmoid >= 0.5
+        masks = logits[large] > 0  # Eq. 3: where the sigmoid is above 0.5
         targets.append(Target(label[b, queries[large]], masks))
         probabilities.append(probability[b, queries[large]])
     return targets, probabilities
 
 
 def total_loss(loss_s: Tensor, loss_u: Tensor, lambda_u: float = 2.0) -> Tensor:
-    """Eq. 4."""
+    """Eq. 4: L_s of the labeled batch, and lambda_u times L_u of the unlabeled one."""
     return loss_s + lambda_u * loss_u
 
 
@@ -570,13 +598,13 @@ def teaching_plan(burn_in: str, burn_in_steps: int) -> Plan:
 
 @dataclass
 class State:
-    """All that training changes (saved whole), and the forward pass that DDP wraps."""
+    """A stage of training: its networks and its place in the run. `snapshot` saves what changes."""
 
     stage: str  # "teacher": the network that learns is the supervised one; or "student"
     student: Mask2Former  # the network that learns
     teacher: Mask2Former | None  # no gradients, eval mode
     optimizer: torch.optim.Optimizer
-    forward: Callable[[Tensor], Heads]  # of the student, as DDP
+    forward: Callable[[Tensor], Heads]  # the student, wrapped in DDP on several processes
     plan: Plan
     begun: int  # the step of the run at which this stage began
     step: int  # of the run
@@ -585,6 +613,7 @@ class State:
     best: dict[str, dict] = field(default_factory=dict)  # network -> its best one
 
     def networks(self) -> dict[str, Mask2Former]:
+        """By the names under which they are scored; the network that learns comes first."""
         if self.stage == "teacher":
             return {"supervised": self.student}
         return {"student": self.student, "teacher": self.teacher}
@@ -597,7 +626,7 @@ def train_step(
     teacher-to-be (step 1), which learns from labels alone.
 
     It puts ema_update, teach, learn and update together. The caller advances s.step."""
-    t = s.step - s.begun
+    t = s.step - s.begun  # steps of this stage so far
     if t == s.plan.copy_at:
         ema_update(s.teacher, s.student, decay=0)  # step 3 begins: T <- S
     elif t > s.plan.copy_at:
@@ -607,7 +636,7 @@ def train_step(
     # Gradients add up, so that Eq. 4 is two backward passes, L_s and lambda_u L_u, in half the
     # memory of one. Processes exchange gradients in the last of them.
     exchange = not with_pseudo_labels
-    log = learn(s, labeled.images, labeled.targets, 1.0, "l", args, world, exchange)
+    log = learn(s, labeled.images, labeled.targets, 1.0, "l", args, world, exchange=exchange)
     if with_pseudo_labels:
         targets, counts = teach(s.teacher, unlabeled.weak, args)
         log |= counts
@@ -621,11 +650,11 @@ def train_step(
 def teach(teacher: Mask2Former, weak: Tensor, args: Args) -> tuple[list[Target], dict[str, Tensor]]:
     """Pseudo labels of the weak views (B, 3, H, W) uint8, and what is logged of them."""
     targets, probabilities = [], []
-    for part in weak.split(-(-len(weak) // args.accumulate)):
+    for part in weak.split(math.ceil(len(weak) / args.accumulate)):
         heads = teacher(transforms.normalize(part), last_only=True)
-        found = pseudo_labels(heads, args.class_threshold, args.size_threshold)
-        targets += found[0]
-        probabilities += found[1]
+        found, sure = pseudo_labels(heads, args.class_threshold, args.size_threshold)
+        targets += found
+        probabilities += sure
     probabilities = torch.cat(probabilities)
     counts = torch.tensor([float(len(target.labels)) for target in targets])
     counts = counts.to(weak.device, non_blocking=True)
@@ -647,21 +676,22 @@ def learn(
     world: World,
     exchange: bool,
 ) -> dict[str, Tensor]:
-    """Add the gradient of `factor` times Eq. 2 on images (B, 3, H, W) uint8, in --accumulate parts.
-    With `exchange`, processes exchange gradients in the last part."""
+    """Add the gradient of `factor` times Eq. 2 on images (B, 3, H, W) uint8, computed in
+    --accumulate parts. `exchange`: the processes average their gradients in the last part. Returns
+    what is logged, with `name` at the end of its keys."""
     norms = normalisers(targets, args.queries, world.mean)
     weights = LossWeights(args.lambda_c, args.lambda_ce)
-    size = -(-len(images) // args.accumulate)
+    size = math.ceil(len(images) / args.accumulate)
     total: dict[str, Tensor] = {}
     for start in range(0, len(images), size):
         part = slice(start, start + size)
         is_last = start + size >= len(images)
-        waits = world.size > 1 and not (exchange and is_last)
+        exchange_later = world.size > 1 and not (exchange and is_last)
         generators = []
         for i in range(start, min(start + size, len(images))):
-            sample = world.rank * len(images) + i  # in the global batch
+            sample = world.rank * len(images) + i  # its place in the batch of all processes
             generators.append(generator(world.device, args.seed, "points", name, s.step, sample))
-        with s.forward.no_sync() if waits else contextlib.nullcontext():
+        with s.forward.no_sync() if exchange_later else contextlib.nullcontext():
             heads = s.forward(transforms.normalize(images[part]))
             losses = criterion(heads, targets[part], norms, generators, weights, args.points)
             (factor * losses.pop("loss")).backward()
@@ -679,15 +709,17 @@ def generator(device: torch.device, *key: int | str) -> torch.Generator:
 
 
 def update(s: State) -> None:
-    """One AdamW step; the gradient's global norm is cut to 0.01, nearly always. DEPARTS[clip]"""
+    """One step of AdamW. The gradient, whose norm is nearly always larger, is first scaled down to
+    the norm 0.01. DEPARTS[clip]"""
     parameters = [p for p in s.student.parameters() if p.requires_grad]
     nn.utils.clip_grad_norm_(parameters, 0.01, foreach=True)
     s.optimizer.step()
 
 
 def learning_rate_factor(t: int, steps: int, schedule: str) -> float:
-    """Rate at step t of a stage of so many steps, over the highest one. COCO ("step"): a tenth from
-    8/9 of the stage on, a hundredth from 26/27 on. Cityscapes: poly 0.9. DEPARTS[schedule]"""
+    """The learning rate at step t of a stage of so many steps, as a share of the highest one. COCO
+    ("step"): a tenth from 8/9 of the stage on, a hundredth from 26/27 on. Cityscapes ("poly"): the
+    share of the stage that is left, to the power 0.9. DEPARTS[schedule]"""
     if schedule == "poly":
         return max(0.0, 1 - t / steps) ** 0.9
     first_drop = round(steps * 327_778 / 368_750)
@@ -752,9 +784,9 @@ def timm_transformer(name: str, pretrained: bool, **settings: Any) -> nn.Module:
 
 
 class Swin(nn.Module):
-    """Swin Transformer of timm's layers, in the published order: pad, roll, attend, roll back, cut.
-    timm rolls before it pads, which is another network wherever a map does not divide into windows.
-    DEPARTS[swin]"""
+    """Swin Transformer, made of timm's layers but in the published order: pad the map to whole
+    windows, roll it, attend, roll it back, cut the padding off. timm rolls before it pads, which
+    gives another result wherever a map does not divide into windows. DEPARTS[swin]"""
 
     def __init__(
         self, name: str, pretrained: bool, checkpointing: bool = False, drop_path: float = 0.3
@@ -769,7 +801,7 @@ class Swin(nn.Module):
         )
         self.patch_embed, self.layers = body.patch_embed, body.layers
         self.channels = [stage["num_chs"] for stage in body.feature_info]
-        # Of the detector: ImageNet files have none.
+        # These norms belong to the detector; files of ImageNet weights have none.
         self.norms = nn.ModuleList(nn.LayerNorm(c) for c in self.channels)
         self.checkpointing = checkpointing
 
@@ -784,8 +816,8 @@ class Swin(nn.Module):
         return maps
 
     def block(self, block: nn.Module, x: Tensor, shifted: bool) -> Tensor:
-        """One block on (B, h, w, C): window attention, shifted by half a window or not, and MLP,
-        both residual."""
+        """One block on (B, h, w, C): attention within windows, which every other block shifts by
+        half a window, and an MLP; both are residual."""
         height, width = x.shape[1:3]
         window = block.window_size[0]
         shift = window // 2 if shifted else 0
@@ -796,6 +828,7 @@ class Swin(nn.Module):
         if shifted:
             y = y.roll((-shift, -shift), (1, 2))
             mask = shift_mask(padded, window, shift, y.device)
+        # Windows join the batch: (b rows columns, window^2, c).
         y = y.view(b, rows, window, columns, window, c).transpose(2, 3)
         y = block.attn(y.reshape(-1, window * window, c), mask=mask)
         y = y.view(b, rows, columns, window, window, c).transpose(2, 3).reshape(b, *padded, c)
@@ -808,11 +841,12 @@ class Swin(nn.Module):
 @lru_cache(maxsize=8)
 @torch.inference_mode(False)  # what is kept may be needed in training later
 def shift_mask(size: tuple[int, int], window: int, shift: int, device: torch.device) -> Tensor:
-    """(windows, window^2, window^2): -100 between places of a rolled map that were not neighbours,
-    else 0."""
+    """What is added to the attention between two places of a window, (windows, window^2, window^2):
+    0, or -100 if they became neighbours only because the map was rolled."""
     parts = []
     for n in size:
         place = torch.arange(n, device=device)
+        # 0: in front of the last window; 1: its first part; 2: what came from the other side.
         parts.append((place >= n - window).long() + (place >= n - shift))
     region = 3 * parts[0][:, None] + parts[1]
     windows = region.view(size[0] // window, window, size[1] // window, window).transpose(1, 2)
@@ -821,9 +855,10 @@ def shift_mask(size: tuple[int, int], window: int, shift: int, device: torch.dev
 
 
 class ViT(nn.Module):
-    """A plain vision transformer (DINOv2, DeiT) with Sec. 4.3's adaptor: patch tokens of the last
-    layer, resized to four strides, a 1x1 convolution each. The input is enlarged to whole patches.
-    DEPARTS[vit-resize] Its position table is resized by timm. DEPARTS[vit-positions]
+    """A plain vision transformer (DINOv2, DeiT) with Sec. 4.3's adaptor: the patch tokens of its
+    last layer are resized to four strides, and each size has a 1x1 convolution. Images are enlarged
+    to whole patches first (DEPARTS[vit-resize]), and timm resizes the table of positions to them
+    (DEPARTS[vit-positions]).
 
     `freeze` is Table 7's "Fixed": no gradient in the body, which stays in eval mode, while the
     adaptor learns. DEPARTS[freeze]"""
@@ -882,9 +917,10 @@ def maybe_checkpoint(on: bool, function: Callable, *inputs):
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)
 def sine_positions(size: tuple[int, int], width: int, device: torch.device) -> Tensor:
-    """(h * w, width): each cell's row and column, counted from 1, as shares of the map times 2 pi,
-    in width / 4 sine and as many cosine waves each, of wavelength factors 1 to 10,000, interleaved;
-    rows first."""
+    """A code (h * w, width) of each cell's place: the first half of the channels stands for its
+    row, the second half for its column. Both are counted from 1 and scaled so that the map ends at
+    2 pi. Each half holds waves of width / 4 lengths, from 1 to nearly 10,000 times 2 pi: for each
+    length a sine, followed by a cosine."""
     half = width // 2
     number_of_wave = torch.div(torch.arange(half, device=device), 2, rounding_mode="floor")
     wave = 10000 ** (2 * number_of_wave / half)
@@ -901,8 +937,8 @@ def sine_positions(size: tuple[int, int], width: int, device: torch.device) -> T
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)
 def cell_centres(sizes: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(S, 2): x and y in 0..1 of each token's own cell, for all levels one after the other; and
-    (levels, 2): width and height of each level in cells."""
+    """Where the cell of each token lies, x and y in 0..1, (S, 2), one level after the other; and
+    how many cells wide and high each level is, (levels, 2)."""
     parts = []
     for h, w in sizes:
         y = (torch.arange(h, device=device) + 0.5) / h
@@ -1221,10 +1257,11 @@ def jitter_crop(
     scale: tuple[float, float],
     g: np.random.Generator,
 ) -> Window:
-    """COCO (large-scale jitter): flip; a factor from `scale`, so that the image fits into the crop
-    times this factor; a window along the diagonal, padded at the right and the bottom where the
-    image is smaller. "Along the diagonal": as in Detectron2, one draw places the window on both
-    axes, and it is rounded. DEPARTS[diagonal]"""
+    """COCO's crop (large-scale jitter). The image is flipped half of the time and resized so that
+    it just fits into a box of `crop_size` times a random factor from `scale`; a window of
+    `crop_size` is cut from it, padded at the right and the bottom where the image is smaller. As in
+    Detectron2, one random number, rounded to whole pixels, places the window on both axes.
+    DEPARTS[diagonal]"""
     flip, factor, share = bool(g.random() < 0.5), g.uniform(*scale), g.random()
     ratio = min(factor * crop_size[0] / size[0], factor * crop_size[1] / size[1])
     new = scaled(size, ratio)
@@ -1239,8 +1276,9 @@ def street_crop(
     test_size: tuple[int, int],
     g: np.random.Generator,
 ) -> Window:
-    """Cityscapes: the shorter side is one of 16 multiples 0.5, 0.6, ... 2.0 of the test size, the
-    longer one at most four times it; a random window; flip."""
+    """Cityscapes' crop. The shorter side becomes 0.5, 0.6, ... or 2.0 times test_size[0], unless
+    the longer one would then exceed 4 times test_size[0]; a window is cut at random and flipped
+    half of the time."""
     short = int(test_size[0] * g.integers(5, 21) / 10)
     new = scaled(size, min(short / min(size), 4 * test_size[0] / max(size)))
     top = int(g.integers(0, max(new[0] - crop_size[0], 0) + 1))
@@ -1253,8 +1291,9 @@ def scaled(size: tuple[int, int], factor: float) -> tuple[int, int]:
 
 
 def weak_view(args: Args, image: Tensor, g: np.random.Generator) -> tuple[Tensor, Window]:
-    """What is seen of labeled images, and by the teacher: jitter_crop; on Cityscapes street_crop
-    and SSD's colours. (3, H, W) uint8 -> (3, h, w) uint8."""
+    """The view (3, h, w) uint8 of an image (3, H, W) uint8 that labeled images are trained on and
+    the teacher labels, and its window: jitter_crop, or on Cityscapes street_crop and SSD's
+    colours."""
     size = tuple(image.shape[-2:])
     if args.dataset != "cityscapes":
         window = jitter_crop(size, args.crop_size, args.scale, g)
@@ -1292,9 +1331,9 @@ def photometric_distortion(image: Tensor, g: np.random.Generator) -> Tensor:
 
 
 def strong_view(image: Tensor, g: np.random.Generator, cutout: bool = False) -> Tensor:
-    """Sec. 4.3, "data augmentations": the student's view of a weak one (3, H, W) uint8, in the same
-    geometry: colour jitter, grey, blur; and, for Fig. 6, cut-out. The paper gives no numbers; these
-    are those of the released code. DEPARTS[strong-view]"""
+    """Sec. 4.3, "data augmentations": the student's view, made from a weak view (3, H, W) uint8 by
+    colour jitter, grey and blur, and for Fig. 6 cut-out. No pixel moves, so that the teacher's
+    masks fit. The paper gives no numbers; these are the released code's. DEPARTS[strong-view]"""
     from torchvision.transforms.v2 import functional as tv
 
     if g.random() < 0.8:
@@ -1389,21 +1428,23 @@ class Detections(NamedTuple):
 def detect(
     net: Mask2Former, image: Tensor, test_size: tuple[int, int], top: int = 100
 ) -> Detections:
-    """The `top` best (query, class) pairs of an image (3, H, W) uint8, which is scored with its
-    shorter side at test_size[0], and the longer one at test_size[1] at most.
+    """The objects of an image (3, H, W) uint8: its `top` pairs of query and class with the highest
+    class probability, of which one query may give several. The network sees the image with its
+    shorter side at test_size[0], unless the longer one would then exceed test_size[1].
 
-    The score is the class probability times the mask's mean probability inside itself. No
-    threshold, no suppression."""
+    An object's score is its class probability times the mean probability of its mask's own pixels.
+    Nothing is thresholded, and no duplicates are suppressed."""
     size = tuple(image.shape[-2:])
     new = scaled(size, min(test_size[0] / min(size), test_size[1] / max(size)))
     x = image[None].float()
     if new != size:
         x = F.interpolate(x, size=new, mode="bilinear", antialias=True)
-    # Padded after normalising: with the mean colour.
+    # Padding after normalising pads with the mean colour.
     x = F.pad(transforms.normalize(x), (0, -new[1] % 32, 0, -new[0] % 32))
     heads = net.forward(x, last_only=True)
     probabilities = heads.class_logits[-1, 0].softmax(-1)[:, :-1]  # (Q, K)
     scores, place = probabilities.flatten().topk(min(top, probabilities.numel()))
+    # Each query's mask is made once, however many of the pairs have it.
     queries, query_of_pair = (place // probabilities.shape[1]).unique(return_inverse=True)
     masks, inside = [], []
     for some in queries.split(20):  # 20 queries at a time: memory
@@ -1450,7 +1491,8 @@ def evaluate(
         scores = {name: mask_ap.coco_ap(truth, entries) for name, entries in results.items()}
     for name, evaluator in street.items():
         scores[name] = {"coco_ap": scores[name].get("ap"), **evaluator.result(world)}
-    scores = mask_ap.gather(world, [(0, scores)] if world.main else [])[0][1]
+    of_main = [(0, scores)] if world.main else []
+    scores = mask_ap.gather(world, of_main)[0][1]  # all processes get those of the main one
     for score in scores.values():
         score.pop("stats", None)
         if score["ap"] is None:
@@ -1480,8 +1522,9 @@ def draw_previews(
 
 # ========================================================================================= training
 def train(args: Args) -> dict:
-    """One run, from the start or from its checkpoint, to results.json, whose contents it returns:
-    Sec. 3.1's step 1, unless a trained teacher is named or none is needed; then steps 2 and 3."""
+    """One run, from the start or from its checkpoint to results.json, whose contents it returns.
+    It takes Sec. 3.1's step 1, unless a trained teacher is named or none is needed, and then
+    steps 2 and 3."""
     check(args, distributed.launched())
     args = replace(args, out=str(runs.default_out(SCRIPT, args)))
     out = Path(args.out)
@@ -1521,9 +1564,9 @@ def train(args: Args) -> dict:
         train_stage(s, border, chosen, data, args, world, run)  # step 1
         if with_student:
             world.barrier()  # teacher.pt is written
-            scores = {"last": s.last, "best": s.best, "scored": s.scored}
+            carried_on = {"last": s.last, "best": s.best, "scored": s.scored}
             s, _ = begin("student", args, data, world, border, trained_teacher(args))
-            s = replace(s, **scores)
+            s = replace(s, **carried_on)
     if s.stage == "student":
         train_stage(s, total, chosen, data, args, world, run)  # steps 2 and 3
 
@@ -1576,8 +1619,8 @@ def train_stage(
 def streams(
     s: State, end: int, chosen: instances.Chosen, data: Instances, args: Args, world: World
 ) -> tuple[Iterator[Batch], Iterator[Batch]]:
-    """Labeled batches from the step of the state on; and unlabeled ones, from the step on at which
-    the student learns from pseudo labels."""
+    """The labeled batches of a stage, from the state's step on; and its unlabeled ones, from the
+    step at which the student begins to learn from pseudo labels."""
     factors = None
     if s.stage == "student" and args.labeled_sampling == "repeat":
         factors = repeat_factors(chosen.labeled, len(data.classes), 10.0)  # DEPARTS[sampling]
@@ -1617,9 +1660,9 @@ def trained_teacher(args: Args) -> Path | None:
 def begin(
     stage: str, args: Args, data: Instances, world: World, border: int, teacher: Path | None = None
 ) -> tuple[State, list[str]]:
-    """The networks of a stage at its beginning, and lines on weights that did not load. In the
-    student's stage, which begins at the step `border`: a fresh student, all of it but the
-    pre-trained backbone (DEPARTS[student-init]), beside the `teacher` of a file."""
+    """A stage at its beginning, and lines on weights that did not load. The student's stage, which
+    begins at the step `border` of the run, has a student of which all but the pre-trained backbone
+    is fresh (DEPARTS[student-init]), and a teacher, from the file `teacher` if there is one."""
     student, notes = network(args, len(data.classes), world, stage)
     if stage == "teacher":
         begun, plan, teacher_network = 0, LABELS_ALONE, None
@@ -1634,16 +1677,19 @@ def begin(
         student.pixel_decoder.compile()
     forward = distributed.parallel(student.train(), world)
     optimizer = adamw(student, args.lr, args.backbone_lr, fused=world.device.type == "cuda")
-    return State(stage, student, teacher_network, optimizer, forward, plan, begun, begun), notes
+    s = State(stage, student, teacher_network, optimizer, forward, plan, begun, step=begun)
+    return s, notes
 
 
 def score_networks(s: State, data: Instances, args: Args, world: World, run: runs.Run) -> None:
-    """Score the networks that have changed and note their best. Keep the best weights of the one
-    that learns: best.pt, and in the teacher's stage teacher.pt, which teaches. DEPARTS[select]"""
+    """Score the networks that have changed and note the best score of each. When the network that
+    learns is better than ever, save it: as best.pt, and in the teacher's stage also as teacher.pt,
+    which will teach. This is the paper's early stopping. DEPARTS[select]"""
     networks = s.networks()
     headline = next(iter(networks))  # the network that learns
-    still_the_same = s.step - s.begun <= s.plan.copy_at  # burn-in, or a fixed teacher
-    if "teacher" in s.last and still_the_same:
+    # Through the burn-in, and always if it is fixed, the teacher is scored only once.
+    teacher_is_unchanged = s.step - s.begun <= s.plan.copy_at
+    if "teacher" in s.last and teacher_is_unchanged:
         networks.pop("teacher")
     # Pictures come in many sizes, and each would be compiled anew.
     eager = contextlib.nullcontext()
@@ -1654,15 +1700,17 @@ def score_networks(s: State, data: Instances, args: Args, world: World, run: run
         draw_previews(networks, data, args, world, run.out / "previews" / f"{s.step:07d}.png")
     s.student.train()
     s.scored = s.step
+    improved = []
     for name, score in scores.items():
         s.last[name] = {"step": s.step, **score}
         if name not in s.best or score["ap"] > s.best[name]["ap"]:
             s.best[name] = s.last[name]
+            improved.append(name)
     run.write(s.step, **{f"ap_{name}": score["ap"] for name, score in scores.items()})
     if world.main:
         for name in scores:
             write_text(run.out / f"{name}.segm.json", json.dumps(detections[name]))
-    if s.best[headline] is s.last[headline]:
+    if headline in improved:
         if s.stage == "teacher":
             run.save("teacher.pt", snapshot(s, args, data, with_optimizer=False))
         run.save("best.pt", snapshot(s, args, data, with_optimizer=False))
@@ -1683,7 +1731,9 @@ def check(args: Args, world: World) -> None:
             f"{args.test_size[1]}: the smaller number comes first."
         )
     live = args.norm == "live" and family(args.backbone) == "cnn"
-    if live or args.batch_size != world.size:  # without live BatchNorm one image each is enough
+    # `share` refuses less than two images in each process, which live BatchNorm needs; without it
+    # one image in each is enough.
+    if live or args.batch_size != world.size:
         world.share(args.batch_size)
     if live and args.accumulate > 1:
         raise UserError(
@@ -1734,9 +1784,9 @@ def backbone_weights(args: Args) -> dict[str, Tensor] | None:
 def network(
     args: Args, num_classes: int, world: World, name: str, fresh: bool = False
 ) -> tuple[Mask2Former, list[str]]:
-    """A Mask2Former on the device, with the weights that --weights names unless it is to be
-    `fresh`; and lines on those that did not load. What is random follows from the seed and
-    `name`."""
+    """A Mask2Former on the device, and lines on weights that did not load. It starts with the
+    weights that --weights names; `fresh` leaves them out, for networks that are loaded whole
+    afterwards. What is random follows from the seed and `name`."""
     distributed.seed_torch(args.seed, name)
     bf16 = world.bf16(args.precision)  # DEPARTS[amp]
     pretrained = args.weights == "imagenet" and not fresh
@@ -1750,8 +1800,8 @@ def network(
 
 
 def load_weights(net: Mask2Former, weights: dict[str, Tensor], what: str) -> list[str]:
-    """Load a whole model, or its backbone's body; lines on what did not fit (a class head of other
-    classes)."""
+    """Load weights of a whole model, or of a backbone alone. Returns lines on what did not fit, for
+    example the class head of a model with other classes."""
     named = our_names(weights)
     if any(key.startswith(("pixel_decoder.", "decoder.", "backbone.")) for key in named):
         return checkpoints.load_matching(net, named, what)
@@ -1791,7 +1841,8 @@ def snapshot(s: State, args: Args, data: Instances, with_optimizer: bool = True)
 
 def restore(s: State, state: dict) -> None:
     """The reverse of `snapshot`."""
-    s.step, s.scored, s.last, s.best = (state[k] for k in ("step", "scored", "last", "best"))
+    s.step, s.scored = state["step"], state["scored"]
+    s.last, s.best = state["last"], state["best"]
     for name, weights in state["networks"].items():
         checkpoints.load_exact(s.networks()[name], weights, state["path"])
     s.optimizer.load_state_dict(state["optimizer"])
@@ -1810,8 +1861,8 @@ def load_networks(path: str, args: Args) -> tuple[dict[str, Mask2Former], dict, 
 
 
 def score_checkpoint(args: Args) -> dict:
-    """--eval: score a checkpoint's networks; <checkpoint>.results.json, and
-    <checkpoint>.<network>.segm.json."""
+    """--eval: score a checkpoint's networks, and write <checkpoint>.results.json,
+    <checkpoint>.previews.png and <checkpoint>.<network>.segm.json."""
     networks, state, world = load_networks(args.eval, args)
     data = find_data(args, state["classes"])
     records, detections = evaluate(networks, data, args, world)
@@ -1827,9 +1878,9 @@ def score_checkpoint(args: Args) -> dict:
 
 
 def predict(args: Args) -> None:
-    """--predict CKPT IMAGES...: overlays of images or folders, and predictions.json in COCO's
-    result format, with paths for `image_id`, into <checkpoint>.predictions/. Of the student, where
-    there is one."""
+    """--predict CKPT IMAGES...: find objects in images, or in those of folders, by the student
+    where there is one. Into <checkpoint>.predictions/ go overlays, and predictions.json in COCO's
+    result format, with paths for `image_id`."""
     path = args.predict[0]
     networks, state, world = load_networks(path, args)
     net = networks.get("student", next(iter(networks.values())))
@@ -1973,9 +2024,9 @@ USELESS = (
 
 
 def our_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a whole model by our names, from ours, official Mask2Former (also `modelStudent.`,
-    or else `modelTeacher.`, of the released code) or transformers; tensors of a backbone alone as
-    they are."""
+    """The tensors of a file by the names of this script. Whole models may be this script's,
+    official Mask2Former's (also the released code's, of which `modelStudent.` is preferred to
+    `modelTeacher.`) or transformers'. Tensors of a backbone alone keep their names."""
     for prefix in ("modelStudent.", "modelTeacher.", "student.", "supervised."):
         inner = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
         if inner:
