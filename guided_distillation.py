@@ -309,8 +309,8 @@ class Norms(NamedTuple):
     """What the losses of a batch are divided by: the same for all its heads, parts and
     processes."""
 
-    classes: Tensor  # sum of the class weights over all queries
-    masks: Tensor  # number of targets, 1 at least
+    classes: Tensor  # sum over all queries of 1 for a matched one, NO_OBJECT for another
+    masks: Tensor  # number of targets (their mean over the processes), 1 at least
 
 
 def weighted_loss(
@@ -491,7 +491,7 @@ def criterion(
     for i, (query, target) in enumerate(zip(matches, targets, strict=True)):
         query = query.to(device, non_blocking=True)  # (L, N)
         wanted.append(wanted_classes(query, target.labels, num_queries, none))
-        for start in range(0, query.shape[1], 32):  # n targets at a time: memory
+        for start in range(0, query.shape[1], 32):  # 32 targets at a time, to save memory
             some, masks = query[:, start : start + 32], target.masks[start : start + 32]
             # A target without a query borrows query 0 here; its losses get the weight 0 below.
             embed = heads.mask_embed[head, i, some.clamp(min=0)].transpose(0, 1)  # (n, L, C)
@@ -680,7 +680,7 @@ def learn(
     --accumulate parts. `exchange`: the processes average their gradients in the last part. Returns
     what is logged, with `name` at the end of its keys."""
     norms = normalisers(targets, args.queries, world.mean)
-    weights = LossWeights(args.lambda_c, args.lambda_ce)
+    weights = LossWeights(args.lambda_c, args.lambda_ce)  # lambda_D is always the paper's
     size = math.ceil(len(images) / args.accumulate)
     total: dict[str, Tensor] = {}
     for start in range(0, len(images), size):
@@ -1385,8 +1385,8 @@ def erase_boxes(image: Tensor, g: np.random.Generator) -> Tensor:
 def labeled_view(
     args: Args, data: Instances, image: Tensor, photo: Photo, g: np.random.Generator
 ) -> tuple[Tensor, None, Target]:
-    """The weak view and its objects, without those that the crop cut away. DEPARTS[empty-targets]
-    Masks are drawn on the crop. DEPARTS[outlines]"""
+    """The weak view of a labeled image and the objects in it. Objects that the crop cut away are
+    dropped (DEPARTS[empty-targets]); masks are drawn at the crop's size (DEPARTS[outlines])."""
     image, window = weak_view(args, image, g)
     labels, masks, _ = masks_of(photo, data, window)
     visible = masks.flatten(1).any(1).bool()
@@ -1396,7 +1396,8 @@ def labeled_view(
 def unlabeled_view(
     args: Args, image: Tensor, photo: Photo, g: np.random.Generator
 ) -> tuple[Tensor, Tensor, None]:
-    """The strong view for the student and the weak one for the teacher: one crop."""
+    """The student's view, a strong one unless --strong-aug is "same", and the teacher's, a weak
+    one, of the same crop."""
     weak, _ = weak_view(args, image, g)
     if args.strong_aug == "same":
         return weak, weak, None
@@ -1416,7 +1417,8 @@ def repeat_factors(photos: list[Photo], num_classes: int, threshold: float) -> n
 
 # ======================================================================================= evaluation
 class Detections(NamedTuple):
-    """Objects found in an image, the best first. Masks may overlap."""
+    """Objects found in an image, those with the highest class probability first (which are not
+    always those with the highest score). Masks may overlap."""
 
     labels: Tensor  # (n,) int64
     scores: Tensor  # (n,)
@@ -1564,9 +1566,9 @@ def train(args: Args) -> dict:
         train_stage(s, border, chosen, data, args, world, run)  # step 1
         if with_student:
             world.barrier()  # teacher.pt is written
-            carried_on = {"last": s.last, "best": s.best, "scored": s.scored}
+            carried_over = {"last": s.last, "best": s.best, "scored": s.scored}
             s, _ = begin("student", args, data, world, border, trained_teacher(args))
-            s = replace(s, **carried_on)
+            s = replace(s, **carried_over)
     if s.stage == "student":
         train_stage(s, total, chosen, data, args, world, run)  # steps 2 and 3
 
