@@ -1541,7 +1541,7 @@ def train(args: Args) -> dict:
 
     border = args.steps if trains_teacher(args) else 0  # the teacher's stage ends here
     total = border + (args.steps if with_student else 0)
-    if state is not None:
+    if state is not None:  # the checkpoint holds the teacher, too: none is read from a file
         s, notes = begin(state["stage"], args, data, world, border)
         restore(s, state)
     elif border:
