@@ -118,17 +118,18 @@ class Args:
     dataset: Literal["coco", "cityscapes", "shapes"] = "coco"
     # Labeled images: a published share, random:N, random:N%, random:1/N, all, a list, a COCO JSON.
     split: str = "5%"
-    # Which draw, for random splits and COCO's ten published ones. DEPARTS[splits]
+    # Number of the draw, of random splits and of COCO's ten published ones. DEPARTS[splits]
     split_seed: int = 1
-    # teacher: Sec. 3.1, step 1 alone, the supervised rows of Table 3. student: steps 2 and 3.
+    # teacher: step 1 of Sec. 3.1 alone, for the supervised rows of Table 3; student: steps 2 and 3;
+    # all: one after the other.
     stage: Literal["teacher", "student", "all"] = "all"
     # File of a trained teacher, ours or official Mask2Former weights, in place of step 1.
     teacher: str = ""
-    # How the student starts, Tables 1 and 4.
+    # How the student starts, Tables 1 and 4; guided is the paper's own.
     burn_in: Literal["guided", "standard", "fixed", "none"] = "guided"
     # Length of the burn-in, Table 2. The default follows from --dataset, --split and --steps.
     burn_in_steps: int = 30_000
-    # Steps of the teacher, and of the student with its burn-in, Sec. 4.1.
+    # Steps of the teacher, and again of the student with its burn-in, Sec. 4.1.
     steps: Count = 368_750
 
     # ---- Sec. 4.1, hyper-parameters of the method
@@ -149,7 +150,7 @@ class Args:
     # How the student's labeled images are drawn: more often if their classes are rare, or all
     # alike. DEPARTS[sampling]
     labeled_sampling: Literal["repeat", "uniform"] = "repeat"
-    # Unlabeled: all training images, or those without the labeled ones. DEPARTS[pool]
+    # Unlabeled images: all training images, or all but the labeled ones. DEPARTS[pool]
     pool: Literal["all", "remaining"] = "all"
 
     # ---- network (Secs. 3.1, 4.1; Mask2Former)
@@ -158,15 +159,16 @@ class Args:
     backbone: str = "resnet50.tv_in1k"
     # imagenet (what the tag of --backbone says), none, shapes, or a file of a backbone or a model.
     weights: str = "imagenet"
-    freeze_backbone: bool = False  # Table 7, "Fixed": a ViT's body stays. DEPARTS[freeze]
-    # BatchNorm of a CNN: constant, or trained (synchronised on GPUs); live on Cityscapes.
+    freeze_backbone: bool = False  # Table 7, "Fixed": a ViT's body is not trained. DEPARTS[freeze]
+    # BatchNorm of a CNN. frozen: constants; live: trained, and synchronised on GPUs (Cityscapes).
     norm: Literal["frozen", "live"] = "frozen"
-    queries: Count = 100  # K of Sec. 3.1; 200 for Swin-L. DEPARTS[queries]
-    vit_resize: Literal["bilinear", "nearest"] = "bilinear"  # Sec. 4.3. DEPARTS[vit-resize]
+    queries: Count = 100  # how many, K of Sec. 3.1; 200 for Swin-L. DEPARTS[queries]
+    # How the images and the maps of a ViT are resized, Sec. 4.3. DEPARTS[vit-resize]
+    vit_resize: Literal["bilinear", "nearest"] = "bilinear"
     # Channels of both decoders, a multiple of 32. As in Mask2Former, like the next two.
     width: Annotated[int, msgspec.Meta(ge=32)] = 256
-    encoder_layers: Count = 6  # of the pixel decoder
-    decoder_layers: Count = 9  # of the transformer decoder
+    encoder_layers: Count = 6  # layers of the pixel decoder
+    decoder_layers: Count = 9  # layers of the transformer decoder
 
     # ---- optimisation (Sec. 4.1)
 
@@ -197,7 +199,7 @@ class Args:
 
     out: str = ""  # run folder; empty: runs/guided_distillation-<dataset>-<split>-d<...>-s<...>
     resume: bool = False  # continue the run in --out; starts afresh when there is none
-    seed: int = 0  # of initial weights, order of images, augmentation, points
+    seed: int = 0  # initial weights, the order of images, augmentation and points follow from it
     workers: int = loading.default_workers()  # decoding processes per process and stream
     device: str = "auto"  # auto, cpu, cuda
     # Precision of the network that learns; auto: bf16 on GPUs that have it. DEPARTS[amp]
@@ -211,7 +213,7 @@ class Args:
     save_every: int = 0  # steps between checkpoints; 0: with every evaluation
     log_every: Count = 20  # steps between log lines
     eval: str = ""  # evaluate this checkpoint, train nothing
-    # A checkpoint, then images or folders: write predictions.
+    # A checkpoint, then images or folders: write what it finds in them, train nothing.
     predict: list[str] = field(default_factory=list)
 
 
