@@ -687,7 +687,7 @@ def train_step_released(
         # The teacher's first pass, on clean images in eval mode, gives the labels.
         _, label = confidence(upsample(s.teacher(unlabeled.images)[0], size))
         images_u, label = mix(args.cutmix, "u", args, s.step, world, unlabeled.images, label)
-        # Its second pass, on both mixed batches in train mode, gives the confidences.
+        # Its second pass, on labeled and mixed images in train mode, gives the confidences.
         both = torch.cat([labeled.images, images_u])
         s.teacher.train()
         conf, _ = confidence(upsample(s.teacher(both)[0][b:], size))
