@@ -110,7 +110,7 @@ class Args:
 
     # what to train on; also picks the defaults
     dataset: Literal["voc", "cityscapes", "shapes", "folder"] = "voc"
-    # gta: the paper's. suponly: labels alone. mt: mean teacher. Tables 1, 4, 5
+    # gta: the paper's. suponly: labels alone. mt: mean teacher. unbiased-st: Table 5's. Tables 1, 4
     method: Literal["gta", "suponly", "mt", "unbiased-st"] = "gta"
     # Algorithm 1 as printed, or the loop that the authors released
     recipe: Literal["paper", "released"] = "paper"
@@ -135,8 +135,9 @@ class Args:
     ramp_gta: bool = False  # let --alpha-gta rise from 0, as released. DEPARTS[ramp]
     ramp_teacher: bool = False  # let --alpha-teacher rise from 0, as released. DEPARTS[ramp]
     mu: float = 1.0  # weight of L_u, Eq. 3; also scales the assistant's step, DEPARTS[mu]
-    tau: float = 1.0  # Laplace smoothing, Eq. 6; Table 9
-    reweight: Literal["laplace", "none"] = "laplace"  # Eq. 6, or equal weights: Tables 4, 9
+    tau: float = 1.0  # Laplace smoothing, added to each confidence: Eq. 6, Table 9
+    # weights of the pseudo labels: as in Eq. 6, or all equal, Tables 4, 9
+    reweight: Literal["laplace", "none"] = "laplace"
     # share of the least confident pixels that get no pseudo label, Sec. 4.2
     drop: Annotated[float, Meta(ge=0, lt=1)] = 0.2
     # epochs on labels alone, before the assistant exists, Sec. 4.2, Table 8
@@ -160,15 +161,16 @@ class Args:
 
     # labeled images per step over all processes, and as many unlabeled. DEPARTS[batch]
     batch_size: int = 16
-    # pixels a side in training. DEPARTS[open]
+    # side of the square training crops, in pixels. DEPARTS[open]
     crop_size: Annotated[int, Meta(ge=16, le=100_000)] = 513
     scale: tuple[Factor, Factor] = (0.5, 2.0)  # random scaling of training images. DEPARTS[open]
     epochs: float = 80  # passes over the unlabeled images. DEPARTS[open]
-    steps: int = 0  # of the whole run, with the warm-up; 0: as many as --epochs makes
+    # steps of the whole run, with the warm-up; 0: as many as --epochs makes
+    steps: int = 0
     lr: float = 0.001  # initial learning rate of the backbone, Sec. 4.2
     # factor on --lr for everything behind the backbone, Sec. 4.2. DEPARTS[decoder-lr]
     decoder_lr: float = 10
-    weight_decay: float = 1e-4  # Sec. 4.2
+    weight_decay: float = 1e-4  # of all parameters, Sec. 4.2
     aux: float = 0  # weight of an auxiliary loss on the third stage. DEPARTS[cityscapes]
     # learn only from labeled pixels whose true class has at most this probability, and from 50,000
     # an image at least; 0: from all. DEPARTS[cityscapes]
