@@ -1,9 +1,9 @@
-"""What LVIS's AP costs in data/lvis_ap.py, against the lvis package on the same drawn results, as
+"""What LVIS's average precision costs here and in the lvis package, on the same drawn results, as
 ratios: `make bench`.
 
-Both get the truth in memory, and each is run in a process of its own, the one after the other. Time
-is of the CPU; for memory see `peak` of bench_guided.py: the peak of the resident set above what it
-was before (Linux)."""
+Both get the truth in memory, and each runs in a process of its own, one after the other. The time
+is that of the CPU, and the memory is the peak of the resident set above what it was before (Linux;
+see `peak` of bench_guided.py)."""
 
 import copy
 import ctypes
@@ -167,11 +167,10 @@ def measure(which: str, kind: str, *sizes: int) -> dict:
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before, start = status("VmRSS"), time.process_time()
-    stats = (
-        package(truth, results, kind)[0]
-        if which == "package"
-        else lvis_ap(truth, results, kind)["stats"]
-    )
+    if which == "package":
+        stats = package(truth, results, kind)[0]
+    else:
+        stats = lvis_ap(truth, results, kind)["stats"]
     return {
         "seconds": time.process_time() - start,
         "memory": (status("VmHWM") - before) / 2**20,
@@ -182,30 +181,20 @@ def measure(which: str, kind: str, *sizes: int) -> dict:
 def main(*sizes: int) -> None:
     print(f"{sizes[0]} images, {sizes[1]} classes, {sizes[2]} detections an image")
     for kind in ("segm", "bbox"):
-        theirs, ours = (
-            json.loads(
-                subprocess.run(
-                    [sys.executable, __file__, which, kind, *map(str, sizes)],
-                    check=True,
-                    text=True,
-                    stdout=subprocess.PIPE,
-                ).stdout.splitlines()[-1]
-            )
-            for which in ("package", "ours")
-        )
-        apart = max(
-            (
-                abs(a - b)
-                for a, b in zip(theirs["stats"], ours["stats"], strict=True)
-                if a is not None
-            ),
-            default=0,
-        )
+        measured = {}
+        for which in ("package", "ours"):
+            command = [sys.executable, __file__, which, kind, *map(str, sizes)]
+            done = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE)
+            measured[which] = json.loads(done.stdout.splitlines()[-1])
+        theirs, ours = measured["package"], measured["ours"]
+        pairs = zip(theirs["stats"], ours["stats"], strict=True)
+        apart = max((abs(a - b) for a, b in pairs if a is not None), default=0)
         print(
             f"{kind}: lvis {theirs['seconds']:.1f} s, ours {ours['seconds']:.1f} s, ratio "
-            f"{theirs['seconds'] / ours['seconds']:.1f}; extra memory lvis {theirs['memory']:.2f} GiB, ours "
-            f"{ours['memory']:.3f} GiB, ratio {ours['memory'] / theirs['memory']:.3f}; AP {ours['stats'][0]:.3f}, "
-            f"largest difference of the 13 numbers {apart:.1g}"
+            f"{theirs['seconds'] / ours['seconds']:.1f}; extra memory lvis "
+            f"{theirs['memory']:.2f} GiB, ours {ours['memory']:.3f} GiB, ratio "
+            f"{ours['memory'] / theirs['memory']:.3f}; AP {ours['stats'][0]:.3f}, largest "
+            f"difference of the 13 numbers {apart:.1g}"
         )
 
 

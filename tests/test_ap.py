@@ -1,5 +1,5 @@
-"""data/ap.py: COCO's AP against the COCO API's demo and toys, Cityscapes' against values by hand
-and plain loops."""
+"""COCO's average precision against the demo of the COCO API and toys, and that of Cityscapes
+against values by hand and plain loops."""
 
 import json
 from dataclasses import replace
@@ -454,11 +454,11 @@ def test_three_images_by_hand():
         ([(26001, box(0, 0, 20, 20))], [], 0),
         ([(26001, box(0, 0, 20, 20))], [(CAR, 0.9, np.zeros((60, 60), bool))], 0),
         ([(26001, box(0, 0, 20, 20))], [(TRUCK, 0.9, box(0, 0, 20, 20))], 0),
-        # an IoU of 0.5 is not more than 0.5
+        # An IoU of 0.5 is not more than 0.5, but one of 0.55 is.
         ([(26001, box(0, 0, 20, 20))], [(CAR, 0.9, box(0, 0, 10, 20))], 0),
-        ([(26001, box(0, 0, 20, 20))], [(CAR, 0.9, box(0, 0, 11, 20))], 10),  # 0.55 is
-        # wrong with a lower score than the right one: half of its step. The same outside of the curve
-        # costs nothing
+        ([(26001, box(0, 0, 20, 20))], [(CAR, 0.9, box(0, 0, 11, 20))], 10),
+        # A wrong one with a lower score than the right one lies outside of the curve and costs
+        # nothing. One with a higher score takes half of the step.
         (
             [(26001, box(0, 0, 20, 20))],
             [(CAR, 0.9, box(0, 0, 20, 20)), (CAR, 0.3, box(30, 30, 20, 20))],
@@ -469,8 +469,7 @@ def test_three_images_by_hand():
             [(CAR, 0.9, box(0, 0, 20, 20)), (CAR, 0.95, box(30, 30, 20, 20))],
             25,
         ),
-        # on a region that is not scored: void, a group of this class, a small object, and a group of 81
-        # pixels, twice
+        # A wrong one lies on a region that is not scored: void, or a group of this class.
         (
             [(26001, box(0, 0, 20, 20)), (4, box(30, 30, 20, 20))],
             [(CAR, 0.9, box(0, 0, 20, 20)), (CAR, 0.95, box(30, 30, 20, 20))],
@@ -481,12 +480,13 @@ def test_three_images_by_hand():
             [(CAR, 0.9, box(0, 0, 20, 20)), (CAR, 0.95, box(30, 30, 20, 20))],
             100,
         ),
-        # a group of another class is no excuse
+        # A group of another class is no excuse.
         (
             [(26001, box(0, 0, 20, 20)), (24, box(30, 30, 20, 20))],
             [(CAR, 0.9, box(0, 0, 20, 20)), (CAR, 0.95, box(30, 30, 20, 20))],
             25,
         ),
+        # A small object is not scored, either, and a small group counts twice.
         (
             [(26001, box(0, 0, 20, 20)), (26002, box(30, 30, 9, 11))],
             [(CAR, 0.9, box(0, 0, 20, 20)), (CAR, 0.95, box(30, 30, 9, 11))],
@@ -506,10 +506,9 @@ def test_three_images_by_hand():
             [(CAR, 0.9, box(0, 0, 20, 20)), (CAR, 0.95, box(30, 30, 20, 20))],
             25,
         ),
-        # the second on an object (IoU 0.625) is wrong up to 0.6, though 2 * 60 / 160 of it lie on a
-        # small group; for that
-        # it does not count at 0.65 and 0.7. A wrong one at .8 between right ones leaves (2/3 + 1/2 + 1
-        # + 1) / 4 = 19/24
+        # The second one on an object (IoU 0.625) is wrong up to 0.6, although 2 * 60 / 160 of it
+        # lie on a small group, and for that reason does not count at 0.65 and 0.7. A wrong one at 0.8
+        # between right ones leaves (2/3 + 1/2 + 1 + 1) / 4 = 19/24.
         (
             [(26001, box(0, 0, 10, 10)), (26, box(10, 0, 6, 10)), (26002, box(30, 30, 20, 20))],
             [
@@ -519,8 +518,8 @@ def test_three_images_by_hand():
             ],
             (8 * 100 * 19 / 24 + 2 * 100) / 10,
         ),
-        # caravans (29001) are objects of a class that is not scored, but the benchmark knows them as
-        # void in groups alone
+        # Caravans (29001) are objects of a class that is not scored, but to the benchmark only
+        # groups of them are void.
         (
             [(26001, box(0, 0, 20, 20)), (29, box(30, 30, 20, 20))],
             [(CAR, 0.9, box(0, 0, 20, 20)), (CAR, 0.95, box(30, 30, 20, 20))],
@@ -538,7 +537,7 @@ def test_three_images_by_hand():
         ),  # 100 pixels are enough
         ([(26001, box(0, 0, 9, 11))], [(CAR, 0.9, box(0, 0, 9, 11))], None),
         ([], [(CAR, 0.9, box(0, 0, 9, 9))], None),
-        # nothing is left to count
+        # Nothing is left that counts.
         (
             [(26001, box(0, 0, 20, 20)), (0, box(30, 30, 20, 20))],
             [(CAR, 0.9, box(30, 30, 20, 20))],
