@@ -507,8 +507,8 @@ def test_three_images_by_hand():
             25,
         ),
         # The second one on an object (IoU 0.625) is wrong up to 0.6, although 2 * 60 / 160 of it
-        # lie on a small group, and for that reason does not count at 0.65 and 0.7. A wrong one at 0.8
-        # between right ones leaves (2/3 + 1/2 + 1 + 1) / 4 = 19/24.
+        # lie on a small group, and for that reason does not count at 0.65 and 0.7. A wrong one at
+        # 0.8 between right ones leaves (2/3 + 1/2 + 1 + 1) / 4 = 19/24.
         (
             [(26001, box(0, 0, 10, 10)), (26, box(10, 0, 6, 10)), (26002, box(30, 30, 20, 20))],
             [

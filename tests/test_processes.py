@@ -186,9 +186,7 @@ def note_buffers(folder: Path) -> None:
     gta_seg.evaluate = with_note
 
 
-@pytest.mark.parametrize(
-    "flags", [{}, dict(recipe="released"), dict(method="mt"), dict(joint_bn=True)], ids=str
-)
+@pytest.mark.parametrize("flags", [{}, dict(recipe="released"), dict(method="mt")], ids=str)
 def test_all_processes_hold_the_same_networks_before_an_evaluation(tiny, tmp_path, io, flags):
     for done in ranks(
         2,
