@@ -7,7 +7,8 @@ that it has not seen, we measure for each class how far its confidence is off. A
 from the labels and from the teacher's soft pseudo labels, from which that error is taken out, and
 the teacher follows the student by an exponential moving average (EMA). The unlabeled pictures are
 neighbours of rare objects, found in a large pool. All networks are Cascade Mask R-CNN with an
-EVA-02 backbone. They stand in this file, but for arithmetic on boxes, which is common/boxes.py.
+EVA-02 backbone. They are written out in this file; only the arithmetic on boxes is in
+common/boxes.py.
 
     paper                                           this file
     Eq. 1        class prototypes                   prototypes
@@ -17,19 +18,27 @@ EVA-02 backbone. They stand in this file, but for arithmetic on boxes, which is 
                                                     label_statistics
     Eq. 4        CCECE, the error of confidence     ccece, shrunk, calibrate
     Eq. 5        corrected pseudo labels            corrected, pseudo_targets, pseudo_labels
+    Sec. 2       weak and strong views              unlabeled_view, jittered_window, strong_view
+    Sec. 2       filtering by confidence            objects_found, --threshold
+    Sec. 3       binary cross-entropy               sigmoid_loss, known_classes
     Sec. 3.1     embeddings of objects, B(x)        Embedder, embed_objects
+    Sec. 3.1     the similarity matrix S            cosines
     Sec. 3.2     the step of the student            train_step, ema_update
-    Sec. 4.1     retrieval of unlabeled images      retrieve, crop_objects
+    Sec. 4.1     retrieval of unlabeled images      retrieve, crop_objects, --neighbours
     Sec. 4.1     85 % and 15 %, order of training   hold_out, divide, plan
     Sec. 4.1     the grid search                    grid, GRIDS
+    Sec. 4.1     what the search found              --eps, --gamma, --lambda-calib, --unsup-weight
     Sec. 4.1     EVA-02                             EVA02, SimplePyramid
     Sec. 4.1     Cascade Mask R-CNN                 Detector, RPN, CascadeHeads, BoxHead, MaskHead
-    Sec. 4.1     schedule and optimizer             learning_rate_factor, adamw
-    Sec. 4.1     evaluation, AP and AP_r            evaluate, detect, group_by_count
+    Sec. 4.1     schedule, optimizer, batch         learning_rate_factor, adamw, --lr, --batch-size
+    Sec. 4.1     evaluation, AP of 300 instances    evaluate, detect, --detections
+    Sec. 4.1     AP_r: which classes are rare       label_statistics, --frequency, group_by_count
     Table 1      three kinds of pseudo labels       --pseudo, pseudo_targets
+    Table 1      the supervised row                 --stage (teacher), class_targets
     Fig. 1       the AP of Table 1 as bars          --pseudo, docs/better_pseudo_labels.md
     Fig. 2       four smoothings, shares of labels  --smoothing, --split, class_targets
-    Fig. 3       calibration of both networks       score_results, confident_results
+    Fig. 3       calibration of both networks       score_results, confident_results,
+                                                    common/metrics.py (reliability, with the ECE)
     Fig. 4       AP of each class by its frequency  draw_per_class
     Fig. 5       pictures with found objects        score_networks, --predict
 
@@ -438,14 +447,15 @@ def group_by_count(counts: np.ndarray) -> list[str]:
     Equal counts are never parted: they go to the third that holds the middle of their ranks, to c
     if that lies on a border. So thirds may be unequal or empty, and all are c if all are equal."""
     counts = np.asarray(counts)
-    ranks = np.sort(counts[counts > 0])
-    # twice the middle of the ranks of each count
-    middles = np.searchsorted(ranks, counts, "left") + np.searchsorted(ranks, counts, "right")
+    ascending = np.sort(counts[counts > 0])
+    first = np.searchsorted(ascending, counts, "left")  # the ranks first..last-1 have this count
+    last = np.searchsorted(ascending, counts, "right")
+    middle_ranks = (first + last) / 2
     groups = []
-    for count, middle in zip(counts.tolist(), middles.tolist(), strict=True):
-        if count == 0 or 3 * middle < 2 * len(ranks):
+    for count, middle in zip(counts.tolist(), middle_ranks.tolist(), strict=True):
+        if count == 0 or 3 * middle < len(ascending):
             groups.append("r")
-        elif 3 * middle <= 4 * len(ranks):
+        elif 3 * middle <= 2 * len(ascending):
             groups.append("c")
         else:
             groups.append("f")
@@ -476,7 +486,7 @@ class Embedder(nn.Module):
         import timm
 
         weights = "imagenet" if pretrained else "none"
-        self.has_maps = not timm.is_model(name)
+        self.has_maps = not timm.is_model(name)  # torchvision's give maps, timm's a vector
         if self.has_maps:
             self.body = backbones.build(name, 32, pretrained)[0]
         elif name.startswith(ONE_SIZE):
@@ -603,17 +613,17 @@ def embed_crops(
         collate_fn=lambda item: crop_objects(item[0], data, item[1], size),
         **loading.helpers(workers),
     )
-    found, known = [], set()
+    found, seen = [], set()
     for i, (crops, labels) in enumerate(loader):
         if len(labels) == 0:
             continue
-        examples = {}
+        examples = {}  # a crop of each class that this process has not seen before
         for label, crop in zip(labels.tolist(), crops, strict=True):
-            if label not in known:
+            if label not in seen:
                 examples[label] = crop
-        known |= examples.keys()
+        seen |= examples.keys()
         vectors = [net(part.to(world.device)) for part in crops.split(64)]
-        place = world.rank + i * world.size
+        place = world.rank + i * world.size  # in `chosen`; `gather` sorts by it
         found.append((place, torch.cat(vectors).cpu(), labels, examples))
     found = mask_ap.gather(world, found)
     if not found:
@@ -621,9 +631,10 @@ def embed_crops(
             "None of the objects whose crops are to be embedded can be seen; look at the "
             "annotations."
         )
-    first_examples = {}
+    first_examples: dict[int, Tensor] = {}
     for _, _, _, examples in found:
-        first_examples = examples | first_examples
+        for label, crop in examples.items():
+            first_examples.setdefault(label, crop)
     return Embedded(
         torch.cat([vectors for _, vectors, _, _ in found]),
         torch.cat([labels for _, _, labels, _ in found]),
@@ -700,8 +711,8 @@ def calibrate(net: Detector, data: Instances, groups: list[str], args: Args, wor
     of each class, and the reliability diagram of the same samples.
 
     The network sees what a teacher sees when it makes pseudo labels: one weak view of each image,
-    drawn by --seed. What it finds there from --threshold on is a sample, right if it is of the
-    class of an object that lies in the window and overlaps it by half. DEPARTS[samples]"""
+    drawn by --seed. Each object found there with a confidence of --threshold or more is a sample.
+    It is right if an object of its class overlaps it by half in the window. DEPARTS[samples]"""
     entries, views = [], []
     for index, image in instances.score_loader(data.val, world, args.workers):
         size = tuple(image.shape[-2:])
@@ -718,7 +729,8 @@ def calibrate(net: Detector, data: Instances, groups: list[str], args: Args, wor
         torch.from_numpy(x) for x in (samples.conf, samples.right, samples.labels)
     )
     delta, counts = ccece(conf, right, labels, len(data.classes), args.bins)
-    # A class without an object here is only found wrongly; it gets the mean of its group.
+    # A class without an object here can only be found wrongly, which says nothing of its true
+    # error: its samples do not count, so `shrunk` gives it the mean of its group.
     has_objects = torch.zeros(len(data.classes), dtype=torch.bool)
     for photo in photos:
         has_objects[list(singles(photo))] = True
@@ -760,8 +772,9 @@ def confident_results(
     threshold: float,
     factors: Tensor | float = 1.0,
 ) -> list[dict]:
-    """The samples of Eq. 4 and Fig. 3 in an image, as entries of a results file: what would become
-    a pseudo label. Boxes (R, 4) are divided by `factors`, which leads to the image's own pixels."""
+    """The samples of Eq. 4 and Fig. 3 in an image, as entries of a COCO results file: the objects
+    that would become pseudo labels. Dividing boxes (R, 4) by `factors` gives the image's own
+    pixels."""
     keep = objects_found(boxes, probs, threshold)
     conf, labels = probs[keep].max(1)
     return mask_ap.results_of(image_id, ids, labels, conf, None, boxes[keep] / factors)
@@ -829,16 +842,17 @@ def pseudo_labels(
 
 
 def pseudo_log(found: list[Objects], conf: Tensor, world: World) -> dict[str, Tensor]:
-    """What is logged of pseudo labels. The log takes means over processes; divided by the mean
-    number of objects here, these become means over all objects."""
+    """What is logged of pseudo labels. The log averages each value over the processes, which may
+    have found different numbers of objects. So a sum is divided here by the mean number of objects
+    of a process: the average of these is the mean over all objects."""
     counts = torch.tensor([float(len(objects.labels)) for objects in found])
     counts = counts.to(conf.device, non_blocking=True)
-    number = world.mean(counts.sum()).clamp(min=1 / world.size)
+    mean_number = world.mean(counts.sum()).clamp(min=1 / world.size)
     return {
         "pseudo_per_image": counts.mean(),
         "pseudo_none": (counts == 0).float().mean(),
-        "conf": conf.sum() / number,
-        "mass": sum(objects.probs.sum() for objects in found) / number,
+        "conf": conf.sum() / mean_number,
+        "mass": sum(objects.probs.sum() for objects in found) / mean_number,
     }
 
 
@@ -1161,10 +1175,10 @@ class CascadeHeads(nn.Module):
         """Means over the images of each loss's mean over an image's regions, so neither the number
         of processes nor --accumulate changes them. DEPARTS[per-image]
 
-        The caller draws `known` (B, C), the classes whose scores each image teaches, and gives each
-        image a generator of `draws`. The objects' own boxes are added to the proposals here. Boxes
-        are x0, y0, x1, y1 (nothing checks that they are not x, y, width, height) and end with the
-        square of --image-size, not with the picture in it."""
+        `known` (B, C) are the classes whose scores each image teaches, and `draws` has a generator
+        for each image. The objects' own boxes are added to the proposals here. Boxes are x0, y0,
+        x1, y1, which nothing checks (x, y, width, height would go through), and are clipped to the
+        padded square, not to the picture in it."""
         args, loss = self.args, {}
         boxes = []
         for candidates, truth, draw in zip(proposals, objects, draws, strict=True):
@@ -1173,7 +1187,7 @@ class CascadeHeads(nn.Module):
             boxes.append(candidates[sample_regions(matches, args.roi_batch, 0.25, draw)])
         columns = known.any(0).nonzero().flatten()  # no image teaches the scores of other classes
         for stage, (head, (overlap, weights)) in enumerate(zip(self.boxes, CASCADE, strict=True)):
-            if stage > 0:
+            if stage > 0:  # a decoded box may have no area left
                 boxes = [b[sided(b)] for b in boxes]
             matches, target_probs, target_boxes = [], [], []
             for b, truth in zip(boxes, objects, strict=True):
@@ -1186,7 +1200,8 @@ class CascadeHeads(nn.Module):
                 loss["mask"] = self.mask_loss(pyramid, boxes, matches, objects)
 
             x = roi_pool(pyramid, boxes, 7)
-            x = x / 3 + x.detach() * (2 / 3)  # a third of the gradient: three heads share x
+            # The same values, with a third of the gradient: three heads learn from the pyramid.
+            x = x / 3 + x.detach() * (2 / 3)
             logits, deltas = head(x, columns)
             weight = region_weights(matches)  # (R,)
             image_of_region = torch.cat([torch.full_like(m, i) for i, m in enumerate(matches)])
@@ -1359,10 +1374,12 @@ class Detector(nn.Module):
 class State:
     """All that training changes (saved whole), and the forward pass that DDP wraps.
 
-    A run trains up to three networks, one after the other. `heldout` and `teacher` learn from
-    labels alone; in results.json the latter, the paper's teacher, is called `supervised`. Then the
-    `student` learns, and `teacher` is now the average of its weights, which began as the paper's
-    teacher and makes the pseudo labels. So the student of Fig. 3 is filed under `teacher`."""
+    A run trains up to three networks, one after the other, and a phase has the name of its network.
+    In the phases `heldout` and `teacher` a network learns from labels alone. The second one gives
+    the paper's teacher, which results.json calls `supervised`. In the phase `student` two networks
+    start as copies of it: the student, and the average of the student's weights, which makes the
+    pseudo labels. results.json calls them `student` and `teacher`. What is quoted is the average,
+    so look for the student of Fig. 3 under `teacher`."""
 
     phase: str  # heldout, teacher, student: which network is trained
     student: Detector  # the network that learns, in each phase
@@ -1430,10 +1447,12 @@ def backward(
     world: World,
     last: bool,
 ) -> dict[str, Tensor]:
-    """Add the gradient of factor * loss on (B, 3, S, S) uint8 images, in --accumulate parts.
-    Labeled and unlabeled images have a backward pass each: the same gradient in half the memory.
-    Processes exchange the whole gradient once a step, in the last part of the `last` pass."""
-    size, total = part_size(images, args), {}
+    """Add the gradient of factor * loss on (B, 3, S, S) uint8 images, in --accumulate parts; the
+    losses for the log, named after `name` (l: labeled, u: unlabeled images). Each of the two has a
+    backward pass of its own, which gives the same gradient in half the memory. Processes exchange
+    the sum of all gradients once a step, in the last part of the `last` pass."""
+    size = part_size(images, args)
+    total: dict[str, Tensor] = {}
     for start in range(0, len(images), size):
         part = slice(start, start + size)
         draws = []
@@ -1442,14 +1461,16 @@ def backward(
             key = (args.seed, "regions", s.phase, name, s.step, place)
             draws.append(generator(world.device, *key))
         known = known_classes(objects[part], s.classes.images, args.federated, draws)
-        exchange = world.size == 1 or (last and start + size >= len(images))
-        with contextlib.nullcontext() if exchange else s.forward.no_sync():
+        is_last_part = last and start + size >= len(images)
+        keeps_gradient = world.size > 1 and not is_last_part
+        with s.forward.no_sync() if keeps_gradient else contextlib.nullcontext():
             losses = s.forward(transforms.normalize(images[part]), objects[part], known, draws)
             share = len(objects[part]) / len(images)
             (factor * share * sum(losses.values())).backward()
         for key, value in losses.items():
             total[key] = total.get(key, 0) + share * value.detach()
-    return {f"loss_{name}": sum(total.values()), **{f"{k}_{name}": v for k, v in total.items()}}
+    log = {f"{key}_{name}": value for key, value in total.items()}
+    return {f"loss_{name}": sum(total.values()), **log}
 
 
 def part_size(images: Tensor, args: Args) -> int:
@@ -1610,8 +1631,8 @@ PREVIEWS = 6  # images in a preview
 
 
 class Regions(NamedTuple):
-    """What a network makes of one image before anything is suppressed: R regions in pixels of the
-    padded square, which is `factors` (4,) times the image."""
+    """What a network makes of one image before anything is suppressed: R regions, in pixels of the
+    padded square. A box of the image times `factors` (4,) is one of the square."""
 
     factors: Tensor
     pyramid: list[Tensor]
@@ -1629,12 +1650,13 @@ class Detections(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """What `evaluate` gives, each by the name of a network but for the pictures."""
+    """What `evaluate` gives. The keys of its dictionaries are the names of the networks."""
 
     scores: dict[str, dict]  # a record of results.json
     results: dict[str, list[dict]]  # entries of a COCO results file; complete in the main process
     reliability: dict[str, dict]  # Fig. 3; in the main process alone
-    rows: list[list[np.ndarray]]  # preview: an image, its labels, what each network found
+    # preview: in each row an image, its labels, what each network found
+    rows: list[list[np.ndarray]]
 
 
 @torch.no_grad()
@@ -1710,8 +1732,8 @@ def detect(
     net: Detector, image: Tensor, regions: Regions, args: Args, known: Tensor | None = None
 ) -> Detections:
     """The best --detections of an image (3, H, W) uint8, suppressed class by class from an overlap
-    of 0.5. After that cut, classes that are not `known` (C,) are left out: in LVIS they are neither
-    right nor wrong, and no mask is made for them."""
+    of 0.5. Of these, the ones whose class is not `known` (C,) are then left out, and no mask is
+    made for them: LVIS counts them neither as right nor as wrong."""
     rows, labels = (regions.probs > FRINGE).nonzero().unbind(1)
     scores = regions.probs[rows, labels]
     keep, scores = suppress(regions.boxes[rows], scores, labels, 0.5, args.soft_nms)
@@ -1845,17 +1867,18 @@ def plan(args: Args) -> list[Phase]:
     """Sec. 4.1: the networks that a run trains, in order. `heldout` learns from 85 % of the labels,
     so that Eq. 4 can be measured on the others; `teacher` from all. With --tune the teacher itself
     learns from 85 %. DEPARTS[delta]"""
-    steps = {"heldout": args.teacher_steps, "teacher": args.teacher_steps, "student": args.steps}
     names = []
-    if args.stage == "teacher" or (args.stage == "all" and not args.teacher):
-        names.append("teacher")
-    if args.stage == "calibrate" and not args.teacher:
-        names.append("teacher" if args.tune else "heldout")
-    if args.stage in ("student", "all"):
+    if args.stage == "all":
+        if measures_delta(args) and not args.tune:
+            names.append("heldout")
+        if not args.teacher:
+            names.append("teacher")
         names.append("student")
-    measures = args.pseudo == "calibrated" and not args.calibration
-    if args.stage == "all" and measures and not args.tune:
-        names.insert(0, "heldout")
+    elif args.stage == "calibrate" and not args.teacher:
+        names.append("teacher" if args.tune else "heldout")
+    elif args.stage in ("teacher", "student"):
+        names.append(args.stage)
+    steps = {"heldout": args.teacher_steps, "teacher": args.teacher_steps, "student": args.steps}
     phases, begin = [], 0
     for name in names:
         phases.append(Phase(name, begin, begin + steps[name]))
@@ -1863,11 +1886,19 @@ def plan(args: Args) -> list[Phase]:
     return phases
 
 
-class Pictures(NamedTuple):
-    """Who learns from which labeled pictures."""
+def measures_delta(args: Args) -> bool:
+    """Whether the run measures Eq. 4 on labels that are held out."""
+    if args.stage == "calibrate":
+        return True
+    corrects = args.stage in ("student", "all") and args.pseudo == "calibrated"
+    return corrects and not args.calibration
 
-    labeled: list[Photo]  # teacher and student
-    learned: list[Photo]  # the network `heldout`
+
+class Pictures(NamedTuple):
+    """Which networks learn from which labeled pictures."""
+
+    labeled: list[Photo]  # teacher and student learn from these
+    learned: list[Photo]  # the network `heldout` learns from these
     held: list[Photo]  # Eq. 4 is measured on these; with --tune, networks are scored on them
 
     def of(self, phase: Phase) -> list[Photo]:
@@ -1876,10 +1907,7 @@ class Pictures(NamedTuple):
 
 def divide(args: Args, labeled: list[Photo]) -> Pictures:
     """Sec. 4.1: 85 % and 15 % of the labeled pictures, where the settings need two parts."""
-    measures = args.stage == "calibrate" or (
-        args.stage in ("student", "all") and args.pseudo == "calibrated" and not args.calibration
-    )
-    if not args.tune and not measures:
+    if not args.tune and not measures_delta(args):
         return Pictures(labeled, labeled, [])
     learned, held = hold_out(labeled, args.holdout, args.split_seed)
     return Pictures(learned if args.tune else labeled, learned, held)
@@ -1963,8 +1991,9 @@ def train(args: Args) -> dict:
         train_phase(s, phase, *feeds, data, scored_data, args, world, run)
         last, best = s.last, s.best
         world.barrier()  # the main process has written the checkpoint
-    if left and s.scored == s.step and (state is None or state["scored"] < s.scored):
-        run.save("last.pt", snapshot(s, args, data))  # resumed, the run has nothing left to score
+    scored_here = left and s.scored == s.step and (state is None or state["scored"] < s.scored)
+    if scored_here:  # last.pt was saved before the last score; now a resumed run need not repeat it
+        run.save("last.pt", snapshot(s, args, data))
     if args.stage == "calibrate":
         delta_of(args, data, photos.held, classes.groups, world)
     results = finish(run, last, best, classes, data, args, world, chosen.fingerprint)
@@ -1985,7 +2014,7 @@ def train_phase(
 ) -> None:
     """Train the network of a phase from where `s` stands to the end."""
     if phase.name != "heldout" and s.scored < s.step and run.score_is_due(s.step):
-        score_networks(s, scored_data, args, world, run)  # what a stopped run did not come to
+        score_networks(s, scored_data, args, world, run)  # the run was stopped before this score
     is_student = phase.name == "student"
     stream = partial(
         loading.stream,
@@ -2114,7 +2143,7 @@ def score_networks(s: State, data: Instances, args: Args, world: World, run: run
             diagram = json.dumps(found.reliability[name], indent=1)
             write_text(run.out / f"{name}.reliability.json", diagram)
     headline = "teacher" if s.phase == "student" else "supervised"
-    if s.best[headline] is s.last[headline]:
+    if s.best[headline] is s.last[headline]:  # this evaluation is its best one
         run.save("best.pt", snapshot(s, args, data, optimizer=False))
 
 
@@ -2309,14 +2338,15 @@ def choose(args: Args, data: Instances, unlabeled: str, needed: bool) -> instanc
 
 
 def made_of(args: Args, names: str, classes: list[str]) -> str:
-    """A key of the settings `names`, a word each, and the classes that a file was made with."""
+    """A hash of the settings that a file was made with, whose `names` are parted by spaces, and of
+    the classes. A file with another key is made again."""
     values = [str(getattr(args, name)) for name in names.split()]
     return hashlib.sha256(json.dumps([values, classes]).encode()).hexdigest()[:16]
 
 
 def from_main(world: World, value: Any) -> Any:
-    """The main process's value, on every process: a network disk may show its files later to other
-    machines."""
+    """The main process's value, on every process. Each process could look at the disk itself, but
+    a network disk may show a new file later to other machines."""
     return mask_ap.gather(world, [(world.rank, value)])[0][1]
 
 
@@ -2467,6 +2497,15 @@ def main(args: Args) -> Any:
 
 
 # ================================================================================ official weights
+def pyramid_layer(match: re.Match) -> str:
+    """EVA-02's backbone.simfp_<level>.<layer>.[norm.] -> our name. There a norm belongs to its
+    convolution; here it is a layer of its own. So a norm comes one place after its convolution, and
+    the second convolution of a level, whose number is listed, moves up by one."""
+    level, layer, is_norm = int(match[1]), int(match[2]), bool(match[3])
+    is_second = (level, layer) in ((2, 5), (3, 2), (4, 1), (5, 2))
+    return f"neck.levels.{level - 2}.{layer + is_second + is_norm}."
+
+
 # EVA-02's and Detectron2's names -> ours.
 EVA_NAMES = [
     (re.compile(pattern), new)
@@ -2479,14 +2518,7 @@ EVA_NAMES = [
         (r"\.mlp\.w2\.", ".mlp.fc1_x."),
         (r"\.mlp\.w3\.", ".mlp.fc2."),
         (r"\.mlp\.ffn_ln\.", ".mlp.norm."),
-        (
-            r"^backbone\.simfp_(\d)\.(\d)\.(norm\.)?",
-            lambda m: (
-                f"neck.levels.{int(m[1]) - 2}."
-                # a 3x3 comes behind the norm of a 1x1
-                f"{int(m[2]) + (m[1] + m[2] in ('25', '32', '41', '52')) + bool(m[3])}."
-            ),
-        ),
+        (r"^backbone\.simfp_(\d)\.(\d)\.(norm\.)?", pyramid_layer),
         (r"^proposal_generator\.rpn_head\.", "rpn."),
         (r"^rpn\.conv\.conv(\d)\.", lambda m: f"rpn.convs.{2 * int(m[1])}."),
         (r"^rpn\.objectness_logits\.", "rpn.objectness."),
