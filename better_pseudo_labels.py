@@ -1817,27 +1817,21 @@ def retrieve(
     known_store = embed(known, folder=out / "embedded" / "known")
     some_left = False
     if world.main:
-        where = {"device": world.device}
+        most, on = args.duplicate, {"device": world.device}
         vectors = F.normalize(queries.embeddings, dim=1).numpy()
-        cosine, rows = retrieval.search(vectors, pool_store, args.neighbours, args.index, **where)
-        found = np.unique(rows[rows >= 0])
-        kept = found[retrieval.duplicates(pool_store, found, args.duplicate, **where) == found]
-        kept = kept[~retrieval.known(pool_store, kept, known_store, args.duplicate, **where)]
-        print(retrieval.histogram(pool_store, found, args.duplicate, **where))
+        cosine, rows = retrieval.search(vectors, pool_store, args.neighbours, args.index, **on)
+        different = np.unique(rows[rows >= 0])
+        stands_for = retrieval.duplicates(pool_store, different, most, **on)
+        kept = different[stands_for == different]  # one of each group of duplicates
+        is_known = retrieval.known(pool_store, kept, known_store, most, **on)
+        kept = kept[~is_known]
+        print(retrieval.histogram(pool_store, different, most, **on))
         some_left = len(kept) > 0
         if some_left:
-            retrieval.report(
-                out,
-                pool_store,
-                found,
-                kept,
-                rows,
-                cosine,
-                queries.labels.numpy(),
-                queries.examples,
-                data.classes,
-                made_of(args, RETRIEVED_OF, data.classes),
-            )
+            asked = retrieval.Queries(queries.labels.numpy(), queries.examples)
+            found = retrieval.Found(cosine, rows, different, kept)
+            key = made_of(args, RETRIEVED_OF, data.classes)
+            retrieval.report(out, pool_store, asked, found, data.classes, key)
     if not from_main(world, some_left):
         raise UserError(
             f"--pool {args.pool}: all neighbours are duplicates, or labeled or scored themselves; "

@@ -1,8 +1,8 @@
-"""Pictures near query embeddings in a large pool: embed the pool once on disk, search it, find
-duplicates.
+"""Find the pictures of a large pool that are nearest to query embeddings: embed the pool once on
+disk (`embed`), search it (`search`), find duplicates (`duplicates`, `known`), report (`report`).
 
-Nothing here knows what a query is, or which network embeds. All processes embed, one may do the
-rest. Files are taken to stay as they were when they were embedded."""
+Nothing here knows what a query is, or which network embeds. All processes embed together; the rest
+is for one process. Picture files must not change after they were embedded, which nothing checks."""
 
 import hashlib
 import io
@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,9 +31,8 @@ from common.errors import RankError, UserError
 from common.files import BrokenImage, read_image, write_bytes, write_text
 from common.loading import helpers
 
-# change it when a shard would be another one
+# Part of a shard's name. Change it whenever the code would write other numbers into a shard.
 FORMAT = "1: whole picture, bicubic with antialias, float16"
-
 
 BLOCK = 2048  # rows and columns of a block of cosines, 16 MiB
 
@@ -74,12 +74,12 @@ class Store:
     def parts(self, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """(shard, places in `rows`, their rows within the shard) for each shard that holds some of
         `rows` (n,)."""
-        assert not len(rows) or 0 <= rows.min() and rows.max() < len(self.paths), (
-            "not a row of this store"
-        )
+        if len(rows) == 0:
+            return
+        assert rows.min() >= 0 and rows.max() < len(self.paths), "not a row of this store"
         order = np.argsort(rows, kind="stable")
         ends = np.flatnonzero(np.diff(rows[order] // self.shard_size)) + 1
-        for places in np.split(order, ends) if len(rows) else ():
+        for places in np.split(order, ends):
             s = int(rows[places[0]]) // self.shard_size
             yield s, places, rows[places] - s * self.shard_size
 
@@ -94,7 +94,8 @@ def squared(image: Tensor, size: int) -> Tensor:
 def read(paths: list[Path], size: int) -> tuple[Tensor, list[str], list[str]]:
     """Pictures (B, 3, size, size) uint8, the SHA-256 of their files, and "" each; or, of one that
     cannot be read, a black picture, "" and why."""
-    images, sha256, reasons = torch.zeros(len(paths), 3, size, size, dtype=torch.uint8), [], []
+    images = torch.zeros(len(paths), 3, size, size, dtype=torch.uint8)
+    sha256, reasons = [], []
     for image, path in zip(images, paths, strict=True):
         try:
             image.copy_(squared(read_image(path), size))
@@ -117,64 +118,61 @@ def embed(
     batch_size: int = 64,
     shard_size: int = 8192,
 ) -> Store:
-    """The store of `paths` in `folder`, where the shards that lack are made; all processes of
-    `world` call this and get the same. `network`, in evaluation mode, maps uint8 (B, 3, size, size)
-    on world.device to (B, D); `key` names it, its weights and what it does to the pixels.
+    """The store of `paths` in `folder`, where missing shards are made. All processes of `world`
+    call this and get the same. `network`, in evaluation mode, maps uint8 (B, 3, size, size) on
+    world.device to (B, D); `key` names it, its weights and what it does to the pixels.
 
-    Process s % world.size makes shard s. A shard's name holds a hash of key, size and its absolute
-    paths: a killed run goes on, a longer list adds to a store, and what another key or list left in
-    the folder stays there unread. Pictures that cannot be read are passed over with a warning;
-    UserError when all are such, or there is none."""
+    Process s % world.size makes shard s. A shard's name holds a hash of key, size and the absolute
+    paths of its pictures. So a killed run goes on where it stopped, a longer list only adds shards,
+    and those of another key or list stay in the folder unread. Pictures that cannot be read are
+    passed over with a warning; UserError if that leaves none."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
         raise UserError(
             f"{folder} cannot be made ({error.strerror}); name another folder."
         ) from None
-    store, names, spans = (
-        Store(folder, paths, [], [], shard_size),
-        [os.path.abspath(path) for path in paths],
-        {},
-    )
+    store = Store(folder, paths, [], [], shard_size)
+    names = [os.path.abspath(path) for path in paths]
+    missing: dict[int, range] = {}  # shards that this process has to make -> their rows
     for s, start in enumerate(range(0, len(paths), shard_size)):
-        about = b"\0".join(
-            map(os.fsencode, [FORMAT, key, str(size), *names[start : start + shard_size]])
-        )
-        shard = folder / f"{s:05d}-{hashlib.sha256(about).hexdigest()[:24]}.npy"
+        span = range(start, min(start + shard_size, len(paths)))
+        made_of = [FORMAT, key, str(size), *names[start : span.stop]]
+        digest = hashlib.sha256(b"\0".join(os.fsencode(text) for text in made_of)).hexdigest()
+        shard = folder / f"{s:05d}-{digest[:24]}.npy"
         store.shards.append(shard)
-        # others' shards are not looked for: a network disk remembers for a while what was not there
-        if s % world.size == world.rank and not (
-            shard.is_file() and shard.with_suffix(".json").is_file()
+        # Shards of other processes are not looked for: a network disk would go on telling for a
+        # while that they are not there.
+        if s % world.size == world.rank:
+            if not shard.is_file() or not shard.with_suffix(".json").is_file():
+                missing[s] = span
+    if missing:
+        for s, rows, sha256, broken in embedded(
+            missing, store, network, size, world, workers, batch_size
         ):
-            spans[s] = range(start, min(start + shard_size, len(paths)))
-    for s, rows, sha256, broken in (
-        embedded(spans, store, network, size, world, workers, batch_size) if spans else ()
-    ):
-        note = {
-            "key": key,
-            "size": size,
-            "paths": [names[i] for i in spans[s]],
-            "sha256": sha256,
-            "broken": broken,
-        }
-        write_text(store.shards[s].with_suffix(".json"), json.dumps(note))
-        buffer = io.BytesIO()
-        np.save(buffer, rows.half().numpy())
-        # last, for it says that the shard is whole
-        write_bytes(store.shards[s], buffer.getbuffer())
+            note = {
+                "key": key,
+                "size": size,
+                "paths": [names[i] for i in missing[s]],
+                "sha256": sha256,
+                "broken": broken,
+            }
+            write_text(store.shards[s].with_suffix(".json"), json.dumps(note))
+            buffer = io.BytesIO()
+            np.save(buffer, rows.half().numpy())
+            # It is written last, since its presence says that the shard is whole.
+            write_bytes(store.shards[s], buffer.getbuffer())
     world.barrier()
-    store.broken = [
-        s * shard_size + place
-        for s in range(len(store.shards))
-        for place in store.note(s)["broken"]
-    ]
+    for s in range(len(store.shards)):
+        store.broken += [s * shard_size + place for place in store.note(s)["broken"]]
     if len(store.broken) == len(paths):
-        # the disk of the pictures may just be missing
+        # Perhaps the disk of the pictures is not mounted: leave nothing that says they are broken.
         for shard in store.shards[world.rank :: world.size]:
             shard.unlink(missing_ok=True)
+        example = f", such as {paths[0]}" if paths else ""
         raise UserError(
-            f"Of {len(paths)} pictures to embed into {folder} none can be read"
-            f"{f', such as {paths[0]}' if paths else ''}; name a folder or a list of others."
+            f"Of {len(paths)} pictures to embed into {folder} none can be read{example}; name a "
+            "folder or a list of others."
         )
     return store
 
@@ -189,19 +187,19 @@ def embedded(
     workers: int,
     batch_size: int,
 ) -> Iterator[tuple[int, Tensor, list[str], list[int]]]:
-    """(shard, rows (n_s, D) float32 of length 1, SHA-256, broken places) for each shard s of the
-    rows `spans`[s]. Batches end where shards end, so a shard is the same whoever makes it, and
-    when."""
+    """(s, embeddings (n_s, D) float32 of length 1, SHA-256, broken places) of each shard s, which
+    holds the rows `spans`[s]. Batches end where shards end, so a shard comes out the same whichever
+    process makes it, and in whichever run."""
     from tqdm import tqdm
 
-    batches = [
-        span[i : i + batch_size] for span in spans.values() for i in range(0, len(span), batch_size)
-    ]
+    batches = []
+    for span in spans.values():
+        batches += [span[i : i + batch_size] for i in range(0, len(span), batch_size)]
     loader = iter(
         DataLoader(
             batches,
             batch_size=None,
-            collate_fn=lambda b: read([store.paths[i] for i in b], size),
+            collate_fn=lambda batch: read([store.paths[i] for i in batch], size),
             generator=torch.Generator(),
             pin_memory=world.device.type == "cuda",
             **helpers(workers),
@@ -276,51 +274,51 @@ def search(
     if index == "exact":
         return exact(torch.from_numpy(queries).to(device), store, k)
     found = candidates(queries, store, k * rerank, index, nprobe)
-    scores, rows = np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1)
+    scores = np.full((len(queries), k), -np.inf, np.float32)
+    rows = np.full((len(queries), k), -1)
     for start in range(0, len(queries), 64):
-        needed = np.unique(found[start : start + 64])
+        of_part = found[start : start + 64]
+        needed = np.unique(of_part)
         needed = needed[needed >= 0]
         x = vectors(store, needed)  # read once for 64 queries
-        for i, mine in enumerate(found[start : start + 64], start):
+        for i, mine in enumerate(of_part, start):
             mine = mine[mine >= 0]
             score = x[np.searchsorted(needed, mine)] @ queries[i]
             best = np.argsort(-score, kind="stable")[:k]
-            scores[i, : len(best)], rows[i, : len(best)] = score[best], mine[best]
+            scores[i, : len(best)] = score[best]
+            rows[i, : len(best)] = mine[best]
     return scores, rows
 
 
 def exact(queries: Tensor, store: Store, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """`search` by comparing each query with each row."""
-    at = {"device": queries.device}
-    scores, rows = (
-        torch.full((len(queries), k), -torch.inf, **at),
-        torch.full((len(queries), k), -1, **at),
-    )
-    broken = torch.tensor(store.broken, dtype=torch.int64, **at)
+    """`search` by comparing each query with each row. The best k of the shards seen so far are kept
+    and compared with those of the next."""
+    device = queries.device
+    scores = torch.full((len(queries), k), -torch.inf, device=device)
+    rows = torch.full((len(queries), k), -1, device=device)
+    broken = torch.tensor(store.broken, dtype=torch.int64, device=device)
     for s in range(len(store.shards)):
-        x, first = (
-            torch.from_numpy(store.shard(s).astype(np.float32)).to(**at),
-            s * store.shard_size,
-        )
-        gone = broken[(broken >= first) & (broken < first + len(x))] - first
+        x = torch.from_numpy(store.shard(s).astype(np.float32)).to(device)
+        first = s * store.shard_size
+        broken_here = broken[(broken >= first) & (broken < first + len(x))] - first
         for start in range(0, len(queries), BLOCK):
             part = slice(start, start + BLOCK)
             found = queries[part] @ x.T
-            found[:, gone] = -torch.inf
+            found[:, broken_here] = -torch.inf
             found, places = found.topk(min(k, len(x)))
-            scores[part], order = torch.cat([scores[part], found], 1).topk(k)
-            rows[part] = torch.cat([rows[part], places + first], 1).gather(1, order)
+            scores[part], order = torch.cat([scores[part], found], dim=1).topk(k)
+            rows[part] = torch.cat([rows[part], places + first], dim=1).gather(1, order)
     rows[scores == -torch.inf] = -1
     return scores.cpu().numpy(), rows.cpu().numpy()
 
 
 def candidates(queries: np.ndarray, store: Store, k: int, index: str, nprobe: int) -> np.ndarray:
-    """(Q, k) rows near the queries by a Faiss index of all rows but the broken, -1 where it finds
-    fewer.
+    """Rows (Q, k) near the queries, found by a Faiss index of all rows but the broken; -1 where it
+    finds fewer.
 
-    It is trained on all rows, or on a sample of 2^18, or of 64 for each of its lists where that is
-    more. Faiss also trains product codes for a search that is not used here; PQ16np in place of
-    PQ16 saves that time."""
+    The index is trained on all rows, but on no more than a sample of 2^18, or of 64 rows for each
+    of its lists if that is more. Faiss also trains product codes for a kind of search that is not
+    used here; PQ16np in place of PQ16 saves that time."""
     try:
         import faiss
     except ImportError:
@@ -337,14 +335,15 @@ def candidates(queries: np.ndarray, store: Store, k: int, index: str, nprobe: in
                 raise RuntimeError("failed: no lists")
             lists.nprobe = min(nprobe, lists.nlist)
         if not built.is_trained:
-            number = min(len(rows), max(2**18, 64 * lists.nlist if lists is not None else 0))
-            built.train(
-                vectors(store, np.sort(rng(0, "index").choice(rows, number, replace=False)))
-            )
+            wanted = 2**18 if lists is None else max(2**18, 64 * lists.nlist)
+            number = min(len(rows), wanted)
+            sample = rng(0, "index").choice(rows, number, replace=False)
+            built.train(vectors(store, np.sort(sample)))
         for s, _, inside in store.parts(rows):
             built.add(store.shard(s)[inside].astype(np.float32))
         places = built.search(queries, k)[1]
-    except RuntimeError as error:  # Error in f(x) at y.cpp:66: Error: ... failed: why
+    except RuntimeError as error:
+        # Faiss says "Error in f(x) at y.cpp:66: Error: ... failed: why"; the end is what helps.
         why = re.split(r":\d+: |Error: |failed: ", str(error).strip())[-1].rstrip(".")
         raise UserError(
             f"--index {index} cannot be built of {len(rows)} vectors of {queries.shape[1]} numbers "
@@ -357,23 +356,24 @@ def candidates(queries: np.ndarray, store: Store, k: int, index: str, nprobe: in
 def duplicates(
     store: Store, rows: np.ndarray, threshold: float, device: torch.device | str = "cpu"
 ) -> np.ndarray:
-    """For each of `rows` (n,), all different, the row (n,) that stands for it: itself where it is
-    kept.
+    """For each of `rows` (n,), all different, the row that stands for it, (n,): the row itself if
+    it is kept.
 
-    Pictures of one file content, or of a cosine above `threshold`, are linked; of those that hang
-    together, directly or by others, the first in `rows` is kept. The n vectors are held as float32,
-    their cosines a block at a time."""
+    Two pictures are linked if their files are equal, or their cosine is above `threshold`. Of all
+    pictures that links join, directly or by way of others, the first in `rows` is kept. The n
+    vectors are held as float32, their cosines a block at a time."""
     x = torch.from_numpy(vectors(store, rows)).to(device)
-    # (n,) numbers below n, equal where linked
-    label = np.unique(contents(store, rows), return_inverse=True)[1]
+    # (n,) the group of each picture, a number below n. At first a group is one file content.
+    group = np.unique(contents(store, rows), return_inverse=True)[1]
     for i in range(0, len(x), BLOCK):
         for j in range(i, len(x), BLOCK):
-            a, b = (x[i : i + BLOCK] @ x[j : j + BLOCK].T > threshold).nonzero(as_tuple=True)
-            a, b = label[a.cpu().numpy() + i], label[b.cpu().numpy() + j]
-            if (a != b).any():
-                graph = coo_matrix((np.ones(len(a), bool), (a, b)), (len(x), len(x)))
-                label = connected_components(graph, directed=False)[1][label]
-    _, first, inverse = np.unique(label, return_index=True, return_inverse=True)
+            near = x[i : i + BLOCK] @ x[j : j + BLOCK].T > threshold
+            a, b = near.nonzero(as_tuple=True)
+            a, b = group[a.cpu().numpy() + i], group[b.cpu().numpy() + j]
+            if (a != b).any():  # groups that are linked become one
+                links = coo_matrix((np.ones(len(a), bool), (a, b)), (len(x), len(x)))
+                group = connected_components(links, directed=False)[1][group]
+    _, first, inverse = np.unique(group, return_index=True, return_inverse=True)
     return rows[first[inverse]]
 
 
@@ -384,14 +384,15 @@ def known(
     threshold: float,
     device: torch.device | str = "cpu",
 ) -> np.ndarray:
-    """(n,) bool: whether each of `rows` (n,) has a picture of the same file content, or of a cosine
-    above `threshold`, in `others`, a store of the same network."""
+    """(n,) bool: whether `others`, a store of the same network, has a picture with the same file
+    content as each of `rows` (n,), or one whose cosine to it is above `threshold`."""
     assert store.note(0)["key"] == others.note(0)["key"], "stores of two networks"
     x = torch.from_numpy(vectors(store, rows)).to(device)
-    theirs = {content for s in range(len(others.shards)) for content in others.note(s)["sha256"]}
-    found = torch.tensor(
-        [content in theirs for content in contents(store, rows)], dtype=torch.bool, device=device
-    )
+    theirs = set()
+    for s in range(len(others.shards)):
+        theirs.update(others.note(s)["sha256"])
+    same_file = [content in theirs for content in contents(store, rows)]
+    found = torch.tensor(same_file, dtype=torch.bool, device=device)
     for s in range(len(others.shards)):
         y = torch.from_numpy(others.shard(s).astype(np.float32)).to(device)
         for i in range(0, len(x), BLOCK):
@@ -406,20 +407,18 @@ def histogram(
     sample: int = 2000,
     device: torch.device | str = "cpu",
 ) -> str:
-    """Lines to choose the threshold by: the highest cosine to another one of the pictures `rows`
-    (n,), two or more, for all of them or a `sample`, in bins."""
+    """Lines that help to choose the threshold: for each of the pictures `rows` (n,), two or more,
+    or for a `sample` of them, its highest cosine to another one; and how many lie in each bin."""
     x = torch.from_numpy(vectors(store, rows)).to(device)
     chosen = torch.from_numpy(rng(0, "histogram").permutation(len(rows))[:sample]).to(device)
     highest = torch.full((len(chosen),), -1.0, device=device)
     for j in range(0, len(rows), BLOCK):
         cosine = x[chosen] @ x[j : j + BLOCK].T
-        # to itself
-        cosine[chosen[:, None] == torch.arange(j, j + cosine.shape[1], device=device)] = -1
+        is_itself = chosen[:, None] == torch.arange(j, j + cosine.shape[1], device=device)
+        cosine[is_itself] = -1
         highest = torch.maximum(highest, cosine.amax(dim=1))
-    highest, edges = (
-        highest.clamp(-1, 1).cpu().numpy(),
-        np.array([-1, *np.arange(50, 100, 5) / 100, 0.98, 1]),
-    )
+    highest = highest.clamp(-1, 1).cpu().numpy()
+    edges = np.array([-1, *np.arange(50, 100, 5) / 100, 0.98, 1])
     counts = np.histogram(highest, edges)[0]
     lines = [f"highest cosine of {len(chosen)} of {len(rows)} pictures to another of them:"]
     for low, high, n in zip(edges[:-1], edges[1:], counts, strict=True):
@@ -428,83 +427,80 @@ def histogram(
     return "\n".join(lines)
 
 
+class Queries(NamedTuple):
+    """What was searched for: Q objects."""
+
+    labels: np.ndarray  # (Q,) their classes
+    examples: dict[int, Tensor]  # class -> a crop (3, H, W) uint8 of one of its objects
+
+
+class Found(NamedTuple):
+    """What a search gave for Q queries with k neighbours each."""
+
+    cosine: np.ndarray  # (Q, k) as from `search`
+    rows: np.ndarray  # (Q, k) as from `search`
+    different: np.ndarray  # (n,) the rows among these, each once
+    kept: np.ndarray  # (m,) of these the ones that are neither duplicates nor known
+
+
 def report(
-    out: Path,
-    store: Store,
-    found: np.ndarray,
-    kept: np.ndarray,
-    rows: np.ndarray,
-    cosine: np.ndarray,
-    labels: np.ndarray,
-    examples: dict[int, Tensor],
-    classes: list[str],
-    key: str = "",
+    out: Path, store: Store, queries: Queries, found: Found, classes: list[str], key: str = ""
 ) -> None:
-    """Writes out/retrieved.txt, the list of the `kept` rows; .json, what each class found; and
-    .png, a query of a class and its neighbours, for the first dozen. Of Q queries `rows` and
-    `cosine` (Q, k) as from `search`, `labels` (Q,); `examples` is a crop (3, H, W) uint8 of each
-    class; `key` says by which settings it was all made."""
+    """Writes out/retrieved.txt, the list of the kept pictures; .json, what each class found; and
+    .png, for the first dozen classes a query and its neighbours. `key` stands for the settings by
+    which it was all made."""
     (out / "retrieved.txt").unlink(missing_ok=True)
-    groups = {classes[c]: (labels == c, examples[c]) for c in np.unique(labels).tolist()}
-    facts = {
-        name: {
+    facts, drawn = {}, []
+    for c in np.unique(queries.labels).tolist():
+        mine = queries.labels == c
+        rows, cosine = found.rows[mine], found.cosine[mine]
+        facts[classes[c]] = {
             "queries": int(mine.sum()),
-            "images": len(np.intersect1d(rows[mine], kept)),
-            "mean_cosine": round(float(cosine[mine][rows[mine] >= 0].mean()), 4),
+            "images": len(np.intersect1d(rows, found.kept)),
+            "mean_cosine": round(float(cosine[rows >= 0].mean()), 4),
         }
-        for name, (mine, _) in groups.items()
-    }
-    drawn = []
-    for name, (mine, crop) in list(groups.items())[:12]:
-        first = np.flatnonzero(mine)[0]
-        near = [
-            (store.paths[r], float(c))
-            for r, c in zip(rows[first], cosine[first], strict=True)
-            if r >= 0
-        ][:8]
-        drawn.append((crop.permute(1, 2, 0).numpy(), near, name))
+        if len(drawn) < 12:
+            near = []
+            for row, score in zip(rows[0], cosine[0], strict=True):
+                if row >= 0:
+                    near.append((store.paths[row], float(score)))
+            drawn.append((queries.examples[c].permute(1, 2, 0).numpy(), near[:8], classes[c]))
     sheet(drawn, out / "retrieved.png")
-    write_text(
-        out / "retrieved.json",
-        json.dumps(
-            {
-                "queries": len(rows),
-                "neighbours": rows.shape[1],
-                "pool": len(store.paths),
-                "unreadable": len(store.broken),
-                "found": len(found),
-                "kept": len(kept),
-                "classes": facts,
-                "key": key,
-            },
-            indent=1,
-        ),
-    )
-    write_text(out / "retrieved.txt", "".join(f"{store.paths[r].resolve()}\n" for r in kept))
+    about = {
+        "queries": len(found.rows),
+        "neighbours": found.rows.shape[1],
+        "pool": len(store.paths),
+        "unreadable": len(store.broken),
+        "found": len(found.different),
+        "kept": len(found.kept),
+        "classes": facts,
+        "key": key,
+    }
+    write_text(out / "retrieved.json", json.dumps(about, indent=1))
+    lines = [f"{store.paths[row].resolve()}\n" for row in found.kept]
+    write_text(out / "retrieved.txt", "".join(lines))
+    left_out = len(found.different) - len(found.kept)
     print(
-        f"retrieved: {len(kept)} images of {len(store.paths)}; {len(found) - len(kept)} of those "
-        f"found are duplicates, or labeled or scored themselves; {out / 'retrieved.txt'}, .json "
-        "and .png"
+        f"retrieved: {len(found.kept)} images of {len(store.paths)}; {left_out} of those found are "
+        f"duplicates, or labeled or scored themselves; {out / 'retrieved.txt'}, .json and .png"
     )
 
 
 def done(out: Path, key: str) -> bool:
     """Whether `report` has written its list here, by the settings `key`."""
     try:
-        return (
-            json.loads((out / "retrieved.json").read_text())["key"] == key
-            and (out / "retrieved.txt").exists()
-        )
+        written = json.loads((out / "retrieved.json").read_text())["key"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
+    return written == key and (out / "retrieved.txt").exists()
 
 
 def sheet(
     rows: list[tuple[np.ndarray, list[tuple[Path, float]], str]], path: Path, height: int = 144
 ) -> None:
-    """A picture of what was found: in each row a query crop (H, W, 3) uint8 under its title, then
-    its neighbours (file, score), best first, `height` pixels high or, to be at most twice as wide,
-    less."""
+    """A picture of what was found: in each row a query's crop (H, W, 3) uint8 under its title, then
+    its neighbours (file, score), best first. Each is `height` pixels high, or less if it would
+    otherwise be more than twice as wide as that."""
 
     def captioned(picture: np.ndarray, text: str) -> np.ndarray:
         scale = min(height / picture.shape[0], 2 * height / picture.shape[1])
@@ -515,20 +511,14 @@ def sheet(
         return np.array(canvas)
 
     columns = max(len(near) for _, near, _ in rows)
-    drawn = [
-        [
-            captioned(crop, title),
-            *(
-                captioned(read_image(file).permute(1, 2, 0).numpy(), f"{score:.3f}")
-                for file, score in near
-            ),
-        ]
-        for crop, near, title in rows
-    ]
     blank = np.full((height + 16, 1, 3), 255, np.uint8)
-    plots.strip(
-        [row + [blank] * (columns + 1 - len(row)) for row in drawn],
-        ["query", *map(str, range(1, columns + 1))],
-        path,
-        height + 16,
-    )
+    drawn = []
+    for crop, near, title in rows:
+        cells = [captioned(crop, title)]
+        for file, score in near:
+            neighbour = read_image(file).permute(1, 2, 0).numpy()
+            cells.append(captioned(neighbour, f"{score:.3f}"))
+        cells += [blank] * (columns - len(near))
+        drawn.append(cells)
+    titles = ["query", *(str(i) for i in range(1, columns + 1))]
+    plots.strip(drawn, titles, path, height + 16)
