@@ -231,7 +231,7 @@ class Args:
 
     # timm's eva02_*; or any CNN, with a feature pyramid network
     backbone: str = "eva02_large_patch14_224.mim_m38m"
-    # of the backbone: imagenet (what the name's tag says), none, shapes, or a file.
+    # weights of the backbone: imagenet (what the name's tag says), none, shapes, or a file.
     # DEPARTS[contamination]
     weights: str = "imagenet"
     init_detector: str = ""  # a whole detector to start from: EVA-02's, or ours. DEPARTS[init]
@@ -242,7 +242,8 @@ class Args:
     # chance that the last block of EVA-02 is skipped; smaller for those before it
     drop_path: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.3
     norm: Literal["frozen", "live"] = "frozen"  # BatchNorm of a CNN
-    width: Annotated[int, msgspec.Meta(ge=8)] = 256  # W; CPUs take less, as of the next seven
+    # W, channels of the pyramid; --dataset shapes has less of this and of the next six, for CPUs
+    width: Annotated[int, msgspec.Meta(ge=8)] = 256
     fc: Annotated[int, msgspec.Meta(ge=8)] = 1024  # units of the box heads
     head_convs: Count = 4  # convolutions of box and mask heads
     anchor_scale: Annotated[float, msgspec.Meta(gt=0)] = 8.0  # side of an anchor over its stride
@@ -269,11 +270,11 @@ class Args:
     # steps of the teacher, and of the network before it that Eq. 4 is measured on. DEPARTS[steps]
     teacher_steps: Count = 15_000
     steps: Count = 15_000  # steps of the student
-    lr: float = 4e-5  # of pyramid and heads, at its highest
+    lr: float = 4e-5  # learning rate of pyramid and heads, at its highest
     # what follows the warm-up: a cosine to zero, or the same rate. DEPARTS[cosine]
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup: Fraction = 0.01  # share of a stage's steps in which the rate rises
-    weight_decay: float = 0.1  # of AdamW, on everything
+    weight_decay: float = 0.1  # AdamW's, on every parameter
     # factor of the learning rate from block to block; a CNN's whole body learns at this rate
     layer_decay: Fraction = 0.8
     clip: float = 0.0  # largest gradient norm; 0: none
@@ -283,7 +284,7 @@ class Args:
 
     # evaluation
 
-    detections: Count = 300  # kept in an image, at most
+    detections: Count = 300  # detections kept in an image, at most
     soft_nms: bool = False  # linear soft-NMS, from an overlap of 0.6
     maskness: bool = False  # multiply a score by the mean mask probability inside the mask
     eval: str = ""  # evaluate this checkpoint, train nothing
@@ -295,10 +296,11 @@ class Args:
     # run folder; empty: runs/better_pseudo_labels-<dataset>-<split>-d<split seed>-s<seed>
     out: str = ""
     resume: bool = False  # continue the run in --out, or start it if there is none
-    seed: int = 0  # of initial weights, order of images, augmentation, sampling
-    workers: int = loading.default_workers()  # decoding processes of each process and stream
+    seed: int = 0  # seed of initial weights, order of images, augmentation, sampling
+    # processes that decode images, for each training process and stream
+    workers: int = loading.default_workers()
     device: str = "auto"  # auto, cpu, cuda
-    # of backbone and pyramid; auto: bf16 on GPUs. DEPARTS[amp]
+    # number format of backbone and pyramid; auto: bf16 on GPUs. DEPARTS[amp]
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     compile: bool = False  # torch.compile the backbone in training
     eval_every: Count = 5000  # steps between evaluations
@@ -1947,6 +1949,7 @@ def train(args: Args) -> dict:
     if args.stage == "retrieve" or (trains_student and args.pool):
         if not retrieved(args, data, world):
             retrieve(args, data, photos.labeled, classes.groups, world)
+        # The same labeled pictures; the unlabeled ones are those that were retrieved.
         chosen = choose(args, data, str(out / "retrieved.txt"), needed=trains_student)
 
     def start(phase: Phase) -> State:
@@ -1959,6 +1962,7 @@ def train(args: Args) -> dict:
             delta = delta_of(args, data, photos.held, classes.groups, world)
         return begin(phase, args, data, of_phase, delta, world, None)
 
+    # A phase whose last step is done is still left: its score may be due.
     left = [phase for phase in phases if step <= phase.end]
     # The first network is made before the run folder is written to, for its weights may not fit.
     s = start(left[0]) if left else None
