@@ -1191,13 +1191,13 @@ class CascadeHeads(nn.Module):
         for stage, (head, (overlap, weights)) in enumerate(zip(self.boxes, CASCADE, strict=True)):
             if stage > 0:  # a decoded box may have no area left
                 boxes = [b[sided(b)] for b in boxes]
-            matches, target_probs, target_boxes = [], [], []
-            for b, truth in zip(boxes, objects, strict=True):
-                match = match_boxes(b, truth.boxes, overlap, overlap)
-                probs, boxes_of_objects = targets_of_regions(match, truth)
+            matches, target_probs, target_boxes = [], [], []  # of each image
+            for of_image, truth in zip(boxes, objects, strict=True):
+                match = match_boxes(of_image, truth.boxes, overlap, overlap)
+                goal_probs, goal_boxes = targets_of_regions(match, truth)
                 matches.append(match)
-                target_probs.append(probs)
-                target_boxes.append(boxes_of_objects)
+                target_probs.append(goal_probs)
+                target_boxes.append(goal_boxes)
             if stage == 0:
                 loss["mask"] = self.mask_loss(pyramid, boxes, matches, objects)
 
@@ -1841,13 +1841,12 @@ def retrieve(
         )
 
 
-def retrieved(args: Args, data: Instances, world: World) -> bool:
+def is_retrieved(args: Args, data: Instances, world: World) -> bool:
     """Whether the run folder holds the list of images that these settings find."""
     from data import retrieval
 
-    return from_main(
-        world, retrieval.done(Path(args.out), made_of(args, RETRIEVED_OF, data.classes))
-    )
+    key = made_of(args, RETRIEVED_OF, data.classes)
+    return from_main(world, retrieval.done(Path(args.out), key))
 
 
 # ============================================================================= phases and training
@@ -1947,7 +1946,7 @@ def train(args: Args) -> dict:
     similarity = class_similarities(args, data, photos.labeled, world)
     classes = label_statistics(args, data, photos.labeled, similarity, world)
     if args.stage == "retrieve" or (trains_student and args.pool):
-        if not retrieved(args, data, world):
+        if not is_retrieved(args, data, world):
             retrieve(args, data, photos.labeled, classes.groups, world)
         # The same labeled pictures; the unlabeled ones are those that were retrieved.
         chosen = choose(args, data, str(out / "retrieved.txt"), needed=trains_student)
