@@ -18,30 +18,37 @@ The weights of a stage follow from its path alone, so each is trained once, by a
     Eqs. 6, 7, 8                consistency loss CL           consistency
     Eq. 9                       Label Erase LE, with TS       label_erase
     Algorithm 1, lines 1 to 5   GIST: two children each       gist
-    Algorithm 1, lines 6 to 8   pseudo labels                 label_images, label_erase
-    Algorithm 1, lines 9 to 12  K iterations                  refine, fit, refine_step, update
-    Algorithm 1, lines 13, 14   a child and its score         finish_node, evaluate, dev_miou
+    Algorithm 1, lines 6 to 14  one child                     refine (in these parts)
+    Algorithm 1, lines 6 to 8   its pseudo labels             label_images, label_erase
+    Algorithm 1, lines 9 to 12  its K iterations              fit, refine_step, update
+    Algorithm 1, lines 13, 14   its weights and its score     finish_node, evaluate, dev_miou
     Algorithm 1, lines 17, 18   the best G go on              gist, Tree.order
     Algorithm 2, lines 1, 2     RIST: alpha of each stage     rist_path
-    Algorithm 2, line 3         weights of the stage before   refine
-    Algorithm 2, lines 4 to 6   pseudo labels                 label_images, label_erase
-    Algorithm 2, lines 7 to 10  K iterations                  refine, fit, refine_step, update
+    Algorithm 2, lines 3 to 10  one stage                     refine (in these parts)
+    Algorithm 2, lines 4 to 6   its pseudo labels             label_images, label_erase
+    Algorithm 2, lines 7 to 10  its K iterations              fit, refine_step, update
     Sec. III-B                  FIST                          planned_paths, --search, --alpha
     Sec. III-C                  add-ons CL, LE, TS            --cl, --cl-on, --phi, --temp
-    Sec. IV                     network                       SegNet, caffe_style
+    Sec. IV                     numbers, by data set          Args, PRESETS, MOMENTUM
+    Sec. IV                     labeled images, all others    choose_pictures, --split
+    Sec. IV                     development set, choice       hold_out, Tree.best
+    Sec. IV                     mIoU, on val and on dev       val_record, dev_miou, evaluate
+    Sec. IV                     network, its COCO weights     SegNet, caffe_style, initial_weights
     Sec. IV                     schedule, optimizer           learning_rate_factor, sgd
     Sec. IV                     augmentation                  augment, random_scale, resized
-    Sec. IV                     development set, choice       hold_out, Tree.best
-    Table I                     three kinds of stage 0        --split, --stage0, supervised_step,
+    Sec. IV                     search cost of two            --beam, --trials
+    Table I                     three kinds of stage 0        --dataset, --split, --stage0,
+                                                              train_stage0, supervised_step,
                                                               s4gan_step, classmix_step
     Table II                    15 paths of RIST              --trials, --independent, --path,
                                                               table_of_paths, group_scores,
                                                               longest_run
     Table III                   development set's size        --dev-size, --dev-reserve,
                                                               table_of_dev_sizes
-    Table IV                    beam of GIST                  --beam
+    Table IV                    beam of GIST                  --beam, --path
     Table V                     without the add-ons           --cl, --phi, --temp
-    Figs. 1, 6                  scores by stage; batch-wise   --search, --alpha, draw_curves
+    Figs. 1, 6                  scores by stage               --search, --alpha, draw_curves
+    Fig. 6                      batch-wise choice             planned_paths, refine_step
     Figs. 2, 8, 9               predicted masks               draw_masks, bloat
     Fig. 3                      tree of a search              draw_tree
     Fig. 4                      picture of CL                 outputs_and_features, consistency
@@ -133,7 +140,8 @@ class Args:
     val: str = "val"  # name of the list or folder that is scored; nothing is chosen on it
     # labeled images beside the split that only choose stages and paths, Sec. IV. DEPARTS[dev]
     dev_size: Positive = 50
-    # labeled images kept out of training for --dev-size, and never fewer; 500 for Table III
+    # keep at least so many labeled images out of training, of which --dev-size choose, so that runs
+    # of different --dev-size train on the same images; 500 for Table III
     dev_reserve: int = 0
 
     # the search (Sec. III-B)
@@ -143,19 +151,20 @@ class Args:
     stages: int = 9  # S, refinement stages of a path
     beam: Positive = 1  # GIST: G, Table IV
     trials: Positive = 2  # RIST: number of paths, Table II
-    # FIST: share of labels alpha, Eq. 2; several: several paths. DEPARTS[fist]
+    # FIST: the share of labels alpha, Eq. 2; each value is a search of its own. DEPARTS[fist]
     alpha: tuple[Share, ...] = (0.75,)
     path: tuple[str, ...] = ()  # with --search path: paths such as LPPLLLPPL, Tables II and IV
     # RIST: draw a path again that has more equal letters in a row; 0: never. DEPARTS[max-run]
     max_run: int = 0
-    # RIST: paths share no nodes, not even equal beginnings, as a study of the spread needs it
+    # RIST: train equal beginnings of two paths separately, as a study of their spread needs it
     independent: bool = False
 
     # a refinement stage (Sec. III)
 
     steps: Positive = 3000  # K, iterations of a stage
     cl: float = 1.0  # weight of the consistency loss, Eq. 8; 0: none, Table V. DEPARTS[cl]
-    # images of CL: labeled and unlabeled, or those that the stage learns from. DEPARTS[cl-on]
+    # images of the consistency loss: both labeled and unlabeled ones, or the active ones, which are
+    # those that the stage learns from. DEPARTS[cl-on]
     cl_on: Literal["both", "active"] = "both"
     # phi of Label Erase, Eq. 9; 0: none, Table V; without TS about 0.9. DEPARTS[le]
     phi: Annotated[float, msgspec.Meta(ge=0, le=2)] = 0.5
@@ -173,9 +182,9 @@ class Args:
 
     # network (Sec. IV: DeepLabV2 from MS-COCO weights, all BatchNorm frozen)
 
-    # the Caffe-style ResNet of COCO weights; or a timm name, else a torchvision one
+    # the Caffe-style ResNet that COCO weights fit, or the name of a network of timm or torchvision
     backbone: str = "caffe_resnet101"
-    # a file of COCO weights; imagenet, none, shapes, or a file for another backbone
+    # a file of COCO weights, or of another backbone's; imagenet; none; shapes: the embedded set's
     weights: str = ""
     # channel order and scale that the weights expect: bgr for COCO weights. DEPARTS[pixels]
     pixels: Literal["bgr", "rgb", "imagenet"] = "bgr"
@@ -185,14 +194,15 @@ class Args:
     cut: Annotated[int, msgspec.Meta(ge=0, le=3)] = 0
     # dilations of the classifier's branches, which are summed. DEPARTS[aspp]
     aspp_rates: tuple[Annotated[int, msgspec.Meta(ge=1, le=512)], ...] = (6, 12, 18, 24)
-    # BatchNorm; live for weights that do not know the domain, and for none at all. DEPARTS[bn]
+    # BatchNorm; live is for weights from another domain, or for a network that starts without any.
+    # DEPARTS[bn]
     bn: Literal["frozen", "live"] = "frozen"
 
     # optimisation (Sec. IV)
 
     # labeled images per step of a node, and as many unlabeled
     batch_size: Annotated[int, msgspec.Meta(ge=2)] = 8
-    # size of images and labels before anything else; Cityscapes 0.5. DEPARTS[cityscapes]
+    # multiplies the size of images and labels before all else; Cityscapes 0.5. DEPARTS[cityscapes]
     resize: Annotated[float, msgspec.Meta(ge=0.05, le=20)] = 1
     crop_size: tuple[Side, Side] = (321, 321)  # height and width in training
     scale: tuple[float, float] = (0.5, 1.5)  # random resizing, lowest and highest. DEPARTS[scale]
@@ -204,9 +214,9 @@ class Args:
     out: str = ""  # run folder; empty: runs/gist_rist-<dataset>-<split>-d<split seed>-s<seed>
     store: str = "runs/gist_rist-nodes"  # trained nodes, shared by runs, searches and processes
     resume: bool = False  # continue the run in --out; nodes in the store are never trained twice
-    # initial weights, order of images, augmentation, RIST's draws; each node adds its path
+    # of initial weights, order of images, augmentation and RIST's draws, for each node by its path
     seed: int = 0
-    # keep the weights of all nodes, not only of those which a search may still need
+    # keep the weights of all nodes, not only of those that a search may still need
     keep_nodes: bool = False
     # score every node on val, too: to report (Fig. 1, Table II), never to choose
     val_every_stage: bool = False
@@ -365,7 +375,7 @@ class SegNet(nn.Module):
         name = args.backbone.removeprefix("caffe_")
         stride = 32 if is_caffe else args.output_stride
         kept = {}
-        if args.cut > 0:
+        if args.cut > 0:  # a first network only tells how many stages there are
             _, _, all_channels = backbones.build(name, stride)
             kept = {"out_indices": tuple(range(len(all_channels) - args.cut))}
         self.backbone, _, channels = backbones.build(name, stride, pretrained, **kept)
@@ -475,10 +485,10 @@ def refine_step(
 ) -> dict[str, Tensor]:
     """Algorithm 1, lines 10 and 11 (Algorithm 2, lines 8 and 9), with the consistency loss: one
     iteration on labels (alpha = 1), pseudo labels (alpha = 0), both, or one of them drawn by a coin
-    (alpha is None, Fig. 6). It composes Eqs. 1 to 8. A batch that the stage does not learn from
-    serves the consistency loss alone, with --cl-on both. Returned for the log: loss; and loss_l,
-    cl_l, mean_l of the labeled batch, loss_p, cl_p, mean_p of the other one."""
-    if alpha is None:
+    (alpha is None, Fig. 6). It composes Eqs. 1 to 8. With --cl-on both, a batch that the stage does
+    not learn from serves the consistency loss alone. Returned for the log: `loss`; `loss_l`, `cl_l`
+    and `mean_l` of the labeled batch; `loss_p`, `cl_p` and `mean_p` of the other one."""
+    if alpha is None:  # the coin
         alpha = float(rng(args.seed, path, "alpha", step).random() > 0.5)
     losses = {"l": 0.0, "p": 0.0}
     distance = 0.0
@@ -697,8 +707,9 @@ STAGE0 = {"supervised": supervised_step, "s4gan": s4gan_step, "classmix": classm
 
 
 # ======================================================================================= the search
-# A path names what each stage learned from, a token a stage: L labels, P pseudo labels, F0.75 both
-# by alpha, B one of both drawn in each iteration. Its network is a node; stage 0 is the path "".
+# A path says what each stage learned from, with one token for a stage: L for labels, P for pseudo
+# labels, F0.75 for both with alpha = 0.75, and B for one of the two, drawn in each iteration. A node
+# is the network at the end of a path; stage 0 has the empty path.
 def tokens(path: str) -> list[str]:
     """LPF0.75B -> [L, P, F0.75, B]. T3LP is LP of trial 3 alone, see --independent."""
     return re.findall(r"T\d+[LP]|[LPB]|F\d*\.\d+", path)
@@ -714,8 +725,8 @@ def prefixes(path: str) -> list[str]:
 
 
 def alpha_of(token: str) -> float | None:
-    """Share of labels in the loss of a stage, Eq. 2; None for batch-wise, where each iteration
-    draws it."""
+    """The share of labels in the loss of a stage, Eq. 2; None for B, where each iteration draws
+    it."""
     if token == "B":
         return None
     if token.startswith("F"):
@@ -723,10 +734,20 @@ def alpha_of(token: str) -> float | None:
     return 1.0 if token.endswith("L") else 0.0
 
 
+def token_of(alpha: float) -> str:
+    """The token of a stage of FIST: L or P at the ends of the range, such as F0.75 between them."""
+    if alpha == 1:
+        return "L"
+    if alpha == 0:
+        return "P"
+    return f"F{alpha:.9f}".rstrip("0")
+
+
 def gist(stages: int, beam: int, order: Callable[[str], Any]) -> Iterator[list[str]]:
-    """Algorithm 1: beam search with G = `beam`. It yields the nodes that it needs next and goes on
-    once they are trained and scored; `order(path)` then sorts nodes, the best first. It returns no
-    answer: the best of all nodes that it yielded is the answer. DEPARTS[copies]"""
+    """Algorithm 1: beam search with G = `beam`. It yields the nodes of one stage, and expects that
+    they are trained and scored before it is asked for the next stage; nodes sorted by `order(path)`
+    have the best first. It returns nothing: the answer is the best of all nodes that it yielded.
+    DEPARTS[copies]"""
     kept = [ROOT]  # line 1
     for _ in range(stages):  # line 2
         children = [theta + letter for theta in kept for letter in "LP"]  # lines 4, 5
@@ -760,7 +781,7 @@ def rist_paths(args: Args) -> list[str]:
 
 
 def planned_paths(args: Args) -> dict[str, list[str]]:
-    """The paths of those searches that no score can change."""
+    """The paths of all searches but GIST, which are known before anything is trained."""
     planned = {}
     if "rist" in args.search:
         planned["rist"] = rist_paths(args)
@@ -771,18 +792,20 @@ def planned_paths(args: Args) -> dict[str, list[str]]:
     if "fist" in args.search:  # Sec. III-B
         for alpha in args.alpha:
             name = "fist" if len(args.alpha) == 1 else f"fist {alpha:g}"
-            token = {0: "P", 1: "L"}.get(alpha, f"F{alpha:.9f}".rstrip("0"))
-            planned[name] = [token * args.stages]
+            planned[name] = [token_of(alpha) * args.stages]
     return planned
 
 
 def search_all(tree: Tree) -> dict[str, list[str]]:
-    """Run all searches side by side -> the nodes that each visited, stage 0 first."""
+    """Run all searches side by side -> the nodes that each visited, stage 0 first. How processes
+    share the work is told in common/nodes.py."""
     args, searches = tree.args, {}
     if "gist" in args.search:
         searches["gist"] = Search(gist(args.stages, args.beam, tree.order), adaptive=True)
     for name, paths in planned_paths(args).items():
-        searches[name] = Search(iter([[node for path in paths for node in prefixes(path)]]))
+        on_the_way = [prefixes(path) for path in paths]
+        all_nodes = list(itertools.chain.from_iterable(on_the_way))
+        searches[name] = Search(iter([all_nodes]))  # it asks once, for all of them
     launched = distributed.launched()
     nodes.explore(
         searches.values(), tree.store, tree.train, tree.best, tree.tidy, tree.wait, launched
@@ -797,7 +820,7 @@ class Tree:
     scores.npz, log.jsonl, config.json, its score on val and, while it is trained, last.pt."""
 
     args: Args
-    world: World  # of this process alone
+    world: World  # a world of one: each process trains nodes of its own
     data: Segmentation
     labeled: list[Picture]
     pool: list[Picture]  # unlabeled, without the development images
@@ -841,10 +864,11 @@ class Tree:
     def stream(
         self, path: str, name: str, pictures: list[Picture], start: int, total: int
     ) -> Iterator[Batch]:
-        """Batches of a node: their order and augmentation follow from (seed, path, step,
-        sample)."""
-        # The pseudo labels that we write are class indices.
-        data = replace(self.data, to_class=None) if name == "pseudo" else self.data
+        """The batches of a node from step `start` on: `name` says what they are for. Their order
+        and augmentation follow from (seed, path, name, step, sample)."""
+        data = self.data
+        if name == "pseudo":  # the labels that we wrote are class indices already
+            data = replace(data, to_class=None)
         augmented = partial(augment, self.args)
         seed, size = self.args.seed, self.args.batch_size
         views = semantic.Pictures(pictures, data, True, augmented, seed, f"{path} {name}")
@@ -853,8 +877,9 @@ class Tree:
             yield batch._replace(images=batch.images.float(), label=batch.label.long())
 
     def tidy(self, needed: set[str]) -> None:
-        """The main process removes weights and pseudo labels that the searches of this run do not
-        need any more. A node of a run that did not ask for its score on val gets it before."""
+        """The main process removes the weights and pseudo labels that the searches of this run do
+        not need any more. With --val-every-stage it first scores the nodes on val that an earlier
+        run trained without doing so."""
         if not distributed.launched().main:
             return
         if self.args.val_every_stage:
@@ -865,7 +890,8 @@ class Tree:
             self.store.remove_weights(keep=needed)
 
     def wait(self) -> None:
-        """Other processes train all that this one could: look again soon."""
+        """Pass a moment in which other processes train all that this one could train. A run that
+        was told to stop stops here."""
         if self.signals is not None and self.signals.name:
             raise errors.Stopped(
                 f"Stopped by {self.signals.name} between two nodes; continue with --resume."
@@ -874,8 +900,8 @@ class Tree:
 
 
 def train_stage0(tree: Tree) -> None:
-    """Stage 0, theta_0 of Algorithm 1, by --stage0: the best of its evaluations on the development
-    images. DEPARTS[stage0-best]"""
+    """Stage 0, theta_0 of Algorithm 1, by the method that --stage0 names. It ends with the weights
+    that score best on the development images. DEPARTS[stage0-best]"""
     args = tree.args
     net = tree.network(tree.init)
     if args.stage0 not in STAGE0:
@@ -883,18 +909,20 @@ def train_stage0(tree: Tree) -> None:
         checkpoints.load_exact(net, weights, args.stage0)
         return finish_node(tree, ROOT, net, {"step": 0, "steps": 0})
     s = State(net, sgd(net, args))
-    feeds = {"labeled": tree.labeled}
+    pictures_of = {"labeled": tree.labeled}
     if args.stage0 == "classmix":
-        feeds["unlabeled"] = tree.pool
+        pictures_of["unlabeled"] = tree.pool
         s.teacher = tree.network(net.state_dict()).requires_grad_(False).eval()
     if args.stage0 == "s4gan":
-        feeds["unlabeled"] = tree.pool
-        feeds["again"] = tree.labeled
+        pictures_of["unlabeled"] = tree.pool
+        pictures_of["again"] = tree.labeled
         distributed.seed_torch(args.seed, "critic")
         s.critic = Discriminator(len(tree.data.classes)).to(tree.world.device)
         group = {"params": s.critic.parameters(), "initial_lr": args.gan_lr}
         s.opt_critic = torch.optim.Adam([group], args.gan_lr, betas=(0.9, 0.99))
-    streams = {name: partial(tree.stream, ROOT, name, images) for name, images in feeds.items()}
+    streams = {}
+    for name, pictures in pictures_of.items():
+        streams[name] = partial(tree.stream, ROOT, name, pictures)
     step_of = partial(STAGE0[args.stage0], s, args)
     seconds = fit(tree, ROOT, s, step_of, streams, args.stage0_steps)
     best = checkpoints.load_checkpoint(tree.store.root / "best.pt", SCRIPT)
@@ -904,10 +932,11 @@ def train_stage0(tree: Tree) -> None:
 
 
 def refine(tree: Tree, path: str) -> None:
-    """A refinement stage, the only step of every search: K iterations on labels or pseudo labels,
-    from a copy of the parent's weights. Optimizer, schedule and mean teacher start afresh.
-    DEPARTS[restart]"""
-    args, parent, alpha = tree.args, parent_of(path), alpha_of(tokens(path)[-1])
+    """Algorithm 1, lines 6 to 14 (Algorithm 2, lines 3 to 10): a refinement stage, which is what
+    all searches are made of. It runs K iterations on labels or pseudo labels, from a copy of the
+    parent's weights. Optimizer, schedule and mean teacher start afresh. DEPARTS[restart]"""
+    args, parent = tree.args, parent_of(path)
+    alpha = alpha_of(tokens(path)[-1])  # None, which is neither 0 nor 1: it learns from both kinds
     theta = tree.store.weights(parent, SCRIPT)
     student = tree.network(theta)
     s = State(student, sgd(student, args))
@@ -915,25 +944,27 @@ def refine(tree: Tree, path: str) -> None:
         s.teacher = tree.network(theta).requires_grad_(False).eval()
     facts = {"step": args.steps, "steps": args.steps, "parent": fingerprint(theta)}
     learns_labels, learns_pseudo = alpha != 0, alpha != 1
-    shows_all = args.cl > 0 and args.cl_on == "both"  # to the consistency loss
+    consistency_on_both = args.cl > 0 and args.cl_on == "both"
     streams = {}
-    if learns_labels or shows_all:
+    if learns_labels or consistency_on_both:
         streams["labeled"] = partial(tree.stream, path, "labeled", tree.labeled)
     if learns_pseudo:
-        pictures, facts["labels"] = label_images(tree, parent)
+        pictures, facts["labels"] = label_images(tree, parent)  # lines 6 to 8
         streams["pseudo"] = partial(tree.stream, path, "pseudo", pictures)
-    elif shows_all:
+    elif consistency_on_both:  # these images need no labels
         streams["pseudo"] = partial(tree.stream, path, "unlabeled", tree.pool)
     step_of = partial(refine_step, s, args, path, alpha)
-    seconds = fit(tree, path, s, step_of, streams, args.steps)
-    finish_node(tree, path, s.student, facts, seconds)
+    seconds = fit(tree, path, s, step_of, streams, args.steps)  # lines 9 to 12
+    finish_node(tree, path, s.student, facts, seconds)  # lines 13, 14
 
 
 def fit(
     tree: Tree, path: str, s: State, step_of: Callable, streams: dict[str, Callable], total: int
 ) -> float:
-    """Algorithm 1, lines 9 to 12: the iterations of a node, from its own checkpoint when it was
-    stopped before -> the seconds that they took. Only stage 0 is scored on the way."""
+    """Algorithm 1, lines 9 to 12: the `total` iterations of a node -> the seconds that they took.
+    Each calls step_of(step, **batches), with the next batch of every stream; a stream begins when
+    it is called with the first and the last step. A node that was stopped goes on from its own
+    checkpoint. Only stage 0 is scored on the way."""
     args, folder = tree.args, tree.store.folder(path)
     state = None
     if (folder / "last.pt").is_file():
@@ -956,7 +987,7 @@ def fit(
     if path == ROOT and s.step > s.scored and run.score_is_due(s.step):
         score_stage0(tree, s, run)  # it was stopped between saving and scoring
     s.student.train()
-    for step in run.steps(s.step, total):
+    for step in run.steps(s.step, total):  # line 9
         set_learning_rates(s, learning_rate_factor(step, total))
         batches = {name: next(feed) for name, feed in feeds.items()}
         distributed.seed_torch(args.seed, path, "step", step)  # of dropout
@@ -1016,8 +1047,8 @@ def node_checkpoint(tree: Tree, net: SegNet, step: int) -> dict:
 
 
 def finish_node(tree: Tree, path: str, net: SegNet, facts: dict, seconds: float = 0.0) -> None:
-    """Algorithm 1, lines 13 and 14: weights, scores and, as the mark that it is done, the record of
-    a node."""
+    """Algorithm 1, lines 13 and 14: write the weights and the scores of a node, and last its
+    record, which marks it as done."""
     folder = tree.store.folder(path)
     state = node_checkpoint(tree, net, facts["step"])
     checkpoints.save_checkpoint(folder / "weights.pt", SCRIPT, state)
@@ -1038,17 +1069,17 @@ def finish_node(tree: Tree, path: str, net: SegNet, facts: dict, seconds: float 
     for name in ("last.pt", "best.pt"):
         (folder / name).unlink(missing_ok=True)
     tree.store.finish(path, record)
-    dev = f"dev {tree.dev_of(path):.2f}, {facts['steps']} steps in {seconds:.0f} s"
-    kept = kept_by_label_erase(facts.get("labels"), tree.args.phi)
-    print(f"{path or 'stage 0'}: {dev}", kept, flush=True)
+    line = f"dev {tree.dev_of(path):.2f}, {facts['steps']} steps in {seconds:.0f} s"
+    notice = label_erase_notice(facts.get("labels"), tree.args.phi)
+    print(f"{path or 'stage 0'}: {line}", notice, flush=True)
 
 
 @torch.no_grad()
 @torch.backends.cudnn.flags(enabled=True, benchmark=False)  # hundreds of sizes: no time for trials
 def label_images(tree: Tree, path: str) -> tuple[list[Picture], dict]:
-    """Algorithm 1, lines 6 to 8: pseudo labels of all unlabeled images from the node `path`, once
-    for all its children, as index PNGs of the images' size -> the pictures with them, and what they
-    look like. DEPARTS[le]"""
+    """Algorithm 1, lines 6 to 8: label all unlabeled images with the node `path`, once for all its
+    children; the labels are index PNGs of the images' size -> the pictures with these labels, and
+    facts about the labels (see label_facts). DEPARTS[le]"""
 
     def fill(folder: Path) -> None:
         args, device = tree.args, tree.world.device
@@ -1080,8 +1111,9 @@ def label_images(tree: Tree, path: str) -> tuple[list[Picture], dict]:
 
 
 def label_facts(counts: np.ndarray, num_classes: int) -> dict:
-    """Of how many pixels have each value 0..255: `kept`, the share that Label Erase leaves; among
-    these `dominant`, the share of the most frequent class, and `share`, that of every class."""
+    """From the number of pixels with each value 0..255: `kept`, the share that Label Erase leaves,
+    and among the pixels that are left `dominant`, the share of the most frequent class, and
+    `share`, that of every class."""
     kept = counts[:IGNORE]
     total = max(kept.sum(), 1)
     return {
@@ -1091,9 +1123,9 @@ def label_facts(counts: np.ndarray, num_classes: int) -> dict:
     }
 
 
-def kept_by_label_erase(labels: dict | None, phi: float) -> str:
-    """What is printed of a stage's pseudo labels. A share that says that --phi does not fit comes
-    with a hint."""
+def label_erase_notice(labels: dict | None, phi: float) -> str:
+    """What is printed about the pseudo labels of a stage: the share that Label Erase left, with a
+    hint when so small or large a share shows that --phi does not fit."""
     if labels is None:
         return ""
     said = f"Label Erase kept {labels['kept']:.0%}"
@@ -1106,10 +1138,10 @@ def kept_by_label_erase(labels: dict | None, phi: float) -> str:
 def hold_out(
     data: Segmentation, labeled: list[Picture], split_seed: int, number: int
 ) -> list[Picture]:
-    """Sec. IV: `number` labeled images beside the split, to choose by. They are the last ones of
-    the order that the split was cut from (S4GAN's permutation where its file is there, else a
-    seeded order), nearest the end first, so that a smaller set is the beginning of a larger one.
-    DEPARTS[dev]"""
+    """Sec. IV: the development set, `number` labeled images that are not in the split. The split is
+    the beginning of an order (S4GAN's permutation where its file is there, else a seeded order),
+    and these are taken from its end, the last one first. So a smaller set is the beginning of a
+    larger one. DEPARTS[dev]"""
     permutation = data.root / "splits" / "s4gan" / "permutation.txt"
     if data.name == "voc" and permutation.is_file():
         order = [name for name, _ in splits.read_list(permutation)]
@@ -1147,8 +1179,8 @@ GROUP, DEGENERATE = 5, 4  # Table II: paths in a group, and the most equal lette
 def best_of(dev: list[float], val: list[float], n: int) -> tuple[float, float]:
     """Fig. 7: mean and standard deviation of the val score of the best on dev, over all ways to
     take `n` of the solutions."""
-    ordered = np.array(val)[np.argsort(-np.array(dev), kind="stable")]
-    # The i-th is the best of n when the others come from those behind it.
+    ordered = np.array(val)[np.argsort(-np.array(dev), kind="stable")]  # the best on dev first
+    # The i-th is the best of n whenever the n - 1 others are taken from those behind it.
     ways = [math.comb(len(ordered) - 1 - i, n - 1) for i in range(len(ordered))]
     chance = np.array(ways) / math.comb(len(ordered), n)
     mean = float(chance @ ordered)
@@ -1156,7 +1188,8 @@ def best_of(dev: list[float], val: list[float], n: int) -> tuple[float, float]:
 
 
 def group_scores(dev: list[float], val: list[float], size: int) -> list[float]:
-    """Table II: the val score of the best on dev in each full group of `size` neighbours."""
+    """Table II: the first `size` solutions are a group, the next ones another, and so on; of each
+    full group, the val score of the solution that is best on dev."""
     groups = [range(i, i + size) for i in range(0, len(dev) - size + 1, size)]
     return [val[max(group, key=lambda i: dev[i])] for group in groups]
 
@@ -1164,16 +1197,18 @@ def group_scores(dev: list[float], val: list[float], size: int) -> list[float]:
 def rejected_share(stages: int, max_run: int) -> float:
     """Sec. IV-A: the share of all paths of L and P with more than `max_run` equal letters in a
     row."""
-    # In how many ways a path of 0, 1, 2, ... stages is cut into runs that are short enough.
+    # ways[n]: in how many ways n stages can be cut into runs that are short enough. The last run has
+    # 1 to max_run stages; those before it can be cut in ways[n - 1], ..., ways[n - max_run] ways.
     ways = [1]
     for n in range(1, stages + 1):
         ways.append(sum(ways[max(n - max_run, 0) :]))
+    # The letter of the first run decides the letters of all others.
     return 1 - 2 * ways[stages] / 2**stages
 
 
 def bloat(shares: list[float], rise: float = 0.1) -> list[bool]:
-    """Fig. 2: where the dominant class's share of the pseudo labels is more than `rise` above the
-    least share."""
+    """Fig. 2: for each node's share of the dominant class among its pseudo labels, whether it is
+    more than `rise` above the smallest of these shares."""
     return [share > min(shares) + rise for share in shares]
 
 
@@ -1210,8 +1245,8 @@ def leaves(paths: list[str]) -> list[str]:
 
 
 def deepest(tree: Tree, paths: list[str]) -> str:
-    """Of the longest paths the one with the best end, by dev: GIST's leaves are also what it gave
-    up on the way."""
+    """The longest path, and of several the one whose end is best on dev. (The leaves of GIST would
+    not do: they include the children that it gave up on the way.)"""
     longest = max(len(tokens(path)) for path in paths)
     return min((p for p in paths if len(tokens(p)) == longest), key=tree.order)
 
@@ -1220,7 +1255,8 @@ def tables(tree: Tree, results: dict, visited: list[str], val: dict[str, float])
     """The parts of report.md. `visited` are all nodes, `val` their scores on val."""
     searches = results["visited"]
     parts = [table_of_searches(tree, searches, val), table_of_nodes(tree, visited, val)]
-    drawn = results.get("trials", leaves(searches.get("rist", [])))  # some may be equal
+    # Two trials of RIST may have drawn the same path, which then counts twice.
+    drawn = results.get("trials", leaves(searches.get("rist", [])))
     ends = [*drawn, *leaves(searches.get("path", []))]
     if len(ends) > 1:
         chosen = [tree.best(trail(end)) for end in ends]
@@ -1248,18 +1284,19 @@ def table_of_searches(tree: Tree, searches: dict[str, list[str]], val: dict[str,
 
 
 def table_of_nodes(tree: Tree, visited: list[str], val: dict[str, float]) -> str:
-    absent = {"kept": float("nan"), "dominant": float("nan")}
-    labels = {path: tree.store.record(path).get("labels", absent) for path in visited}
-    shares = [facts["dominant"] for facts in labels.values() if facts is not absent]
-    alarm = dict(zip(shares, bloat(shares), strict=True))
+    records = {path: tree.store.record(path) for path in visited}
+    on_pseudo = [path for path, record in records.items() if "labels" in record]
+    flags = bloat([records[path]["labels"]["dominant"] for path in on_pseudo])
+    bloated = dict(zip(on_pseudo, flags, strict=True))
     rows = []
-    for path, facts in labels.items():
-        dominant = "-"
-        if facts is not absent:
-            dominant = f"{facts['dominant']:.2f}{' bloat' if alarm[facts['dominant']] else ''}"
-        seconds = tree.store.record(path)["seconds"]
-        dev = tree.dev_of(path)
-        rows.append((path or "stage 0", dev, val[path], facts["kept"], dominant, seconds))
+    for path, record in records.items():
+        kept, dominant = float("nan"), "-"
+        if path in bloated:
+            kept, dominant = record["labels"]["kept"], f"{record['labels']['dominant']:.2f}"
+            if bloated[path]:
+                dominant += " bloat"
+        dev, seconds = tree.dev_of(path), record["seconds"]
+        rows.append((path or "stage 0", dev, val[path], kept, dominant, seconds))
     head = "path, dev, val, pseudo labels kept, share of their dominant class, seconds"
     return "## Nodes\n\n" + markdown(head, rows)
 
@@ -1301,9 +1338,10 @@ def table_of_dev_sizes(tree: Tree, paths: list[str], val: dict[str, float]) -> s
 
 
 def draw_tree(tree: Tree, visited: list[str], best: set[str], file: Path) -> None:
-    """Fig. 3: open nodes learned from labels, filled ones from pseudo labels; dev mIoU beside."""
+    """Fig. 3: open nodes learned from labels, filled ones from pseudo labels, and stage 0 is gold;
+    dev mIoU is written beside each. `best` are the nodes that the searches chose."""
     paths = sorted(visited)
-    fills = {"L": "white", "P": "dimgray"}
+    fills = {"L": "white", "P": "dimgray"}  # by the last letter; others are blue
     plots.search_tree(
         parents=[paths.index(parent_of(path)) if path else None for path in paths],
         depths=[len(tokens(path)) for path in paths],
@@ -1350,8 +1388,8 @@ def draw_masks(tree: Tree, path: str, file: Path) -> None:
 
 
 def write_report(tree: Tree, results: dict, out: Path) -> dict:
-    """results.json, log.jsonl (a line a node), report.md and pictures into the run folder `out`;
-    the results."""
+    """Write results.json, log.jsonl (a line for each node), report.md and pictures into the run
+    folder `out` -> the results, to which the totals of the run are added."""
     store, searches = tree.store, results["visited"]
     visited = {path for paths in searches.values() for path in paths}
     visited = sorted(visited, key=lambda path: (len(tokens(path)), path))
@@ -1443,14 +1481,14 @@ def confidence_histograms(logits: Tensor, temp: float) -> np.ndarray:
 def passes(
     pictures: list[Picture], data: Segmentation, args: Args, world: World, labels: bool
 ) -> Iterator[list[WholePicture]]:
-    """Whole pictures, in groups that go through the network together: neighbours of one size, as
-    many as the size allows. A picture without label that cannot be read is left out."""
+    """Whole pictures, in groups that go through the network in one pass: neighbours of one size, as
+    many as the size allows. Without `labels`, a picture that cannot be read is left out."""
     group: list[WholePicture] = []
     for index, image, label in semantic.score_loader(pictures, data, world, args.workers, labels):
         if image is None:
             continue
         size = tuple(image.shape[-2:])
-        most = min(max(2**21 // (size[0] * size[1]), 1), 16)
+        most = min(max(2**21 // (size[0] * size[1]), 1), 16)  # about two million pixels at once
         if group and (size != group[0].size or len(group) == most):
             yield group
             group = []
@@ -1510,8 +1548,8 @@ def backbone_weights(args: Args) -> dict[str, Tensor] | None:
 
 
 def initial_weights(args: Args, num_classes: int) -> tuple[dict[str, Tensor] | None, list[str]]:
-    """The tensors of a whole network that --weights names, with a fresh classifier, and lines for
-    the user; None where the network brings its weights itself."""
+    """The tensors of a whole network, which are those that --weights names and a fresh classifier;
+    None where Tree.network builds them from --weights by itself. And lines for the user."""
     if not args.weights:
         raise UserError(
             "The paper starts from MS-COCO weights: give the file resnet101COCO-41f33a49.pth (or "
@@ -1520,7 +1558,8 @@ def initial_weights(args: Args, num_classes: int) -> tuple[dict[str, Tensor] | N
         )
     weights = backbone_weights(args)
     check_pixels(args, weights)
-    if args.weights == "imagenet" and args.backbone in CAFFE:  # torchvision's, of the same names
+    if args.weights == "imagenet" and args.backbone in CAFFE:
+        # torchvision's network has its strides in other convolutions, but the same names.
         name = args.backbone.removeprefix("caffe_") + ".tv_in1k"
         weights = backbones.build(name, 32, True)[0].state_dict()
     if weights is None:
@@ -1595,11 +1634,13 @@ def choose_pictures(args: Args, data: Segmentation) -> tuple[Tree, str]:
         f"{chosen.text}; {len(dev)} held out, {len(pool)} left to label; "
         f"{len(chosen.labeled) + args.dev_size} labels used in all; scored on {len(data.val)}"
     )
+    # Processes do not talk: each trains its nodes as if it were alone.
     world = replace(distributed.start(args.device, join=False), rank=0, size=1)
     return Tree(args, world, data, chosen.labeled, pool, dev), line
 
 
-# Settings that shape no weights: which nodes are wanted, and bookkeeping.
+# Settings that change no node's weights: those that say which nodes are wanted, and bookkeeping.
+# (Pictures and initial weights do, but key_of and set_up take these by content, not by name.)
 SEARCH_ONLY = {
     "search", "alpha", "beam", "trials", "path", "stages", "max_run", "independent", "dev_size",
     "dev_reserve",
@@ -1609,15 +1650,16 @@ BOOKKEEPING = {
     "device", "compile", "save_every", "log_every", "keep_nodes", "val_every_stage", "eval",
     "predict", "report", "weights",
 }  # fmt: skip
-# Settings that shape the weights of stage 0 alone, and of all other nodes alone.
+# Settings that shape the weights of stage 0 only, and those that shape all other nodes only.
 STAGE0_ONLY = {"stage0", "stage0_steps", "gan_lr", "gan_gamma", "mix_colour", "eval_every"}
 REFINE_ONLY = {"cl", "cl_on", "phi", "temp", "steps"}
 
 
 def key_of(tree: Tree, without: set[str], *more: Any) -> str:
-    """A name for what shapes weights: settings, lists of images and `more`."""
-    no_matter = SEARCH_ONLY | BOOKKEEPING | without
-    shaping = {name: v for name, v in vars(tree.args).items() if name not in no_matter}
+    """The name of a folder of nodes, a hash of what shapes their weights: all settings but those in
+    `without`, the lists of images, and `more`."""
+    without = SEARCH_ONLY | BOOKKEEPING | without
+    shaping = {name: v for name, v in vars(tree.args).items() if name not in without}
     lists = [
         splits.fingerprint(picture.name for picture in pictures)
         for pictures in (tree.labeled, tree.pool, tree.dev)
@@ -1628,13 +1670,14 @@ def key_of(tree: Tree, without: set[str], *more: Any) -> str:
 
 
 def set_up(args: Args) -> tuple[Tree, list[str]]:
-    """Data, splits, device, initial weights, the folder of stage 0, named by what shapes it; and
-    lines to print."""
+    """Find the data, choose the pictures and the device, read the initial weights, and name the
+    folder of stage 0 -> the tree, and lines to print."""
     data = find_data(args)
     tree, line = choose_pictures(args, data)
     tree.init, notes = initial_weights(args, len(data.classes))
     if tree.world.device.type == "cpu":
         torch.set_num_threads(1)  # sums, and so weights, depend on the number of threads
+    # Stage 0 depends on its initial weights, and on how many images choose its best iteration.
     start = args.weights if tree.init is None else fingerprint(tree.init)
     if args.stage0 not in STAGE0:
         start = hashlib.sha256(Path(args.stage0).read_bytes()).hexdigest() + start
@@ -1796,8 +1839,12 @@ def predict(args: Args) -> None:
 def settings(dataset: str = "voc", eval: str = "", predict: str = "", report: str = "") -> Args:
     """What the command line starts from: a preset, or the settings of a checkpoint or run that is
     looked at."""
-    checkpoint = eval or predict or (report and f"{report}/best.pt")
-    return cli.saved_settings(Args, Path(checkpoint), SCRIPT) if checkpoint else preset(dataset)
+    checkpoint = eval or predict
+    if report:
+        checkpoint = f"{report}/best.pt"
+    if checkpoint:
+        return cli.saved_settings(Args, Path(checkpoint), SCRIPT)
+    return preset(dataset)
 
 
 def main(args: Args) -> Any:

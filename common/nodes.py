@@ -1,8 +1,9 @@
-"""Nodes of a tree: results that follow from a path alone, each made once, by any process.
+"""Nodes of a tree of trainings, each made once, by any process, and found by its path.
 
-A node's result is the weights of a network and a record of what is known about it. Because it
-follows from the path, processes need not talk: each runs the same searches, makes any node whose
-parent is there and which nobody else makes, and reads what the others have made.
+A path is a word such as LPP; the parent of LPP is LP, and the root is the empty word. A node is the
+weights of a network and a record of what is known about them. Both follow from the path alone, and
+so processes need not talk: each runs the same searches, makes any node whose parent is there and
+which nobody else is making, and reads what the others have made.
 """
 
 from __future__ import annotations
@@ -27,20 +28,21 @@ from common.files import write_text
 # --------------------------------------------------------------------------------------- the store
 @dataclass
 class Nodes:
-    """Where nodes lie. A node's folder holds node.json, which is written last and says that the
-    node is done, and weights.pt, which may be removed again. Whoever makes a node holds a lock on
-    its folder; the system frees the lock when the process dies."""
+    """The store, which is the folders in which nodes lie. A node's folder holds weights.pt, which
+    may be removed again, and node.json, the record, which is written last and marks the node as
+    done. Whoever makes a node holds a lock on its folder; the system frees the lock when the
+    process dies."""
 
     root: Path  # folder of the node "", where all paths begin
     others: Path  # holds the folders of all other nodes
     parent_of: Callable[[str], str]
-    records: dict[str, dict] = field(default_factory=dict)  # those that were read
+    records: dict[str, dict] = field(default_factory=dict)  # by path, those that were read so far
 
     def folder(self, path: str) -> Path:
         return self.others / path if path else self.root
 
     def labels_folder(self, path: str) -> Path:
-        """Where the labels lie that a node makes for its children."""
+        """Where the pseudo labels lie that a node gives its children."""
         return self.others / f"labels-{path}"
 
     def done(self, path: str) -> bool:
@@ -72,8 +74,8 @@ class Nodes:
         return weights
 
     def first_to_make(self, path: str) -> str | None:
-        """The first node on the way to `path`, itself included, that has to be made before the
-        weights of `path` are there; None when they are."""
+        """The node to make first when the weights of `path` are wanted: `path` itself if its parent
+        has weights, else the first to make for the parent. None when `path` has weights."""
         if self.has_weights(path):
             return None
         if path:
@@ -83,13 +85,14 @@ class Nodes:
         return path
 
     def make_if_free(self, path: str, make: Callable[[str], None]) -> bool:
-        """Call make(path), unless the node is there by now; False when another process is making
-        it."""
+        """Call make(path), unless another process has made the node by now; False when another
+        process is making it."""
         with claim(self.folder(path)) as ours:
             if not ours:
                 return False
-            marked = (self.folder(path) / "node.json").is_file()
-            if not marked or self.first_to_make(path) is not None:
+            # The file is asked for, since `done` would trust a record that was read before.
+            is_done = (self.folder(path) / "node.json").is_file()
+            if not is_done or self.first_to_make(path) is not None:
                 make(path)
             return True
 
@@ -119,18 +122,19 @@ def fingerprint(state: dict) -> str:
 # ----------------------------------------------------------------------------------------- searches
 @dataclass
 class Search:
-    """A search under way. `asks` yields the nodes that it needs next, is resumed once all of them
-    are done, and ends or yields an empty list when it needs no more."""
+    """A search under way. `asks` yields the nodes that it needs next, and is asked again once all
+    of them are done. It ends, or yields an empty list, when it needs no more."""
 
     asks: Iterator[list[str]]
-    # whether its next nodes may be children of any node that it asked for last
+    # whether it chooses by scores whose children come next, so that all nodes that it asked for last
+    # have to keep their weights
     adaptive: bool = False
-    visited: list[str] = field(default_factory=lambda: [""])
+    visited: list[str] = field(default_factory=lambda: [""])  # all that it asked for, and the root
     wanted: list[str] = field(default_factory=list)  # what it asked for last
     ended: bool = False
 
     def advance(self, store: Nodes) -> None:
-        """Ask for more nodes until some of them are still to be made."""
+        """While all wanted nodes are done, ask for the next ones."""
         while not self.ended and all(store.done(path) for path in self.wanted):
             self.wanted = list(dict.fromkeys(next(self.asks, [])))
             self.visited += self.wanted
@@ -146,23 +150,24 @@ def explore(
     wait: Callable[[], None],
     launched: World,
 ) -> None:
-    """Run searches side by side until all have ended. Every process calls this, and who makes which
-    node makes no difference.
+    """Run searches side by side until all have ended. Every process calls this, and it makes no
+    difference which of them makes which node.
 
-    `make(path)` makes a node; `best(paths)` picks one of those that are done; `tidy(needed)` may
-    remove the weights of all nodes that are not needed; `wait()` passes some time, in which other
-    processes work."""
+    `make(path)` makes a node; `best(paths)` picks the best of those that are done; `tidy(needed)`
+    may remove the weights of all other nodes; `wait()` lets some time pass, in which other
+    processes work. `launched` says which process this is, and of how many."""
     searches = list(searches)
     while True:
         for search in searches:
             search.advance(store)
         pending = nodes_to_make(searches, store)
-        # Each process begins at another place, so that they seldom ask for the same node.
+        # Each process begins at another place of the list, so that they seldom want the same node.
         first = launched.rank * len(pending) // launched.size
         ready = ready_nodes(pending[first:] + pending[:first], store)
         tidy(needed_nodes(searches, store, pending, ready, best))
         if all(search.ended for search in searches):
             return
+        # Make one node and look again; wait when other processes are making all that are ready.
         for path in ready:
             if store.make_if_free(path, make):
                 break
@@ -179,8 +184,8 @@ def nodes_to_make(searches: list[Search], store: Nodes) -> list[str]:
 
 
 def ready_nodes(pending: list[str], store: Nodes) -> list[str]:
-    """For each of these nodes the one that can be made at once: itself, or the first one above it
-    that is missing."""
+    """For each of these nodes the one that can be made now: itself if its parent has weights, else
+    the first one to make for its parent. Each node once."""
     ready = []
     for path in pending:
         missing_above = store.first_to_make(store.parent_of(path))
@@ -195,9 +200,9 @@ def needed_nodes(
     ready: list[str],
     best: Callable[[list[str]], str],
 ) -> set[str]:
-    """The nodes whose weights some search still needs: the best so far, what is being made, the
-    parents of what is to be made, and nodes that wait for their siblings before they are compared.
-    """
+    """The nodes whose weights some search still needs: the best so far, those that can be made now,
+    the parents of those and of all others to be made, and, of an adaptive search, the nodes that
+    are to be compared when their siblings are done, too."""
     needed = {best(search.visited) for search in searches}
     needed |= set(ready)
     needed |= {store.parent_of(path) for path in [*ready, *pending]}
@@ -210,9 +215,9 @@ def needed_nodes(
 # -------------------------------------------------------------------------------------------- locks
 @contextlib.contextmanager
 def claim(folder: Path, wait: bool = False):
-    """`with claim(folder) as ours`: True when no other process has claimed this folder, which is
-    made, until the block ends or this process dies. With `wait`, wait until it is free. UserError
-    on a file system without locks."""
+    """`with claim(folder) as ours`: hold the folder, which is created if need be, until the block
+    ends or this process dies. `ours` is False when another process holds it; with `wait`, wait
+    until it is free instead. UserError when the folder cannot be made or locked."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
@@ -236,8 +241,8 @@ def claim(folder: Path, wait: bool = False):
 
 
 def fill_once(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Return when `folder` is there. One process fills a folder beside it, which then gets its
-    name, so that nobody ever sees a half of it; the others wait."""
+    """Return when `folder` is there. One process fills a temporary folder and renames it when it is
+    complete, so that nobody ever sees half of it; the others wait."""
     with claim(folder.with_name(f".{folder.name}"), wait=True):
         if folder.is_dir():
             return

@@ -1306,9 +1306,9 @@ def test_a_file_of_a_layout_that_is_not_read_is_refused(tmp_path):
     ],
 )
 def test_a_share_of_label_erase_that_says_phi_does_not_fit(kept, phi, hint):
-    said = gist_rist.kept_by_label_erase({"kept": kept}, phi)
+    said = gist_rist.label_erase_notice({"kept": kept}, phi)
     assert f"kept {kept:.0%}" in said and ("--phi" in said) == hint
-    assert gist_rist.kept_by_label_erase(None, phi) == ""
+    assert gist_rist.label_erase_notice(None, phi) == ""
 
 
 def test_the_paper_needs_a_weight_file():
