@@ -493,6 +493,7 @@ def refine_step(
     losses = {"l": 0.0, "p": 0.0}
     distance = 0.0
     log = {}
+    # Each kind of labels has a batch, and a weight in Eq. 2.
     for name, batch, weight in (("l", labeled, alpha), ("p", pseudo, 1 - alpha)):
         in_consistency = s.teacher is not None and (weight > 0 or args.cl_on == "both")
         if batch is None or (weight == 0 and not in_consistency):
@@ -708,8 +709,8 @@ STAGE0 = {"supervised": supervised_step, "s4gan": s4gan_step, "classmix": classm
 
 # ======================================================================================= the search
 # A path says what each stage learned from, with one token for a stage: L for labels, P for pseudo
-# labels, F0.75 for both with alpha = 0.75, and B for one of the two, drawn in each iteration. A node
-# is the network at the end of a path; stage 0 has the empty path.
+# labels, F0.75 for both with alpha = 0.75, and B for one of the two, drawn in each iteration. A
+# node is the network at the end of a path; stage 0 has the empty path.
 def tokens(path: str) -> list[str]:
     """LPF0.75B -> [L, P, F0.75, B]. T3LP is LP of trial 3 alone, see --independent."""
     return re.findall(r"T\d+[LP]|[LPB]|F\d*\.\d+", path)
@@ -1138,10 +1139,10 @@ def label_erase_notice(labels: dict | None, phi: float) -> str:
 def hold_out(
     data: Segmentation, labeled: list[Picture], split_seed: int, number: int
 ) -> list[Picture]:
-    """Sec. IV: the development set, `number` labeled images that are not in the split. The split is
-    the beginning of an order (S4GAN's permutation where its file is there, else a seeded order),
-    and these are taken from its end, the last one first. So a smaller set is the beginning of a
-    larger one. DEPARTS[dev]"""
+    """Sec. IV: the development set, `number` labeled images that are not in the split. They are
+    taken from the end of the order that splits are cut from (S4GAN's permutation where its file is
+    there, else a seeded order), the last one first. So a smaller set is the beginning of a larger
+    one. DEPARTS[dev]"""
     permutation = data.root / "splits" / "s4gan" / "permutation.txt"
     if data.name == "voc" and permutation.is_file():
         order = [name for name, _ in splits.read_list(permutation)]
@@ -1197,8 +1198,8 @@ def group_scores(dev: list[float], val: list[float], size: int) -> list[float]:
 def rejected_share(stages: int, max_run: int) -> float:
     """Sec. IV-A: the share of all paths of L and P with more than `max_run` equal letters in a
     row."""
-    # ways[n]: in how many ways n stages can be cut into runs that are short enough. The last run has
-    # 1 to max_run stages; those before it can be cut in ways[n - 1], ..., ways[n - max_run] ways.
+    # ways[n]: in how many ways n stages can be cut into runs that are short enough. The last run
+    # has 1 to max_run stages, which leaves n - 1 to n - max_run stages for the runs before it.
     ways = [1]
     for n in range(1, stages + 1):
         ways.append(sum(ways[max(n - max_run, 0) :]))

@@ -126,8 +126,8 @@ class Search:
     of them are done. It ends, or yields an empty list, when it needs no more."""
 
     asks: Iterator[list[str]]
-    # whether it chooses by scores whose children come next, so that all nodes that it asked for last
-    # have to keep their weights
+    # whether it chooses by scores whose children come next, so that all nodes that it asked for
+    # last have to keep their weights
     adaptive: bool = False
     visited: list[str] = field(default_factory=lambda: [""])  # all that it asked for, and the root
     wanted: list[str] = field(default_factory=list)  # what it asked for last
