@@ -32,7 +32,8 @@ The weights of a stage follow from its path alone, so each is trained once, by a
     Sec. IV                     numbers, by data set          Args, PRESETS, MOMENTUM
     Sec. IV                     labeled images, all others    choose_pictures, --split
     Sec. IV                     development set, choice       hold_out, Tree.best
-    Sec. IV                     mIoU, on val and on dev       val_record, dev_miou, evaluate
+    Sec. IV                     mIoU, on val and on dev       val_record, dev_miou, evaluate,
+                                                              common/metrics.py
     Sec. IV                     network, its COCO weights     SegNet, caffe_style, initial_weights
     Sec. IV                     schedule, optimizer           learning_rate_factor, sgd
     Sec. IV                     augmentation                  augment, random_scale, resized
@@ -54,7 +55,7 @@ The weights of a stage follow from its path alone, so each is trained once, by a
     Fig. 4                      picture of CL                 outputs_and_features, consistency
     Fig. 5                      confidences without, with TS  confidence_histograms, draw_curves
     Fig. 7                      best of n paths               best_of, table_of_best_of_n
-    (not in the paper)          nodes of many processes       Tree, search_all
+    (not in the paper)          nodes of many processes       Tree, search_all, common/nodes.py
 
 Shapes: B images, K classes, H x W pixels, h x w cells of stride 8. Suffix _l labeled, _u unlabeled,
 _p pseudo-labeled. Lines marked DEPARTS[name] leave the paper or decide what it leaves open;
@@ -149,7 +150,7 @@ class Args:
     # which searches to run, side by side; batchwise is Fig. 6, path walks the paths of --path
     search: tuple[Literal["fist", "gist", "rist", "batchwise", "path"], ...] = ("gist", "rist")
     stages: int = 9  # S, refinement stages of a path
-    beam: Positive = 1  # GIST: G, Table IV
+    beam: Positive = 1  # GIST: the beam size G, Table IV
     trials: Positive = 2  # RIST: number of paths, Table II
     # FIST: the share of labels alpha, Eq. 2; each value is a search of its own. DEPARTS[fist]
     alpha: tuple[Share, ...] = (0.75,)
@@ -166,7 +167,7 @@ class Args:
     # images of the consistency loss: both labeled and unlabeled ones, or the active ones, which are
     # those that the stage learns from. DEPARTS[cl-on]
     cl_on: Literal["both", "active"] = "both"
-    # phi of Label Erase, Eq. 9; 0: none, Table V; without TS about 0.9. DEPARTS[le]
+    # phi of Label Erase, Eq. 9; 0 erases nothing, Table V; take about 0.9 without TS. DEPARTS[le]
     phi: Annotated[float, msgspec.Meta(ge=0, le=2)] = 0.5
     # T multiplies the logits before the confidence of Eq. 9; 1: no TS, Table V. DEPARTS[ts]
     temp: Annotated[float, msgspec.Meta(ge=1e-6, le=1e6)] = 0.2
@@ -206,8 +207,8 @@ class Args:
     resize: Annotated[float, msgspec.Meta(ge=0.05, le=20)] = 1
     crop_size: tuple[Side, Side] = (321, 321)  # height and width in training
     scale: tuple[float, float] = (0.5, 1.5)  # random resizing, lowest and highest. DEPARTS[scale]
-    lr: float = 2.5e-4  # of the backbone, at the beginning of each node
-    head_lr: float = 10  # times lr, for the classifier. DEPARTS[lr]
+    lr: float = 2.5e-4  # learning rate of the backbone at the beginning of each node
+    head_lr: float = 10  # learning rate of the classifier, as a multiple of --lr. DEPARTS[lr]
 
     # the run
 
@@ -225,12 +226,12 @@ class Args:
     log_every: Positive = 50  # steps between log lines
     workers: int = loading.default_workers()  # decoding processes per training process and stream
     device: str = "auto"  # auto, cpu, cuda
-    precision: Literal["fp32", "bf16"] = "fp32"  # inside the network
+    precision: Literal["fp32", "bf16"] = "fp32"  # of what the networks compute
     compile: bool = False  # torch.compile the networks in training
     eval: str = ""  # score this checkpoint on val, train nothing
     # checkpoint, then images or folders: write predictions
     predict: list[str] = field(default_factory=list)
-    # write tables and pictures of this finished run, from its nodes, and train nothing
+    # write the tables and pictures of this finished run once more, from its nodes; train nothing
     report: str = ""
 
 
@@ -654,7 +655,7 @@ def classmix_step(
         images = paste(unlabeled.images, cut_out[:, None])
         valid = paste(unlabeled.valid, cut_out)
         confidence, label = paste(probs, cut_out[:, None]).max(dim=1)
-        # one number for the whole batch
+        # the share of sure pixels, one number for the whole batch
         sure = ((confidence >= MIX_CONFIDENCE) & valid).sum() / valid.sum().clamp(min=1)
         if args.mix_colour:
             images = jitter_and_blur(images, rng(args.seed, "colour", step))
