@@ -125,9 +125,9 @@ Side = Annotated[int, msgspec.Meta(ge=16)]
 @dataclass
 class Args:
     """Train a segmentation network on few labels, then on in stages that learn from the labels or
-    from its own predictions, in an order that GIST or RIST searches for. --dataset picks the
-    paper's numbers, every other flag overrides one of them. Marks such as DEPARTS[cl] are explained
-    in docs/gist_rist.md."""
+    from its own predictions, in an order that GIST or RIST searches for. The network after a stage
+    is called a node. --dataset picks the paper's numbers, every other flag overrides one of them.
+    Marks such as DEPARTS[cl] are explained in docs/gist_rist.md."""
 
     # data
 
@@ -162,7 +162,7 @@ class Args:
 
     # a refinement stage (Sec. III)
 
-    steps: Positive = 3000  # K, iterations of a stage
+    steps: Positive = 3000  # K, iterations of a refinement stage
     cl: float = 1.0  # weight of the consistency loss, Eq. 8; 0: none, Table V. DEPARTS[cl]
     # images of the consistency loss: both labeled and unlabeled ones, or the active ones, which are
     # those that the stage learns from. DEPARTS[cl-on]
@@ -205,8 +205,9 @@ class Args:
     batch_size: Annotated[int, msgspec.Meta(ge=2)] = 8
     # multiplies the size of images and labels before all else; Cityscapes 0.5. DEPARTS[cityscapes]
     resize: Annotated[float, msgspec.Meta(ge=0.05, le=20)] = 1
-    crop_size: tuple[Side, Side] = (321, 321)  # height and width in training
-    scale: tuple[float, float] = (0.5, 1.5)  # random resizing, lowest and highest. DEPARTS[scale]
+    crop_size: tuple[Side, Side] = (321, 321)  # height and width of crops in training
+    # lowest and highest factor of random resizing. DEPARTS[scale]
+    scale: tuple[float, float] = (0.5, 1.5)
     lr: float = 2.5e-4  # learning rate of the backbone at the beginning of each node
     head_lr: float = 10  # learning rate of the classifier, as a multiple of --lr. DEPARTS[lr]
 
@@ -215,7 +216,7 @@ class Args:
     out: str = ""  # run folder; empty: runs/gist_rist-<dataset>-<split>-d<split seed>-s<seed>
     store: str = "runs/gist_rist-nodes"  # trained nodes, shared by runs, searches and processes
     resume: bool = False  # continue the run in --out; nodes in the store are never trained twice
-    # of initial weights, order of images, augmentation and RIST's draws, for each node by its path
+    # for initial weights, order of images, augmentation and RIST's draws; each node adds its path
     seed: int = 0
     # keep the weights of all nodes, not only of those that a search may still need
     keep_nodes: bool = False
@@ -226,7 +227,7 @@ class Args:
     log_every: Positive = 50  # steps between log lines
     workers: int = loading.default_workers()  # decoding processes per training process and stream
     device: str = "auto"  # auto, cpu, cuda
-    precision: Literal["fp32", "bf16"] = "fp32"  # of what the networks compute
+    precision: Literal["fp32", "bf16"] = "fp32"  # numbers inside the networks
     compile: bool = False  # torch.compile the networks in training
     eval: str = ""  # score this checkpoint on val, train nothing
     # checkpoint, then images or folders: write predictions
