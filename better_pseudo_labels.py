@@ -224,7 +224,7 @@ class Args:
     retrieval_model: str = "vit_large_patch14_dinov2.lvd142m"
     # its weights: imagenet (what the name's tag says), none, shapes, or a file
     retrieval_weights: str = "imagenet"
-    index: str = "exact"  # exact and streaming, or a Faiss factory string
+    index: str = "exact"  # exact, which reads the pool part by part, or a Faiss factory string
     duplicate: Fraction = 0.95  # cosine from which two images count as one. DEPARTS[duplicate]
 
     # network
@@ -247,7 +247,7 @@ class Args:
     fc: Annotated[int, msgspec.Meta(ge=8)] = 1024  # units of the box heads
     head_convs: Count = 4  # convolutions of box and mask heads
     anchor_scale: Annotated[float, msgspec.Meta(gt=0)] = 8.0  # side of an anchor over its stride
-    proposals: Count = 1000  # of the region proposal network, for each image
+    proposals: Count = 1000  # boxes that the region proposal network gives of each image
     rpn_batch: Count = 256  # anchors sampled in each image
     roi_batch: Count = 512  # proposals sampled in each image
     # compute activations again in the backward pass: less memory, same gradients
@@ -278,7 +278,8 @@ class Args:
     # factor of the learning rate from block to block; a CNN's whole body learns at this rate
     layer_decay: Fraction = 0.8
     clip: float = 0.0  # largest gradient norm; 0: none
-    # images of classes that fewer images hold than this share are repeated (repeat-factor sampling)
+    # a class that a smaller share of the images holds is rare: its images come more often
+    # (repeat-factor sampling)
     repeat: Fraction = 0.001
     scale: tuple[Scale, Scale] = (0.1, 2.0)  # range of the random scale
 
