@@ -994,7 +994,7 @@ class ConvPyramid(nn.Module):
         super().__init__()
         from torchvision.ops import FeaturePyramidNetwork
 
-        self.cnn = backbones.Strides(args.backbone, args.norm == "frozen", pretrained)
+        self.cnn = backbones.FourMaps(args.backbone, args.norm == "frozen", pretrained)
         self.fpn = FeaturePyramidNetwork(self.cnn.channels, args.width)
 
     def forward(self, images: Tensor) -> list[Tensor]:

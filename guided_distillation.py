@@ -1233,7 +1233,7 @@ class Mask2Former(nn.Module):
                 args.vit_resize,
             )
         else:
-            self.backbone = backbones.Strides(args.backbone, args.norm == "frozen", pretrained)
+            self.backbone = backbones.FourMaps(args.backbone, args.norm == "frozen", pretrained)
         self.pixel_decoder = PixelDecoder(
             self.backbone.channels, args.width, args.encoder_layers, args.checkpointing
         )

@@ -1,5 +1,6 @@
-"""ImageNet backbones by name, cut into stages: timm first, then torchvision, and their weights with
-clear errors. Each network has `pretrained: bool`; files of weights are loaded by who builds it."""
+"""ImageNet backbones by name, cut into stages: timm's first, then torchvision's. Each takes
+`pretrained: bool` for the published weights; a file of weights is loaded by whoever builds the
+network."""
 
 from typing import NamedTuple
 
@@ -25,7 +26,8 @@ class Stages(nn.Module):
         super().__init__()
         self.features = features
         self.ends: dict[int, StageEnd] = {}
-        stage, reduction = 0, 1
+        stage = 0
+        reduction = 1
         x = torch.zeros(1, 3, 64, 64)
         for place, layer in enumerate(features):
             for conv in layer.modules():
@@ -131,10 +133,10 @@ def cannot_be_cut(name: str, why: str) -> UserError:
     )
 
 
-class Strides(nn.Module):
+class FourMaps(nn.Module):
     """A CNN by its timm or torchvision name: (B, 3, H, W) -> four maps of strides 4, 8, 16, 32, of
-    `channels` (res2 .. res5). With `frozen` its BatchNorm is a constant, which keeps the type of a
-    map."""
+    `channels` (res2 .. res5). If `frozen`, its BatchNorm layers are constants, and a bf16 map stays
+    bf16."""
 
     def __init__(self, name: str, frozen: bool, pretrained: bool):
         super().__init__()
@@ -145,9 +147,8 @@ class Strides(nn.Module):
                 f"take another, for example resnet18."
             )
         last_first = reduction[::-1]
-        self.places = [
-            len(reduction) - 1 - last_first.index(stride) for stride in (4, 8, 16, 32)
-        ]  # the last map of each stride
+        # Where the last map of each stride is.
+        self.places = [len(reduction) - 1 - last_first.index(stride) for stride in (4, 8, 16, 32)]
         self.channels = [channels[place] for place in self.places]
         if frozen:
             from timm.utils.model import freeze_batch_norm_2d

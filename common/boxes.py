@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# torchvision's operators are imported where they are used: they load much that --help needs not.
+# torchvision's operators are imported where they are used, because they load much that --help does
+# not need.
 
 
 def boxes_of(masks: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 on disk, which pictures a run learns from, and their samples.
 
 Order and augmentation depend on (seed, step, sample) alone, see common/loading.py. Labels are class
-indices 0..K-1, the places in the sorted category ids, always."""
+indices 0..K-1 everywhere, the places in the sorted category ids."""
 
 import itertools
 import json
@@ -27,13 +27,12 @@ from common.loading import helpers
 from common.objects import CITYSCAPES_THINGS, Instances, Photo, bare, singles, with_things
 from common.semantic import check_classes, check_folder, missing, need
 
-# annotations/<one of them>.json
+# How the JSON file of a part may be named, in the folder annotations.
 FILES = ("{}", "instances_{}", "instances_{}2017", "lvis_{}", "lvis_v1_{}")
 
+COCO_IMAGES = 117266  # the images of train2017 that hold an object, of 118,287 in all
 
-COCO_IMAGES = 117266  # of train2017 that hold an object; 118,287 in all
-
-
+# The published lists of each data set: their folder, and how they are called.
 PUBLISHED = {
     "cityscapes": ("guided_distillation", "5%, 10%, 20%, 30%"),
     "coco": ("unbiased_teacher", "0.01%, 0.1%, 0.5%, 1%, 2%, 5%, 10%"),
@@ -51,8 +50,9 @@ def find(
     classes: list[str] | None = None,
 ) -> Instances:
     """The data set `name` (shapes, coco, lvis, cityscapes) under `root`, scored on its part `val`;
-    UserError when it is not there, contradicts itself, or has not `classes`. Flags name files and a
-    folder, also relative to `root`."""
+    UserError when it is not there, contradicts itself, or has other classes than `classes`. Of COCO
+    and LVIS, `train_json`, `val_json` and `images` name the files and the folder of the images,
+    also relative to `root`."""
     check_folder(name, root)
     if name == "cityscapes":
         data = find_cityscapes(root, val)
@@ -67,7 +67,8 @@ def find_cityscapes(root: Path, val: str) -> Instances:
     is opened here."""
 
     def part(name: str) -> list[Photo]:
-        found, end = [], "_leftImg8bit.png"
+        found = []
+        end = "_leftImg8bit.png"
         images = sorted((root / "leftImg8bit" / name).glob("*/*" + end))
         for number, image in enumerate(images, start=1):
             stem = image.name.removesuffix(end)
@@ -77,8 +78,10 @@ def find_cityscapes(root: Path, val: str) -> Instances:
             raise missing("cityscapes", root, f"leftImg8bit/{name}/<city>/*{end}")
         return found
 
-    train, score, extra = part("train"), part(val), part("train_extra")
-    for photo in score:
+    train = part("train")
+    scored = part(val)
+    extra = part("train_extra")
+    for photo in scored:
         need(photo.label)
     return Instances(
         "cityscapes",
@@ -86,7 +89,7 @@ def find_cityscapes(root: Path, val: str) -> Instances:
         list(CITYSCAPES_THINGS.values()),
         list(CITYSCAPES_THINGS),
         train,
-        score,
+        scored,
         [bare(photo) for photo in extra],
     )
 
@@ -104,7 +107,8 @@ def find_coco(
     folder = images_folder(name, root, images)
     content = {path: read_json(path) for path in (train_path, val_path)}  # one file may be both
     kinds = common_categories(content, train_path, val_path)
-    ids, classes = list(kinds), list(kinds.values())
+    ids = list(kinds)
+    classes = list(kinds.values())
     index = {category: place for place, category in enumerate(ids)}
     bases = [folder] if images else [folder, root]
     train = photos_of(content[train_path], train_path, index, finder(bases, "train"))
@@ -161,7 +165,8 @@ def images_folder(name: str, root: Path, images: str) -> Path:
 
 def common_categories(content: dict[Path, dict], train: Path, val: Path) -> dict[int, str]:
     """Category id -> name, which both files must list alike."""
-    of_train, of_val = classes_of(content[train], train), classes_of(content[val], val)
+    of_train = classes_of(content[train], train)
+    of_val = classes_of(content[val], val)
     for a, b in itertools.zip_longest(of_train.items(), of_val.items()):
         if a != b:
             raise UserError(
@@ -175,7 +180,8 @@ def scored_on(data: Instances, photos: list[Photo], val_json: Path | None = None
     """The same data set, but scored on these pictures, which have labels: such as training pictures
     that are held out. Without `val_json`, what is true is made of the Photos
     (mask_ap.truth_of)."""
-    negative, partial = {}, {}
+    negative: dict[int, list[int]] = {}
+    partial: dict[int, list[int]] = {}
     if data.lvis:
         negative = {photo.id: list(photo.negative) for photo in photos}
         partial = {photo.id: list(photo.partial) for photo in photos}
@@ -203,16 +209,19 @@ def choose(
     needed: bool,
     balanced: bool = True,
 ) -> Chosen:
-    """The labeled pictures that `split` names, and the unlabeled ones; UserError when there are
-    none and they are `needed`.
+    """The labeled pictures that `split` names, and the unlabeled ones. UserError when there are no
+    unlabeled ones and they are `needed`.
 
-    `split`: all; a list file, or a COCO file of the labeled pictures; random:183, random:5%, drawn
-    with `split_seed`, `balanced` over the classes, or not, which keeps a long tail; a published
-    list of COCO or Cityscapes (elsewhere 183 or 5% mean random:). COCO's are Unbiased Teacher's,
-    whose draw is `split_seed` (0 to 9; its configurations use 1) and whose numbers are places in
-    `data.train`, sorted by image id. `unlabeled`: a folder or a list. Else `pool` "all" takes all
-    training pictures (labeled ones too, as the released code), "remaining" the others, and both
-    `data.extra` (Cityscapes' train_extra with --split all only)."""
+    `split` is "all", the path of a list or of a COCO file with the labeled pictures, the name of a
+    published list of COCO or Cityscapes, or a number or share to draw with `split_seed`:
+    "random:183", "random:5%" (where no lists are published, "183" and "5%" mean the same). A
+    `balanced` draw covers the classes evenly; the other keeps a long tail. COCO's lists are those
+    of Unbiased Teacher, where `split_seed` (0 to 9) is the number of the draw; its configurations
+    use 1.
+
+    `unlabeled` names a folder or a list. Without it, `pool` "all" takes all training pictures, also
+    the labeled ones, as the released code does, and "remaining" takes the others. Both take
+    `data.extra`, which in Cityscapes is train_extra and is only taken with "all" labels."""
     labeled, origin = split_of(data, split, split_seed, balanced)
     if unlabeled:
         rest = unlabeled_photos(unlabeled, data)
@@ -227,7 +236,8 @@ def choose(
             f"--unlabeled, or learn from labels alone."
         )
     names = [splits.short_id(photo.name, data.name) for photo in labeled]
-    fingerprint, known = splits.fingerprint(names), splits.published_name(names)
+    fingerprint = splits.fingerprint(names)
+    known = splits.published_name(names)
     labeled = [photo for photo in labels_read(labeled) if singles(photo)]
     if not labeled:
         raise UserError(
@@ -407,7 +417,7 @@ def unlabeled_photos(text: str, data: Instances, flag: str = "--unlabeled") -> l
         raise UserError(f"{flag} {path}: {why}.")
     found = [Photo(str(image.relative_to(path)), image) for image in images]
     for photo in found:
-        # surrogates: not UTF-8
+        # A name that is not UTF-8 holds surrogates.
         if not str(photo.image).isascii() and "\\udc" in ascii(str(photo.image)):
             raise UserError(
                 f"{flag} {path}: the file name {ascii(photo.name)} is not UTF-8; rename it."
@@ -495,7 +505,7 @@ class Views(Dataset):
 
 def score_loader(photos: list[Photo], world: World, workers: int) -> Iterable[tuple[int, Tensor]]:
     """(index, picture (3, H, W) uint8), one at a time, each on exactly one process, under a
-    progress bar that goes when it is done (without a terminal: a line a minute). A broken image
+    progress bar that vanishes at the end; without a terminal it is a line a minute. A broken image
     stops the evaluation, which needs every one."""
     from tqdm import tqdm
 
@@ -506,6 +516,9 @@ def score_loader(photos: list[Photo], world: World, workers: int) -> Iterable[tu
         collate_fn=lambda index: (index, load(photos[index])),
         **helpers(min(workers, 4)),
     )
+    pace = {"mininterval": 0.5}
+    if not sys.stderr.isatty():
+        pace = {"mininterval": 60, "delay": 60}
     return tqdm(
         pictures,
         desc="scoring",
@@ -513,5 +526,5 @@ def score_loader(photos: list[Photo], world: World, workers: int) -> Iterable[tu
         leave=False,
         disable=not world.main,
         dynamic_ncols=True,
-        **({"mininterval": 0.5} if sys.stderr.isatty() else {"mininterval": 60, "delay": 60}),
+        **pace,
     )

@@ -124,7 +124,7 @@ def quiet_worker(worker_id: int) -> None:
 
 
 def default_workers() -> int:
-    """Two CPU cores: decode in the main process; more: up to eight helpers a process."""
+    """How many helpers decode for each process: none on two CPU cores, else eight at most."""
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     else:

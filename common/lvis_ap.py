@@ -310,7 +310,8 @@ def candidates(
     """The objects and detections of one pair that overlap by the `lowest` threshold. Where the
     objects are `crowds`, the overlap is the part of the detection that lies in one."""
     found = [Candidates(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))]
-    pairs_of_objects, pairs = compared.pairs_of_objects, compared.pairs
+    pairs = compared.pairs
+    pairs_of_objects = compared.pairs_of_objects
     with_both = np.intersect1d(pairs_of_objects, pairs)
     bounds = zip(
         with_both,

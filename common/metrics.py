@@ -61,15 +61,14 @@ def distance(a: nn.Module, b: nn.Module) -> float:
 
 # -------------------------------------------------------------------------------------- calibration
 def table(conf: np.ndarray, right: np.ndarray, bins: int = 10) -> list[dict]:
-    """The `bins` of equal width on [0, 1] of samples (N,), each: low, high, the number n of samples
-    with low <= confidence < high (in the last also 1), their mean confidence conf and share of
-    right ones acc, or None."""
-    conf, right = np.asarray(conf, np.float64), np.asarray(right, bool)
-    assert conf.shape == right.shape and conf.ndim == 1 and bins > 0, (
-        conf.shape,
-        right.shape,
-        bins,
-    )
+    """Samples (N,) in `bins` of equal width on [0, 1]. A row of each bin has low and high, the
+    number n of samples with low <= confidence < high (in the last bin also 1), their mean
+    confidence conf and the share acc of right ones, both None in an empty bin."""
+    conf = np.asarray(conf, np.float64)
+    right = np.asarray(right, bool)
+    assert conf.shape == right.shape, (conf.shape, right.shape)
+    assert conf.ndim == 1, conf.shape
+    assert bins > 0, bins
     assert ((conf >= 0) & (conf <= 1)).all(), "a confidence is not in 0..1"
     place = np.minimum((conf * bins).astype(np.int64), bins - 1)
     counts = np.bincount(place, minlength=bins).tolist()
@@ -86,8 +85,8 @@ def table(conf: np.ndarray, right: np.ndarray, bins: int = 10) -> list[dict]:
 
 
 def error_of(rows: list[dict]) -> float | None:
-    """ECE of what `table` gives: the mean gap between confidence and accuracy, each bin by its
-    share of samples."""
+    """The ECE of what `table` gives: the mean gap between confidence and accuracy, each bin weighted
+    by its share of the samples; None without a sample."""
     number = sum(row["n"] for row in rows)
     if not number:
         return None
@@ -96,15 +95,15 @@ def error_of(rows: list[dict]) -> float | None:
 
 def ece(conf: np.ndarray, right: np.ndarray, bins: int = 10) -> float | None:
     """Expected calibration error (Naeini, Cooper, Hauskrecht, AAAI 2015) of samples (N,): sum_b n_b
-    / N |acc_b - conf_b| over bins of equal width. Empty bins count nothing; None without a
+    / N |acc_b - conf_b| over the bins of equal width that are not empty; None without a
     sample."""
     return error_of(table(conf, right, bins))
 
 
 def reliability(samples: Samples, bins: int = 10, groups: list[str] | None = None) -> dict:
-    """ece, n (how many samples) and bins (see `table`) of all samples; and, with `groups`, r, c or
-    f of each class by its index, under r, c and f the same of the samples of their classes. Ready
-    for a JSON file."""
+    """The `ece` of all samples, their number `n` and their `bins` (see `table`), ready for a JSON
+    file. `groups` says r, c or f of each class; with it, the same record of each group's samples
+    stands under r, c and f."""
 
     def record(conf: np.ndarray, right: np.ndarray) -> dict:
         rows = table(conf, right, bins)

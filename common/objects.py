@@ -86,7 +86,7 @@ class Instances:
 
 
 def coco_mask():
-    """pycocotools, for arithmetic of run lengths: loaded where it is needed, --help needs none."""
+    """The functions of pycocotools on run lengths, loaded at the first use: --help needs none."""
     from pycocotools import mask
 
     return mask

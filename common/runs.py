@@ -31,10 +31,9 @@ FREE_TO_CHANGE = {
     "compile",
     "eval",
     "predict",
-}
+}  # settings that a resumed run may have otherwise
 
-
-HELD = []  # open files: a lock ends when its file is closed
+HELD = []  # open files, because a lock ends when its file is closed
 
 
 # --------------------------------------------------------------------------------------- run folder
@@ -56,7 +55,8 @@ def open_run(out: Path, script: str, args, resume: bool, main: bool) -> bool:
     run has the settings it was started with, --steps too: schedules depend on its length.
 
     Raises UserError when the folder holds another run, or the same run with other settings."""
-    config, last = out / "config.json", out / "last.pt"
+    config = out / "config.json"
+    last = out / "last.pt"
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a folder.")
     if last.exists() or config.exists():

@@ -133,7 +133,7 @@ def classes_in(data: Segmentation, picture: Picture) -> set[int]:
 # ------------------------------------------------------------------------------------------ on disk
 def find(name: str, root: Path, val: str = "val", classes: list[str] | None = None) -> Segmentation:
     """The data set `name` (voc, shapes, cityscapes, folder) under `root`, scored on its `val` list;
-    UserError when it is not there, or has not these `classes`."""
+    UserError when it is not there, or has other classes than `classes`."""
     check_folder(name, root)
     if name == "cityscapes":
         data = find_cityscapes(root, val)
@@ -247,7 +247,8 @@ def find_cityscapes(root: Path, val: str) -> Segmentation:
         raise missing("cityscapes", root, "leftImg8bit")
     to_class = np.full(256, IGNORE, np.uint8)
     to_class[CITYSCAPES_IDS] = np.arange(19)
-    train, scored = part("train"), part(val)
+    train = part("train")
+    scored = part(val)
     if not train:
         raise missing("cityscapes", root, "leftImg8bit/train/<city>/*_leftImg8bit.png")
     for picture in scored:
@@ -261,7 +262,8 @@ def find_folder(root: Path, val: str) -> Segmentation:
     class a line."""
 
     def part(name: str) -> list[Picture]:
-        folder, labels = root / "images" / name, root / "labels" / name
+        folder = root / "images" / name
+        labels = root / "labels" / name
         if not folder.is_dir():
             return []
         return [Picture(p.stem, p, labels / f"{p.stem}.png") for p in image_files(folder)]
@@ -345,11 +347,12 @@ def choose(
     balanced: bool = True,
 ) -> Chosen:
     """The labeled images that `split` names, and the unlabeled ones: all others, or what
-    `unlabeled` names; UserError when there are none and they are `needed`.
+    `unlabeled` names. UserError when there are no unlabeled ones and they are `needed`.
 
-    `split`: a published list of `family`, fetched beside the data; random:183, random:5%, drawn
-    with `split_seed`; a list file; all. A `balanced` draw covers the classes evenly, for which the
-    labels of all training images are opened; the other is uniform."""
+    `split` is "all", the path of a list, the name of a published list of `family` that was fetched
+    beside the data, or a number or share to draw with `split_seed`: "random:183", "random:5%". A
+    `balanced` draw covers the classes evenly, for which the labels of all training images are
+    opened; the other is uniform."""
     labeled, rest, origin = split_of(data, split, split_seed, family, balanced)
     for picture in labeled:
         need(picture.label)
@@ -429,7 +432,8 @@ def listed_pictures(path: Path, data: Segmentation, labels: bool = True) -> list
         return None
 
     entries = splits.read_list(path)
-    found, lost = [], []
+    found = []
+    lost = []
     for entry, mask in entries:
         name = splits.short_id(entry, data.name)
         known = data.train.get(name)

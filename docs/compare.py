@@ -54,21 +54,27 @@ def read_run(folder: Path) -> dict:
     }
 
 
+def last(run: dict, metric: str) -> float:
+    """The last score of the run's network."""
+    return run["results"][run["network"]]["last"][metric]
+
+
 def label(settings: dict, base: dict) -> str:
     """What tells a row from the baseline: method, recipe and every other setting that differs."""
-    differ = {
-        k: v
-        for k, v in settings.items()
-        if k not in BOOKKEEPING | {"method", "recipe"} and v != base.get(k)
-    }
-    words = [settings["method"]] + ([settings["recipe"]] if settings["recipe"] != "paper" else [])
-    return " ".join(words + [f"--{k.replace('_', '-')} {v}" for k, v in differ.items()])
+    words = [settings["method"]]
+    if settings["recipe"] != "paper":
+        words.append(settings["recipe"])
+    for name, value in settings.items():
+        if name not in BOOKKEEPING | {"method", "recipe"} and value != base.get(name):
+            words.append(f"--{name.replace('_', '-')} {value}")
+    return " ".join(words)
 
 
 def table(runs: list[dict], metric: str = "miou") -> str:
-    """Markdown: a row per setting with mean, range, paired difference to the first row and its
-    spread."""
-    base, rows = runs[0]["settings"], {}
+    """Markdown: a row for each setting, with the mean, the single scores, and the paired difference
+    to the first row with its spread."""
+    base = runs[0]["settings"]
+    rows: dict[str, dict] = {}  # setting -> (label draw, seed) -> run
     for run in runs:
         place = (run["settings"]["split_seed"], run["settings"]["seed"])
         rows.setdefault(label(run["settings"], base), {})[place] = run
@@ -79,28 +85,30 @@ def table(runs: list[dict], metric: str = "miou") -> str:
         "|---|---|---|---|---|---|",
     ]
     for name, draws in rows.items():
-        score = {p: r["results"][r["network"]]["last"][metric] for p, r in draws.items()}
-        best = [r["results"][r["network"]]["best"][metric] for r in draws.values()]
-        pairs = [
-            score[p] - first[p]["results"][first[p]["network"]]["last"][metric]
-            for p in score
-            if p in first
-        ]
-        each = ", ".join(f"{score[p]:.1f}" for p in sorted(score))
-        spread = (
-            f"{statistics.mean(pairs):+.2f} ± {statistics.stdev(pairs):.2f}"
-            if len(pairs) > 1
-            else f"{pairs[0]:+.2f}"
-            if pairs
-            else ""
-        )
-        wins = "" if draws is first else f"{sum(d > 0 for d in pairs)} of {len(pairs)}"
+        scores = [last(draws[place], metric) for place in sorted(draws)]
+        best = [run["results"][run["network"]]["best"][metric] for run in draws.values()]
+        difference = wins = ""
+        if draws is not first:
+            both = [place for place in draws if place in first]
+            gains = [last(draws[place], metric) - last(first[place], metric) for place in both]
+            difference = mean_and_spread(gains)
+            wins = f"{sum(gain > 0 for gain in gains)} of {len(gains)}"
         network = next(iter(draws.values()))["network"]
+        each = ", ".join(f"{score:.1f}" for score in scores)
         lines.append(
-            f"| {name} | {network} | {statistics.mean(score.values()):.2f} ({each}) | "
-            f"{'' if draws is first else spread} | {wins} | {statistics.mean(best):.2f} |"
+            f"| {name} | {network} | {statistics.mean(scores):.2f} ({each}) | {difference} | "
+            f"{wins} | {statistics.mean(best):.2f} |"
         )
     return "\n".join(lines)
+
+
+def mean_and_spread(values: list[float]) -> str:
+    """The mean with its sign, and the sample standard deviation where there are two or more."""
+    if not values:
+        return ""
+    if len(values) == 1:
+        return f"{values[0]:+.2f}"
+    return f"{statistics.mean(values):+.2f} ± {statistics.stdev(values):.2f}"
 
 
 def strip(runs: list[dict], path: Path, count: int = 8) -> None:

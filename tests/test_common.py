@@ -293,7 +293,7 @@ def test_checkpoints_of_another_version_are_named(tmp_path):
 # --------------------------------------------------------------------------------- copied elsewhere
 def test_a_frozen_network_can_be_pickled():
     """A hook that is a lambda cannot; multiprocessing and copies of whole networks need it."""
-    network = backbones.Strides("test_resnet", frozen=True, pretrained=False)
+    network = backbones.FourMaps("test_resnet", frozen=True, pretrained=False)
     again = pickle.loads(pickle.dumps(network))
     images = torch.rand(1, 3, 64, 64)
     for a, b in zip(network.eval()(images), again.eval()(images), strict=True):
