@@ -85,8 +85,8 @@ def table(conf: np.ndarray, right: np.ndarray, bins: int = 10) -> list[dict]:
 
 
 def error_of(rows: list[dict]) -> float | None:
-    """The ECE of what `table` gives: the mean gap between confidence and accuracy, each bin weighted
-    by its share of the samples; None without a sample."""
+    """The ECE of what `table` gives: the mean gap between confidence and accuracy, each bin counting
+    by its share of the samples. None without a sample."""
     number = sum(row["n"] for row in rows)
     if not number:
         return None
@@ -95,8 +95,7 @@ def error_of(rows: list[dict]) -> float | None:
 
 def ece(conf: np.ndarray, right: np.ndarray, bins: int = 10) -> float | None:
     """Expected calibration error (Naeini, Cooper, Hauskrecht, AAAI 2015) of samples (N,): sum_b n_b
-    / N |acc_b - conf_b| over the bins of equal width that are not empty; None without a
-    sample."""
+    / N |acc_b - conf_b| over the bins of equal width that are not empty. None without a sample."""
     return error_of(table(conf, right, bins))
 
 

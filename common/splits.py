@@ -44,29 +44,23 @@ TRAIN = {
     "cityscapes": (2975, "7f56ebec1d2eb8db59a3600206fcf7f05b53a7f3a8cf66381e6de73356b9eb7a"),
 }
 
-
 _GITHUB = "https://raw.githubusercontent.com"
 
-
 _GTA_SEG = f"{_GITHUB}/Jin-Ying/GTA-Seg/534f10f4225ffd11e0cff29db51297ab7da41b44/data/splits"
-
 
 _S4GAN = (
     f"{_GITHUB}/sud0301/semisup-semseg/586609b7bd4bf851c4b1f2691584ce8b11ba6d50/"
     f"splits/voc/split_0.pkl"
 )
 
-
 _GUIDED = (
     f"{_GITHUB}/facebookresearch/GuidedDistillation/f775b48028eedc5501f66dee2f49d9896027a59e/"
     f"data_splits"
 )
 
-
 _TEACHER = (
     f"{_GITHUB}/facebookresearch/unbiased-teacher/d13947a4c5d5d218c85b8f3a960cf598b564df39/dataseed"
 )
-
 
 # folder in GTA-Seg's repository -> SHA-256 of labeled.txt (or val.txt), fingerprint of its ids
 _GTA_SEG_HASHES = {
@@ -136,16 +130,13 @@ _GTA_SEG_HASHES = {
     ),
 }
 
-
 _S4GAN_SHA256 = "4e572847e864fcd1ecc1457c6413751abac38424e4bd40a9277d4f7afdc0c755"
-
 
 _S4GAN_HASHES = {
     "1/50": (211, "3a73656340d8f32e63a9c46806c29d870f4b1dd123f7d596a2f9cba4fff87976"),
     "1/20": (529, "a5c4123009d66b7e8f1c4257ff3fa0a31b5d093fb0779c2a8a8481359a0abe96"),
     "1/8": (1322, "10e57e4aa33cf70fc08d07271b2af4f4d335abb2f8f6baed4f0dd93f0691c969"),
 }
-
 
 # The fingerprints of these four are computed from the files whose SHA-256 stands beside them;
 # nobody published them.
@@ -197,15 +188,11 @@ def _published() -> dict[tuple[str, str, str], Published]:
 
 PUBLISHED = _published()  # (data set, family, name) -> Published
 
-
 ALIASES = {"2645": "2646"}  # GTA-Seg's paper prints 2645 for a list of 2646
-
 
 _NAMES = {item.ids_sha256: " ".join(key) for key, item in PUBLISHED.items() if item.ids_sha256}
 
-
 _NAMES |= {ids_sha256: f"{dataset} train" for dataset, (_, ids_sha256) in TRAIN.items()}
-
 
 # U2PL replaced its 372 list as a bug fix (2022-05-13); GTA-Seg ships the first one.
 _NAMES["af350f9ea948a470ca54a5c0fa8c9829a30ce537825aa9d3de2d450a9bbcc839"] = "cityscapes u2pl 372"
