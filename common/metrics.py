@@ -85,8 +85,8 @@ def table(conf: np.ndarray, right: np.ndarray, bins: int = 10) -> list[dict]:
 
 
 def error_of(rows: list[dict]) -> float | None:
-    """The ECE of what `table` gives: the mean gap between confidence and accuracy, each bin counting
-    by its share of the samples. None without a sample."""
+    """The ECE of what `table` gives: the mean gap between confidence and accuracy, each bin by its
+    share of the samples. None without a sample."""
     number = sum(row["n"] for row in rows)
     if not number:
         return None
