@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from common.errors import UserError
 from common.files import write_bytes
 
-# Keys under which programs keep a state dict; inner ones later.
+# Keys under which programs keep a state dict. Where they are nested, the inner ones come later.
 WRAPPERS = ("networks", "model", "state_dict", "teacher", "supervised", "student")
 
 
@@ -75,7 +75,8 @@ def read_any(path: Path):
 
 def unwrapped(content) -> dict[str, Tensor]:
     """The tensors of a state dict, out of the dictionaries and without the prefixes that training
-    programs wrap around it. The network of several is the first in WRAPPERS that is there."""
+    programs wrap around it. Where there are several networks, the
+    first name in WRAPPERS is taken."""
     for wrapper in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]

@@ -12,12 +12,12 @@ from common.objects import Photo, Thing, read_segmentation
 
 
 def read_json(path: Path) -> dict:
-    """A COCO or LVIS file, each annotation a tuple (image id, category id, segmentation, crowd,
-    area); UserError when it is none. Annotations become small while they are read, or COCO's train
-    file would fill many times its size."""
+    """The content of a COCO or LVIS file, in which each annotation has become a tuple (image id,
+    category id, segmentation, crowd, area); UserError when it is no such file. Annotations become
+    small while they are read, because COCO's train file would else fill many times its size."""
 
     def lean(record: dict):
-        """A tuple of an annotation; any other record as it is."""
+        """An annotation becomes a tuple; any other record stays as it is."""
         if not {"image_id", "category_id", "segmentation"} <= record.keys():
             return record
         try:

@@ -119,8 +119,9 @@ def read_segmentation(segmentation: list | dict) -> list[np.ndarray] | dict:
 
 # -------------------------------------------------------------------------------------------- masks
 class Window(NamedTuple):
-    """Joint geometry: flip left-right, resize to `size` (height, width), then the window of size
-    `out` at (top, left), which may reach over every border."""
+    """The geometry that a picture and its masks share: they are flipped left-right, or not, then
+    resized to `size` (height, width), and then the window of size `out` at (top, left) is cut,
+    which may reach over every border."""
 
     flip: bool
     size: tuple[int, int]
@@ -130,8 +131,10 @@ class Window(NamedTuple):
 
 
 def cut_out(image: Tensor, window: Window, fill: int) -> Tensor:
-    """(3, H, W) uint8 -> the window of it, (3, h, w); antialiased, `fill` outside."""
-    image = image.flip(-1) if window.flip else image
+    """The window (3, h, w) of a picture (3, H, W) uint8, resized with antialiasing. What lies
+    outside of the picture is `fill`."""
+    if window.flip:
+        image = image.flip(-1)
     image = F.interpolate(image[None], size=window.size, mode="bilinear", antialias=True)[0]
     out, _, valid = transforms.crop(image, None, window.top, window.left, *window.out)
     return torch.where(valid, out, fill)
@@ -148,8 +151,8 @@ class Masks(NamedTuple):
 def masks_of(
     photo: Photo, data: Instances, window: Window | None = None, crowds: bool = False
 ) -> Masks:
-    """The objects of a picture in the file's order; empty masks are kept. Without `window` in the
-    picture's own frame; without `crowds` no crowds.
+    """The objects of a picture in the file's order, with crowds if `crowds`. Without a `window` the
+    masks are in the picture's own frame. Empty masks are kept.
 
     Polygons are moved as coordinates and drawn on the window, so they stay sharp; run lengths and
     instanceIds are decoded, and each pixel of the window takes the nearest one. A RankError names

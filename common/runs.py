@@ -438,7 +438,8 @@ class Run:
             write_text(self.out / "results.json", json.dumps(results, indent=1))
             plots.curves(records, self.out / "curves.png", str(self.out))
             reached = []
-            for name, score in sorted(scores.items(), key=lambda item: item[0] != headline):
+            headline_first = sorted(scores.items(), key=lambda item: item[0] != headline)
+            for name, score in headline_first:
                 last, best = score["last"], score["best"]
                 reached.append(
                     f"{name} {last[metric]:.2f} (best {best[metric]:.2f} at step {best['step']})"

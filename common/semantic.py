@@ -288,9 +288,10 @@ def find_folder(root: Path, val: str) -> Segmentation:
 
 
 def first_existing(*paths: Path, holds: str = "") -> Path | None:
-    """The first path that exists, or below which `holds` does."""
+    """The first path that exists, or, where `holds` is given, that has something of this name in
+    it."""
     for path in paths:
-        if (path / holds if holds else path).exists():
+        if (path / holds).exists():
             return path
     return None
 
