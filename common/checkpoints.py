@@ -75,8 +75,8 @@ def read_any(path: Path):
 
 def unwrapped(content) -> dict[str, Tensor]:
     """The tensors of a state dict, out of the dictionaries and without the prefixes that training
-    programs wrap around it. Where there are several networks, the
-    first name in WRAPPERS is taken."""
+    programs wrap around it. Where there are several networks, the first name in WRAPPERS is
+    taken."""
     for wrapper in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
