@@ -1417,7 +1417,11 @@ def test_gist_is_beam_search(beam):
     for seed in range(30):
         scores = toy_scores(4, seed, ties=seed % 2 == 1)
         levels, best = beam_search(scores, 4, beam)
-        found = list(gist_rist.gist(4, beam, lambda path: (-scores[path], len(path), path)))  # noqa: B023
+
+        def rank(path, scores=scores):
+            return -scores[path], len(path), path
+
+        found = list(gist_rist.gist(4, beam, rank))
         assert [sorted(kids) for kids in found] == levels, seed
         toy = Toy(settings(stages=4, beam=beam, search=("gist",)), scores.get)
         visited = gist_rist.search_all(toy)
