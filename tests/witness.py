@@ -268,7 +268,7 @@ BETTER_RUNS = {
     "better correct all": GIVEN + " --support all",
     "better filter corrected": GIVEN + " --filter-on corrected",
     "better class nms": GIVEN + " --pseudo-nms class --size-threshold 20",
-    "better size": GIVEN + " --size-threshold 20",
+    "better size": GIVEN + " --size-threshold 200",
     "better weight": GIVEN + " --unsup-weight 0.5",
     "better delta of teacher": BETTER + " --delta-from teacher",
     "better refresh": BETTER + " --refresh 2",
@@ -487,7 +487,9 @@ def draw(tree: Path, cache: Path) -> Path:
     """The folder of the embedded data as this version draws them, and of small parts of them.
 
     Versions share it when their drawing code differs in layout, comments and imports only."""
-    code = drawing_code((tree / "data" / "shapes.py").read_text())
+    code = ""
+    for path in (tree / "data" / "shapes.py", tree / "data" / "drawing.py"):
+        code += drawing_code(path.read_text()) if path.is_file() else ""
     data = cache / f"data-{hashlib.sha256(code.encode()).hexdigest()[:12]}"
     with alone(data):
         if not data.is_dir():
@@ -824,7 +826,8 @@ def differences(kind: str, then: dict, now: dict, same, distance) -> list[str]:
     first = places[0]
     if kind == "numbers":
         first += f" ({then[first]!r} then, {now[first]!r} now)"
-    return [f"{len(places)} of {len(then)} {kind}, by {far:.2g} at most, first {first}"]
+    much = f", by {far:.2g} at most" if math.isfinite(far) else ""
+    return [f"{len(places)} of {len(then)} {kind}{much}, first {first}"]
 
 
 def network_of(place: str) -> str:
@@ -905,7 +908,7 @@ def reason(name: str, table: dict[str, str]) -> str:
 
 
 def compare_data(base: Side, now: Side) -> tuple[list[str], str]:
-    """The same of the drawn data: all files byte by byte, and the weights of the pre-training."""
+    """The same of the drawn data: all files, and the weights of the pre-training."""
     if base.data == now.data:
         return [], "the same code has drawn them"
     then, new = drawn(base.data), drawn(now.data)
@@ -922,6 +925,8 @@ def drawn(data: Path) -> dict[str, bytes]:
         name = path.relative_to(data).as_posix()
         if path.suffix in (".jpg", ".png", ".json", ".txt") and not name.startswith("weights/"):
             found[name] = b"" if path.name == "version.txt" else path.read_bytes()
+            if path.suffix == ".json":  # the order of keys is free
+                found[name] = json.dumps(json.loads(found[name]), sort_keys=True).encode()
         elif path.suffix == ".pth":
             import torch
 
