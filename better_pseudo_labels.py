@@ -148,9 +148,10 @@ Scale = Annotated[float, msgspec.Meta(ge=0.01, le=100)]
 
 @dataclass
 class Args:
-    """Semi-supervised instance segmentation: a teacher learns from smoothed labels, a student from
-    its calibrated pseudo labels. --dataset picks the paper's numbers, other flags override them;
-    DEPARTS: see docs/better_pseudo_labels.md."""
+    """Better (Pseudo-)Labels for semi-supervised instance segmentation: a teacher learns from
+    smoothed labels, a student from its calibrated pseudo labels. --dataset picks the paper's
+    numbers, and every other flag overrides one of them. Marks such as DEPARTS[ema] are explained
+    in docs/better_pseudo_labels.md."""
 
     # data
 

@@ -197,7 +197,8 @@ class Args:
 
     # ---- the run
 
-    out: str = ""  # run folder; empty: runs/guided_distillation-<dataset>-<split>-d<...>-s<...>
+    # run folder; empty: runs/guided_distillation-<dataset>-<split>-d<split seed>-s<seed>
+    out: str = ""
     resume: bool = False  # continue the run in --out; starts afresh when there is none
     seed: int = 0  # initial weights, the order of images, augmentation and points follow from it
     workers: int = loading.default_workers()  # decoding processes per process and stream

@@ -31,7 +31,7 @@ def load_checkpoint(path: Path, script: str) -> dict:
     except Exception as error:  # noqa: BLE001 (zip, pickle, runtime errors)
         raise UserError(
             f"{path} is not a readable checkpoint ({type(error).__name__}); "
-            f"use another one, or start again with another --out."
+            f"give another one, or train again with another --out."
         ) from None
     if not isinstance(state, dict) or "script" not in state:
         raise UserError(

@@ -53,13 +53,17 @@ def parse(args_type: type, preset: Callable, choosers: tuple[str, ...], argv: li
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in choosers:
-        first.add_argument(f"--{name}", default=argparse.SUPPRESS)
+        first.add_argument(f"--{name}", nargs="?", default=argparse.SUPPRESS)
     chosen, _ = first.parse_known_args(argv)
+    with_value = {name: value for name, value in vars(chosen).items() if value is not None}
     try:
-        default = preset(**vars(chosen))
+        default = preset(**with_value)
     except KeyError:
         default = preset()  # a name that does not exist: tyro lists those that do
-    return tyro.cli(args_type, default=default, args=argv)
+    args = tyro.cli(args_type, default=default, args=argv)
+    if "--predict" in argv and not args.predict:
+        raise UserError("--predict needs a checkpoint, and then images or folders.")
+    return args
 
 
 def is_of_one_process(error: Exception, sentence: str) -> bool:

@@ -150,10 +150,8 @@ def find(name: str, root: Path, val: str = "val", classes: list[str] | None = No
 
 def check_folder(name: str, root: Path) -> None:
     """UserError when the root of a data set is no folder, or not there."""
-    if root.exists() and not root.is_dir():
-        raise missing(name, root, "a folder")
     if not root.is_dir():
-        raise missing(name, root, "the folder itself")
+        raise missing(name, root)
 
 
 def check_classes(found: list[str], expected: list[str] | None, root: Path) -> None:
@@ -165,19 +163,22 @@ def check_classes(found: list[str], expected: list[str] | None, root: Path) -> N
         )
 
 
-def missing(name: str, root: Path, what: str) -> UserError:
-    """The error that says what of a data set was looked for where, and how to get it."""
-    if name == "voc":
-        how = "run `python -m data.download voc`"
-    elif name == "cityscapes":
-        how = "run `python -m data.download cityscapes` for the steps"
-    elif name == "folder":
-        how = "see data/README.md for its layout"
+def missing(name: str, root: Path, what: str = "") -> UserError:
+    """The error that says what of a data set was looked for where (without `what`, the folder
+    itself is not there), and how to get it."""
+    if what:
+        found = f"looked for {what} in {root.resolve()}"
     else:
-        how = "see data/README.md"
+        found = f"there is no folder {root.resolve()}"
+    if name == "voc":
+        how = "run `python -m data.download voc`, or "
+    elif name == "cityscapes":
+        how = "run `python -m data.download cityscapes` for the steps, or "
+    else:
+        how = ""
     return UserError(
-        f"The {name} data are missing: looked for {what} in {root.resolve()}; {how}, or name the "
-        f"folder that holds them with --root (layout in data/README.md)."
+        f"The {name} data are missing: {found}; {how}name the folder that holds them with --root "
+        f"(layout in data/README.md)."
     )
 
 

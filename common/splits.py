@@ -292,7 +292,8 @@ def count(text: str, total: int) -> int:
         number = int(text) if re.fullmatch(r"[0-9]{1,9}", text) else 0
     if number <= 0:
         raise SplitError(
-            f"{text!r} is no number of images; write a number (183), a share (1/8 or 5%) or all"
+            f"{text!r} is no number of images; write a number (183), a share (1/8 or 5%), all, or "
+            f"the name of a list that exists"
         )
     if number > total:
         raise SplitError(f"{text} asks for {number} labeled images, but there are only {total}")

@@ -2351,7 +2351,7 @@ REFUSED = [  # flags, what the sentence names
 
 
 REFUSED += [  # what is not there, or no good
-    (dict(root="text"), "looked for a folder"),
+    (dict(root="text"), "there is no folder"),
     (dict(root="nowhere"), "data/README.md"),
     (dict(dataset="shapes", root="text", frequency=None), "text"),
     (dict(train_json="no.json"), "--train-json no.json"),

@@ -674,6 +674,7 @@ def test_predict_without_pictures(trained, tmp_path, io):
     (tmp_path / "none").mkdir()
     (tmp_path / "text.jpg").write_text("x")
     checkpoint = str(trained / "best.pt")
+    assert "--predict needs a checkpoint" in run(["--predict"], io).error()
     for images in ([], [str(tmp_path / "none")]):
         assert "--predict" in run(["--predict", checkpoint, *images], io).error()
     for name in ("text.jpg", "nowhere.jpg"):

@@ -1416,7 +1416,7 @@ REFUSED = [  # flags, what the sentence names
 
 
 REFUSED += [  # what is not there, or no good
-    ({"root": "text"}, "looked for a folder"),
+    ({"root": "text"}, "there is no folder"),
     ({"train_json": "no.json"}, "--train-json no.json"),
     ({"val": "nonsense"}, "nonsense"),
     ({"val_json": "no.json"}, "--val-json no.json"),

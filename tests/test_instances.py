@@ -472,8 +472,8 @@ def test_a_wrong_file_is_one_sentence(train, said, tmp_path):
 def test_wrong_roots_and_flags(own, street, tmp_path):
     (tmp_path / "file").write_text("")
     for arguments, said in (
-        (("coco", tmp_path / "nowhere"), "looked for the folder itself"),
-        (("coco", tmp_path / "file"), "looked for a folder"),
+        (("coco", tmp_path / "nowhere"), "there is no folder"),
+        (("coco", tmp_path / "file"), "there is no folder"),
         (("coco", own, "nope.json"), "--train-json nope.json"),
         (("coco", own, "", "nope.json"), "--val-json nope.json"),
         (("coco", own, "", "", "nope"), "--images nope"),
