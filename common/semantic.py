@@ -215,7 +215,7 @@ def find_voc(root: Path, val: str) -> Segmentation:
 
     val_list = first_existing(lists / f"{val}.txt", root / "splits" / "gta_seg" / f"{val}.txt")
     if val_list is None:
-        raise missing("--val", lists, f"{val}.txt")
+        raise UserError(f"--val {val}: there is no list {val}.txt in {lists.resolve()}.")
     val_names = read_names(val_list)
     train_list = first_existing(*(lists / f"{n}.txt" for n in ("train_aug", "trainaug", "train")))
     if train_list is None:
