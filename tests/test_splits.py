@@ -225,7 +225,8 @@ def test_s4gan_refuses_other_pickles(tmp_path, monkeypatch, content, message):
             "aachen_000140_000019",
         ),
         (
-            "leftImg8bit/train/ulm/ulm_000079_000019_leftImg8bit.png\tgtFine/ulm/ulm_000079_000019_gtFine_labelTrainIds.png",
+            "leftImg8bit/train/ulm/ulm_000079_000019_leftImg8bit.png\t"
+            "gtFine/ulm/ulm_000079_000019_gtFine_labelTrainIds.png",
             "cityscapes",
             (
                 "leftImg8bit/train/ulm/ulm_000079_000019_leftImg8bit.png",
