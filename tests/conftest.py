@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+pytest.register_assert_rewrite("instance_runs")  # before a test file imports it
+
 
 def pytest_collection_modifyitems(items) -> None:
     """Tests that share what a fixture of their file makes (a trained network, a drawn set) stay on

@@ -47,6 +47,19 @@ CHOOSERS = {
 }
 
 
+# the environments of two processes; nobody listens at the address: none may wait
+NEVER_MEET = [
+    {
+        "WORLD_SIZE": "2",
+        "RANK": rank,
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+    }
+    for rank in "01"
+]
+
+
 _server = multiprocessing.get_context("forkserver")
 
 

@@ -3,12 +3,9 @@ presets, errors."""
 
 import json
 import os
-import random
 import re
 import shutil
 import signal
-import sys
-import time
 import zlib
 from collections.abc import Callable
 from functools import partial
@@ -16,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import helpers
+import instance_runs
 import numpy as np
 import pretend
 import pytest
@@ -32,14 +30,14 @@ from helpers import (
     state,
     tensors,
     torchrun,
-    until,
 )
+from instance_runs import HERE, as_line, kill, networks, results, steps_of, truncate, weights, words
 from PIL import Image
 from pycocotools import mask as coco_mask
 
 import better_pseudo_labels as bp
-from common import cli, instances, lvis_ap, plots, runs
 from common import files as common_files
+from common import instances, lvis_ap, plots, runs
 from common.distributed import World
 from common.objects import masks_of, singles
 from data import shapes
@@ -48,9 +46,6 @@ NAME = "better_pseudo_labels"
 
 
 helpers.CHOOSERS[NAME] = ("dataset", "eval", "predict")
-
-
-HERE = ["--workers", "0", "--device", "cpu"]  # beside a checkpoint, which does not settle these
 
 
 # 8 labeled pictures, 2 of them held out; 2 steps of each network that learns from labels, 3 of the
@@ -92,45 +87,20 @@ LATE = dict(eval_every=99)  # evaluated at the ends alone
 
 # -------------------------------------------------------------------------------------------- tools
 def quick(*more: Callable, put: Callable = setattr) -> None:
-    """No pictures, no TensorBoard, no git and no flushing, which take most of a tiny run's time;
-    then `more`."""
-
-    def touch(*args, **keywords) -> None:
-        path = next(a for a in args if isinstance(a, Path))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-
-    for owner, name, value in (
-        (runs, "commit", str),
-        (os, "fsync", lambda number: None),
-        (plots, "strip", touch),
-        (plots, "curves", touch),
-        (plots, "diagram", touch),
-        (plots, "scatter", touch),
-    ):
-        put(owner, name, value)
-    no_tensorboard()
-    for change in more:
-        change()
-
-
-def no_tensorboard() -> None:
-    sys.modules["torch.utils.tensorboard"] = None  # a second for each process that imports it
-
-
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    quick(put=monkeypatch.setattr)
-    handlers, threads = (
-        {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)},
-        torch.get_num_threads(),
+    """No pictures and no other thing that takes most of a tiny run's time; then `more`."""
+    instance_runs.quick(
+        (
+            (plots, "strip"),
+            (plots, "curves"),
+            (plots, "diagram"),
+            (plots, "scatter"),
+        ),
+        more,
+        put,
     )
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+
+
+quiet, few_val = instance_runs.quieted(quick), instance_runs.few_val
 
 
 @pytest.fixture(scope="session")
@@ -196,10 +166,6 @@ def train(data: Path, out: Path, **flags) -> dict:
     return bp.main(bp.preset(**tiny(data, out, **flags)))
 
 
-def as_line(**flags) -> list[str]:
-    return ["--dataset", flags.pop("dataset"), *argv(**flags)]
-
-
 @pytest.fixture
 def line(trained, tail, tmp_path):
     """line(...) -> the command line of a tiny run into tmp_path/out, on `tail`."""
@@ -208,48 +174,25 @@ def line(trained, tail, tmp_path):
     )
 
 
-def forked(flags: list[str], folder: Path, *setup: Callable, **more) -> Ran:
-    """The same in a process of its own; `folder` keeps what it says."""
-    return helpers.run(flags, folder, partial(quick, *setup), name=NAME, **more)
+forked = partial(instance_runs.forked, NAME, quick)
 
 
-def on_ranks(n: int, flags: list[str], folder: Path, *setup: Callable) -> list[Ran]:
-    return helpers.ranks(n, flags, folder, partial(quick, *setup), name=NAME)
+on_ranks = partial(instance_runs.on_ranks, NAME, quick)
 
 
-@pytest.fixture
-def typed(monkeypatch, capsys):
-    """typed(LINE) -> exit code and output of `python better_pseudo_labels.py LINE`, run in this
-    process."""
-
-    def enter(flags: list[str]) -> Ran:
-        capsys.readouterr()
-        with monkeypatch.context() as patch:
-            patch.setattr(cli, "leave", sys.exit)
-            try:
-                cli.cli(bp.Args, bp.settings, bp.main, choosers=helpers.CHOOSERS[NAME], argv=flags)
-            except SystemExit as left:
-                return Ran(left.code or 0, *capsys.readouterr())
-        return Ran(0, *capsys.readouterr())
-
-    return enter
+typed = instance_runs.typed_to(bp)
 
 
 @pytest.fixture(scope="module")
 def finished(trained, tail, tmp_path_factory):
     """finished(...) -> the folder of that run, uninterrupted; made once. Do not change it."""
-    made = {}
 
-    def make(**flags) -> Path:
-        key = repr(sorted(flags.items()))
-        if key not in made:
-            made[key] = tmp_path_factory.mktemp("finished") / "run"
-            returned = train(tail, made[key], **flags)
-            if flags.get("stage") not in ("calibrate", "prototypes", "retrieve"):
-                assert returned == json.loads((made[key] / "results.json").read_text())
-        return made[key]
+    def run(out: Path, **flags) -> None:
+        returned = train(tail, out, **flags)
+        if flags.get("stage") not in ("calibrate", "prototypes", "retrieve"):
+            assert returned == json.loads((out / "results.json").read_text())
 
-    return make
+    return instance_runs.once_each(tmp_path_factory, run)
 
 
 @pytest.fixture
@@ -275,21 +218,6 @@ def short(trained, tail, tmp_path, monkeypatch):
     return run
 
 
-def results(out: Path) -> dict:
-    """results.json without the clock."""
-    read = json.loads((out / "results.json").read_text())
-    return {k: v for k, v in read.items() if k not in ("seconds", "images_per_second")}
-
-
-def networks(out: Path) -> set[str]:
-    return {name for name, value in results(out).items() if isinstance(value, dict)}
-
-
-def steps_of(out: Path) -> list[dict]:
-    """The lines of the log that are of steps, not of evaluations."""
-    return [record for record in log_of(out) if "loss_l" in record]
-
-
 def found_by(out: Path, name: str) -> list[dict]:
     return json.loads((out / f"{name}.segm.json").read_text())
 
@@ -300,10 +228,6 @@ def files(out: Path) -> set[str]:
         for p in out.rglob("*")
         if not p.name.startswith(("events.", ".lock"))
     }
-
-
-def weights(path: Path) -> dict[str, dict[str, torch.Tensor]]:
-    return torch.load(path, weights_only=True)["networks"]
 
 
 def content(path: Path) -> dict:
@@ -334,21 +258,11 @@ def named(photos) -> set[str]:
     return {Path(p.name).stem for p in photos}
 
 
-def words(x) -> str:
-    return " ".join(f"{k}={v}" for k, v in x.items()) if isinstance(x, dict) else ""
-
-
 def part(data: Path, name: str) -> Path:
     return data / "annotations" / f"lvis_{name}.json"
 
 
-def altered(data: Path, folder: Path, change: Callable[[dict], object]) -> dict[str, Path]:
-    """Flags for copies of both annotation files, changed."""
-    for name in ("train", "val"):
-        read = json.loads(part(data, name).read_text())
-        change(read)
-        (folder / f"{name}.json").write_text(json.dumps(read))
-    return {f"{name}_json": folder / f"{name}.json" for name in ("train", "val")}
+altered = partial(instance_runs.altered, part)
 
 
 # -------------------------------------------------------------------------------------------- a run
@@ -380,24 +294,12 @@ def whole(trained, tmp_path_factory) -> tuple[Path, Ran]:
 
 
 def no_tensorboard_and(more: Callable) -> None:
-    no_tensorboard()
+    instance_runs.no_tensorboard()
     more()
 
 
 SCORES = (
-    "ap",
-    "ap50",
-    "ap75",
-    "ap_s",
-    "ap_m",
-    "ap_l",
-    "apr",
-    "apc",
-    "apf",
-    "ar300",
-    "ar_s",
-    "ar_m",
-    "ar_l",
+    *instance_runs.LVIS_SCORES,
     "ece",
     "box_ap",
     "box_apr",
@@ -932,25 +834,11 @@ def test_pool_inside_a_run(retrieved, searched, tmp_path, monkeypatch, line, typ
 
 
 # ------------------------------------------------------------------------------------------ kill -9
-def kill() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def die(at: int | str) -> None:
     """In a process of its own: SIGKILL at the end of the step `at`; when half of the file `at` is
     written; when the networks of the phase `begin ...` are to be made; or when prototypes
     (`embed`), Delta (`measure`) or the evaluation of a step (`score ...`) are to begin."""
     tally, made, scored = runs.Run.tally, bp.begin, bp.score_networks
-
-    def opened(path, mode="r", **more):
-        file = open(path, mode, **more)
-        if mode == "wb" and isinstance(at, str) and at in path.name:  # also a temporary name
-            file.write = lambda data, half=file.write: (
-                half(bytes(data)[: len(data) // 2]),
-                file.flush(),
-                kill(),
-            )
-        return file
 
     runs.Run.tally = lambda self, step, *args: kill() if step == at else tally(self, step, *args)
     bp.begin = lambda phase, *args: kill() if at == f"begin {phase.name}" else made(phase, *args)
@@ -959,7 +847,7 @@ def die(at: int | str) -> None:
     if at == "measure":
         bp.calibrate = lambda *args: kill()
     bp.score_networks = lambda s, *args: kill() if at == f"score {s.step}" else scored(s, *args)
-    common_files.open = opened
+    common_files.open = instance_runs.killed_in_half(at)
 
 
 def graded() -> None:
@@ -1025,40 +913,15 @@ def test_killed_at_chosen_moments_and_resumed_is_bit_equal(line, tmp_path):
 
 def test_killed_at_random_moments_and_resumed_is_bit_equal(line, tmp_path):
     """A kill never loses what was saved. KILLS=50 for more of them."""
-    rng, out, at, kills = random.Random(0), tmp_path / "out", [0], int(os.environ.get("KILLS", 4))
+    kills = int(os.environ.get("KILLS", 4))
     settings = dict(teacher_steps=2 * kills, steps=2 * kills, save_every=2, eval_every=6)
-    while len(at) <= kills:
-        started = helpers.begin(
-            line(resume=True, **settings), tmp_path, partial(quick, graded), name=NAME
-        )
-        goal = at[-1] + rng.randrange(1, 6)
-        until(
-            lambda goal=goal: (out / "log.jsonl").exists() and len(log_of(out, torn=True)) >= goal,
-            started,
-        )
-        time.sleep(rng.uniform(0, 0.05))
-        assert started.alive(), "the run was over before it could be killed: more steps are needed"
-        started.kill(signal.SIGKILL)
-        assert started.wait().code == -signal.SIGKILL
-        at.append(state(out / "last.pt")["step"] if (out / "last.pt").exists() else 0)
-    for each in (line(resume=True, **settings), line(tmp_path / "reference", **settings)):
-        forked(each, tmp_path, graded).ok()
-    assert at == sorted(at) and at[-1] > 0
-    assert_equal_runs(out, tmp_path / "reference")
+    instance_runs.kill_at_random_moments(
+        kills, line, tmp_path, partial(quick, graded), NAME, **settings
+    )
+    assert_equal_runs(tmp_path / "out", tmp_path / "reference")
 
 
 # ---------------------------------------------------------------------------------- signals, resume
-def interrupt(patch: pytest.MonkeyPatch, at: int, number: int = signal.SIGTERM) -> None:
-    """This process gets the signal in the step `at`."""
-
-    def at_step(self, step, *args, tally=runs.Run.tally):
-        if step == at:
-            os.kill(os.getpid(), number)
-        return tally(self, step, *args)
-
-    patch.setattr(runs.Run, "tally", at_step)
-
-
 EVA = dict(
     backbone="eva02_tiny_patch14_224",
     weights="none",
@@ -1105,12 +968,7 @@ def test_stopped_by_sigterm_and_resumed_is_bit_equal(
     train(tail, tmp_path / "reference", **settings)
     last = state(tmp_path / "reference" / "last.pt")["step"]
     for at in range(0, last - 1) if name == "" else (0, last - 3, last - 2):
-        with monkeypatch.context() as patch:
-            interrupt(patch, at)
-            stopped = typed(flags).ok()
-        assert f"Stopped by SIGTERM after step {at + 1}; {out / 'last.pt'} is saved" in stopped.out
-        assert "--resume" in stopped.out and state(out / "last.pt")["step"] == at + 1
-        assert not (out / "results.json").exists() and not list(out.glob(".*.tmp"))
+        instance_runs.assert_stops(typed, flags, out, at)
     typed(flags).ok()
     assert_equal_runs(out, tmp_path / "reference")
 
@@ -1186,7 +1044,7 @@ def test_run_whose_teacher_file_is_gone_goes_on(line, typed, finished, tmp_path,
         resume=True,
     )
     with monkeypatch.context() as patch:
-        interrupt(patch, 1)
+        instance_runs.interrupt(patch, 1)
         typed(line(**flags)).ok()
     for file in given.values():
         file.unlink()
@@ -1226,7 +1084,7 @@ CLOSE = 5e-5
 
 def signal_to_one() -> None:
     if os.environ["RANK"] == "1":
-        interrupt(pytest.MonkeyPatch(), 3)
+        instance_runs.interrupt(pytest.MonkeyPatch(), 3)
 
 
 def test_steps_are_equal_on_one_and_two_processes(line, typed, finished, tmp_path):
@@ -1328,14 +1186,7 @@ def test_evaluation_and_prediction_are_equal_on_any_number_of_processes(
 
 @pytest.mark.parametrize("flags", [dict(batch_size=3), dict(teacher_batch_size=5)], ids=words)
 def test_batch_that_does_not_divide_is_said_before_processes_meet(line, tmp_path, flags):
-    for rank in "01":  # nobody listens at the address: none may wait
-        env = {
-            "WORLD_SIZE": "2",
-            "RANK": rank,
-            "LOCAL_RANK": "0",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": "1",
-        }
+    for env in helpers.NEVER_MEET:
         error = forked(line(**flags), tmp_path, env=env).error()
         assert (
             f" {next(iter(flags.values()))}" in error
@@ -1348,14 +1199,7 @@ def test_batch_that_does_not_divide_is_said_before_processes_meet(line, tmp_path
 def test_an_image_that_one_process_cannot_score_stops_all_with_one_sentence(line, data, tmp_path):
     truncate(data / "images" / "val" / "000000000002.jpg")  # the second of five: process 1 meets it
     every = on_ranks(2, line(data=data, stage="teacher"), tmp_path)
-    assert [done.code for done in every] == [2, 2] and not any(
-        "Traceback" in done.err for done in every
-    )
-    assert any(
-        "000000000002.jpg" in re.findall("error: .*", done.err)[0]
-        for done in every
-        if "error: " in done.err
-    )
+    instance_runs.assert_all_stop_for("000000000002.jpg", every)
 
 
 @pytest.mark.parametrize(
@@ -1369,10 +1213,6 @@ def test_same_steps_in_less_memory(finished, trained, tail, tmp_path, flags):
         assert apart(weights(finished(**FOUR) / name), weights(tmp_path / "out" / name)) < CLOSE
     for a, b in zip(steps_of(finished(**FOUR)), steps_of(tmp_path / "out"), strict=True):
         assert all(b[k] == pytest.approx(a[k], rel=1e-4, abs=1e-6) for k in a.keys() - MEANS)
-
-
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 @pytest.mark.parametrize("numbers", [(0, 3, 1, 2), (0, 0, 2, 1), (0, 0, 0, 0)], ids=str)
@@ -1492,32 +1332,12 @@ def test_eval_with_other_flags(copy, typed):
 
 def test_predict_writes_overlays_and_predictions(copy, typed, tail, tmp_path):
     """Of a file and of a folder; pictures of odd sizes; COCO's result format."""
-    (tmp_path / "photos").mkdir()
     best = max(found_by(copy, "supervised"), key=lambda r: r["score"])["image_id"]
     source, alone = (tail / "images" / "train" / f"{i:012d}.jpg" for i in (best, 2))
     source = Image.open(source)
-    made = {
-        "a.jpg": source,
-        "grey.png": source.convert("L"),
-        "odd.png": source.resize((37, 91)),
-        "pixel.bmp": source.resize((1, 1)),
-        "wide.png": source.resize((400, 3)),
-        "x.webp": source.convert("RGBA"),
-    }
-    for name, picture in made.items():
-        picture.save(tmp_path / "photos" / name)
-    (tmp_path / "photos" / "notes.txt").write_text("no picture")
-    done = typed(
-        ["--predict", str(copy / "best.pt"), str(tmp_path / "photos"), str(alone), *HERE]
-    ).ok()
-    folder = copy / "best.pt.predictions"
-    overlays = {
-        name: folder / f"{i:05d}_{Path(name).stem}_overlay.jpg"
-        for i, name in enumerate([*made, alone.name])
-    }
-    assert "7 images" in done.out and str(folder) in done.out
-    assert set(folder.iterdir()) == {folder / "predictions.json", *overlays.values()}
-    found = json.loads((folder / "predictions.json").read_text())
+    made, overlays, found = instance_runs.predict_odd_ones(
+        typed, copy, tmp_path / "photos", source, alone, (37, 91)
+    )
     for name, picture in made.items():
         mine = [r for r in found if r["image_id"] == str(tmp_path / "photos" / name)]
         assert (mine or name in ("pixel.bmp", "wide.png")) and len(mine) <= 300
@@ -1813,19 +1633,6 @@ def two_steps(trained, typed, tmp_path):
     return do
 
 
-@pytest.fixture
-def few_val(monkeypatch) -> None:
-    """Score three pictures, one with a crowd where there are some."""
-
-    def find(*args, real=instances.find):
-        data = real(*args)
-        crowds = [p for p in data.val if any(thing.crowd for thing in p.things)]
-        data.val = (crowds[:1] + [p for p in data.val if p not in crowds])[:3]
-        return data
-
-    monkeypatch.setattr(instances, "find", find)
-
-
 needs = {
     name: pytest.mark.skipif(
         not (TEST_DATA / name).exists(), reason=f"no {name} in TEST_DATA ({TEST_DATA})"
@@ -1898,20 +1705,8 @@ def test_preset_coco_with_crowds(two_steps, few_val, tmp_path):
 
 @needs["coco_mini"]
 def test_coco_pictures(two_steps, few_val, tmp_path):
-    root = TEST_DATA / "coco_mini"
-    read = json.loads((root / "annotations" / "instances_train.json").read_text())
-    single, crowd = (
-        {a["image_id"] for a in read["annotations"] if a["iscrowd"] == kind} for kind in (0, 1)
-    )
-    (tmp_path / "list.txt").write_text("".join(f"{i}\n" for i in sorted(single & crowd)[:4]))
-    read = two_steps(
-        lambda: next((root / "images").glob("*.jpg")),
-        dataset="coco",
-        root=root,
-        split=tmp_path / "list.txt",
-        backbone="test_resnet",
-        weights=STARTS["weights"],
-    )
+    flags = instance_runs.with_crowds(TEST_DATA / "coco_mini", tmp_path / "list.txt")
+    read = two_steps(**flags, backbone="test_resnet", weights=STARTS["weights"])
     found = read["student"]["last"]["per_class"]
     assert len(found) == 80 and None in found.values()
 
@@ -2372,24 +2167,12 @@ REFUSED += [  # what is not there, or no good
     *(
         ({flag: f"{name}.json"}, said)
         for flag in ("train_json", "val_json")
-        for name, said in dict(
-            torn="torn.json cannot be read as JSON",
-            numbers="numbers.json is no COCO or LVIS file",
-            lists="lists.json is no COCO or LVIS file: it has no list of categories",
-            other="differ",
-        ).items()
+        for name, said in instance_runs.NO_ANNOTATIONS.items()
     ),
 ]
 
 
-TEXTS = {
-    "text": "x",
-    "list": "nobody.jpg",
-    "torn.json": '{"images": [',
-    "numbers.json": "[1, 2]",
-    "lists.json": '{"images": []}',
-    "empty/notes.txt": "no picture",
-    "other.json": '{"images": [], "categories": [{"id": 1, "name": "a"}], "annotations": []}',
+TEXTS = instance_runs.TEXTS | {
     "classes.json": '{"classes": ["a"], "delta": [0.1]}',
     "short.json": '{"classes": ["a", "b"], "delta": [0.1]}',
 }
@@ -2549,31 +2332,7 @@ def test_few_labels_have_rare_classes_to_search_with(line, typed, tail, tmp_path
 
 
 def test_checkpoints_and_pictures_that_cannot_be_used(trained, copy, typed, tmp_path):
-    good = torch.load(trained / "best.pt", weights_only=True)
-    torch.save({**good, "script": "other.py"}, tmp_path / "other.pt")
-    torch.save(good["networks"]["supervised"], tmp_path / "weights.pt")
-    (tmp_path / "torn.pt").write_bytes((trained / "best.pt").read_bytes()[:9999])
-    for name, said in (
-        ("other", "other.py"),
-        ("weights", "--weights"),
-        ("torn", "readable"),
-        ("no", "no checkpoint"),
-    ):
-        for flag in ("--eval", "--predict"):
-            assert (
-                said in (error := typed([flag, str(tmp_path / f"{name}.pt")]).error())
-                and f"{name}.pt" in error
-            )
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "text.jpg").write_text("x")
-    for name, said in (
-        ("", "--predict"),
-        ("empty", "--predict"),
-        ("text.jpg", "text.jpg"),
-        ("no.jpg", "no.jpg"),
-    ):
-        given = [str(tmp_path / name)] if name else []
-        assert said in typed(["--predict", str(copy / "best.pt"), *given, *HERE]).error()
+    instance_runs.assert_cannot_be_used(typed, trained, copy, tmp_path, "supervised")
     root = shapes.make_coco(tmp_path / "coco", 3, 2)
     assert (
         "classes"
@@ -2592,22 +2351,12 @@ def test_loss_that_is_not_finite_stops_and_the_last_good_checkpoint_stays(
     more = dict(teacher=trained / "teacher.pt", pseudo="soft", steps=20)
     more = dict(teacher_steps=20) if stage == "teacher" else more
     error = typed(line(lr=1e14, save_every=1, stage=stage, **more, **LATE)).error()
-    step = int(
-        re.search(
-            r"(?:loss_[lu] is|weights of \w+ are) not finite (?:since|after) step (\d+)", error
-        )[1]
-    )
-    last = state(tmp_path / "out" / "last.pt")
-    assert "--lr" in error and str(tmp_path / "out") in error and 0 < last["step"] <= step + 1 < 20
-    assert all(v.isfinite().all() for v in tensors(last["networks"]).values())
-    assert all(np.isfinite(r["loss_l"]) for r in log_of(tmp_path / "out"))
+    step, saved = instance_runs.not_finite_since(error, tmp_path / "out")
+    assert 0 < saved <= step + 1 < 20
 
 
 def test_weights_that_cannot_be_had(line, typed, tmp_path, monkeypatch):
-    def offline(name, pretrained=False, **more):
-        raise OSError("offline") if pretrained else AssertionError("random weights were asked for")
-
-    monkeypatch.setattr(timm, "create_model", offline)
+    instance_runs.offline(monkeypatch)
     for n, (backbone, more) in enumerate(
         {"resnet18": {}, "eva02_tiny_patch14_224": dict(norm=None, window=2)}.items()
     ):

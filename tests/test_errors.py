@@ -16,7 +16,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import REPO, TEST_DATA, TINY, argv, command, environment, log_of, run, state, tensors
+from helpers import (
+    NEVER_MEET,
+    REPO,
+    TEST_DATA,
+    TINY,
+    argv,
+    command,
+    environment,
+    log_of,
+    run,
+    state,
+    tensors,
+)
 from PIL import Image
 
 import gta_seg
@@ -310,14 +322,7 @@ def test_batch_that_does_not_divide(tiny, tmp_path, io, batch_size):
 
 
 def test_batch_that_does_not_divide_among_processes_is_said_before_they_meet(tiny, tmp_path, io):
-    for rank in "01":  # nobody listens at the address: none may wait
-        env = {
-            "WORLD_SIZE": "2",
-            "RANK": rank,
-            "LOCAL_RANK": "0",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": "1",
-        }
+    for env in NEVER_MEET:
         error = run(tiny(out=tmp_path / "out", batch_size=6), io, env=env).error()
         assert "2 processes" in error and "4 or 8" in error
     assert not (tmp_path / "out").exists()

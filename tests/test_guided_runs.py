@@ -6,18 +6,16 @@ import json
 import math
 import os
 import pickle
-import random
 import re
 import shutil
 import signal
-import sys
-import time
 import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import helpers
+import instance_runs
 import numpy as np
 import pretend
 import pytest
@@ -27,20 +25,19 @@ from helpers import (
     TEST_DATA,
     Ran,
     apart,
-    argv,
     differences,
     log_of,
     state,
     tensors,
     torchrun,
-    until,
 )
+from instance_runs import HERE, as_line, kill, networks, results, steps_of, truncate, weights, words
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 import guided_distillation as gd
-from common import checkpoints, cli, instances, objects, plots, runs
+from common import checkpoints, instances, objects, plots, runs
 from common import files as files_on_disk
 from common.distributed import World
 from data import shapes
@@ -49,9 +46,6 @@ NAME = "guided_distillation"
 
 
 helpers.CHOOSERS[NAME] = gd.CHOOSERS
-
-
-HERE = ["--workers", "0", "--device", "cpu"]  # beside a checkpoint, which does not settle these
 
 
 # four steps of the teacher, four of the student; a threshold that the class probabilities of a
@@ -83,43 +77,15 @@ TINY = dict(
 
 # -------------------------------------------------------------------------------------------- tools
 def quick(*more: Callable, put: Callable = setattr) -> None:
-    """No pictures, no TensorBoard, no git and no flushing, which take most of a tiny run's time;
-    then `more`."""
-
-    def touch(*args, **keywords) -> None:
-        path = next(a for a in args if isinstance(a, Path))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-
-    for owner, name, value in (
-        (runs, "commit", str),
-        (os, "fsync", lambda number: None),
-        (gd, "draw_previews", touch),
-        (plots, "curves", touch),
-    ):
-        put(owner, name, value)
-    no_tensorboard()
-    for change in more:
-        change()
-
-
-def no_tensorboard() -> None:
-    sys.modules["torch.utils.tensorboard"] = None  # a second for each process that imports it
-
-
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    quick(put=monkeypatch.setattr)
-    handlers, threads = (
-        {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)},
-        torch.get_num_threads(),
+    """No pictures and no other thing that takes most of a tiny run's time; then `more`."""
+    instance_runs.quick(
+        ((gd, "draw_previews"), (plots, "curves")),
+        more,
+        put,
     )
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+
+
+quiet, few_val = instance_runs.quieted(quick), instance_runs.few_val
 
 
 @pytest.fixture(scope="session")
@@ -147,10 +113,6 @@ def train(data: Path, out: Path, **flags) -> dict:
     return gd.main(gd.preset(**tiny(data, out, **flags)))
 
 
-def as_line(**flags) -> list[str]:
-    return ["--dataset", flags.pop("dataset"), *argv(**flags)]
-
-
 @pytest.fixture
 def line(things, tmp_path):
     """line(...) -> the command line of a tiny run into tmp_path/out, on `things`."""
@@ -159,47 +121,23 @@ def line(things, tmp_path):
     )
 
 
-def forked(flags: list[str], folder: Path, *setup: Callable, **more) -> Ran:
-    """The same in a process of its own; `folder` keeps what it says."""
-    return helpers.run(flags, folder, partial(quick, *setup), name=NAME, **more)
+forked = partial(instance_runs.forked, NAME, quick)
 
 
-def on_ranks(n: int, flags: list[str], folder: Path, *setup: Callable) -> list[Ran]:
-    return helpers.ranks(n, flags, folder, partial(quick, *setup), name=NAME)
+on_ranks = partial(instance_runs.on_ranks, NAME, quick)
 
 
-@pytest.fixture
-def typed(monkeypatch, capsys):
-    """typed(LINE) -> exit code and output of `python guided_distillation.py LINE`, run in this
-    process."""
-
-    def enter(flags: list[str]) -> Ran:
-        capsys.readouterr()
-        with monkeypatch.context() as patch:
-            patch.setattr(cli, "leave", sys.exit)
-            try:
-                cli.cli(gd.Args, gd.settings, gd.main, choosers=helpers.CHOOSERS[NAME], argv=flags)
-            except SystemExit as left:
-                return Ran(left.code or 0, *capsys.readouterr())
-        return Ran(0, *capsys.readouterr())
-
-    return enter
+typed = instance_runs.typed_to(gd)
 
 
 @pytest.fixture(scope="module")
 def finished(things, tmp_path_factory):
     """finished(...) -> the folder of that run, uninterrupted; made once. Do not change it."""
-    made = {}
 
-    def make(**flags) -> Path:
-        key = repr(sorted(flags.items()))
-        if key not in made:
-            made[key] = tmp_path_factory.mktemp("finished") / "run"
-            returned = train(things, made[key], **flags)
-            assert returned == json.loads((made[key] / "results.json").read_text())
-        return made[key]
+    def run(out: Path, **flags) -> None:
+        assert train(things, out, **flags) == json.loads((out / "results.json").read_text())
 
-    return make
+    return instance_runs.once_each(tmp_path_factory, run)
 
 
 @pytest.fixture(scope="module")
@@ -223,31 +161,12 @@ def copy(trained, tmp_path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "copy"))
 
 
-def results(out: Path) -> dict:
-    """results.json without the clock."""
-    read = json.loads((out / "results.json").read_text())
-    return {k: v for k, v in read.items() if k not in ("seconds", "images_per_second")}
-
-
-def networks(out: Path) -> set[str]:
-    return {name for name, value in results(out).items() if isinstance(value, dict)}
-
-
-def steps_of(out: Path) -> list[dict]:
-    """The lines of the log that are of steps, not of evaluations."""
-    return [record for record in log_of(out) if "loss_l" in record]
-
-
 def segm(out: Path, name: str = "student") -> list[dict]:
     return json.loads((out / f"{name}.segm.json").read_text())
 
 
 def files(out: Path) -> set[str]:
     return {p.name for p in out.iterdir() if not p.name.startswith(("events.", ".lock"))}
-
-
-def weights(path: Path) -> dict[str, dict[str, torch.Tensor]]:
-    return torch.load(path, weights_only=True)["networks"]
 
 
 def assert_equal_runs(out: Path, reference: Path) -> None:
@@ -267,17 +186,7 @@ def part(data: Path, name: str) -> Path:
     return data / "annotations" / f"instances_{name}.json"
 
 
-def altered(data: Path, folder: Path, change: Callable[[dict], object]) -> dict[str, Path]:
-    """Flags for copies of both annotation files, changed."""
-    for name in ("train", "val"):
-        content = json.loads(part(data, name).read_text())
-        change(content)
-        (folder / f"{name}.json").write_text(json.dumps(content))
-    return {f"{name}_json": folder / f"{name}.json" for name in ("train", "val")}
-
-
-def words(x) -> str:
-    return " ".join(f"{k}={v}" for k, v in x.items()) if isinstance(x, dict) else ""
+altered = partial(instance_runs.altered, part)
 
 
 # -------------------------------------------------------------------------------------------- a run
@@ -286,7 +195,7 @@ def whole(things, tmp_path_factory) -> tuple[Path, Ran]:
     """A run in a process of its own, with its pictures; and what it said."""
     folder = tmp_path_factory.mktemp("whole")
     return folder / "run", helpers.run(
-        as_line(**tiny(things, folder / "run")), folder, no_tensorboard, name=NAME
+        as_line(**tiny(things, folder / "run")), folder, instance_runs.no_tensorboard, name=NAME
     ).ok()
 
 
@@ -295,17 +204,7 @@ def test_results_of_a_run(whole):
     read, classes = json.loads((out / "results.json").read_text()), list(shapes.THING_CLASSES)
     for name, steps in {"supervised": (2, 4), "student": (6, 8), "teacher": (6, 8)}.items():
         for record in read[name].values():
-            assert record.keys() == {
-                "step",
-                "ap",
-                "ap50",
-                "ap75",
-                "ap_s",
-                "ap_m",
-                "ap_l",
-                "ar100",
-                "per_class",
-            }
+            assert record.keys() == {"step", *instance_runs.COCO_SCORES, "ar100", "per_class"}
             assert (
                 list(record["per_class"]) == classes
                 and 0 <= record["ap"] <= 100
@@ -505,25 +404,11 @@ def test_best_evaluation_of_the_teacher_stage_teaches(things, tmp_path, monkeypa
 
 
 # ------------------------------------------------------------------------------------------ kill -9
-def kill() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def die(at: int | str | tuple) -> None:
     """In a process of its own: SIGKILL at the end of the step `at`; when half of the file `at` is
     written; when the networks of the student's stage are to be made; or after saving and before
     scoring at ("score", step), or after scoring at ("scored", step)."""
     tally, made, score = runs.Run.tally, gd.begin, gd.score_networks
-
-    def opened(path, mode="r", **more):
-        file = open(path, mode, **more)
-        if mode == "wb" and isinstance(at, str) and at in path.name:  # also a temporary name
-            file.write = lambda data, half=file.write: (
-                half(bytes(data)[: len(data) // 2]),
-                file.flush(),
-                kill(),
-            )
-        return file
 
     def begin(stage, *args):
         if (at, stage) == ("border", "student"):
@@ -538,7 +423,8 @@ def die(at: int | str | tuple) -> None:
             kill()
 
     runs.Run.tally = lambda self, step, *args: kill() if step == at else tally(self, step, *args)
-    gd.begin, gd.score_networks, files_on_disk.open = begin, score_networks, opened
+    gd.begin, gd.score_networks = begin, score_networks
+    files_on_disk.open = instance_runs.killed_in_half(at)
 
 
 def graded() -> None:
@@ -588,40 +474,15 @@ def test_killed_at_chosen_moments_and_resumed_is_bit_equal(line, tmp_path):
 
 def test_killed_at_random_moments_and_resumed_is_bit_equal(line, tmp_path):
     """A kill never loses what was saved. KILLS=50 for more of them."""
-    rng, out, at, kills = random.Random(0), tmp_path / "out", [0], int(os.environ.get("KILLS", 4))
+    kills = int(os.environ.get("KILLS", 4))
     settings = dict(steps=3 * kills, burn_in_steps=kills, save_every=2, eval_every=6)
-    while len(at) <= kills:
-        started = helpers.begin(
-            line(resume=True, **settings), tmp_path, partial(quick, graded), name=NAME
-        )
-        goal = at[-1] + rng.randrange(1, 6)
-        until(
-            lambda goal=goal: (out / "log.jsonl").exists() and len(log_of(out, torn=True)) >= goal,
-            started,
-        )
-        time.sleep(rng.uniform(0, 0.05))
-        assert started.alive(), "the run was over before it could be killed: more steps are needed"
-        started.kill(signal.SIGKILL)
-        assert started.wait().code == -signal.SIGKILL
-        at.append(state(out / "last.pt")["step"] if (out / "last.pt").exists() else 0)
-    for each in (line(resume=True, **settings), line(tmp_path / "reference", **settings)):
-        forked(each, tmp_path, graded).ok()
-    assert at == sorted(at) and at[-1] > 0
-    assert_equal_runs(out, tmp_path / "reference")
+    instance_runs.kill_at_random_moments(
+        kills, line, tmp_path, partial(quick, graded), NAME, **settings
+    )
+    assert_equal_runs(tmp_path / "out", tmp_path / "reference")
 
 
 # ---------------------------------------------------------------------------------- signals, resume
-def interrupt(patch: pytest.MonkeyPatch, at: int, number: int = signal.SIGTERM) -> None:
-    """This process gets the signal in the step `at`."""
-
-    def at_step(self, step, *args, tally=runs.Run.tally):
-        if step == at:
-            os.kill(os.getpid(), number)
-        return tally(self, step, *args)
-
-    patch.setattr(runs.Run, "tally", at_step)
-
-
 SETTINGS = {
     "guided": {},
     "standard": dict(burn_in="standard"),
@@ -650,12 +511,7 @@ def test_stopped_by_sigterm_and_resumed_is_bit_equal(
             timm, "create_model", partial(timm.create_model, embed_dim=24, depths=(1, 1, 1, 1))
         )
     for at in (0, 2) if name in ("standard", "none") else (1, 3, 4, 6):
-        with monkeypatch.context() as patch:
-            interrupt(patch, at)
-            stopped = typed(flags).ok()
-        assert f"Stopped by SIGTERM after step {at + 1}; {out / 'last.pt'} is saved" in stopped.out
-        assert "--resume" in stopped.out and state(out / "last.pt")["step"] == at + 1
-        assert not (out / "results.json").exists() and not list(out.glob(".*.tmp"))
+        instance_runs.assert_stops(typed, flags, out, at)
     typed(flags).ok()
     assert_equal_runs(out, finished(**SETTINGS[name]))
 
@@ -710,7 +566,7 @@ def test_run_whose_teacher_file_is_gone_goes_on(line, typed, finished, tmp_path,
     """last.pt holds the teacher."""
     file = Path(shutil.copy(finished() / "teacher.pt", tmp_path / "other.pt"))
     with monkeypatch.context() as patch:
-        interrupt(patch, 2)
+        instance_runs.interrupt(patch, 2)
         typed(line(teacher=file)).ok()
     file.unlink()
     typed(line(resume=True, teacher=file)).ok()
@@ -768,7 +624,7 @@ def four(trained) -> dict:
 
 def signal_to_one() -> None:
     if os.environ["RANK"] == "1":
-        interrupt(pytest.MonkeyPatch(), 3)
+        instance_runs.interrupt(pytest.MonkeyPatch(), 3)
 
 
 def test_steps_are_equal_on_one_and_two_processes(line, typed, finished, four, tmp_path):
@@ -855,14 +711,7 @@ def test_evaluation_and_prediction_are_equal_on_any_number_of_processes(copy, th
 
 @pytest.mark.parametrize("batch_size", [3, 5])
 def test_batch_that_does_not_divide_is_said_before_processes_meet(line, tmp_path, batch_size):
-    for rank in "01":  # nobody listens at the address: none may wait
-        env = {
-            "WORLD_SIZE": "2",
-            "RANK": rank,
-            "LOCAL_RANK": "0",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": "1",
-        }
+    for env in helpers.NEVER_MEET:
         error = forked(line(batch_size=batch_size), tmp_path, env=env).error()
         assert f"--batch-size {batch_size} " in error and "2 processes" in error
     assert not (tmp_path / "out").exists()
@@ -871,14 +720,7 @@ def test_batch_that_does_not_divide_is_said_before_processes_meet(line, tmp_path
 def test_an_image_that_one_process_cannot_score_stops_all_with_one_sentence(line, data, tmp_path):
     truncate(data / "images" / "val" / "000000000002.jpg")  # the second of five: process 1 meets it
     every = on_ranks(2, line(data=data), tmp_path)
-    assert [done.code for done in every] == [2, 2] and not any(
-        "Traceback" in done.err for done in every
-    )
-    assert any(
-        "000000000002.jpg" in re.findall("error: .*", done.err)[0]
-        for done in every
-        if "error: " in done.err
-    )
+    instance_runs.assert_all_stop_for("000000000002.jpg", every)
 
 
 @pytest.mark.parametrize(
@@ -949,31 +791,11 @@ def test_eval_gives_the_runs_own_results(trained, copy, typed, things, name, whi
 
 
 def test_predict_writes_overlays_and_predictions(copy, typed, things, tmp_path):
-    (tmp_path / "photos").mkdir()
     source, alone = (things / "images" / "train" / f"00000000000{i}.jpg" for i in (1, 2))
     source = Image.open(source)
-    made = {
-        "a.jpg": source,
-        "grey.png": source.convert("L"),
-        "odd.png": source.resize((37, 53)),
-        "pixel.bmp": source.resize((1, 1)),
-        "wide.png": source.resize((400, 3)),
-        "x.webp": source.convert("RGBA"),
-    }
-    for name, picture in made.items():
-        picture.save(tmp_path / "photos" / name)
-    (tmp_path / "photos" / "notes.txt").write_text("no picture")
-    done = typed(
-        ["--predict", str(copy / "best.pt"), str(tmp_path / "photos"), str(alone), *HERE]
-    ).ok()
-    folder = copy / "best.pt.predictions"
-    overlays = {
-        name: folder / f"{i:05d}_{Path(name).stem}_overlay.jpg"
-        for i, name in enumerate([*made, alone.name])
-    }
-    assert "7 images" in done.out and str(folder) in done.out
-    assert set(folder.iterdir()) == {folder / "predictions.json", *overlays.values()}
-    found = json.loads((folder / "predictions.json").read_text())
+    made, overlays, found = instance_runs.predict_odd_ones(
+        typed, copy, tmp_path / "photos", source, alone, (37, 53)
+    )
     for name, picture in made.items():
         mine = [r for r in found if r["image_id"] == str(tmp_path / "photos" / name)]
         assert len(mine) == 48 and all(
@@ -989,10 +811,6 @@ def test_predict_writes_overlays_and_predictions(copy, typed, things, tmp_path):
 
 
 # --------------------------------------------------------------------------------------------- data
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
 def test_broken_image_is_skipped_with_a_warning_and_counted_in_training(data, tmp_path):
     truncate(data / "images" / "train" / "000000000003.jpg")
     with pytest.warns(UserWarning, match="000000000003.jpg .*training goes on without it"):
@@ -1127,19 +945,6 @@ def two_steps(typed, tmp_path):
     return do
 
 
-@pytest.fixture
-def few_val(monkeypatch) -> None:
-    """Score three pictures, one with a crowd where there are some."""
-
-    def find(*args, real=instances.find):
-        data = real(*args)
-        crowds = [p for p in data.val if any(thing.crowd for thing in p.things)]
-        data.val = (crowds[:1] + [p for p in data.val if p not in crowds])[:3]
-        return data
-
-    monkeypatch.setattr(instances, "find", find)
-
-
 needs = {
     name: pytest.mark.skipif(
         not (TEST_DATA / name).is_dir(), reason=f"no {name} in TEST_DATA ({TEST_DATA})"
@@ -1150,18 +955,8 @@ needs = {
 
 @needs["coco_mini"]
 def test_preset_coco_with_crowds(two_steps, few_val, tmp_path):
-    root = TEST_DATA / "coco_mini"
-    content = json.loads(part(root, "train").read_text())
-    single, crowd = (
-        {a["image_id"] for a in content["annotations"] if a["iscrowd"] == kind} for kind in (0, 1)
-    )
-    (tmp_path / "list.txt").write_text("".join(f"{i}\n" for i in sorted(single & crowd)[:4]))
-    read = two_steps(
-        lambda: next((root / "images").glob("*.jpg")),
-        dataset="coco",
-        root=root,
-        split=tmp_path / "list.txt",
-    )
+    flags = instance_runs.with_crowds(TEST_DATA / "coco_mini", tmp_path / "list.txt")
+    read = two_steps(**flags)
     found = read["student"]["last"]["per_class"]
     assert len(found) == 80 and None in found.values() and len(segm(tmp_path / "out")) == 3 * 100
     assert max(r["category_id"] for r in segm(tmp_path / "out")) > 80  # COCO's ids, to 90
@@ -1441,26 +1236,9 @@ REFUSED += [  # what is not there, or no good
     *(
         ({flag: f"{name}.json"}, said)
         for flag in ("train_json", "val_json")
-        for name, said in dict(
-            torn="torn.json cannot be read as JSON",
-            numbers="numbers.json is no COCO or LVIS file",
-            bare="has no object",
-            lists="lists.json is no COCO or LVIS file: it has no list of categories",
-            other="differ",
-        ).items()
+        for name, said in {**instance_runs.NO_ANNOTATIONS, "bare": "has no object"}.items()
     ),
 ]
-
-
-TEXTS = {
-    "text": "x",
-    "list": "nobody.jpg",
-    "torn.json": '{"images": [',
-    "numbers.json": "[1, 2]",
-    "lists.json": '{"images": []}',
-    "empty/notes.txt": "no picture",
-    "other.json": '{"images": [], "categories": [{"id": 1, "name": "a"}], "annotations": []}',
-}
 
 
 @pytest.mark.parametrize("flags, said", REFUSED, ids=words)
@@ -1468,7 +1246,7 @@ def test_refused_before_any_work(things, line, typed, tmp_path, monkeypatch, fla
     """In one sentence, and nothing is written."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    for name, text in TEXTS.items():
+    for name, text in instance_runs.TEXTS.items():
         (tmp_path / name).write_text(text)
     content = json.loads(part(things, "val" if "val_json" in flags else "train").read_text())
     (tmp_path / "bare.json").write_text(json.dumps(content | {"annotations": []}))
@@ -1529,31 +1307,7 @@ def test_teacher_that_does_not_fit(trained, line, typed, tmp_path):
 
 
 def test_checkpoints_and_pictures_that_cannot_be_used(trained, copy, typed, tmp_path):
-    good = torch.load(trained / "best.pt", weights_only=True)
-    torch.save({**good, "script": "other.py"}, tmp_path / "other.pt")
-    torch.save(good["networks"]["student"], tmp_path / "weights.pt")
-    (tmp_path / "torn.pt").write_bytes((trained / "best.pt").read_bytes()[:9999])
-    for name, said in (
-        ("other", "other.py"),
-        ("weights", "--weights"),
-        ("torn", "readable"),
-        ("no", "no checkpoint"),
-    ):
-        for flag in ("--eval", "--predict"):
-            assert (
-                said in (error := typed([flag, str(tmp_path / f"{name}.pt")]).error())
-                and f"{name}.pt" in error
-            )
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "text.jpg").write_text("x")
-    for name, said in (
-        ("", "--predict"),
-        ("empty", "--predict"),
-        ("text.jpg", "text.jpg"),
-        ("no.jpg", "no.jpg"),
-    ):
-        given = [str(tmp_path / name)] if name else []
-        assert said in typed(["--predict", str(copy / "best.pt"), *given, *HERE]).error()
+    instance_runs.assert_cannot_be_used(typed, trained, copy, tmp_path, "student")
     root = shapes.make_coco(tmp_path / "coco", 3, 2)
     assert "classes" in typed(["--eval", str(copy / "best.pt"), "--root", str(root), *HERE]).error()
     assert "best.pt" in typed(["--eval", str(copy / "best.pt"), "--width", "128", *HERE]).error()
@@ -1566,22 +1320,12 @@ def test_loss_that_is_not_finite_stops_and_the_last_good_checkpoint_stays(
     """In the teacher's stage, and in the student's, whose teacher is good."""
     more = {} if stage == "teacher" else dict(teacher=finished() / "teacher.pt")
     error = typed(line(lr=1e14, save_every=1, steps=20, eval_every=20, stage=stage, **more)).error()
-    step = int(
-        re.search(
-            r"(?:loss_[lu] is|weights of \w+ are) not finite (?:since|after) step (\d+)", error
-        )[1]
-    )
-    last = state(tmp_path / "out" / "last.pt")
-    assert "--lr" in error and str(tmp_path / "out") in error and 0 < last["step"] <= step < 19
-    assert all(v.isfinite().all() for v in tensors(last["networks"]).values())
-    assert all(np.isfinite(r["loss_l"]) for r in log_of(tmp_path / "out"))
+    step, saved = instance_runs.not_finite_since(error, tmp_path / "out")
+    assert 0 < saved <= step < 19
 
 
 def test_weights_that_cannot_be_had(line, typed, tmp_path, monkeypatch):
-    def offline(name, pretrained=False, **more):
-        raise OSError("offline") if pretrained else AssertionError("random weights were asked for")
-
-    monkeypatch.setattr(timm, "create_model", offline)
+    instance_runs.offline(monkeypatch)
     for backbone in ("swin_tiny_patch4_window7_224", "vit_tiny_patch16_224", "resnet18"):
         error = typed(line(backbone=backbone, weights="imagenet")).error()
         assert backbone in error and "--weights FILE" in error and "none" in error

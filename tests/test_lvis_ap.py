@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from bench_lvis import drawn, loaded, of_kind, package
 from helpers import TEST_DATA
+from instance_runs import LVIS_SCORES
 from pycocotools import mask as coco_mask
 
 from common import instances, mask_ap
@@ -25,23 +26,6 @@ REAL = {
     "lvis_val_100": "lvis_val_100/lvis_val_100.json",
     "car_parts": "car_parts/annotations/lvis_val.json",
 }
-
-
-NAMES = (
-    "ap",
-    "ap50",
-    "ap75",
-    "ap_s",
-    "ap_m",
-    "ap_l",
-    "apr",
-    "apc",
-    "apf",
-    "ar300",
-    "ar_s",
-    "ar_m",
-    "ar_l",
-)
 
 
 PARTS = 100 * 51 / 101  # precision 1 up to recall 0.5, then 0
@@ -140,7 +124,7 @@ def test_real_annotations(name, kind):
     best = same(few, perfect(truth, kind), kind)
     assert best["ap"] == pytest.approx(100) and best["ar300"] == pytest.approx(100)
     score = same(truth if kind == "segm" else few, rough(truth, kind), kind)
-    assert 5 < score["ap"] < 80 and tuple(score)[:13] == NAMES
+    assert 5 < score["ap"] < 80 and tuple(score)[:13] == LVIS_SCORES
     assert all(0 < x < 100 for x in score["stats"] if x is not None)
     assert (score["apr"] is None) == (name == "car_parts")
 
