@@ -2482,17 +2482,14 @@ def settings(dataset: str = "lvis", eval: str = "", predict: str = "") -> Args:
 
 def main(args: Args) -> Any:
     """What the flags ask for."""
-    try:
-        cli.check_ranges(args)
-        if args.eval:
-            return score_checkpoint(args)
-        if args.predict:
-            return predict(args)
-        if args.grid != "no":
-            return grid(args)
-        return train(args)
-    finally:
-        distributed.stop()
+    cli.check_ranges(args)
+    if args.eval:
+        return score_checkpoint(args)
+    if args.predict:
+        return predict(args)
+    if args.grid != "no":
+        return grid(args)
+    return train(args)
 
 
 # ================================================================================ official weights

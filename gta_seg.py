@@ -1389,14 +1389,11 @@ def settings(
 
 
 def main(args: Args) -> Any:
-    try:
-        if args.eval:
-            return score_checkpoint(args)
-        if args.predict:
-            return predict(args)
-        return train(args)
-    finally:
-        distributed.stop()
+    if args.eval:
+        return score_checkpoint(args)
+    if args.predict:
+        return predict(args)
+    return train(args)
 
 
 if __name__ == "__main__":

@@ -1917,14 +1917,11 @@ CHOOSERS = ("dataset", "split", "stage", "backbone", "steps", "eval", "predict")
 
 # SAME AS gta_seg.py:main
 def main(args: Args) -> Any:
-    try:
-        if args.eval:
-            return score_checkpoint(args)
-        if args.predict:
-            return predict(args)
-        return train(args)
-    finally:
-        distributed.stop()
+    if args.eval:
+        return score_checkpoint(args)
+    if args.predict:
+        return predict(args)
+    return train(args)
 
 
 # ================================================================================= official weights

@@ -4,14 +4,17 @@ import argparse
 import math
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, get_args, get_origin, get_type_hints
 
 import msgspec
 
+from common import distributed
 from common.checkpoints import load_checkpoint
 from common.errors import LOST, RankError, Stopped, UserError, user_sentence
+from common.loading import end_helpers
 
 
 def cli(
@@ -22,12 +25,14 @@ def cli(
     argv: list[str] | None = None,
 ) -> None:
     """Parse the command line over a preset and run `main(args)`. A UserError leaves with one
-    sentence and code 2; a defect of ours leaves with its traceback and code 1.
+    sentence and code 2; a defect of ours leaves with its traceback and code 1. Whoever fails leaves
+    at once, so that torchrun, and the other processes, hear of it.
 
     `choosers` are the flags that pick the defaults: `preset(dataset="shapes")` returns the settings
     that every other flag then overrides, so that --help shows the numbers which will be used."""
     try:
         main(parse(args_type, preset, choosers, sys.argv[1:] if argv is None else argv))
+        distributed.stop()
     except Stopped as stopped:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"\n{stopped}", flush=True)
@@ -38,10 +43,11 @@ def cli(
             file=sys.stderr,
         )
         leave(130)
-    except Exception as error:  # noqa: BLE001 (those without a sentence are raised again)
+    except Exception as error:  # noqa: BLE001 (those without a sentence get their traceback)
         sentence = user_sentence(error)
         if sentence is None:
-            raise
+            traceback.print_exc()
+            leave(1)
         if int(os.environ.get("LOCAL_RANK", 0)) == 0 or is_of_one_process(error, sentence):
             print(f"error: {sentence}", file=sys.stderr, flush=True)
         leave(2)
@@ -74,10 +80,11 @@ def is_of_one_process(error: Exception, sentence: str) -> bool:
 
 
 def leave(code: int) -> None:
-    """Exit at once: no waiting for loader processes, or for other processes in a collective
-    call."""
+    """Exit at once, and end the loader processes: no waiting for these, which do not hear SIGTERM,
+    or for other processes in a collective call."""
     sys.stdout.flush()
     sys.stderr.flush()
+    end_helpers()
     os._exit(code)
 
 

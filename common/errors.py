@@ -17,6 +17,14 @@ WORDS_OF_LOST_PEERS = (
     "likely closed",
 )
 
+# What torch says when /dev/shm is full: in a worker that asks for too much, and of one that
+# was killed because it wrote to what it could not have.
+WORDS_OF_SHARED_MEMORY = (
+    "out of shared memory",
+    "unable to allocate shared memory",
+    "unable to write to file </torch_",
+)
+
 
 class UserError(Exception):
     """Something the user can mend. The message is one sentence: what, where, what to do."""
@@ -28,6 +36,17 @@ class RankError(UserError):
 
 class Stopped(Exception):
     """A run that was asked to leave and has saved its state."""
+
+
+def is_of_open_files(error: BaseException) -> bool:
+    """Whether this process, or one of its workers, could open no further file. A worker's error
+    comes wrapped, and torch's own errors have no number."""
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return True
+    text = str(error)
+    return isinstance(error, (OSError, RuntimeError)) and (
+        os.strerror(errno.EMFILE) in text or "received 0 items of ancdata" in text
+    )
 
 
 def user_sentence(error: BaseException) -> str | None:
@@ -42,6 +61,16 @@ def user_sentence(error: BaseException) -> str | None:
         return (
             f"No space left on the disk, or in its quota, while writing {place}; the last "
             f"checkpoint is whole, so free some space and continue with --resume."
+        )
+    if is_of_open_files(error):
+        return (
+            "Too many files are open at once; allow more with `ulimit -n 65536` in this shell, or "
+            "give a smaller --workers."
+        )
+    if isinstance(error, RuntimeError) and any(words in text for words in WORDS_OF_SHARED_MEMORY):
+        return (
+            "The shared memory (/dev/shm), through which --workers hand on their images, is full; "
+            "make it larger (docker: --shm-size 16g), or give a smaller --workers."
         )
     several_processes = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if isinstance(error, RuntimeError) and several_processes:

@@ -1,6 +1,7 @@
 """Images and text as they lie on disk: decoding, and atomic writing."""
 
 import contextlib
+import errno
 import json
 import os
 import sys
@@ -15,6 +16,9 @@ from torch import Tensor
 from common.errors import RankError, UserError
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+
+# What the machine lacks, when opening a file fails through no fault of the file.
+SHORT_OF = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 # ------------------------------------------------------------------------------------------ writing
@@ -77,6 +81,8 @@ def read_image(path: Path) -> Tensor:
         ValueError,
         Image.DecompressionBombError,
     ) as error:
+        if getattr(error, "errno", None) in SHORT_OF:
+            raise
         raise BrokenImage(f"{path} cannot be read as an image ({error})") from None
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 

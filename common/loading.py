@@ -3,6 +3,8 @@
 Order and augmentation depend on (seed, step, sample) alone: not on workers, processes or restarts.
 """
 
+import atexit
+import multiprocessing.util  # registers its exit handler first, so that it runs after ours
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -114,6 +116,16 @@ def helpers(workers: int) -> dict:
         "prefetch_factor": 4,
         "multiprocessing_context": "fork",
     }
+
+
+def end_helpers() -> None:
+    """End the processes that this one started to read and decode. They do not hear SIGTERM, so
+    Python, which sends that before it exits, would wait for them for ever."""
+    for child in multiprocessing.active_children():
+        child.kill()
+
+
+atexit.register(end_helpers)
 
 
 def quiet_worker(worker_id: int) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -12,8 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import (
+    REPO,
+    TINY,
+    begin,
+    begin_ranks,
     children,
+    command,
     differences,
+    environment,
     free_port,
     log_of,
     ranks,
@@ -23,7 +30,7 @@ from helpers import (
     torchrun,
     until,
 )
-from test_runs import stop_at
+from test_runs import lives, stop_at
 
 LIVELY = {"lr": 0.1}
 
@@ -308,3 +315,135 @@ def test_no_process_stays_behind_when_another_is_killed(tiny, tmp_path, io):
         assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
     finally:
         job.kill()
+
+
+# ---------------------------------------------------------------------------------------- a defect
+def a_defect(folder: Path, rank: str = "") -> None:
+    """To be run in a process of its own: its third step (of process `rank` alone, if given) fails
+    as a programming error does, after it has noted which helpers it has."""
+    import multiprocessing
+
+    from common import runs
+
+    tally = runs.Run.tally
+
+    def failing(self, step, *args):
+        if step == 2 and os.environ.get("RANK", "") == rank:
+            pids = [child.pid for child in multiprocessing.active_children()]
+            (folder / "helpers.json").write_text(json.dumps(pids))
+            raise ZeroDivisionError("a defect")
+        return tally(self, step, *args)
+
+    runs.Run.tally = failing
+
+
+def check_that_helpers_are_gone(folder: Path, number: int) -> None:
+    pids = json.loads((folder / "helpers.json").read_text())
+    assert len(pids) == number
+    assert until(lambda: not any(lives(pid) for pid in pids), seconds=10)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_defect_prints_its_traceback_and_ends_the_run_with_its_workers(
+    tiny, tmp_path, io, workers
+):
+    line = tiny(out=tmp_path / "out", workers=workers)
+    done = begin(line, io, partial(a_defect, tmp_path)).wait(seconds=60)
+    assert done.code == 1 and "ZeroDivisionError: a defect" in done.err, done.err
+    check_that_helpers_are_gone(tmp_path, 2 * workers)
+
+
+def test_a_defect_ends_a_program_that_calls_train_with_its_workers(shapes_root, tmp_path):
+    """A program of one's own prints the traceback itself; Python would then wait for workers that
+    do not hear its SIGTERM."""
+    settings = {
+        "root": str(shapes_root),
+        "val": "few",
+        "split": str(shapes_root / "labeled.txt"),
+        "unlabeled": str(shapes_root / "unlabeled.txt"),
+        "steps": 8,
+        **TINY,
+        "workers": 2,
+        "warmup_epochs": 1,
+        "out": str(tmp_path / "out"),
+    }
+    program = (
+        f"import sys; sys.path += ['tests']\nfrom pathlib import Path\nimport gta_seg\n"
+        f"from test_processes import a_defect\na_defect(Path({str(tmp_path)!r}))\n"
+        f"gta_seg.train(gta_seg.preset('shapes', **{settings!r}))"
+    )
+    done = command(["-c", program], timeout=60)
+    assert done.code == 1 and "ZeroDivisionError: a defect" in done.err, done.err
+    check_that_helpers_are_gone(tmp_path, 4)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_defect_of_one_process_ends_the_other(tiny, tmp_path, io, workers):
+    line = tiny(out=tmp_path / "out", workers=workers, eval_every=4)
+    every = begin_ranks(2, line, io, partial(a_defect, tmp_path, "1"))
+    first, second = [process.wait(seconds=60) for process in every]
+    assert second.code == 1 and "ZeroDivisionError: a defect" in second.err
+    assert first.code == 2 and "another process of this run stopped" in first.err
+    check_that_helpers_are_gone(tmp_path, 2 * workers)
+
+
+def test_a_defect_of_one_process_ends_torchrun_with_all_processes(tiny, tmp_path):
+    program = tmp_path / "faulty.py"
+    program.write_text(
+        f"import sys; sys.path += [{str(REPO)!r}, {str(REPO / 'tests')!r}]\n"
+        f"from pathlib import Path\nimport helpers\nfrom test_processes import a_defect\n"
+        f"a_defect(Path({str(tmp_path)!r}), '1')\nhelpers.script(sys.argv[1:])\n"
+    )
+    line = tiny(out=tmp_path / "out", workers=2, steps=4000)
+    job = torchrun(2, line, start=True, name=str(program.with_suffix("")))
+    try:
+        _, said = job.communicate(timeout=90)
+    finally:
+        job.kill()
+    assert job.returncode == 1 and "ZeroDivisionError: a defect" in said, said
+    check_that_helpers_are_gone(tmp_path, 4)
+
+
+# ----------------------------------------------------------------------- what the machine lacks
+def no_more_files() -> None:
+    """To be run in a process of its own: whoever reads an image may not open another file."""
+    import resource
+
+    from common import semantic
+
+    read_image = semantic.read_image
+
+    def limited(path):
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        return read_image(path)
+
+    semantic.read_image = limited
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_many_open_files_is_a_sentence_and_no_broken_image(tiny, tmp_path, io, workers):
+    line = tiny(out=tmp_path / "out", workers=workers)
+    error = begin(line, io, no_more_files).wait(seconds=60).error()
+    assert "ulimit -n" in error and "--workers" in error
+
+
+def test_a_full_shared_memory_is_a_sentence(tiny, tmp_path):
+    """In a mount namespace of its own, which only root may make: /dev/shm holds 64 KiB."""
+    line = tiny(out=tmp_path / "out", workers=2, steps=4000, crop_size=256)
+    words = " ".join(f"'{word}'" for word in [sys.executable, "gta_seg.py", *line])
+    try:
+        done = subprocess.run(
+            ["unshare", "-m", "sh", "-c", f"mount -t tmpfs -o size=64k x /dev/shm && {words}"],
+            capture_output=True,
+            text=True,
+            timeout=90,
+            cwd=REPO,
+            env=environment(),
+        )
+    except FileNotFoundError:
+        pytest.skip("there is no unshare")
+    if "unshare" in done.stderr or "mount" in done.stderr:
+        pytest.skip("a small /dev/shm can be mounted by root only")
+    assert done.returncode == 2 and "--shm-size" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
