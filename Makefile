@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench fuzz clean
 
 demo: .venv/ready  ## the method and its baseline on drawn scenes, about five minutes on two cores
 	$(BIN)/python gta_seg.py --dataset shapes --method suponly --resume --out runs/demo-suponly
@@ -23,6 +23,9 @@ format: .venv/tests
 
 bench: .venv/tests  ## step cost, loader, EMA, metrics: ratios measured in one run
 	for f in tests/bench_*.py; do $(BIN)/python -m tests.$$(basename $$f .py) || exit 1; done
+
+fuzz: .venv/tests  ## properties of what parses outside data, on new inputs for FUZZ_MINUTES (60)
+	$(BIN)/python -m tests.fuzz
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
