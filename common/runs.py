@@ -269,10 +269,11 @@ class Run:
 
     # ------------------------------------------------------------------------------- what is due
     def steps(self, start: int, total: int):
-        """range(start, total) with a progress bar; a line a minute where there is no terminal."""
+        """range(start, total) with a progress bar; a line a minute where there is no terminal.
+        After the first of many steps, a line says how long the others will take."""
         from tqdm import tqdm
 
-        return tqdm(
+        bar = tqdm(
             range(start, total),
             initial=start,
             total=total,
@@ -282,6 +283,15 @@ class Run:
             dynamic_ncols=True,
             mininterval=0.5 if sys.stderr.isatty() else 60,
         )
+        for step in bar:
+            if step == start + 1:  # the first step also starts workers and chooses kernels
+                begun = time.perf_counter()
+            if step == start + 1 + TIMED_STEPS:
+                seconds = (time.perf_counter() - begun) / TIMED_STEPS * (total - step)
+                if self.world.main and seconds > 30:
+                    left = f"{total - step:,} more steps will take about {in_words(seconds)}"
+                    bar.write(f"{left}, and evaluations come on top.")
+            yield step
 
     def score_is_due(self, step: int) -> bool:
         """Every `eval_every` steps, and where a stage ends."""
@@ -451,6 +461,18 @@ class Run:
             )
             print(f"\n{metric}: {', '.join(reached)}\nin {self.out}: {', '.join(files)}")
         return results
+
+
+TIMED_STEPS = 20  # from which the length of a run is estimated
+
+
+def in_words(seconds: float) -> str:
+    """A duration as people say it: 40 seconds, 12 minutes, 3.5 hours."""
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} minutes"
+    return f"{seconds / 3600:.1f} hours"
 
 
 def is_multiple(step: int, every: int) -> bool:

@@ -14,6 +14,7 @@ forms and patterns go together.
     pretrain         a tiny backbone's weights from other classes     what ImageNet is to the papers
 
     python -m data.shapes [--root datasets/shapes]      draws all (each is drawn on first use, too)
+    python -m data.shapes --pretrain test_resnet        makes the weights file beside this program
 
 Every picture depends on (variant, part, index) alone. No randomness is taken from or left in global
 generators."""
@@ -506,23 +507,35 @@ def annotated(
 
 
 # ------------------------------------------------------------------------------------- pre-training
+SHIPPED = Path(__file__).with_name("test_resnet.safetensors")  # what `pretrain` made, 1.5 MB
+
+
+def recipe_of(backbone: str, steps: int, batch_size: int) -> str:
+    """What pre-trained weights depend on, beside the rounding of the machine."""
+    return f"pretrain {backbone} {PRETRAIN} {steps} {batch_size}"
+
+
 def pretrain(root: Path, backbone: str, steps: int = 1200, batch_size: int = 64) -> Path:
     """Weights of a timm backbone that learned form, pattern and hue of single objects, as file
-    root/weights/<name>.pth.
+    root/weights/<name>/weights.safetensors.
 
     What ImageNet is to the papers: features, from classes (FORMS[8:]) that the embedded set does
     not have."""
+    import safetensors.torch
     import timm
     import torch
     import torch.nn.functional as F
     from tqdm import tqdm
 
+    from common.transforms import normalize
+
+    recipe = recipe_of(backbone, steps, batch_size)
+
     def make(folder: Path) -> None:
         forms, rng = FORMS[8:], generator("pretrain", backbone)
         if not sys.stderr.isatty():  # else there are bars
             print(
-                f"Pre-training {backbone} on drawn pictures of other classes, once: some two "
-                f"minutes.",
+                f"Pre-training {backbone} on drawn pictures of other classes, once: {steps} steps.",
                 flush=True,
             )
         pictures, targets = [], []
@@ -565,29 +578,29 @@ def pretrain(root: Path, backbone: str, steps: int = 1200, batch_size: int = 64)
             optimizer.step()
             schedule.step()
             bar.set_postfix(loss=f"{loss.item():.2f}")
-        torch.save(net.state_dict(), folder / "weights.pth")
-        (folder / "log.json").write_text(
-            json.dumps(
-                {
-                    "loss": loss.item(),
-                    "accuracy": [
-                        (z.argmax(1) == t).float().mean().item()
-                        for z, t in zip(logits, y[index].unbind(1), strict=True)
-                    ],
-                }
-            )
-        )
+        right = [
+            (z.argmax(1) == t).float().mean().item()
+            for z, t in zip(logits, y[index].unbind(1), strict=True)
+        ]
+        facts = {
+            "recipe": recipe,
+            "timm": timm.__version__,
+            "last batch": json.dumps({"loss": loss.item(), "form, pattern, hue": right}),
+        }
+        weights = {name: value.contiguous() for name, value in net.state_dict().items()}
+        safetensors.torch.save_file(weights, folder / "weights.safetensors", facts)
 
-    from common.transforms import normalize
-
-    version = f"pretrain {PRETRAIN} {steps} {batch_size} {timm.__version__}"
-    return once(root / "weights" / backbone, version, make) / "weights.pth"
+    version = f"{recipe} {timm.__version__}"
+    return once(root / "weights" / backbone, version, make) / "weights.safetensors"
 
 
 def pretrained(root: Path, backbone: str) -> Path:
-    """The file of weights that `--weights shapes` means, pre-trained on first use."""
+    """The file of weights that `--weights shapes` means: the one beside this program for its
+    backbone, else one that is pre-trained on first use."""
     import timm
 
+    if backbone == SHIPPED.stem:
+        return SHIPPED
     if not timm.is_model(backbone):
         raise UserError(
             f"--weights shapes pre-trains timm networks; --backbone {backbone} is none, so take a "
@@ -605,7 +618,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--root", type=Path, default=Path("datasets/shapes"), help="default %(default)s"
     )
-    root = parser.parse_args(argv).root
+    parser.add_argument(
+        "--pretrain", metavar="BACKBONE", help="pre-train this network of timm, and draw nothing"
+    )
+    args = parser.parse_args(argv)
+    root = args.root
+    if args.pretrain:
+        print(pretrain(root, args.pretrain))
+        return 0
     kinds = {
         "voc": make_voc,
         "cityscapes": make_cityscapes,

@@ -269,7 +269,7 @@ altered = partial(instance_runs.altered, part)
 def small_shapes() -> None:
     """`--dataset shapes` draws few pictures, and starts from the weights that lie in BODY."""
     shapes.make_tail = lambda root, make=shapes.make_tail: make(root, 12, 2, 5)
-    shapes.pretrain = lambda root, backbone: Path(os.environ["BODY"])
+    shapes.pretrained = lambda root, backbone: Path(os.environ["BODY"])
 
 
 @pytest.fixture(scope="module")

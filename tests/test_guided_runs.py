@@ -1008,7 +1008,7 @@ def test_preset_cityscapes(two_steps, tmp_path):
 def test_preset_shapes_starts_from_its_own_weights(two_steps, tmp_path, monkeypatch):
     file, body = tmp_path / "weights.pth", timm.create_model("test_resnet")
     torch.save(body.state_dict(), file)
-    monkeypatch.setattr(shapes, "pretrain", lambda root, backbone: file)
+    monkeypatch.setattr(shapes, "pretrained", lambda root, backbone: file)
     monkeypatch.setattr(
         shapes, "make_things", lambda root, make=shapes.make_things: make(root, 8, 2, 4)
     )

@@ -251,3 +251,26 @@ def test_a_setting_outside_its_range_is_named_as_its_flag(change, sentence):
 
 def test_settings_within_their_ranges_pass():
     cli.check_ranges(Settings(offset=-5.0, rate=1, betas=(), eval_every=0))
+
+
+def test_after_the_first_steps_a_line_says_how_long_the_others_will_take(
+    tmp_path, capsys, monkeypatch
+):
+    now = iter(range(0, 100_000, 3))  # each look at the clock is 3 seconds after the one before
+    run = runs.Run(tmp_path, SCRIPT, Settings(), World(), 0, None, {})
+    monkeypatch.setattr(runs.time, "perf_counter", lambda: next(now))
+    for _ in run.steps(5, 5 + 1 + runs.TIMED_STEPS + 400):
+        pass  # two looks: 3 seconds for 20 steps
+    out = capsys.readouterr().out
+    assert out.strip() == "400 more steps will take about 60 seconds, and evaluations come on top."
+    for _ in run.steps(0, 100):  # 79 steps: 12 seconds, which need no announcement
+        pass
+    run.close()
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(59.6, "60 seconds"), (91, "2 minutes"), (5400, "1.5 hours")]
+)
+def test_durations_in_words(seconds, words):
+    assert runs.in_words(seconds) == words

@@ -2,6 +2,7 @@
 say."""
 
 import hashlib
+import inspect
 import json
 import multiprocessing
 import os
@@ -18,11 +19,14 @@ import lvis
 import numpy as np
 import pycocotools.mask as coco_mask
 import pytest
+import timm
 import torch
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from safetensors import safe_open
 
+from common import checkpoints
 from common.errors import UserError
 from common.files import read_image
 from common.semantic import CITYSCAPES_IDS, find, read_label
@@ -522,3 +526,28 @@ def test_polygons_of_simple_masks():
     assert shapes.polygons(ring) == [[0, 0, 5, 0, 5, 5, 0, 5]]
     ring[2, 2] = False
     assert len(shapes.polygons(ring)) == 2, "a hole is cut open"
+
+
+def test_the_weights_beside_the_program_are_of_its_recipe_and_fit(tmp_path):
+    file = shapes.pretrained(tmp_path, "test_resnet")
+    assert file == shapes.SHIPPED and not any(tmp_path.iterdir())
+    with safe_open(file, "pt") as content:
+        facts = content.metadata()
+    defaults = {n: p.default for n, p in inspect.signature(shapes.pretrain).parameters.items()}
+    assert facts["recipe"] == shapes.recipe_of(
+        "test_resnet", defaults["steps"], defaults["batch_size"]
+    )
+    net = timm.create_model("test_resnet", num_classes=0)
+    reports = checkpoints.load_matching(net, checkpoints.read_weights(file), "weights")
+    assert [line.split(" (")[0] for line in reports] == ["in the file, not in the network"]
+
+
+def test_another_network_is_pre_trained_once(tmp_path, capsys):
+    made = shapes.pretrain(tmp_path, "test_resnet", steps=2, batch_size=4)
+    with safe_open(made, "pt") as content:
+        assert content.metadata()["recipe"].endswith(" 2 4")
+    net = timm.create_model("test_resnet", num_classes=0)
+    assert checkpoints.load_matching(net, checkpoints.read_weights(made), "weights")
+    assert "2 steps" in capsys.readouterr().out
+    assert shapes.pretrain(tmp_path, "test_resnet", steps=2, batch_size=4) == made
+    assert capsys.readouterr().out == ""

@@ -498,9 +498,27 @@ def draw(tree: Path, cache: Path) -> Path:
             command = [sys.executable, "-m", "data.shapes", "--root", str(temporary)]
             subprocess.run(command, cwd=tree, check=True, stdout=subprocess.DEVNULL)
             make_parts(temporary)
+            write_weights(temporary)
             temporary.rename(data)
         write_delta(data)
     return data
+
+
+def write_weights(data: Path) -> None:
+    """The weights that lie beside data/shapes.py, where versions before 0.3 put those that they
+    pre-trained on the machine: both start from the same."""
+    import safetensors.torch
+    import timm
+    import torch
+
+    shipped = Path(__file__).resolve().parents[1] / "data" / "test_resnet.safetensors"
+    with safetensors.safe_open(shipped, "pt") as content:
+        recipe = content.metadata()["recipe"]
+    folder = data / "weights" / "test_resnet"
+    folder.mkdir(parents=True)
+    torch.save(safetensors.torch.load_file(shipped), folder / "weights.pth")
+    version = f"{recipe.replace(' test_resnet', '')} {timm.__version__}"
+    (folder / "version.txt").write_text(version)
 
 
 def write_delta(data: Path) -> None:
