@@ -155,7 +155,7 @@ class Started:
         if self.alive():
             os.kill(self.pid, number)
 
-    def wait(self, seconds: float = 120) -> Ran:
+    def wait(self, seconds: float = 300) -> Ran:
         self.process.join(seconds)
         if self.alive():
             self.process.kill()
@@ -295,7 +295,7 @@ def environment() -> dict[str, str]:
     return {**ours, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def command(line: list[str], timeout: float = 120, start: bool = False, cwd: Path = REPO):
+def command(line: list[str], timeout: float = 300, start: bool = False, cwd: Path = REPO):
     """`python LINE...` as a user types it -> Ran, or with `start` the running process."""
     keywords = dict(cwd=cwd, env=environment(), text=True)
     if start:
