@@ -1413,7 +1413,7 @@ def write_report(tree: Tree, results: dict, out: Path) -> dict:
         draw_masks(tree, end, out / "previews" / f"{name.replace(' ', '-')}-{end or 'stage0'}.png")
     files.write_text(out / "results.json", json.dumps(results, indent=1))
     reached = [
-        f"{name} {result['miou']:.2f} ({result['path'] or 'stage 0'})"
+        f"{name} {result['miou']:.2f} ({result['path'] or 'stage 0'}){runs.classes_note(result)}"
         for name, result in results.items()
         if isinstance(result, dict) and "miou" in result
     ]

@@ -1,21 +1,39 @@
-"""Images and text as they lie on disk: decoding, and atomic writing."""
+"""Images and text as they lie on disk: decoding, from whatever system they come, and atomic
+writing."""
 
 import contextlib
 import errno
 import json
 import os
+import struct
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from common.errors import RankError, UserError
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+
+# What PIL raises for a file that it cannot decode: it says so itself (OSError, SyntaxError,
+# ValueError, a bomb), or stumbles over what the file promises.
+UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    LookupError,
+    OverflowError,
+    TypeError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
 
 # What the machine lacks, when opening a file fails through no fault of the file.
 SHORT_OF = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
@@ -41,6 +59,32 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
+# -------------------------------------------------------------------------------------------- text
+MARKS = (  # what a text may begin with, and its encoding; UTF-32's begins as UTF-16's does
+    (b"\xff\xfe\x00\x00", "utf-32"),
+    (b"\x00\x00\xfe\xff", "utf-32"),
+    (b"\xff\xfe", "utf-16"),
+    (b"\xfe\xff", "utf-16"),
+    (b"\xef\xbb\xbf", "utf-8-sig"),
+)
+
+
+def read_text(path: Path) -> str:
+    """A text file from any system: UTF-8, UTF-16 and UTF-32 with a byte order mark, else UTF-8,
+    else what Windows wrote before that (cp1252, which is latin-1 with more letters). Raises
+    ValueError for anything else, and OSError when there is no such file."""
+    data = path.read_bytes()
+    encodings = [encoding for mark, encoding in MARKS if data.startswith(mark)][:1]
+    for encoding in encodings or ("utf-8", "cp1252"):
+        try:
+            text = data.decode(encoding)
+        except UnicodeDecodeError:
+            continue
+        if not any(letter < " " and letter not in "\t\n\r\f" for letter in text):
+            return text
+    raise ValueError("it is no text")
+
+
 # ------------------------------------------------------------------------------------------- a log
 def parse_line(line: str) -> dict:
     """One line of a log; {} when a crash left it torn."""
@@ -60,8 +104,31 @@ class BrokenImage(RankError):
     """An image that cannot be decoded: training skips it, evaluation stops."""
 
 
+def is_image_file(path: Path) -> bool:
+    """Whether a file is an image by its name. macOS keeps a companion `._x.jpg` beside `x.jpg` on
+    disks of other systems, which holds no pixels."""
+    return path.suffix.lower() in IMAGES and not path.name.startswith("._")
+
+
 def image_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGES)
+    """The images in a folder, without those in folders below it."""
+    return sorted(path for path in folder.iterdir() if is_image_file(path))
+
+
+def images_below(folder: Path) -> list[Path]:
+    """The images in a folder and in those below it, also in folders that are links. A folder that
+    is reached on several ways is entered once."""
+    found = []
+    entered = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        here = os.path.realpath(place)
+        if here in entered:
+            folders.clear()
+            continue
+        entered.add(here)
+        folders.sort()
+        found += [Path(place, name) for name in names]
+    return sorted(path for path in found if is_image_file(path))
 
 
 def read_image(path: Path) -> Tensor:
@@ -74,17 +141,28 @@ def read_image(path: Path) -> Tensor:
             if file.mode.startswith("I"):
                 file = with_8_bits(file)
             pixels = np.array(file.convert("RGB"))
-    except (
-        OSError,
-        UnidentifiedImageError,
-        SyntaxError,
-        ValueError,
-        Image.DecompressionBombError,
-    ) as error:
+    except UNREADABLE as error:
         if getattr(error, "errno", None) in SHORT_OF:
             raise
         raise BrokenImage(f"{path} cannot be read as an image ({error})") from None
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def turned_note(path: Path, size: tuple[int, int]) -> str:
+    """What to add to an error on an image whose label has the `size` (height, width): whether these
+    would agree if the camera's note that the picture is to be turned (EXIF) were followed."""
+    try:
+        with Image.open(path) as file:
+            turned = file.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            agrees = file.size == size
+    except UNREADABLE:
+        return ""
+    if not turned or not agrees:
+        return ""
+    return (
+        "; its EXIF data say that it is to be turned by 90 degrees, which is not followed here, so "
+        "save it upright"
+    )
 
 
 def with_8_bits(image: Image.Image) -> Image.Image:

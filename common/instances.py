@@ -22,7 +22,7 @@ from common import splits
 from common.coco import classes_of, finder, photos_of, read_json
 from common.distributed import World, rng
 from common.errors import RankError, UserError
-from common.files import IMAGES, BrokenImage, image_files, read_image
+from common.files import BrokenImage, image_files, images_below, read_image, turned_note
 from common.loading import helpers
 from common.objects import CITYSCAPES_THINGS, Instances, Photo, bare, singles, with_things
 from common.semantic import check_classes, check_folder, missing, need
@@ -411,7 +411,7 @@ def unlabeled_photos(text: str, data: Instances, flag: str = "--unlabeled") -> l
     path = Path(text)
     if path.is_file():
         return listed_photos(path, data, files=True)
-    images = [image for image in sorted(path.rglob("*")) if image.suffix.lower() in IMAGES]
+    images = images_below(path)
     if not images:
         why = "no images in that folder" if path.is_dir() else "no folder or list"
         raise UserError(f"{flag} {path}: {why}.")
@@ -432,7 +432,8 @@ def load(photo: Photo) -> Tensor:
     if photo.things is not None and image.shape[-2:] != (photo.height, photo.width):
         raise RankError(
             f"{photo.image} has {image.shape[2]}x{image.shape[1]} pixels but its annotations are "
-            f"for {photo.width}x{photo.height}; they must agree."
+            f"for {photo.width}x{photo.height}; they must agree"
+            f"{turned_note(photo.image, (photo.height, photo.width))}."
         )
     return image
 

@@ -453,6 +453,7 @@ class Run:
                 last, best = score["last"], score["best"]
                 reached.append(
                     f"{name} {last[metric]:.2f} (best {best[metric]:.2f} at step {best['step']})"
+                    f"{classes_note(last)}"
                 )
             files = sorted(
                 path.name
@@ -480,9 +481,20 @@ def is_multiple(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
+def classes_note(score: dict) -> str:
+    """What to say beside a mean IoU: over how many classes it is the mean, where some occur in
+    neither labels nor predictions. Other scores have no `iou` of each class."""
+    of_class = score.get("iou", {})
+    counted = [name for name, value in of_class.items() if value is not None]
+    if len(counted) == len(of_class):
+        return ""
+    return f", mean over {len(counted)} of {len(of_class)} classes"
+
+
 def write_scores(path: Path, scores: dict, facts: dict, metric: str, where: str) -> None:
     """The results of --eval beside its checkpoint, and a line for each network."""
     write_text(path, json.dumps(scores | facts))
     for name, score in scores.items():
-        print(f"{name}: {metric} {score['last'][metric]:.2f} on {where}")
+        note = classes_note(score["last"])
+        print(f"{name}: {metric} {score['last'][metric]:.2f}{note} on {where}")
     print(f"in {path}")

@@ -11,14 +11,23 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from common import splits
 from common.distributed import World, rng
 from common.errors import RankError, UserError
-from common.files import IMAGES, BrokenImage, image_files, read_image
+from common.files import (
+    SHORT_OF,
+    UNREADABLE,
+    BrokenImage,
+    image_files,
+    images_below,
+    read_image,
+    read_text,
+    turned_note,
+)
 from common.loading import helpers
 
 IGNORE = 255  # in label maps: a pixel of no class
@@ -53,6 +62,12 @@ CITYSCAPES_CLASSES = [
 # The value in a labelIds PNG of each of these classes, in their order.
 CITYSCAPES_IDS = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
 
+# Class indices made of labelIds by Cityscapes' own scripts. A file's name says which it holds.
+TRAIN_IDS = "_labelTrainIds.png"
+
+# What PIL calls single-channel pictures of whole numbers, of any number of bits.
+LABEL_MODES = ("P", "L", "1", "I", "I;16", "I;16B", "I;16L")
+
 
 class Picture(NamedTuple):
     """One image on disk; `label` is None when there is no label file, or none may be opened."""
@@ -82,29 +97,49 @@ def read_label(path: Path, data: Segmentation) -> Tensor:
     values.
 
     Raises UserError (RankError: one process may meet it alone) when a value is no class."""
+    return torch.from_numpy(classes_of(read_values(path), path, data))
+
+
+def read_values(path: Path) -> np.ndarray:
+    """(H, W) integers as they lie in a label file; RankError when it is none."""
     try:
         with Image.open(path) as file:
             mode = file.mode
             values = np.array(file)
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+    except UNREADABLE as error:
+        if getattr(error, "errno", None) in SHORT_OF:
+            raise
         raise RankError(
             f"The label {path} cannot be read ({error}); fetch or make it again."
         ) from None
-    if values.ndim != 2 or mode not in ("P", "L", "1", "I", "I;16"):
+    if values.ndim != 2 or mode not in LABEL_MODES:
+        kind = "holds numbers with a fraction" if mode == "F" else "is a colour picture"
         raise RankError(
-            f"The label {path} is a colour picture (mode {mode}); labels are single-channel PNGs "
-            f"of class indices."
+            f"The label {path} {kind} (mode {mode}); labels are single-channel PNGs of class "
+            f"indices."
         )
-    if data.to_class is not None:
-        return torch.from_numpy(data.to_class[np.clip(values, 0, 255)])
+    return values
+
+
+def classes_of(values: np.ndarray, path: Path, data: Segmentation) -> np.ndarray:
+    """The values of a label file (of any shape) as uint8 class indices; RankError when one is no
+    class. They are compared as they are, of whatever type, before they become 8 bits."""
     number = len(data.classes)
-    wrong = values[(values >= number) & (values != IGNORE)]
+    if data.to_class is not None and not path.name.endswith(TRAIN_IDS):
+        wrong = values[(values < 0) | (values > 255)]
+        if wrong.size:
+            raise RankError(
+                f"The label {path} holds the value {int(wrong.flat[0])}, which is no label id (0 "
+                f"to 255); it may be of another kind (instanceIds): fetch or make it again."
+            )
+        return data.to_class[values.astype(np.uint8)]
+    wrong = values[(values < 0) | ((values >= number) & (values != IGNORE))]
     if wrong.size:
         raise RankError(
             f"The label {path} holds the value {int(wrong.flat[0])}, but there are {number} "
             f"classes (0 to {number - 1}, 255 to ignore); correct the file or classes.txt."
         )
-    return torch.from_numpy(values.astype(np.uint8))
+    return values.astype(np.uint8)
 
 
 def load_picture(
@@ -119,7 +154,8 @@ def load_picture(
     if label.shape != image.shape[-2:]:
         raise RankError(
             f"{picture.image} has {image.shape[2]}x{image.shape[1]} pixels but its label "
-            f"{picture.label} has {label.shape[1]}x{label.shape[0]}; they must agree."
+            f"{picture.label} has {label.shape[1]}x{label.shape[0]}; they must agree"
+            f"{turned_note(picture.image, tuple(label.shape))}."
         )
     return image, label
 
@@ -203,9 +239,7 @@ def find_voc(root: Path, val: str) -> Segmentation:
     if masks is None:
         raise missing("voc", base, "SegmentationClassAug")
     lists = base / "ImageSets" / "Segmentation"
-    images = {
-        path.stem: path for path in (base / "JPEGImages").iterdir() if path.suffix.lower() in IMAGES
-    }
+    images = by_stem(image_files(base / "JPEGImages"))
 
     def picture(name: str) -> Picture:
         image = images.get(name)
@@ -216,12 +250,12 @@ def find_voc(root: Path, val: str) -> Segmentation:
     val_list = first_existing(lists / f"{val}.txt", root / "splits" / "gta_seg" / f"{val}.txt")
     if val_list is None:
         raise UserError(f"--val {val}: there is no list {val}.txt in {lists.resolve()}.")
-    val_names = read_names(val_list)
+    val_names = read_names(val_list, images)
     train_list = first_existing(*(lists / f"{n}.txt" for n in ("train_aug", "trainaug", "train")))
     if train_list is None:
         train_names = sorted(images.keys() - set(val_names))
     else:
-        train_names = read_names(train_list)
+        train_names = read_names(train_list, images)
     classes = VOC_CLASSES
     if (root / "classes.txt").is_file():
         classes = read_classes(root / "classes.txt")
@@ -234,13 +268,16 @@ def find_voc(root: Path, val: str) -> Segmentation:
 
 def find_cityscapes(root: Path, val: str) -> Segmentation:
     """Cityscapes with fine labels: leftImg8bit/<part>/<city>/*.png and gtFine/... with raw
-    labelIds."""
+    labelIds, or where these are not there, with labelTrainIds."""
 
     def part(name: str) -> list[Picture]:
         found = []
-        for image in sorted((root / "leftImg8bit" / name).glob("*/*_leftImg8bit.png")):
+        for image in sorted((root / "leftImg8bit" / name).glob("*/[!.]*_leftImg8bit.png")):
             stem = image.name.removesuffix("_leftImg8bit.png")
             label = root / "gtFine" / name / image.parent.name / f"{stem}_gtFine_labelIds.png"
+            mapped = label.with_name(f"{stem}_gtFine{TRAIN_IDS}")
+            if not label.is_file() and mapped.is_file():
+                label = mapped
             found.append(Picture(stem, image, label))
         return found
 
@@ -267,7 +304,8 @@ def find_folder(root: Path, val: str) -> Segmentation:
         labels = root / "labels" / name
         if not folder.is_dir():
             return []
-        return [Picture(p.stem, p, labels / f"{p.stem}.png") for p in image_files(folder)]
+        images = by_stem(image_files(folder))
+        return [Picture(stem, p, labels / f"{stem}.png") for stem, p in images.items()]
 
     if not (root / "images" / "train").is_dir():
         raise missing("folder", root, "images/train")
@@ -297,14 +335,25 @@ def first_existing(*paths: Path, holds: str = "") -> Path | None:
     return None
 
 
+def by_stem(images: list[Path]) -> dict[str, Path]:
+    """Stem -> image; UserError when two of a folder share a stem, and so a label."""
+    found: dict[str, Path] = {}
+    for image in images:
+        if image.stem in found:
+            raise UserError(
+                f"{found[image.stem]} and {image.name} beside it share the name of their label; "
+                f"remove or rename one."
+            )
+        found[image.stem] = image
+    return found
+
+
 def read_classes(path: Path) -> list[str]:
     """The names in a file that has one a line."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError:
-        raise UserError(
-            f"{path} is not UTF-8 text; save it as such, one class name a line."
-        ) from None
+        lines = read_text(path).splitlines()
+    except ValueError:
+        raise UserError(f"{path} is no text; write one class name a line.") from None
     names = [line.strip() for line in lines if line.strip()]
     if len(names) < 2 or len(names) > 255 or len(set(names)) < len(names):
         raise UserError(
@@ -313,9 +362,23 @@ def read_classes(path: Path) -> list[str]:
     return names
 
 
-def read_names(path: Path) -> list[str]:
-    """The image ids of a list: the first word of each line."""
-    return [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+def read_names(path: Path, images: dict[str, Path]) -> list[str]:
+    """The image ids of a list: a line that is one, or else its first word, an id or the path of an
+    image, whose mask may follow."""
+    try:
+        lines = read_text(path).splitlines()
+    except ValueError:
+        raise UserError(
+            f"{path} is no text; write one image id a line, or fetch it again."
+        ) from None
+    names = []
+    for line in map(str.strip, lines):
+        if line:
+            names.append(line if line in images else splits.short_id(line.split()[0], "voc"))
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"{path} lists {twice} twice; take it out once.")
+    return names
 
 
 # ---------------------------------------------------------------------------- labeled and unlabeled
@@ -425,7 +488,9 @@ def published_split(data: Segmentation, split: str, family: str) -> Split:
 
 def listed_pictures(path: Path, data: Segmentation, labels: bool = True) -> list[Picture]:
     """The images that a list names, as ids of the data set or as paths under its root or beside the
-    list. Without `labels` they need none."""
+    list. Without `labels` they need none. Of an image of the data set the label is the data set's
+    own, where it has one: the masks that lists name may be of another form, such as Cityscapes'
+    labelTrainIds."""
 
     def file(name: str) -> Path | None:
         for place in (data.root / name, path.parent / name, Path(name)):
@@ -436,21 +501,29 @@ def listed_pictures(path: Path, data: Segmentation, labels: bool = True) -> list
     entries = splits.read_list(path)
     found = []
     lost = []
+    left_aside = []
     for entry, mask in entries:
         name = splits.short_id(entry, data.name)
         known = data.train.get(name)
-        if mask is None and known is not None:
-            found.append(known)
-            continue
         image = file(entry)
         label = file(mask) if mask else None
-        if image is None and known is not None:  # UniMatch names masks of SegmentationClass
+        if known is not None and (image is None or "/" not in entry or image.samefile(known.image)):
+            if mask is None or known.label.is_file():
+                found.append(known)
+                if label is not None and not label.samefile(known.label):
+                    left_aside.append(f"{known.label} is taken, and {label} is not")
+                continue
             image = known.image
-            label = label or known.label
         if image is None or (labels and label is None):
             lost.append(entry)
         else:
             found.append(Picture(name, image, label))
+    if left_aside and labels:
+        warnings.warn(
+            f"{path} names {len(left_aside)} masks of images that have a label in {data.root}: "
+            f"{left_aside[0]}",
+            stacklevel=2,
+        )
     if lost:
         raise UserError(
             f"{len(lost)} of {len(entries)} images listed in {path} are not under {data.root}, for "
@@ -460,10 +533,10 @@ def listed_pictures(path: Path, data: Segmentation, labels: bool = True) -> list
 
 
 def unlabeled_pictures(text: str, data: Segmentation) -> list[Picture]:
-    """--unlabeled: a folder of images, or a list of them."""
+    """--unlabeled: a folder of images, also in folders below it, or a list of them."""
     path = Path(text)
     if path.is_dir():
-        found = [Picture(image.stem, image, None) for image in image_files(path)]
+        found = [Picture(image.stem, image, None) for image in images_below(path)]
         if not found:
             raise UserError(f"--unlabeled {path}: no images in that folder.")
         return found

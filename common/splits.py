@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from common.errors import UserError
+from common.files import read_text
 
 
 class SplitError(UserError):
@@ -223,24 +224,23 @@ _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 
 
 def read_list(path: str | Path) -> list[tuple[str, str | None]]:
-    """Read a list of images in any published format -> [(image, mask or None)], as written and in
-    the file's order.
+    """Read a list of images in any published format -> [(image, mask or None)], as written (but for
+    backslashes, which become slashes) and in the file's order.
 
     A line is a bare id (GTA-Seg, U2PL, S4GAN on VOC), one path (GTA-Seg's leftImg8bit, Guided
     Distillation's gtFine_instanceIds.png, images of one's own), or an image and its mask (UniMatch,
-    ST++). Blank lines are skipped. Raises SplitError when the file cannot be read, is empty, names
-    an image twice or has any other format."""
+    ST++), parted by a space, a tab, a comma or a semicolon. The file may come from any system.
+    Blank lines are skipped. Raises SplitError when the file cannot be read, is empty, names an
+    image twice or has any other format."""
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_text(Path(path)).splitlines()
+    except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
         raise SplitError(f"cannot read the list {path}: {reason}") from error
     entries: list[tuple[str, str | None]] = []
     seen: set[str] = set()
     for number, line in enumerate(lines, 1):
-        columns = line.split()
-        if len(columns) > 1 and Path(line).is_file():  # a name with spaces
-            columns = [line]
+        columns = columns_of(line.strip())
         if not columns:
             continue
         pair = len(columns) == 2 and all(column.lower().endswith(_SUFFIXES) for column in columns)
@@ -256,6 +256,27 @@ def read_list(path: str | Path) -> list[tuple[str, str | None]]:
     if not entries:
         raise SplitError(f"the list {path} is empty")
     return entries
+
+
+def columns_of(line: str) -> list[str]:
+    """The parts of a line of a list. A name may hold spaces where a file is called so, and commas
+    where these do not part an image from its mask."""
+    line = line.replace("\\", "/")
+    columns = line.split()
+    if len(columns) > 1 and is_file(line):
+        return [line]
+    parted = [column for column in re.split(r"[\s,;]+", line) if column]
+    if len(parted) == 2 and all(column.lower().endswith(_SUFFIXES) for column in parted):
+        return parted
+    return columns
+
+
+def is_file(name: str) -> bool:
+    """Whether a file has this name; a text that cannot be a name has none."""
+    try:
+        return Path(name).is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def short_id(entry: str, dataset: str) -> str:

@@ -5,9 +5,10 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from common import plots
+from common import metrics, plots, runs
 from common.lvis_ap import Samples
 from common.metrics import ece, reliability
 
@@ -241,3 +242,13 @@ def test_scatter_has_counts_groups_and_leaves_out_classes_without_ap(tmp_path, m
     assert [label for _, label in drawn] == ["_", "3 classes, mean gain +5.0"]
     plots.scatter({"a": None}, {"a": None}, {}, counts, tmp_path / "none.png")
     assert shown(tmp_path / "none.png").std() > 5
+
+
+def test_a_mean_over_some_of_the_classes_is_said_to_be_one():
+    """Labels of 0 and 255 alone: of two classes only the background is ever scored."""
+    counts = torch.tensor([[40, 0], [0, 0]])
+    score = metrics.iou_record(counts, ["background", "thing"], 0)
+    assert score["miou"] == 100
+    assert runs.classes_note(score) == ", mean over 1 of 2 classes"
+    whole = metrics.iou_record(counts + 1, ["background", "thing"], 0)
+    assert runs.classes_note(whole) == "" == runs.classes_note({"ap": 30.0})

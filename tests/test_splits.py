@@ -247,7 +247,7 @@ def test_s4gan_refuses_other_pickles(tmp_path, monkeypatch, content, message):
             "scene.v2",
         ),
         ("scene.v2", "folder", ("scene.v2", None), "scene.v2"),
-        (r"C:\data\scene_1.png", "folder", (r"C:\data\scene_1.png", None), "scene_1"),
+        (r"C:\data\scene_1.png", "folder", ("C:/data/scene_1.png", None), "scene_1"),
     ],
 )
 def test_formats(tmp_path, line, dataset, entry, name):
