@@ -85,6 +85,7 @@ from common import (
     lvis_ap,
     mask_ap,
     metrics,
+    norms,
     plots,
     predictions,
     runs,
@@ -2040,7 +2041,6 @@ def train_phase(
         unlabeled_batch = instances.to_device(next(unlabeled_batches), world.device)
         distributed.seed_torch(args.seed, "step", step, world.rank)  # drop path
         values = train_step(s, labeled_batch, unlabeled_batch, args, world)
-        distributed.average_buffers(world, *s.networks().values())
         s.step = step + 1
         run.tally(step, values, labeled_batch, unlabeled_batch)
         if run.log_is_due(s.step):
@@ -2409,7 +2409,7 @@ def network(args: Args, num_classes: int, world: World, name: str, fresh: bool =
         for note in notes:
             print(f"weights {note}", flush=True)
     if args.norm == "live":
-        net = distributed.sync_batchnorm(net, world)
+        net = norms.over_processes(net, world)
     return net.to(world.device)
 
 

@@ -76,6 +76,7 @@ from common import (
     distributed,
     loading,
     metrics,
+    norms,
     plots,
     predictions,
     runs,
@@ -983,8 +984,6 @@ def train(args: Args) -> dict:
             values = warm_up(s, labeled, args, world)
         else:
             values = learn(s, labeled, unlabeled, args, world)
-        # BatchNorm's statistics, on CPUs, where it does not synchronise by itself
-        distributed.average_buffers(world, *s.networks().values())
         s.step = step + 1
         if s.step == s.warmup:
             end_of_warmup(s, args)
@@ -1165,7 +1164,7 @@ def build(
         net = SegNet(replace(args, aux=aux), num_classes, pretrained, bf16)
         if weights is not None:
             notes[:] = checkpoints.load_matching(net.features.backbone, weights, args.weights)
-        net = distributed.sync_batchnorm(net, world)
+        net = norms.over_processes(net, world)
         net = net.to(world.device, memory_format=torch.channels_last)
         if args.compile:
             net.compile()

@@ -85,6 +85,7 @@ from common import (
     instances,
     loading,
     mask_ap,
+    norms,
     plots,
     predictions,
     runs,
@@ -1609,7 +1610,6 @@ def train_stage(
             unlabeled = instances.to_device(next(unlabeled_batches), world.device)
         distributed.seed_torch(args.seed, "step", step, world.rank)  # what drop path draws from
         values = train_step(s, labeled, unlabeled, args, world)
-        distributed.average_buffers(world, *s.networks().values())
         s.step = step + 1
         run.tally(step, values, labeled, unlabeled)
         if run.log_is_due(s.step):
@@ -1800,7 +1800,7 @@ def network(
     if weights is not None:
         notes = load_weights(net, weights, args.weights)
     if args.norm == "live":
-        net = distributed.sync_batchnorm(net, world)
+        net = norms.over_processes(net, world)
     return net.to(world.device), notes
 
 

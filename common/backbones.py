@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from common import norms
 from common.errors import UserError
 
 
@@ -135,8 +136,7 @@ def cannot_be_cut(name: str, why: str) -> UserError:
 
 class FourMaps(nn.Module):
     """A CNN by its timm or torchvision name: (B, 3, H, W) -> four maps of strides 4, 8, 16, 32, of
-    `channels` (res2 .. res5). If `frozen`, its BatchNorm layers are constants, and a bf16 map stays
-    bf16."""
+    `channels` (res2 .. res5). If `frozen`, its BatchNorm layers are constants."""
 
     def __init__(self, name: str, frozen: bool, pretrained: bool):
         super().__init__()
@@ -151,19 +151,8 @@ class FourMaps(nn.Module):
         self.places = [len(reduction) - 1 - last_first.index(stride) for stride in (4, 8, 16, 32)]
         self.channels = [channels[place] for place in self.places]
         if frozen:
-            from timm.utils.model import freeze_batch_norm_2d
-            from torchvision.ops import FrozenBatchNorm2d
-
-            self.body = freeze_batch_norm_2d(self.body)
-            for module in self.body.modules():
-                if isinstance(module, FrozenBatchNorm2d):
-                    module.register_forward_hook(keep_type)
+            self.body = norms.frozen(self.body)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         maps = self.body(images.contiguous(memory_format=torch.channels_last))
         return [maps[place] for place in self.places]
-
-
-def keep_type(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    """The output in the type of the input: float32 buffers would make float32 of a bf16 map."""
-    return output.to(inputs[0].dtype)

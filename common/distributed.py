@@ -177,33 +177,6 @@ def seed_torch(*parts: int | str) -> None:
     torch.manual_seed(seed)
 
 
-def sync_batchnorm(network: nn.Module, world: World) -> nn.Module:
-    """SyncBatchNorm on GPUs with several processes. On CPUs `average_buffers` keeps the statistics
-    equal instead.
-
-    timm's conversion keeps the activation that its BatchNormAct2d layers apply; torch's would drop
-    it."""
-    if world.size > 1 and world.device.type == "cuda":
-        from timm.layers import convert_sync_batchnorm
-
-        return convert_sync_batchnorm(network)
-    return network
-
-
-@torch.no_grad()
-def average_buffers(world: World, *networks: nn.Module) -> None:
-    """Make running statistics equal on all processes where SyncBatchNorm cannot (CPU tensors)."""
-    if world.size == 1 or world.device.type == "cuda":
-        return
-    buffers = [b for net in networks for b in net.buffers() if b.is_floating_point()]
-    if not buffers:
-        return
-    flat = world.mean(torch.cat([buffer.flatten() for buffer in buffers]))
-    means = flat.split([buffer.numel() for buffer in buffers])
-    for buffer, mean in zip(buffers, means, strict=True):
-        buffer.copy_(mean.view_as(buffer))
-
-
 def parallel(network: nn.Module, world: World) -> nn.Module:
     """The callable for training forward passes: DDP on several processes, the network itself on
     one.
@@ -218,4 +191,5 @@ def parallel(network: nn.Module, world: World) -> nn.Module:
     new_name = "forward_sync_buffers" in inspect.signature(ddp).parameters
     flag = "forward_sync_buffers" if new_name else "broadcast_buffers"
     device_ids = [world.device] if world.device.type == "cuda" else None
-    return ddp(network, device_ids=device_ids, **{flag: False})
+    # Gradients lie where they are exchanged from, which saves a copy of each.
+    return ddp(network, device_ids=device_ids, gradient_as_bucket_view=True, **{flag: False})

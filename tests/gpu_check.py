@@ -408,8 +408,7 @@ def fork(function: Callable, *inputs) -> multiprocessing.Process:
 
 
 def ranks(facts: dict, setup: Setup) -> None:
-    """A step of gta_seg.py on 2 + 2 images of each of two processes, and on 4 + 4 of one. On CPUs
-    BatchNorm is not synchronised, so there the two processes are only compared to each other."""
+    """A step of gta_seg.py on 2 + 2 images of each of two processes, and on 4 + 4 of one."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -424,8 +423,6 @@ def ranks(facts: dict, setup: Setup) -> None:
     first, second, one = (torch.load(setup.folder / f"ranks-{name}.pt") for name in names)
     facts["backend"] = first["backend"]
     facts["cosine of both"] = compare_gradients(first["gradients"], second["gradients"])
-    if setup.device == "cpu":
-        return
     mean = {k: (first["losses"][k] + second["losses"][k]) / 2 for k in first["losses"]}
     facts["apart"] = compare_losses(mean, one["losses"], REACHES)
     facts["cosine to one"] = compare_gradients(first["gradients"], one["gradients"])
@@ -448,7 +445,6 @@ def rank_step(setup: Setup, rank: int, size: int, port: int) -> None:
     training = gta(tiny("gta"), CLASSES, 4 // size, world)
     make_comparable(training.networks)
     losses = losses_of(training.step())
-    distributed.average_buffers(world, *training.networks.values())
     statistics_of = {
         name: buffer.cpu()
         for name, buffer in training.networks["student"].named_buffers()

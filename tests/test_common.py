@@ -37,34 +37,6 @@ TWO_GPUS = World(0, 2, 0, torch.device("cuda"))
 
 
 # -------------------------------------------------------------------------------------- distributed
-@pytest.mark.parametrize(
-    "name", ["resnet18", "mobilenetv3_small_050", "tf_efficientnet_lite0", "regnetx_002"]
-)
-def test_synchronised_batchnorm_keeps_what_the_layers_compute(name):
-    """timm's BatchNormAct2d applies an activation, too. Without a process group the layers compute
-    on CPUs."""
-    net = timm.create_model(name, features_only=True, pretrained=False).eval()
-    layers = sum(isinstance(m, nn.BatchNorm2d) for m in net.modules())
-    x, keys = torch.randn(2, 3, 64, 64), list(net.state_dict())
-    with torch.no_grad():
-        before = net(x)
-        net = distributed.sync_batchnorm(net, TWO_GPUS)
-        after = net(x)
-    assert sum(isinstance(m, nn.SyncBatchNorm) for m in net.modules()) == layers > 10
-    assert (
-        not any(isinstance(m, nn.BatchNorm2d) for m in net.modules())
-        and list(net.state_dict()) == keys
-    )
-    assert len(before) == len(after) and all(
-        torch.equal(a, b) for a, b in zip(before, after, strict=True)
-    )
-
-
-def test_batchnorm_stays_as_it_is_on_one_process_and_on_cpus():
-    for world in (World(), World(0, 1, 0, torch.device("cuda")), World(0, 2, 0)):
-        assert type(distributed.sync_batchnorm(nn.BatchNorm2d(3), world)) is nn.BatchNorm2d
-
-
 def test_one_gpu_for_several_processes_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for here in (True, False):
