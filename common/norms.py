@@ -59,8 +59,8 @@ class SharedBatchNorm(nn.BatchNorm2d):
 
 
 class NormOverProcesses(torch.autograd.Function):
-    """BatchNorm of x (B, C, H, W) in training. Mean and variance, and the gradient through them, are
-    of all processes: one sum over the processes forward, one backward.
+    """BatchNorm of x (B, C, H, W) in training. Mean and variance, and the gradient through them,
+    are of all processes: one sum over the processes forward, one backward.
 
     nn.SyncBatchNorm does the same, but it makes the CPU wait for the device in each forward pass,
     and refuses CPU tensors. The gradients of weight and bias are this process's own, as DDP expects

@@ -11,10 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
 import torch
 from PIL import Image
-from torch import nn
 
 import gta_seg
 from common import (

@@ -1,7 +1,6 @@
 """BatchNorm over several processes is nn.BatchNorm2d on their joined batch, and frozen BatchNorm is
 nn.BatchNorm2d in eval mode; both without a wait for the device."""
 
-import os
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
