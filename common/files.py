@@ -148,6 +148,19 @@ def read_image(path: Path) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
+def read_map(path: Path) -> tuple[np.ndarray, str]:
+    """What lies in a file of labels, (H, W) or more, as it is, and PIL's name for its kind."""
+    try:
+        with Image.open(path) as file:
+            return np.array(file), file.mode
+    except UNREADABLE as error:
+        if getattr(error, "errno", None) in SHORT_OF:
+            raise
+        raise RankError(
+            f"The label {path} cannot be read ({error}); fetch or make it again."
+        ) from None
+
+
 def turned_note(path: Path, size: tuple[int, int]) -> str:
     """What to add to an error on an image whose label has the `size` (height, width): whether these
     would agree if the camera's note that the picture is to be turned (EXIF) were followed."""

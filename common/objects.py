@@ -9,13 +9,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from common import transforms
 from common.boxes import boxes_of
 from common.errors import RankError
-from common.files import SHORT_OF, UNREADABLE
+from common.files import read_map
 
 CITYSCAPES_THINGS = {
     24: "person",
@@ -266,22 +265,13 @@ def with_things(photo: Photo) -> WithThings:
 
 def read_ids(path: Path) -> np.ndarray:
     """(H, W) int32 of a Cityscapes instanceIds PNG."""
-    try:
-        with Image.open(path) as file:
-            mode = file.mode
-            ids = np.array(file).astype(np.int32)
-    except UNREADABLE as error:
-        if getattr(error, "errno", None) in SHORT_OF:
-            raise
-        raise RankError(
-            f"The label {path} cannot be read ({error}); fetch or make it again."
-        ) from None
+    ids, mode = read_map(path)
     if mode not in ("I", "I;16", "I;16B", "L") or not 0 <= ids.min() <= ids.max() < 2**16:
         raise RankError(
             f"The label {path} (mode {mode}) is no map of instance ids, a single-channel 16-bit "
             f"PNG."
         )
-    return ids
+    return ids.astype(np.int32)
 
 
 class TrueObjects(NamedTuple):

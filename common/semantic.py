@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
@@ -19,12 +18,11 @@ from common import splits
 from common.distributed import World, rng
 from common.errors import RankError, UserError
 from common.files import (
-    SHORT_OF,
-    UNREADABLE,
     BrokenImage,
     image_files,
     images_below,
     read_image,
+    read_map,
     read_text,
     turned_note,
 )
@@ -102,16 +100,7 @@ def read_label(path: Path, data: Segmentation) -> Tensor:
 
 def read_values(path: Path) -> np.ndarray:
     """(H, W) integers as they lie in a label file; RankError when it is none."""
-    try:
-        with Image.open(path) as file:
-            mode = file.mode
-            values = np.array(file)
-    except UNREADABLE as error:
-        if getattr(error, "errno", None) in SHORT_OF:
-            raise
-        raise RankError(
-            f"The label {path} cannot be read ({error}); fetch or make it again."
-        ) from None
+    values, mode = read_map(path)
     if values.ndim != 2 or mode not in LABEL_MODES:
         kind = "holds numbers with a fraction" if mode == "F" else "is a colour picture"
         raise RankError(
