@@ -70,7 +70,6 @@ import msgspec
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageFilter
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
@@ -79,6 +78,7 @@ from common import (
     backbones,
     checkpoints,
     cli,
+    colour,
     distributed,
     instances,
     loading,
@@ -1578,24 +1578,20 @@ def jittered_window(size: tuple[int, int], args: Args, g: np.random.Generator) -
 def strong_view(image: Tensor, g: np.random.Generator) -> Tensor:
     """The student's view of a weak one (3, H, W) uint8, in the same geometry, as in Guided
     Distillation: jitter of brightness, contrast, saturation and hue in any order, grey, blur."""
-    from torchvision.transforms.v2 import functional as tv
-
     if g.random() < 0.8:
         jitter = (
-            (tv.adjust_brightness, 0.6, 1.4),
-            (tv.adjust_contrast, 0.6, 1.4),
-            (tv.adjust_saturation, 0.6, 1.4),
-            (tv.adjust_hue, -0.1, 0.1),
+            (colour.brightness, 0.6, 1.4),
+            (colour.contrast, 0.6, 1.4),
+            (colour.saturation, 0.6, 1.4),
+            (colour.hue, -0.1, 0.1),
         )
         for i in g.permutation(4):
             change, low, high = jitter[i]
             image = change(image, g.uniform(low, high))
     if g.random() < 0.2:
-        image = tv.rgb_to_grayscale(image, num_output_channels=3)
+        image = colour.grey(image)
     if g.random() < 0.5:
-        picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-        picture = picture.filter(ImageFilter.GaussianBlur(g.uniform(0.1, 2.0)))
-        image = torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+        image = colour.blur(image, g.uniform(0.1, 2.0))
     return image
 
 

@@ -73,7 +73,7 @@ import msgspec
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageFilter
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -81,6 +81,7 @@ from common import (
     backbones,
     checkpoints,
     cli,
+    colour,
     distributed,
     instances,
     loading,
@@ -1338,24 +1339,20 @@ def strong_view(image: Tensor, g: np.random.Generator, cutout: bool = False) -> 
     """Sec. 4.3, "data augmentations": the student's view, made from a weak view (3, H, W) uint8 by
     colour jitter, grey and blur, and for Fig. 6 cut-out. No pixel moves, so that the teacher's
     masks fit. The paper gives no numbers; these are the released code's. DEPARTS[strong-view]"""
-    from torchvision.transforms.v2 import functional as tv
-
     if g.random() < 0.8:
         jitters = [
-            (tv.adjust_brightness, g.uniform(0.6, 1.4)),
-            (tv.adjust_contrast, g.uniform(0.6, 1.4)),
-            (tv.adjust_saturation, g.uniform(0.6, 1.4)),
-            (tv.adjust_hue, g.uniform(-0.1, 0.1)),
+            (colour.brightness, g.uniform(0.6, 1.4)),
+            (colour.contrast, g.uniform(0.6, 1.4)),
+            (colour.saturation, g.uniform(0.6, 1.4)),
+            (colour.hue, g.uniform(-0.1, 0.1)),
         ]
         for i in g.permutation(4):
             adjust, strength = jitters[i]
             image = adjust(image, strength)
     if g.random() < 0.2:
-        image = tv.rgb_to_grayscale(image, num_output_channels=3)
+        image = colour.grey(image)
     if g.random() < 0.5:
-        blur = ImageFilter.GaussianBlur(g.uniform(0.1, 2.0))
-        blurred = Image.fromarray(image.permute(1, 2, 0).numpy()).filter(blur)
-        image = torch.from_numpy(np.array(blurred)).permute(2, 0, 1).contiguous()
+        image = colour.blur(image, g.uniform(0.1, 2.0))
     return erase_boxes(image, g) if cutout else image
 
 
