@@ -1,0 +1,597 @@
+"""What the papers claim, tried on photographs: the list of runs, a queue that trains them, and the
+tables that come out of their logs. docs/photographs.md says what was found.
+
+    python docs/photographs.py plan                 every run of the page, as a line of its own
+    python docs/photographs.py run --at-most 2      train what is missing, group A first
+    python docs/photographs.py pack                 the logs of finished runs into one file
+    python docs/photographs.py tables --write       the tables of docs/photographs.md, from it
+
+A queue that was stopped goes on when the same command is given again: runs resume, and what is
+finished, here or in the file of logs, is skipped. It knows the scripts by their command lines
+alone, and needs Python's standard library only. Beside its runs, a file named `pause` makes the
+runs save and leave until it is removed; a file named `hold` makes them wait where they are.
+"""
+
+import argparse
+import fcntl
+import io
+import json
+import os
+import re
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+HOUSE = Path(__file__).resolve().parent.parent
+PAGE = HOUSE / "docs" / "photographs.md"
+PACK = HOUSE / "docs" / "logs" / "photographs.tar.xz"
+# What is packed of a run, never its weights.
+PACKED = ("config.json", "log.jsonl", "results.json", "last.pt.results.json", "report.md")
+LARGEST_PACK = 2_000_000  # bytes
+GROUPS = ("study", "A", "B", "C")
+
+
+# ==================================================================================== list of runs
+class Row(NamedTuple):
+    """A method with its settings: one run for each draw of the labeled pictures. The same method at
+    the same rate on the same draw is one run, whichever groups ask for it."""
+
+    group: str  # one of GROUPS
+    script: str
+    method: str
+    rate: str  # --lr
+    flags: str  # of the script, but for --lr, --split-seed, --device, --out and --resume
+    draws: tuple[int, ...] = (0, 1, 2)
+
+
+class Claim(NamedTuple):
+    """What a paper says: on every draw, one score is larger than another."""
+
+    script: str
+    text: str
+    larger: tuple[str, str]  # the method of a row of group A, and a score of its runs
+    smaller: tuple[str, str]
+
+
+class Planned(NamedTuple):
+    """A run that is to be made."""
+
+    name: str  # of its folder
+    row: Row
+    draw: int
+
+
+# Words in braces are flags of this program, see `main`. Training is scored on the tuning pictures;
+# when a run has ended, its last networks are scored once on those of SCORED.
+SEMANTIC = "--dataset folder --root {semantic} --precision fp32 --workers 0"
+SCORED = {"gta_seg.py": "test"}
+LITE0 = "--backbone tf_efficientnet_lite0 --weights {weights}/tf_efficientnet_lite0_imagenet.pth"
+MOBILE = "--backbone mobilenet_v2 --weights {weights}/mobilenet_v2_tf2ptq.pth"
+
+GTA = (
+    f"{SEMANTIC} --val val --output-stride 16 --aspp-rates 2 4 6 --width 48 --crop-size 129 "
+    f"--batch-size 4 --steps 1500 --eval-every 250"
+)
+LABELS = f"{GTA} {LITE0} --split random:23 --cutmix-labeled 0.5 --method suponly"
+BOTH = f"{GTA} {LITE0} --split random:23 --cutmix-labeled 0.5 --warmup-epochs 6 --monitor-labels"
+GTA_METHODS = {
+    "suponly": LABELS,
+    "mt": f"{BOTH} --method mt",
+    "gta": f"{BOTH} --method gta",
+}
+RATES = {"gta_seg.py": ("0.003", "0.01", "0.001")}
+BEST_RATE = {"suponly": "0.003", "mt": "0.003", "gta": "0.003"}
+
+
+def rows() -> list[Row]:
+    """All rows of the page."""
+    gta = "gta_seg.py"
+    found = []
+    for rate in RATES[gta]:
+        found += [Row("study", gta, name, rate, flags, (0,)) for name, flags in GTA_METHODS.items()]
+    for method, flags in GTA_METHODS.items():
+        found.append(Row("A", gta, method, BEST_RATE[method], flags))
+    every_label = LABELS.replace("random:23", "all")
+    found.append(Row("A", gta, "suponly, all labels", BEST_RATE["suponly"], every_label, (0,)))
+    no_cutmix = LABELS.replace("--cutmix-labeled 0.5 ", "")
+    found.append(Row("study", gta, "suponly, no CutMix", BEST_RATE["suponly"], no_cutmix, (0,)))
+    mobile = LABELS.replace(LITE0, MOBILE)
+    found.append(Row("study", gta, "suponly, MobileNetV2", BEST_RATE["suponly"], mobile, (0,)))
+    return found
+
+
+ROWS = rows()
+
+CLAIMS = [
+    Claim("gta_seg.py", "gta > mt", ("gta", "teacher"), ("mt", "teacher")),
+    Claim("gta_seg.py", "mt > suponly", ("mt", "teacher"), ("suponly", "student")),
+    Claim("gta_seg.py", "gta > suponly", ("gta", "teacher"), ("suponly", "student")),
+    Claim("gta_seg.py", "teacher > student", ("gta", "teacher"), ("gta", "student")),
+    Claim("gta_seg.py", "student > assistant", ("gta", "student"), ("gta", "gta")),
+]
+
+
+def plan(groups: tuple[str, ...]) -> list[Planned]:
+    """The runs of these groups, a group after the other, and in it a script after the other. The
+    rows of a script come draw by draw, so that a method and its baseline run together."""
+    runs: dict[str, Planned] = {}
+    for group in groups:
+        for script in dict.fromkeys(row.script for row in ROWS):
+            chosen = rows_of(group, script)
+            for draw in sorted({draw for row in chosen for draw in row.draws}):
+                for row in chosen:
+                    name = folder_name(row, draw)
+                    if draw in row.draws and name not in runs:
+                        runs[name] = Planned(name, row, draw)
+    return list(runs.values())
+
+
+def rows_of(group: str, script: str) -> list[Row]:
+    return [row for row in ROWS if (row.group, row.script) == (group, script)]
+
+
+def folder_name(row: Row, draw: int) -> str:
+    method = row.method.replace(",", "").replace(" ", "-")
+    return f"{Path(row.script).stem}-{method}-{row.rate}-d{draw}"
+
+
+def training(run: Planned, options: argparse.Namespace) -> list[str]:
+    """The command line that trains a run, without the interpreter."""
+    flags = run.row.flags.format(**vars(options)).split()
+    flags += ["--lr", run.row.rate, "--split-seed", str(run.draw), "--device", options.device]
+    return [run.row.script, *flags, "--out", str(options.runs / run.name)]
+
+
+def scoring(run: Planned, options: argparse.Namespace) -> list[str]:
+    """The command line that scores a trained run on the pictures that no setting was chosen on."""
+    checkpoint = str(options.runs / run.name / "last.pt")
+    scored = SCORED[run.row.script]
+    return [run.row.script, "--eval", checkpoint, "--val", scored, "--device", options.device]
+
+
+def next_command(run: Planned, options: argparse.Namespace) -> list[str] | None:
+    """What is to be done next for a run, None when nothing is."""
+    folder = options.folder / run.name
+    if not (folder / "results.json").is_file():
+        return [*training(run, options), "--resume"]
+    if run.row.script in SCORED and not (folder / "last.pt.results.json").is_file():
+        return scoring(run, options)
+    return None
+
+
+def finished(run: Planned, options: argparse.Namespace) -> bool:
+    return next_command(run, options) is None
+
+
+# ======================================================================================= the queue
+class Working(NamedTuple):
+    """A run that is being made, and the command that makes it."""
+
+    run: Planned
+    line: list[str]
+
+
+class Queue:
+    """Trains runs, at most so many at a time, until none is left or the queue is told to stop."""
+
+    def __init__(self, waiting: list[Planned], options: argparse.Namespace):
+        self.waiting = waiting
+        self.options = options
+        self.running: dict[subprocess.Popen, Working] = {}
+        self.failed: list[str] = []
+        self.stopping = False  # this program was told to stop
+        self.leaving = False  # the runs were told to save and leave
+        self.held = False  # the runs stand still
+
+    def work(self) -> None:
+        signal.signal(signal.SIGTERM, self.stop)
+        signal.signal(signal.SIGINT, self.stop)
+        while self.running or (self.waiting and not self.stopping):
+            paused = (self.options.folder / "pause").exists()
+            self.hold((self.options.folder / "hold").exists() and not paused and not self.stopping)
+            if paused or self.stopping:
+                self.tell_to_leave()
+            self.collect()
+            if not (self.held or paused or self.stopping):
+                self.start()
+            time.sleep(self.options.poll)
+
+    def stop(self, number: int, frame: object) -> None:
+        self.stopping = True
+
+    def start(self) -> None:
+        """Fill the free places."""
+        while self.waiting and len(self.running) < self.options.at_most:
+            run = self.waiting.pop(0)
+            line = next_command(run, self.options)
+            say(f"starts {run.name}: {'scores' if '--eval' in line else 'trains'}")
+            with open(self.options.folder / f"{run.name}.out", "a") as output:
+                # A session of its own, so that Ctrl-C here does not reach it a second time.
+                process = subprocess.Popen(
+                    [*shlex.split(self.options.before), self.options.python, *line],
+                    cwd=self.options.house,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    env={"OMP_NUM_THREADS": "1"} | os.environ,
+                    start_new_session=True,
+                )
+            self.running[process] = Working(run, line)
+
+    def collect(self) -> None:
+        """Take the runs that have ended off the list. One that has more to do waits again, before
+        all others."""
+        for process, (run, line) in list(self.running.items()):
+            if process.poll() is None:
+                continue
+            del self.running[process]
+            following = next_command(run, self.options)
+            if following is None:
+                say(f"finished {run.name}")
+                write_pack(self.options)
+            elif self.leaving or following != line:
+                say(f"{run.name} has more to do")
+                self.waiting.insert(0, run)
+            else:
+                say(f"FAILED {run.name}, see {self.options.folder / run.name}.out")
+                self.failed.append(run.name)
+        if not self.running:
+            self.leaving = False
+
+    def tell_to_leave(self) -> None:
+        if self.running and not self.leaving:
+            self.leaving = True
+            self.send(signal.SIGTERM)
+
+    def hold(self, still: bool) -> None:
+        if still != self.held:
+            self.held = still
+            say("holds" if still else "goes on")
+            self.send(signal.SIGSTOP if still else signal.SIGCONT)
+
+    def send(self, number: signal.Signals) -> None:
+        for process in self.running:
+            process.send_signal(number)
+
+
+def say(text: str) -> None:
+    print(time.strftime("%H:%M:%S"), text, flush=True)
+
+
+def train(options: argparse.Namespace) -> int:
+    """Train what is neither finished here nor in the pack; the exit status."""
+    options.folder.mkdir(parents=True, exist_ok=True)
+    with open(options.folder / ".queue", "w") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise SystemExit(f"Another queue is at work in {options.folder}.") from None
+        packed = read_pack(options.pack)
+        waiting = [
+            run
+            for run in plan(options.groups)
+            if fits(run, options.only)
+            and not finished(run, options)
+            and (options.again or run.name not in packed)
+        ]
+        say(f"{len(waiting)} runs to make")
+        queue = Queue(waiting, options)
+        queue.work()
+    if queue.failed:
+        say(f"{len(queue.failed)} runs failed: {', '.join(queue.failed)}")
+    return 1 if queue.failed else 0
+
+
+def fits(run: Planned, words: list[str]) -> bool:
+    """Whether the name of a run holds one of the words, if there are any."""
+    return not words or any(word in run.name for word in words)
+
+
+# ======================================================================================== the pack
+Log = dict[str, str]  # name of a file of a run -> its text
+
+
+def read_pack(path: Path) -> dict[str, Log]:
+    """The logs of all runs in the pack, by the run's name."""
+    logs: dict[str, Log] = {}
+    if path.is_file():
+        with tarfile.open(path) as archive:
+            for member in archive:
+                run, file = member.name.split("/")
+                logs.setdefault(run, {})[file] = archive.extractfile(member).read().decode()
+    return logs
+
+
+def write_pack(options: argparse.Namespace) -> None:
+    """Add the finished runs of the plan to the pack. What is in it from elsewhere stays, and the
+    same logs give the same bytes."""
+    logs = read_pack(options.pack)
+    for run in plan(GROUPS):
+        folder = options.folder / run.name
+        if folder.is_dir() and finished(run, options):
+            files = [folder / file for file in PACKED if (folder / file).is_file()]
+            logs[run.name] = {file.name: file.read_text() for file in files}
+    options.pack.parent.mkdir(parents=True, exist_ok=True)
+    new = options.pack.with_suffix(".tmp")
+    with tarfile.open(new, "w:xz", preset=9) as archive:
+        for run in sorted(logs):
+            for file, text in sorted(logs[run].items()):
+                content = text.encode()
+                member = tarfile.TarInfo(f"{run}/{file}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    if new.stat().st_size > LARGEST_PACK:
+        raise SystemExit(f"{new} has {new.stat().st_size} bytes, more than {LARGEST_PACK}.")
+    new.replace(options.pack)
+
+
+# ====================================================================================== the tables
+def scores(log: Log) -> dict[str, float]:
+    """The scores of a finished run by the network's name, on the scored pictures."""
+    script = json.loads(log["config.json"])["script"]
+    if script == "gist_rist.py":
+        return scores_of_search(json.loads(log["results.json"]), nodes(log["report.md"]))
+    return last_scores(json.loads(log["last.pt.results.json"]))
+
+
+def last_scores(results: dict) -> dict[str, float]:
+    """What stands under `last` in results.json, by the network's name."""
+    found = {}
+    for name, record in results.items():
+        if isinstance(record, dict) and isinstance(record.get("last"), dict):
+            last = record["last"]
+            found[name] = last["miou"] if "miou" in last else last["ap"]
+    return found
+
+
+class Node(NamedTuple):
+    """A network of gist_rist.py: its mIoU on the development pictures and on the scored ones."""
+
+    dev: float
+    val: float
+
+
+def nodes(report: str) -> dict[str, Node]:
+    """The nodes in the report of a run of gist_rist.py, by path; that of stage 0 is empty."""
+    section = report.split("## Nodes")[1].split("\n## ")[0]
+    found = {}
+    for line in section.splitlines():
+        cells = [cell.strip() for cell in line.strip("| ").split("|")]
+        if re.fullmatch(r"stage 0|[LPBTF\d.]+", cells[0]):
+            path = "" if cells[0] == "stage 0" else cells[0]
+            found[path] = Node(float(cells[1]), float(cells[2]))
+    return found
+
+
+def scores_of_search(results: dict, found: dict[str, Node]) -> dict[str, float]:
+    """What each search chose, by its name; and of each path of --path that is one letter repeated,
+    such as LLL, the node that the development pictures choose, and under "LLL, last" its end."""
+    chosen = {
+        name: record["miou"]
+        for name, record in results.items()
+        if isinstance(record, dict) and "miou" in record
+    }
+    for path in found:
+        if len(path) > 1 and len(set(path)) == 1:
+            trail = [path[:length] for length in range(len(path) + 1)]
+            best = max(trail, key=lambda node: found[node].dev)
+            chosen[path] = found[best].val
+            chosen[f"{path}, last"] = found[path].val
+    return chosen
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def table_of_scores(script: str, group: str, logs: dict[str, Log]) -> str:
+    """Every score of every row: its mean over the draws, and the draws."""
+    lines = []
+    for row in rows_of(group, script):
+        draws = draws_of(row, logs)
+        names = dict.fromkeys(name for found in draws.values() for name in found)
+        if not names:
+            lines.append([row.method, row.rate, "", "", f"none of {len(row.draws)} yet"])
+        for name in names:
+            values = [found[name] for found in draws.values() if name in found]
+            each = ", ".join(f"{value:.2f}" for value in values)
+            lines.append([row.method, row.rate, name, f"{statistics.mean(values):.2f}", each])
+    return markdown(["method", "`--lr`", "network", "mean", "draws"], lines)
+
+
+def draws_of(row: Row, logs: dict[str, Log]) -> dict[int, dict[str, float]]:
+    """The scores of the finished runs of a row, by draw."""
+    return {
+        draw: scores(logs[folder_name(row, draw)])
+        for draw in row.draws
+        if folder_name(row, draw) in logs
+    }
+
+
+def table_of_claims(script: str, logs: dict[str, Log]) -> str:
+    """Each claim with the mean of its differences, paired by draw, and their sample deviation."""
+    by_method = {row.method: row for row in rows_of("A", script)}
+    lines = []
+    for claim in CLAIMS:
+        if claim.script != script:
+            continue
+        larger, smaller = (
+            draws_of(by_method[method], logs) for method, _ in (claim.larger, claim.smaller)
+        )
+        gains = [
+            larger[draw][claim.larger[1]] - smaller[draw][claim.smaller[1]]
+            for draw in larger.keys() & smaller.keys()
+        ]
+        wins = f"{sum(gain > 0 for gain in gains)} of {len(gains)}"
+        lines.append([claim.text, mean_and_spread(gains), wins])
+    return markdown(["claim", "difference, mean ± spread", "wins"], lines)
+
+
+def mean_and_spread(values: list[float]) -> str:
+    if len(values) < 2:
+        return f"{values[0]:+.2f}" if values else "no pair yet"
+    return f"{statistics.mean(values):+.2f} ± {statistics.stdev(values):.2f}"
+
+
+def table_of_curves(group: str, script: str, logs: dict[str, Log]) -> str:
+    """The scores of the baselines and of what chooses settings, as training goes on: columns are
+    shares of the run."""
+    points = (1, 2, 3, 4, 5, 6)
+    lines = []
+    for row in rows_of(group, script):
+        for draw in row.draws:
+            name = folder_name(row, draw)
+            if name not in logs:
+                continue
+            for key, curve in curves(logs[name]).items():
+                last = max(curve)
+                values = [curve.get(round(last * point / len(points))) for point in points]
+                cells = ["" if value is None else f"{value:.1f}" for value in values]
+                lines.append([row.method, row.rate, str(draw), key.removeprefix("miou_"), *cells])
+    return markdown(
+        ["method", "`--lr`", "draw", "network", *(f"{point}/6" for point in points)], lines
+    )
+
+
+def curves(log: Log) -> dict[str, dict[int, float]]:
+    """The scores in a log by step, a curve for each network."""
+    found: dict[str, dict[int, float]] = {}
+    for line in log["log.jsonl"].splitlines():
+        record = json.loads(line)
+        for key, value in record.items():
+            if key.startswith("miou_"):
+                found.setdefault(key, {})[record["step"]] = value
+    return found
+
+
+def table_of_pseudo_labels(script: str, logs: dict[str, Log]) -> str:
+    """The share of kept pseudo labels that are right, over the thirds of each run."""
+    lines = []
+    for row in ROWS:
+        if row.script != script:
+            continue
+        for draw in row.draws:
+            log = logs.get(folder_name(row, draw))
+            shares = [] if log is None else shares_over_thirds(log)
+            if shares:
+                lines.append(
+                    [row.method, row.rate, str(draw), *(f"{share:.3f}" for share in shares)]
+                )
+    return markdown(["method", "`--lr`", "draw", "first third", "second", "last"], lines)
+
+
+def shares_over_thirds(log: Log) -> list[float]:
+    """The means of `pseudo_acc` over the thirds of a log's lines that have it."""
+    records = [json.loads(line) for line in log["log.jsonl"].splitlines()]
+    shares = [record["pseudo_acc"] for record in records if "pseudo_acc" in record]
+    if len(shares) < 3:
+        return []
+    cuts = [round(len(shares) * third / 3) for third in range(4)]
+    return [statistics.mean(shares[a:b]) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+
+
+def table_of_what_is_there(logs: dict[str, Log]) -> str:
+    """How many of the planned runs are in the pack."""
+    lines = []
+    for group in GROUPS:
+        for script in dict.fromkeys(row.script for row in ROWS if row.group == group):
+            runs = [run for run in plan((group,)) if run.row.script == script]
+            missing = [run.name for run in runs if run.name not in logs]
+            there = f"{len(runs) - len(missing)} of {len(runs)}"
+            names = ", ".join(f"`{name}`" for name in missing) or "nothing"
+            lines.append([group, f"`{script}`", there, names])
+    return markdown(["group", "script", "runs", "missing"], lines)
+
+
+def table_of_machines(logs: dict[str, Log]) -> str:
+    """Where the runs were made, and of which commit."""
+    seen: dict[tuple, int] = {}
+    for log in logs.values():
+        config = json.loads(log["config.json"])
+        settings = config["settings"]
+        device = f"{config['device']}, {config['threads']} thread(s)"
+        where = (config["commit"][:7], config["torch"], device, settings["precision"])
+        seen[where] = seen.get(where, 0) + 1
+    lines = [[*where, str(count)] for where, count in sorted(seen.items())]
+    return markdown(["commit", "PyTorch", "device", "precision", "runs"], lines)
+
+
+TABLES: dict[str, Callable[[dict[str, Log]], str]] = {
+    "what is there": table_of_what_is_there,
+    "machines": table_of_machines,
+    "study": lambda logs: table_of_curves("study", "gta_seg.py", logs),
+    "gta_seg scores": lambda logs: table_of_scores("gta_seg.py", "A", logs),
+    "gta_seg claims": lambda logs: table_of_claims("gta_seg.py", logs),
+    "gta_seg curves": lambda logs: table_of_curves("A", "gta_seg.py", logs),
+    "gta_seg pseudo labels": lambda logs: table_of_pseudo_labels("gta_seg.py", logs),
+}
+
+
+def page_with_tables(page: str, logs: dict[str, Log]) -> str:
+    """The page, with what stands between <!-- table: NAME --> and <!-- end --> made anew."""
+
+    def made(match: re.Match) -> str:
+        return f"<!-- table: {match[1]} -->\n{TABLES[match[1]](logs)}\n<!-- end -->"
+
+    return re.sub(r"<!-- table: (.+?) -->\n.*?<!-- end -->", made, page, flags=re.DOTALL)
+
+
+# ===================================================================================== command line
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("plan", "run", "pack", "tables"))
+    parser.add_argument("only", nargs="*", help="only runs whose name holds one of these words")
+    add = parser.add_argument
+    add("--groups", nargs="+", choices=GROUPS, default=["A", "B", "C"])
+    add("--at-most", type=int, default=1, help="how many runs at a time")
+    add("--runs", type=Path, default=Path("runs/photographs"), help="where run folders lie")
+    add("--pack", type=Path, default=PACK, help="the file of logs")
+    add("--again", action="store_true", help="make runs, too, that are in the file of logs")
+    add("--semantic", default="datasets/camvid_half", help="pictures of the semantic scripts")
+    add("--weights", default="datasets/weights", help="folder with the files of weights")
+    add("--device", default="auto", help="auto, cpu, cuda")
+    add("--house", type=Path, default=HOUSE, help="the checkout whose scripts are run")
+    add("--python", default=sys.executable, help="the interpreter that runs the scripts")
+    add("--before", default="", help="what comes before it, such as 'nice -n 19'")
+    add("--poll", type=float, default=1.0, help="seconds between two looks at the runs")
+    add("--write", action="store_true", help="tables: write them into docs/photographs.md")
+    options = parser.parse_args()
+    options.groups = tuple(options.groups)
+    options.folder = options.house / options.runs
+    if options.what == "run":
+        return train(options)
+    if options.what == "pack":
+        write_pack(options)
+    elif options.what == "plan":
+        for run in plan(options.groups):
+            if fits(run, options.only):
+                print(shlex.join(["python", *training(run, options)]))
+                if run.row.script in SCORED:
+                    print(shlex.join(["python", *scoring(run, options)]))
+    else:
+        show_tables(options)
+    return 0
+
+
+def show_tables(options: argparse.Namespace) -> None:
+    logs = read_pack(options.pack)
+    if options.write:
+        PAGE.write_text(page_with_tables(PAGE.read_text(), logs))
+        return
+    for name, table in TABLES.items():
+        if not options.only or name in options.only:
+            print(f"{name}\n\n{table(logs)}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
