@@ -232,6 +232,8 @@ class Args:
     eval: str = ""  # score this checkpoint on val, train nothing
     # checkpoint, then images or folders: write predictions
     predict: list[str] = field(default_factory=list)
+    # side of the windows in which --predict sees larger pictures; 0: it sees them whole
+    predict_tile: Annotated[int, msgspec.Meta(ge=0)] = 0
     # write the tables and pictures of this finished run once more, from its nodes; train nothing
     report: str = ""
 
@@ -1826,7 +1828,7 @@ def score_checkpoint(args: Args) -> dict:
 
 
 def predict(args: Args) -> None:
-    """--predict CKPT IMAGES...: index PNGs and overlays of images or folders into
+    """--predict CKPT IMAGES...: index PNGs, confidences and overlays of images or folders into
     <checkpoint>.predictions/."""
     checkpoint, *images = args.predict
     loaded = load(checkpoint, args)
@@ -1836,7 +1838,9 @@ def predict(args: Args) -> None:
         return upsample(loaded.net(small[None])[0], image.shape[-2:])
 
     out = Path(f"{checkpoint}.predictions")
-    predictions.predict_labels(images, out, loaded.classes, logits_of, loaded.world)
+    predictions.predict_labels(
+        images, out, loaded.classes, logits_of, loaded.world, args.predict_tile
+    )
 
 
 def settings(dataset: str = "voc", eval: str = "", predict: str = "", report: str = "") -> Args:

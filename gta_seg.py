@@ -128,6 +128,8 @@ class Args:
     eval: str = ""  # evaluate this checkpoint, train nothing
     # write predictions: a checkpoint, then images or folders
     predict: list[str] = field(default_factory=list)
+    # side of the windows in which --predict sees larger pictures; 0: it sees them whole
+    predict_tile: Annotated[int, Meta(ge=0)] = 0
 
     # the method (Sec. 3.2) and the tables
 
@@ -1298,7 +1300,7 @@ def score_checkpoint(args: Args) -> dict:
 
 
 def predict(args: Args) -> None:
-    """--predict CKPT IMAGES...: index PNGs and overlays of images or folders into
+    """--predict CKPT IMAGES...: index PNGs, confidences and overlays of images or folders into
     <checkpoint>.predictions/."""
     checkpoint, *images = args.predict
     networks, state, world = load(checkpoint, args)
@@ -1308,7 +1310,7 @@ def predict(args: Args) -> None:
         return predict_logits(net, transforms.normalize(image), args.window)
 
     out = Path(f"{checkpoint}.predictions")
-    predictions.predict_labels(images, out, state["classes"], logits_of, world)
+    predictions.predict_labels(images, out, state["classes"], logits_of, world, args.predict_tile)
 
 
 # ================================================================================ presets, command

@@ -8,15 +8,19 @@ import os
 import struct
 import sys
 import zlib
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from common.errors import RankError, UserError
+
+READERS = 4  # threads that decode images which are to be predicted
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
@@ -131,11 +135,14 @@ def images_below(folder: Path) -> list[Path]:
     return sorted(path for path in found if is_image_file(path))
 
 
-def read_image(path: Path) -> Tensor:
+def read_image(path: Path, upright: bool = False) -> Tensor:
     """(3, H, W) uint8 RGB. The pixels are taken as they lie in the file: a camera's note that the
-    picture should be turned is not followed, because label maps are not turned either."""
+    picture should be turned (EXIF) is not followed, because label maps are not turned either; it
+    is if the image shall be `upright`."""
     try:
         with Image.open(path) as file:
+            if upright:
+                file = ImageOps.exif_transpose(file)
             if file.mode == "F":
                 raise ValueError("its pixels are floating-point numbers; save it with 8 bits")
             if file.mode.startswith("I"):
@@ -200,15 +207,20 @@ def pictures(paths: list[str]) -> list[Path]:
     return files
 
 
-def readable(files: list[Path], world) -> Iterator[tuple[int, Path, Tensor]]:
-    """Place, file and image of those that this process shall predict. A file that is no image is
-    named and passed over, unless it is the only one, which is an error."""
-    for place in range(world.rank, len(files), world.size):
-        try:
-            image = read_image(files[place])
-        except BrokenImage as error:
-            if len(files) == 1:
-                raise
-            print(f"passed over: {error}", file=sys.stderr, flush=True)
-            continue
-        yield place, files[place], image
+def readable(files: list[Path], world, upright: bool = False) -> Iterator[tuple[int, Path, Tensor]]:
+    """Place, file and image of those that this process shall predict; some are decoded ahead. A
+    file that is no image is named and passed over, unless it is the only one, which is an error."""
+    waiting = list(range(world.rank, len(files), world.size))
+    ahead = deque()
+    with ThreadPoolExecutor(READERS) as pool:
+        while waiting or ahead:
+            while waiting and len(ahead) < 2 * READERS:
+                place = waiting.pop(0)
+                ahead.append((place, pool.submit(read_image, files[place], upright)))
+            place, image = ahead.popleft()
+            try:
+                yield place, files[place], image.result()
+            except BrokenImage as error:
+                if len(files) == 1:
+                    raise
+                print(f"passed over: {error}", file=sys.stderr, flush=True)

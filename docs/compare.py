@@ -136,7 +136,7 @@ def strip(runs: list[dict], path: Path, count: int = 8) -> None:
         image, truth = semantic.load_picture(picture, data)
         row = [image.permute(1, 2, 0).numpy()]
         for run in runs:
-            folder = run["folder"] / "last.pt.predictions"
+            folder = run["folder"] / "last.pt.predictions" / "labels"
             with Image.open(folder / f"{picture.image.stem}.png") as file:
                 row.append(plots.colour(torch.from_numpy(np.array(file))))
         row.append(plots.colour(truth))

@@ -254,7 +254,8 @@ def predict_odd_ones(
         for i, name in enumerate([*made, alone.name])
     }
     assert "7 images" in done.out and str(filled) in done.out
-    assert set(filled.iterdir()) == {filled / "predictions.json", *overlays.values()}
+    made_files = {filled / "predictions.json", filled / "pseudo_labels.json"}
+    assert set(filled.iterdir()) == made_files | set(overlays.values())
     return made, overlays, json.loads((filled / "predictions.json").read_text())
 
 

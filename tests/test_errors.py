@@ -697,7 +697,7 @@ def two_steps_score_predict(line: list[str], out: Path, picture: Path, io: Path)
         assert scored[name]["last"] == results[name]["best"]
     run(["--predict", str(out / "best.pt"), str(picture)], io).ok()
     with (
-        Image.open(out / "best.pt.predictions" / f"{picture.stem}.png") as label,
+        Image.open(out / "best.pt.predictions" / "labels" / f"{picture.stem}.png") as label,
         Image.open(picture) as image,
     ):
         assert label.size == image.size and label.mode == "P"

@@ -1128,7 +1128,7 @@ def test_nothing_mixes_devices(line, shapes_root, tmp_path, io, kind):
         )
         run(["--eval", str(out / "best.pt")], io, *setup).ok()
         run(["--predict", str(out / "best.pt"), photo], io, *setup).ok()
-        made = sorted((out / "best.pt.predictions").glob("*.png"))
+        made = sorted((out / "best.pt.predictions" / "labels").glob("*.png"))
         found.append(
             (
                 fingerprints(store),
@@ -1177,12 +1177,12 @@ def test_predict_writes_overlays_and_index_pngs(finished_copy, shapes_root, tmp_
         image.save(tmp_path / "photos" / name)
     done = run(["--predict", str(finished_copy / "best.pt"), str(tmp_path / "photos")], io).ok()
     folder = finished_copy / "best.pt.predictions"
-    assert "3 images" in done.out and len(list(folder.iterdir())) == 6
+    assert "3 images" in done.out and len([p for p in folder.rglob("*") if p.is_file()]) == 10
     for name, image in made.items():
         stem = Path(name).stem
         with (
-            Image.open(folder / f"{stem}.png") as label,
-            Image.open(folder / f"{stem}_overlay.jpg") as overlay,
+            Image.open(folder / "labels" / f"{stem}.png") as label,
+            Image.open(folder / "overlays" / f"{stem}.jpg") as overlay,
         ):
             assert label.size == image.size and label.mode == "P" and np.array(label).max() < 7
             assert overlay.width == image.width
@@ -1199,7 +1199,9 @@ def test_prediction_is_what_the_evaluation_counts(finished_copy, shapes_root, io
     counts = np.zeros_like(expected)
     for name in names:
         label = np.array(Image.open(shapes_root / "voc" / "SegmentationClass" / f"{name}.png"))
-        prediction = np.array(Image.open(finished_copy / "best.pt.predictions" / f"{name}.png"))
+        prediction = np.array(
+            Image.open(finished_copy / "best.pt.predictions" / "labels" / f"{name}.png")
+        )
         np.add.at(counts, (label[label != 255], prediction[label != 255]), 1)
     assert (counts == expected).all()
 
@@ -1259,7 +1261,7 @@ def two_steps_score_predict(line: list[str], out: Path, picture: Path, io: Path)
     assert scored["miou"] in [found[name]["miou"] for name in found["visited"]]
     run(["--predict", str(out / "best.pt"), str(picture)], io).ok()
     with (
-        Image.open(out / "best.pt.predictions" / f"{picture.stem}.png") as label,
+        Image.open(out / "best.pt.predictions" / "labels" / f"{picture.stem}.png") as label,
         Image.open(picture) as image,
     ):
         assert label.size == image.size and label.mode == "P"
@@ -1448,7 +1450,9 @@ def test_pictures_are_predicted_at_the_size_that_was_trained_and_scored(
     for i, flags in enumerate((["--eval", str(best)], ["--predict", str(best), str(picture)])):
         run(flags, io, partial(note_sizes, tmp_path / str(i))).ok()
         assert set((tmp_path / str(i)).read_text().split()) == {"32x32"}
-    with Image.open(tmp_path / "out" / "best.pt.predictions" / "val_000000.png") as label:
+    with Image.open(
+        tmp_path / "out" / "best.pt.predictions" / "labels" / "val_000000.png"
+    ) as label:
         assert label.size == (64, 64)
 
 

@@ -105,7 +105,7 @@ def test_predictions_are_shared_out(trained, shapes_root, tmp_path, io):
     images = sorted((shapes_root / "voc" / "JPEGImages").glob("val_00000[0-4].jpg"))
     for done in ranks(2, ["--predict", str(trained / "best.pt"), *map(str, images)], io):
         done.ok()
-    assert {p.stem for p in (trained / "best.pt.predictions").glob("*.png")} == {
+    assert {p.stem for p in (trained / "best.pt.predictions" / "labels").glob("*.png")} == {
         p.stem for p in images
     }
 

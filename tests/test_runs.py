@@ -555,7 +555,7 @@ def test_nothing_mixes_devices(tiny, shapes_root, tmp_path, io, recipe):
         assert pretend.waits(said) == [0] * 8 * (name == "far"), "a step that waits for the GPU"
         run(["--eval", str(out / "best.pt")], io, setup).ok()
         run(["--predict", str(out / "best.pt"), photo], io, setup).ok()
-        made = sorted((out / "best.pt.predictions").glob("*.png"))
+        made = sorted((out / "best.pt.predictions" / "labels").glob("*.png"))
         found.append([(out / "best.pt.results.json").read_text(), *(p.read_bytes() for p in made)])
     assert found[0] == found[1] and len(found[0]) > 1
     assert_equal_runs(tmp_path / "far", tmp_path / "near")
@@ -627,12 +627,14 @@ def test_predict_writes_an_index_png_of_each_pictures_size(finished, shapes_root
     for name, size in sizes.items():
         stem = Path(name).stem
         with (
-            Image.open(folder / f"{stem}.png") as label,
-            Image.open(folder / f"{stem}_overlay.jpg") as overlay,
+            Image.open(folder / "labels" / f"{stem}.png") as label,
+            Image.open(folder / "confidence" / f"{stem}.png") as confidence,
+            Image.open(folder / "overlays" / f"{stem}.jpg") as overlay,
         ):
             assert label.size == size and label.mode == "P" and np.array(label).max() < 9
+            assert confidence.size == size and confidence.mode == "L"
             assert overlay.width == size[0] and overlay.height >= size[1]
-    assert len(list(folder.iterdir())) == 2 * len(sizes)
+    assert len([p for p in folder.rglob("*") if p.is_file()]) == 3 * len(sizes) + 1
 
 
 def test_prediction_is_what_the_evaluation_counts(finished, shapes_root, tmp_path, io):
@@ -653,7 +655,7 @@ def test_prediction_is_what_the_evaluation_counts(finished, shapes_root, tmp_pat
     counts = np.zeros_like(expected)
     for name in names:
         label = np.array(Image.open(shapes_root / "voc" / "SegmentationClass" / f"{name}.png"))
-        prediction = np.array(Image.open(out / "last.pt.predictions" / f"{name}.png"))
+        prediction = np.array(Image.open(out / "last.pt.predictions" / "labels" / f"{name}.png"))
         np.add.at(counts, (label[label != 255], prediction[label != 255]), 1)
     assert (counts == expected).all()
     assert np.count_nonzero(expected.sum(0)) > 1, "a network that predicts one class shows nothing"
@@ -672,7 +674,7 @@ def test_predict_keeps_pictures_of_one_name_apart(finished, shapes_root, tmp_pat
         io,
     )
     made = (
-        [p for p in (tmp_path / "run" / "best.pt.predictions").glob("*.png")]
+        [p for p in (tmp_path / "run" / "best.pt.predictions" / "labels").glob("*.png")]
         if done.code == 0
         else []
     )

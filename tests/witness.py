@@ -784,7 +784,7 @@ def numbers_of(folder: Path) -> dict:
     """The numbers of all JSON files of a run but config.json, by "<file>: <key>.<key>..."."""
     found = {}
     for path in sorted(folder.rglob("*.json")):
-        if path.name != "config.json":
+        if path.name not in ("config.json", "pseudo_labels.json"):
             found.update(numbers_in(json.loads(path.read_text()), f"{file_name(path, folder)}: "))
     return found
 
@@ -795,9 +795,10 @@ def pictures_of(folder: Path) -> dict:
     from PIL import Image
 
     found = {}
-    for path in sorted(folder.glob("**/*.predictions/*.png")):
-        with Image.open(path) as picture:
-            found[file_name(path, folder)] = np.asarray(picture)
+    for path in sorted(folder.glob("**/*.predictions/**/*.png")):
+        if path.parent.name != "confidence":
+            with Image.open(path) as picture:
+                found[file_name(path, folder).replace("/labels/", "/")] = np.asarray(picture)
     return found
 
 
