@@ -119,6 +119,7 @@ from common.objects import (
 )
 
 SCRIPT = "better_pseudo_labels.py"
+RETURNED = ("teacher", "supervised")  # the network that the method returns, or its baseline
 
 # The three heads of the cascade: the overlap from which a region is an object's, and the weights of
 # its box deltas.
@@ -293,6 +294,8 @@ class Args:
     eval: str = ""  # evaluate this checkpoint, train nothing
     # a checkpoint, then images or folders: write predictions
     predict: list[str] = field(default_factory=list)
+    # write the network of this checkpoint as a .safetensors file, train nothing
+    export: str = ""
 
     # the run
 
@@ -2457,7 +2460,7 @@ def predict(args: Args) -> None:
     predictions.json."""
     path, *images = args.predict
     networks, state, world = load(path, args)
-    net = networks["teacher"] if "teacher" in networks else networks["supervised"]
+    net = networks[checkpoints.returned(networks, RETURNED)]
     predictions.predict_objects(
         pictures(images),
         Path(f"{path}.predictions"),
@@ -2468,12 +2471,16 @@ def predict(args: Args) -> None:
     )
 
 
-def settings(dataset: str = "lvis", eval: str = "", predict: str = "") -> Args:
+def settings(dataset: str = "lvis", eval: str = "", predict: str = "", export: str = "") -> Args:
     """What the command line starts from: a preset, or the settings inside a checkpoint to score or
     predict with."""
-    if eval or predict:
-        return cli.saved_settings(Args, Path(eval or predict), SCRIPT)
+    if eval or predict or export:
+        return cli.saved_settings(Args, Path(eval or predict or export), SCRIPT)
     return preset(dataset)
+
+
+# Flags that pick the defaults of the others.
+CHOOSERS = ("dataset", "eval", "predict", "export")
 
 
 def main(args: Args) -> Any:
@@ -2483,6 +2490,8 @@ def main(args: Args) -> Any:
         return score_checkpoint(args)
     if args.predict:
         return predict(args)
+    if args.export:
+        return checkpoints.export(Path(args.export), SCRIPT, RETURNED)
     if args.grid != "no":
         return grid(args)
     return train(args)
@@ -2571,4 +2580,4 @@ def our_name(key: str) -> str:
 
 
 if __name__ == "__main__":
-    cli.cli(Args, settings, main, choosers=("dataset", "eval", "predict"))
+    cli.cli(Args, settings, main, choosers=CHOOSERS)

@@ -234,6 +234,8 @@ class Args:
     predict: list[str] = field(default_factory=list)
     # side of the windows in which --predict sees larger pictures; 0: it sees them whole
     predict_tile: Annotated[int, msgspec.Meta(ge=0)] = 0
+    # write the network of this checkpoint as a .safetensors file, train nothing
+    export: str = ""
     # write the tables and pictures of this finished run once more, from its nodes; train nothing
     report: str = ""
 
@@ -1843,15 +1845,21 @@ def predict(args: Args) -> None:
     )
 
 
-def settings(dataset: str = "voc", eval: str = "", predict: str = "", report: str = "") -> Args:
+def settings(
+    dataset: str = "voc", eval: str = "", predict: str = "", export: str = "", report: str = ""
+) -> Args:
     """What the command line starts from: a preset, or the settings of a checkpoint or run that is
     looked at."""
-    checkpoint = eval or predict
+    checkpoint = eval or predict or export
     if report:
         checkpoint = f"{report}/best.pt"
     if checkpoint:
         return cli.saved_settings(Args, Path(checkpoint), SCRIPT)
     return preset(dataset)
+
+
+# Flags that pick the defaults of the others.
+CHOOSERS = ("dataset", "eval", "predict", "export", "report")
 
 
 def main(args: Args) -> Any:
@@ -1861,6 +1869,8 @@ def main(args: Args) -> Any:
         return score_checkpoint(args)
     if args.predict:
         return predict(args)
+    if args.export:
+        return checkpoints.export(Path(args.export), SCRIPT, ("student",))
     return train(args)
 
 
@@ -1905,4 +1915,4 @@ def deeplab_name(name: str) -> str:
 
 
 if __name__ == "__main__":
-    cli.cli(Args, settings, main, choosers=("dataset", "eval", "predict", "report"))
+    cli.cli(Args, settings, main, choosers=CHOOSERS)

@@ -89,6 +89,7 @@ from common.semantic import Batch, Segmentation
 
 SCRIPT = "gta_seg.py"
 IGNORE = 255  # the label of a pixel without a label
+RETURNED = ("teacher", "student")  # the network that the method returns, or its baseline
 OHEM_KEPT = 50_000  # how many labeled pixels of each image --ohem keeps at least
 PREVIEWS = 6  # scored images that are drawn
 
@@ -130,6 +131,8 @@ class Args:
     predict: list[str] = field(default_factory=list)
     # side of the windows in which --predict sees larger pictures; 0: it sees them whole
     predict_tile: Annotated[int, Meta(ge=0)] = 0
+    # write the network of this checkpoint as a .safetensors file, train nothing
+    export: str = ""
 
     # the method (Sec. 3.2) and the tables
 
@@ -1304,7 +1307,7 @@ def predict(args: Args) -> None:
     <checkpoint>.predictions/."""
     checkpoint, *images = args.predict
     networks, state, world = load(checkpoint, args)
-    net = networks["teacher"] if "teacher" in networks else networks["student"]
+    net = networks[checkpoints.returned(networks, RETURNED)]
 
     def logits_of(image: Tensor) -> Tensor:
         return predict_logits(net, transforms.normalize(image), args.window)
@@ -1380,13 +1383,18 @@ def settings(
     method: str = "gta",
     eval: str = "",
     predict: str = "",
+    export: str = "",
 ) -> Args:
     """What the command line starts from: a preset, or the settings inside a checkpoint to score or
     predict with."""
-    checkpoint = eval or predict
+    checkpoint = eval or predict or export
     if checkpoint:
         return cli.saved_settings(Args, Path(checkpoint), SCRIPT)
     return preset(dataset, recipe, method)
+
+
+# Flags that pick the defaults of the others.
+CHOOSERS = ("dataset", "recipe", "method", "eval", "predict", "export")
 
 
 def main(args: Args) -> Any:
@@ -1394,8 +1402,10 @@ def main(args: Args) -> Any:
         return score_checkpoint(args)
     if args.predict:
         return predict(args)
+    if args.export:
+        return checkpoints.export(Path(args.export), SCRIPT, RETURNED)
     return train(args)
 
 
 if __name__ == "__main__":
-    cli.cli(Args, settings, main, choosers=("dataset", "recipe", "method", "eval", "predict"))
+    cli.cli(Args, settings, main, choosers=CHOOSERS)

@@ -99,6 +99,7 @@ from common.instances import Batch, Target
 from common.objects import Instances, Photo, Window, cut_out, masks_of, read_ids, singles
 
 SCRIPT = "guided_distillation.py"
+RETURNED = ("student", "supervised")  # the network that the method returns, or its baseline
 HEADS = 8  # of all attention layers
 NO_OBJECT = 0.1  # weight of the class "no object" beside 1 for the others (Mask2Former)
 
@@ -218,6 +219,8 @@ class Args:
     eval: str = ""  # evaluate this checkpoint, train nothing
     # A checkpoint, then images or folders: write what it finds in them, train nothing.
     predict: list[str] = field(default_factory=list)
+    # Write the network of this checkpoint as a .safetensors file, train nothing.
+    export: str = ""
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -1885,7 +1888,7 @@ def predict(args: Args) -> None:
     result format, with paths for `image_id`."""
     path = args.predict[0]
     networks, state, world = load_networks(path, args)
-    net = networks.get("student", next(iter(networks.values())))
+    net = networks[checkpoints.returned(networks, RETURNED)]
     predictions.predict_objects(
         pictures(args.predict[1:]),
         Path(f"{path}.predictions"),
@@ -1897,19 +1900,24 @@ def predict(args: Args) -> None:
 
 
 def settings(
-    dataset: str = "coco", eval: str = "", predict: str = "", steps: str = "", **chosen: str
+    dataset: str = "coco",
+    eval: str = "",
+    predict: str = "",
+    export: str = "",
+    steps: str = "",
+    **chosen: str,
 ) -> Args:
     """What the command line starts from: a preset, or the settings inside a checkpoint to score or
     predict with."""
-    if eval or predict:
-        return cli.saved_settings(Args, Path(eval or predict), SCRIPT)
+    if eval or predict or export:
+        return cli.saved_settings(Args, Path(eval or predict or export), SCRIPT)
     if steps.isdigit():
         return preset(dataset, steps=int(steps), **chosen)
     return preset(dataset, **chosen)
 
 
 # Flags that pick the defaults of the others.
-CHOOSERS = ("dataset", "split", "stage", "backbone", "steps", "eval", "predict")
+CHOOSERS = ("dataset", "split", "stage", "backbone", "steps", "eval", "predict", "export")
 
 
 # SAME AS gta_seg.py:main
@@ -1918,6 +1926,8 @@ def main(args: Args) -> Any:
         return score_checkpoint(args)
     if args.predict:
         return predict(args)
+    if args.export:
+        return checkpoints.export(Path(args.export), SCRIPT, RETURNED)
     return train(args)
 
 

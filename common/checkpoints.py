@@ -1,6 +1,7 @@
 """Checkpoints, atomically saved and safely loaded, and files of weights from elsewhere."""
 
 import io
+import json
 import pickle
 from pathlib import Path
 
@@ -40,6 +41,32 @@ def load_checkpoint(path: Path, script: str) -> dict:
     if state["script"] != script:
         raise UserError(f"{path} is a checkpoint of {state['script']}, not of {script}.")
     return state | {"path": str(path)}
+
+
+def returned(networks: dict, names: tuple[str, ...]) -> str:
+    """The first of the `names` that is among the networks of a checkpoint, else their first."""
+    for name in names:
+        if name in networks:
+            return name
+    return next(iter(networks))
+
+
+def export(path: Path, script: str, names: tuple[str, ...]) -> None:
+    """Write the network that `returned` chooses as <path>.safetensors: its weights, and in the
+    header, under "facts", JSON with the script, the network, the step, the classes and the
+    settings."""
+    from safetensors.torch import save
+
+    state = load_checkpoint(path, script)
+    name = returned(state["networks"], names)
+    # Each tensor in memory of its own, in plain order: the format knows no others.
+    weights = {key: value.clone().contiguous() for key, value in state["networks"][name].items()}
+    facts = {"script": script, "network": name, "step": state.get("step")}
+    facts |= {"classes": state["classes"], "settings": state["settings"]}
+    header = {"format": "pt", "facts": json.dumps(facts)}
+    file = path.with_name(f"{path.name}.safetensors")
+    write_bytes(file, save(weights, header))
+    print(f"{file}: {name}, {len(weights)} tensors; settings and classes are in its header")
 
 
 # ----------------------------------------------------------------------------- weights of others

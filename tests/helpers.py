@@ -41,19 +41,6 @@ TINY = {
 }
 
 
-CHOOSERS = {
-    "gta_seg": ("dataset", "recipe", "method", "eval", "predict"),
-    "gist_rist": ("dataset", "eval", "predict", "report"),
-}
-
-
-# A process of its own does not load the test files, which name these as CHOOSERS.
-INSTANCE_CHOOSERS = {
-    "guided_distillation": ("dataset", "split", "stage", "backbone", "steps", "eval", "predict"),
-    "better_pseudo_labels": ("dataset", "eval", "predict"),
-}
-
-
 # the environments of two processes; nobody listens at the address: none may wait
 NEVER_MEET = [
     {
@@ -200,8 +187,7 @@ def script(line: list[str], setup: Callable | None = None, name: str = "gta_seg"
     if setup is not None:
         setup()
     sys.argv = [f"{name}.py", *line]
-    choosers = CHOOSERS[name] if name in CHOOSERS else INSTANCE_CHOOSERS[name]
-    cli.cli(module.Args, module.settings, module.main, choosers=choosers, argv=line)
+    cli.cli(module.Args, module.settings, module.main, choosers=module.CHOOSERS, argv=line)
 
 
 def begin(

@@ -82,7 +82,7 @@ def as_line(**flags) -> list[str]:
 def typed_to(script: ModuleType) -> Callable:
     """A fixture: typed(LINE) -> exit code and output of `python SCRIPT LINE`, run in this
     process."""
-    choosers = helpers.CHOOSERS[script.__name__]
+    choosers = script.CHOOSERS
 
     @pytest.fixture
     def typed(monkeypatch, capsys) -> Callable[[list[str]], Ran]:

@@ -45,9 +45,6 @@ from data import shapes
 NAME = "guided_distillation"
 
 
-helpers.CHOOSERS[NAME] = gd.CHOOSERS
-
-
 # four steps of the teacher, four of the student; a threshold that the class probabilities of a
 # fresh network pass
 TINY = dict(

@@ -1,15 +1,22 @@
-"""What --predict writes: the same in tiles and whole, upright, and readable as data."""
+"""What --predict and --export write: the same in tiles and whole, upright, readable as data; and
+networks that load elsewhere."""
 
+import importlib
 import json
+import re
+import sys
 from pathlib import Path
 
+import helpers
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from safetensors.torch import load_file
 
-from common import files, instances, predictions
+from common import checkpoints, cli, files, instances, predictions
 from common.distributed import World
+from common.errors import UserError
 
 CLASSES = ["sky", "road", "tree"]
 
@@ -197,3 +204,54 @@ def test_a_run_reads_the_predicted_objects(photos, tmp_path):
     assert data.classes == ["dog", "cat"]  # by their ids, 3 and 7
     assert [photo.image for photo in data.train] == paths
     assert [len(photo.things) for photo in data.train] == [1, 1]
+
+
+# ------------------------------------------------------------------------------------------- export
+NETWORKS = {
+    "gta_seg": ("SegNet", ["student", "teacher", "gta"], "teacher"),
+    "gist_rist": ("SegNet", ["student"], "student"),
+    "guided_distillation": ("Mask2Former", ["supervised", "student", "teacher"], "student"),
+    "better_pseudo_labels": ("Detector", ["student", "teacher"], "teacher"),
+}
+
+
+@pytest.fixture(params=NETWORKS)
+def checkpoint(request, tmp_path) -> tuple[str, Path, dict]:
+    """A script's name, a checkpoint of its small networks in channels_last, and their weights."""
+    script = importlib.import_module(request.param)
+    args = script.preset("shapes", weights="none")
+    name, names, _ = NETWORKS[request.param]
+    weights = {}
+    for network in names:
+        made = getattr(script, name)(args, 3).to(memory_format=torch.channels_last)
+        weights[network] = made.state_dict()
+    state = {"step": 5, "networks": weights, "classes": CLASSES, "settings": vars(args)}
+    checkpoints.save_checkpoint(tmp_path / "best.pt", script.SCRIPT, state)
+    return request.param, tmp_path / "best.pt", weights
+
+
+def test_the_exported_network_loads_with_a_few_lines_of_torch(checkpoint, monkeypatch, capsys):
+    name, path, weights = checkpoint
+    script = importlib.import_module(name)
+    monkeypatch.setattr(cli, "leave", sys.exit)
+    line = ["--export", str(path)]
+    cli.cli(script.Args, script.settings, script.main, choosers=script.CHOOSERS, argv=line)
+    said = capsys.readouterr().out
+    file = path.with_name("best.pt.safetensors")
+    network, _, returned = NETWORKS[name]
+    assert str(file) in said and returned in said
+    blocks = re.findall("```python\n(.*?)```", (helpers.REPO / "README.md").read_text(), re.DOTALL)
+    program = next(block for block in blocks if "safe_open" in block)
+    program = program.replace("gta_seg", name, 1).replace("SegNet", network)
+    done = helpers.command(["-c", program, str(file)]).ok()
+    assert done.out.split(" ", 1) == [returned, f"{CLASSES} {len(weights[returned])}\n"]
+    found = load_file(file)
+    assert found.keys() == weights[returned].keys()
+    assert all(torch.equal(found[key], value) for key, value in weights[returned].items())
+
+
+def test_a_file_that_is_no_checkpoint_is_not_exported(tmp_path):
+    (tmp_path / "best.pt").write_bytes(b"no checkpoint")
+    with pytest.raises(UserError, match="best.pt is not a readable checkpoint"):
+        checkpoints.export(tmp_path / "best.pt", "gta_seg.py", ("student",))
+    assert len(list(tmp_path.iterdir())) == 1

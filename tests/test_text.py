@@ -311,7 +311,7 @@ def parse(script: str, flags: list[str]):
 
     module = importlib.import_module(script)
     flags = [re.sub(r"\$\{?\w+\}?", "0", word) for word in flags]
-    choosers = set(helpers.CHOOSERS.get(script, ("dataset",))) - {"eval", "predict", "report"}
+    choosers = set(module.CHOOSERS) - {"eval", "predict", "export", "report"}
     chosen = {k: flags[flags.index(f"--{k}") + 1] for k in choosers if f"--{k}" in flags}
     return tyro.cli(module.Args, default=module.settings(**chosen), args=flags)
 
