@@ -2486,12 +2486,12 @@ CHOOSERS = ("dataset", "eval", "predict", "export")
 def main(args: Args) -> Any:
     """What the flags ask for."""
     cli.check_ranges(args)
+    if args.export:
+        return checkpoints.export(Path(args.export), SCRIPT, RETURNED)
     if args.eval:
         return score_checkpoint(args)
     if args.predict:
         return predict(args)
-    if args.export:
-        return checkpoints.export(Path(args.export), SCRIPT, RETURNED)
     if args.grid != "no":
         return grid(args)
     return train(args)
