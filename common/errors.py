@@ -38,6 +38,13 @@ class Stopped(Exception):
     """A run that was asked to leave and has saved its state."""
 
 
+def one_line(error: BaseException) -> str:
+    """What a library's error says, for the brackets of a sentence: in one line, and its kind where
+    it says nothing."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 def is_of_open_files(error: BaseException) -> bool:
     """Whether this process, or one of its workers, could open no further file. A worker's error
     comes wrapped, and torch's own errors have no number."""

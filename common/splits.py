@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from common.errors import UserError
+from common.errors import UserError, one_line
 from common.files import read_text
 
 
@@ -405,7 +405,9 @@ def read_s4gan(pickle_path: str | Path, ids_path: str | Path, name: str) -> list
     except OSError as error:
         raise SplitError(f"cannot read {pickle_path}: {error.strerror}") from error
     except Exception as error:  # a damaged pickle can raise nearly anything
-        raise SplitError(f"{pickle_path} is not a pickled integer array: {error}") from error
+        raise SplitError(
+            f"{pickle_path} is not a pickled integer array ({one_line(error)}); fetch it again"
+        ) from error
     if not (isinstance(order, np.ndarray) and order.ndim == 1 and order.dtype.kind in "iu"):
         raise SplitError(f"{pickle_path} is not a pickled list of integers")
     if not np.array_equal(np.sort(order), np.arange(len(ids))):

@@ -28,6 +28,7 @@ import io
 import os
 import re
 import shutil
+import ssl
 import stat
 import sys
 import tarfile
@@ -35,15 +36,16 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image
 from scipy.io import loadmat
 from tqdm import tqdm
 
+from common.errors import one_line
 from common.splits import (
     PUBLISHED,
     TRAIN,
@@ -142,10 +144,25 @@ ATTEMPTS = 4  # per address, when a connection breaks
 WAIT_S = 2.0
 
 
-TIMEOUT_S = 30.0
+TIMEOUT_S = 30.0  # of silence
+
+
+PACE_S = 60.0  # in each such time, a server sends ...
+
+
+SLOWEST = 200  # ... so many bytes a second at least
 
 
 CHUNK = 1 << 20
+
+
+LIMIT = 4 << 30  # bytes of a file whose size is not known; the largest of these has 2.0e9
+
+
+LIMIT_OF_LIST = 16 << 20
+
+
+LIMIT_OF_PICTURES = 30 << 30
 
 
 class DownloadError(RuntimeError):
@@ -165,13 +182,14 @@ def fetch(
     sha256: str | None = None,
     size: int | None = None,
     md5: str | None = None,
+    limit: int = LIMIT,
 ) -> Path:
     """Download one file, resuming from PATH.part, and put it in place only when it is complete and
     right.
 
-    url: one address, or several that hold the same file. sha256, md5: hex digests; size: bytes. A
-    file that is there and right (or there, when nothing is known to check) is left alone. Raises
-    DownloadError."""
+    url: one address, or several that hold the same file. sha256, md5: hex digests; size: bytes;
+    limit: the most bytes that are taken where the size is not known. A file that is there and right
+    (or there, when nothing is known to check) is left alone. Raises DownloadError."""
     path = Path(path)
     urls = [url] if isinstance(url, str) else list(url)
     if path.is_file() and not _wrong(path, sha256, size, md5):
@@ -181,11 +199,13 @@ def fetch(
     failures = []
     for address in urls:
         try:
-            _transfer_with_retries(address, part, size)
+            _transfer_with_retries(address, part, size, limit)
         except DownloadError as error:
             failures.append(str(error))
             continue
         wrong = _wrong(part, sha256, size, md5)
+        if is_web_page(part):
+            wrong = "it is a web page, such as a login or a notice"
         if not wrong:
             os.replace(part, path)
             return path
@@ -212,32 +232,100 @@ def _wrong(path: Path, sha256: str | None, size: int | None, md5: str | None) ->
     return None
 
 
-def _transfer_with_retries(url: str, part: Path, size: int | None) -> None:
+def is_web_page(path: Path) -> bool:
+    """Whether a file that should be an archive or a list is what a server shows to people."""
+    with open(path, "rb") as file:
+        beginning = file.read(1000).removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    return beginning.startswith((b"<!doctype html", b"<html", b"<head", b"<body"))
+
+
+def _transfer_with_retries(url: str, part: Path, size: int | None, limit: int) -> None:
     for attempt in range(ATTEMPTS):
         try:
-            return _transfer(url, part, size)
+            return _transfer(url, part, size, limit)
         except _Interrupted as error:
             failure = error
             if attempt + 1 < ATTEMPTS:
                 time.sleep(WAIT_S * (attempt + 1))
     kept = part.stat().st_size if part.exists() else 0
     raise DownloadError(
-        f"the connection to {url} broke ({failure}); {kept} bytes are kept, "
+        f"the connection to {url} broke ({one_line(failure)}); {kept} bytes are kept, "
         f"give the same command again"
     )
 
 
-def _transfer(url: str, part: Path, size: int | None) -> None:
-    """One attempt: ask for what is missing in `part` and append it; start over when the server
-    sends the whole file."""
-    have = part.stat().st_size if part.exists() else 0
+class Patient(io.RawIOBase):
+    """The bytes of a connection, as long as they keep coming: TimeoutError where a server is silent
+    for TIMEOUT_S, or keeps a connection alive with a few bytes now and then."""
+
+    def __init__(self, sock):
+        self.connection = sock.makefile("rb", buffering=0)
+        self.since = time.monotonic()
+        self.got = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int | None:
+        number = self.connection.readinto(buffer)
+        self.got += number or 0
+        seconds = time.monotonic() - self.since
+        if seconds > PACE_S:
+            if self.got < SLOWEST * seconds:
+                raise TimeoutError(f"only {self.got} bytes came in {seconds:.0f} seconds")
+            self.since += seconds
+            self.got = 0
+        return number
+
+    def close(self) -> None:
+        self.connection.close()
+        super().close()
+
+
+class Answer(http.client.HTTPResponse):
+    """An answer whose head and body are read with patience, but not for ever."""
+
+    def __init__(self, sock, *args, **keywords):
+        super().__init__(sock, *args, **keywords)
+        self.fp.close()
+        self.fp = io.BufferedReader(Patient(sock))
+
+
+class Http(http.client.HTTPConnection):
+    response_class = Answer
+
+
+class Https(http.client.HTTPSConnection):
+    response_class = Answer
+
+
+class HttpHandler(urllib.request.HTTPHandler):
+    def http_open(self, request):
+        return self.do_open(Http, request)
+
+
+class HttpsHandler(urllib.request.HTTPSHandler):
+    def https_open(self, request):
+        return self.do_open(Https, request, context=ssl.create_default_context())
+
+
+def _open(url: str, have: int) -> http.client.HTTPResponse:
+    """The server's answer to the question for what comes after the first `have` bytes."""
     request = urllib.request.Request(
         url, headers={"User-Agent": "Mozilla/5.0 (python -m data.download)"}
     )
     if have:
         request.add_header("Range", f"bytes={have}-")
+    opener = urllib.request.build_opener(HttpHandler, HttpsHandler)
+    return opener.open(request, timeout=TIMEOUT_S)
+
+
+def _transfer(url: str, part: Path, size: int | None, limit: int) -> None:
+    """One attempt: ask for what is missing in `part` and append it; start over when the server
+    sends the whole file."""
+    have = part.stat().st_size if part.exists() else 0
     try:
-        response = urllib.request.urlopen(request, timeout=TIMEOUT_S)
+        response = _open(url, have)
     except urllib.error.HTTPError as error:
         # nothing left to send: `part` is the whole file, or not of this file
         if error.code == 416 and have:
@@ -247,11 +335,12 @@ def _transfer(url: str, part: Path, size: int | None) -> None:
             raise _Interrupted("the part on disk does not fit the file") from error
         if error.code in (408, 429) or error.code >= 500:
             raise _Interrupted(f"HTTP {error.code}") from error
+        said = " ".join(str(error.reason).split())
         raise DownloadError(
-            f"{url} answers HTTP {error.code} {error.reason}; fetch it by other means and put it "
-            f"at {part.with_suffix('')}, or try later"
+            f"{url} answers HTTP {error.code} {said}; fetch it by other means and put it at "
+            f"{part.with_suffix('')}, or try later"
         ) from error
-    except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
+    except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
         reason = getattr(error, "reason", None) or error
         if isinstance(
             reason,
@@ -259,8 +348,8 @@ def _transfer(url: str, part: Path, size: int | None) -> None:
         ):
             raise _Interrupted(reason) from error
         raise DownloadError(
-            f"cannot reach {url} ({reason}); is there a network here? If not, fetch it elsewhere "
-            f"and put it at {part.with_suffix('')}"
+            f"cannot reach {url} ({' '.join(str(reason).split())}); is there a network here? If "
+            f"not, fetch it elsewhere and put it at {part.with_suffix('')}"
         ) from error
     with response:
         start = 0
@@ -268,10 +357,14 @@ def _transfer(url: str, part: Path, size: int | None) -> None:
             span = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
             start = int(span.group(1)) if span else -1
             if start != have:
-                part.unlink()
+                part.unlink(missing_ok=True)
                 raise _Interrupted("the server sent another range than it was asked for")
-        left = int(response.headers.get("Content-Length") or -1)
+        length = response.headers.get("Content-Length") or ""
+        left = int(length) if re.fullmatch("[0-9]{1,4000}", length) else -1
         total = start + left if left >= 0 else size
+        most = size or limit
+        if total is not None and total > most:
+            raise too_long(url, part, most)
         _check_space(part.parent, left, url)
         bar = tqdm(
             desc=part.with_suffix("").name,
@@ -286,11 +379,22 @@ def _transfer(url: str, part: Path, size: int | None) -> None:
                 for block in _blocks(response):
                     file.write(block)
                     bar.update(len(block))
+                    if file.tell() > most:
+                        raise too_long(url, part, most)
         except OSError as error:
             raise _disk_error(error, part) from error
     got = part.stat().st_size
     if total is not None and got < total:
         raise _Interrupted(f"it ended after {got} of {total} bytes")
+
+
+def too_long(url: str, part: Path, most: int) -> DownloadError:
+    """The error on a file that is longer than it may be; what came of it is removed."""
+    part.unlink(missing_ok=True)
+    return DownloadError(
+        f"{url} is not the file that was expected (it has more than {most:,} bytes); fetch it by "
+        f"other means"
+    )
 
 
 def _blocks(response: http.client.HTTPResponse) -> Iterator[bytes]:
@@ -324,13 +428,23 @@ def _disk_error(error: OSError, path: Path) -> DownloadError:
 # ----------------------------------------------------------------------------------------- archives
 
 
+class Member(NamedTuple):
+    """A file or a folder in an archive; `open` gives the bytes of a file."""
+
+    name: str
+    size: int
+    is_folder: bool
+    open: Callable[[], BinaryIO]
+
+
 def extract(archive: str | Path, target: str | Path) -> None:
     """Unpack a tar (any compression) or zip into `target`: everything, or nothing when a member is
     refused.
 
-    Raises DownloadError for a damaged archive, a full disk, and any member that would leave the
-    target: absolute paths, "..", links to the outside, devices. Files appear in `target` by
-    renaming, so each one there is whole."""
+    What will be written is planned first. Raises DownloadError for a damaged archive, a full disk,
+    links, devices, and names that would leave the target or are too long for the disk. Without
+    links, no name can lead elsewhere. Files appear in `target` by renaming, so each one there is
+    whole."""
     archive, target = Path(archive), Path(target)
     target.mkdir(parents=True, exist_ok=True)
     staging = target / f".{archive.name}.unpacking"
@@ -338,58 +452,89 @@ def extract(archive: str | Path, target: str | Path) -> None:
     staging.mkdir()
     try:
         if zipfile.is_zipfile(archive):
-            _extract_zip(archive, staging)
+            with zipfile.ZipFile(archive) as file:
+                _unpack(_members_of_zip(file, archive), archive, staging)
         else:
-            _extract_tar(archive, staging)
-        for folder, folders, files in os.walk(staging):
+            with tarfile.open(archive) as file:
+                _unpack(_members_of_tar(file, archive), archive, staging)
+        for folder, _, files in os.walk(staging):
             place = target / os.path.relpath(folder, staging)
             place.mkdir(parents=True, exist_ok=True)
-            links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
-            for name in files + links:
+            for name in files:
                 os.replace(os.path.join(folder, name), place / name)
-    except (tarfile.ReadError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError) as error:
+    except DownloadError:
+        raise
+    except Exception as error:  # what tarfile, zipfile and their decompressors raise for a bad file
+        if isinstance(error, OSError) and error.errno and not isinstance(error, gzip.BadGzipFile):
+            raise _disk_error(error, target) from error
+        why = "it is a web page" if is_web_page(archive) else one_line(error)
         raise DownloadError(
-            f"{archive} is damaged ({error}); remove it and fetch it again"
+            f"{archive} is damaged ({why}); remove it and fetch it again"
         ) from error
-    except tarfile.TarError as error:  # the data filter's refusals
-        raise DownloadError(f"{archive} is refused: {error}") from error
-    except OSError as error:
-        raise _disk_error(error, target) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _refuse_outside(name: str, archive: Path) -> None:
+def _unpack(members: list[Member], archive: Path, target: Path) -> None:
+    for member in members:
+        _refuse_name(member.name, archive, target)
+    _check_space(target, sum(member.size for member in members), archive)
+    for member in tqdm(members, desc=f"unpacking {archive.name}", unit=" files"):
+        place = target / member.name.replace("\\", "/")
+        if member.is_folder:
+            place.mkdir(parents=True, exist_ok=True)
+            continue
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with member.open() as source, open(place, "wb") as file:
+            shutil.copyfileobj(source, file, CHUNK)
+            if file.tell() != member.size:
+                raise EOFError(f"{member.name!r} in it ends too early")
+
+
+def _refuse_name(name: str, archive: Path, target: Path) -> None:
+    """DownloadError for a name that leads out of the target, or that no file can have."""
     path = PurePosixPath(name.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts or re.match(r"[A-Za-z]:", name):
         raise DownloadError(
-            f"{archive} is refused: {name!r} in it would be written outside the target folder"
+            f"{archive} is refused: {name[:80]!r} in it would be written outside the target folder"
+        )
+    if not path.parts or "\0" in name:
+        raise DownloadError(f"{archive} is refused: {name[:80]!r} in it is no name for a file")
+    longest_part = max(len(os.fsencode(part)) for part in path.parts)
+    whole = len(os.fsencode(target.resolve() / path))
+    if longest_part > os.pathconf(target, "PC_NAME_MAX") or whole >= os.pathconf(
+        target, "PC_PATH_MAX"
+    ):
+        raise DownloadError(
+            f"{archive} is refused: {name[:80]!r}... in it is too long a name for this disk"
         )
 
 
-def _extract_tar(archive: Path, target: Path) -> None:
-    safe = hasattr(tarfile, "data_filter")  # the first releases of Python 3.10 and 3.11 lack it
-    with tarfile.open(archive) as tar:
-        for member in tqdm(tar, desc=f"unpacking {archive.name}", unit=" files"):
-            _refuse_outside(member.name, archive)
-            link = member.issym() or member.islnk()
-            if not (member.isfile() or member.isdir() or link) or (link and not safe):
-                raise DownloadError(
-                    f"{archive} is refused: {member.name!r} in it is a link or a device"
-                )
-            tar.extract(member, target, **({"filter": "data"} if safe else {}))
+def _members_of_tar(file: tarfile.TarFile, archive: Path) -> list[Member]:
+    members = []
+    for info in file:
+        if info.issym() or info.islnk():
+            raise DownloadError(f"{archive} is refused: {info.name[:80]!r} in it is a link")
+        if not info.isfile() and not info.isdir():
+            raise DownloadError(f"{archive} is refused: {info.name[:80]!r} in it is a device")
+        size = 0 if info.isdir() else info.size
+        if size < 0:
+            raise EOFError(f"{info.name[:80]!r} in it has a size below 0")
+        members.append(
+            Member(info.name, size, info.isdir(), lambda info=info: file.extractfile(info))
+        )
+    return members
 
 
-def _extract_zip(archive: Path, target: Path) -> None:
-    with zipfile.ZipFile(archive) as file:
-        members = file.infolist()
-        for member in members:
-            _refuse_outside(member.filename, archive)
-            if stat.S_ISLNK(member.external_attr >> 16):
-                raise DownloadError(f"{archive} is refused: {member.filename!r} in it is a link")
-        _check_space(target, sum(member.file_size for member in members), archive)
-        for member in tqdm(members, desc=f"unpacking {archive.name}", unit=" files"):
-            file.extract(member, target)
+def _members_of_zip(file: zipfile.ZipFile, archive: Path) -> list[Member]:
+    members = []
+    for info in file.infolist():
+        if stat.S_ISLNK(info.external_attr >> 16):
+            raise DownloadError(f"{archive} is refused: {info.filename[:80]!r} in it is a link")
+        is_folder = info.filename.endswith(("/", "\\"))
+        size = 0 if is_folder else info.file_size
+        members.append(Member(info.filename, size, is_folder, lambda info=info: file.open(info)))
+    return members
 
 
 # ---------------------------------------------------------------------------------------------- VOC
@@ -500,7 +645,7 @@ def _read_mask(own: Path, sbd: Path) -> np.ndarray:
             mask = loadmat(sbd)["GTcls"]["Segmentation"][0, 0]
     except Exception as error:  # a damaged file can raise nearly anything
         raise DownloadError(
-            f"cannot read the mask {path} ({error}); remove it and fetch it again"
+            f"cannot read the mask {path} ({one_line(error)}); remove it and fetch it again"
         ) from error
     if mask.ndim != 2 or not np.isin(mask, [*range(21), 255]).all():
         raise DownloadError(f"the mask {path} does not hold class indices 0..20 and 255")
@@ -525,7 +670,9 @@ def splits(root: Path, dataset: str) -> None:
         # published without a hash, but with the labeled ids they must give all train images
         if family == "gta_seg":
             unlabeled = fetch(
-                item.url.replace("labeled.txt", "unlabeled.txt"), labeled.with_name("unlabeled.txt")
+                item.url.replace("labeled.txt", "unlabeled.txt"),
+                labeled.with_name("unlabeled.txt"),
+                limit=LIMIT_OF_LIST,
             )
             if not _is_train_set(dataset, labeled, unlabeled):
                 unlabeled.unlink()
@@ -644,7 +791,7 @@ def _unpacked(url: str, root: Path, target: Path, files: dict[str, int], zips: l
     archive = root / url.rsplit("/", 1)[-1]
     if not _complete(root, files):
         size, sha256 = ZIP_CHECKS.get(archive.name, (None, None))
-        extract(fetch(url, archive, sha256, size), target)
+        extract(fetch(url, archive, sha256, size, limit=LIMIT_OF_PICTURES), target)
         if not _complete(root, files):
             wanted = ", ".join(f"{number:,} {pattern}" for pattern, number in files.items())
             raise DownloadError(
