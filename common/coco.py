@@ -1,76 +1,321 @@
-"""COCO's and LVIS's JSON files, read into pictures and objects."""
+"""COCO's and LVIS's JSON files, read into pictures and objects. Whatever sees an annotation later,
+in training or in scoring, sees the Thing that was made of it here and checked."""
 
 import functools
-import json
+import math
 import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import msgspec
+import numpy as np
 
 from common.errors import UserError
-from common.objects import Photo, Thing, read_segmentation
+from common.objects import Photo, Thing
+from common.outlines import (
+    FAR,
+    Outline,
+    has_pixels,
+    merged_runs,
+    read_outline,
+    surely_have_pixels,
+    wild_polygon,
+)
+from common.typed_json import decoded, read_bytes, read_json, repeated_key
+
+CURE = "correct this COCO or LVIS file, or name another"
+BATCH = 8192  # annotations that are checked together
+
+# Larger pictures would overflow the run lengths of pycocotools.
+Side = Annotated[int, msgspec.Meta(gt=0, lt=2**16)]
 
 
-def read_json(path: Path) -> dict:
-    """The content of a COCO or LVIS file, in which each annotation has become a tuple (image id,
-    category id, segmentation, crowd, area); UserError when it is no such file. Annotations become
-    small while they are read, because COCO's train file would else fill many times its size."""
+# -------------------------------------------------------------------------------- records of a file
+class Picture(msgspec.Struct, gc=False):
+    id: int | str
+    height: Side
+    width: Side
+    file_name: str | None = None
+    coco_url: str | None = None
+    neg_category_ids: list[int | str] | None = None
+    not_exhaustive_category_ids: list[int | str] | None = None
 
-    def lean(record: dict):
-        """An annotation becomes a tuple; any other record stays as it is."""
-        if not {"image_id", "category_id", "segmentation"} <= record.keys():
-            return record
-        try:
-            return (
-                record["image_id"],
-                record["category_id"],
-                read_segmentation(record["segmentation"]),
-                bool(record.get("iscrowd")),
-                float(record.get("area", 0)),
-            )
-        except (TypeError, ValueError, KeyError, OverflowError):
-            raise UserError(
-                f"{path}: the annotation {record.get('id')} cannot be read; its segmentation must "
-                f"be polygons or run lengths, and its area a number."
-            ) from None
+    def name(self) -> str:
+        return self.file_name or "/".join((self.coco_url or "").split("/")[-2:])
 
+
+class Annotation(msgspec.Struct, gc=False):
+    image_id: int | str
+    category_id: int | str
+    segmentation: msgspec.Raw  # read after the size of the picture is known
+    iscrowd: Annotated[int, msgspec.Meta(ge=0, le=1)] | bool | None = None
+    ignore: Annotated[int, msgspec.Meta(ge=0, le=1)] | bool | None = None
+    area: float | None = None
+    bbox: list[float] | None = None
+
+
+class Category(msgspec.Struct, gc=False):
+    id: int | str
+    name: str | int
+    frequency: Any = None
+
+
+class File(msgspec.Struct, gc=False):
+    images: list[Picture]
+    categories: list[Category]
+    annotations: list[Annotation]
+
+
+class Content(NamedTuple):
+    """What a file holds. `things` are the objects of each image id, in class indices, which are the
+    places of the category ids in `classes`, id -> name, ascending."""
+
+    path: Path
+    classes: dict[int | str, str]
+    frequency: list[str] | None  # r, c or f of each class, where the file says it of all of them
+    pictures: list[Picture]
+    things: dict[int | str, list[Thing]]
+
+
+def read_content(path: Path) -> Content:
+    """The content of a COCO or LVIS file; UserError when it is no such file or contradicts itself.
+    What is dropped, and what has no pixel, is counted and said."""
+    text = read_bytes(path, CURE)
+    file = decoded(text, File, str(path), CURE)
+    warn_of_misspelt(text, path)
+    refuse_repeated(text, file, path)
+    classes = classes_of(file.categories, path)
+    for picture in file.images:
+        picture.id = number_of(picture.id)
+    sizes = {picture.id: (picture.height, picture.width) for picture in file.images}
+    if len(sizes) < len(file.images):
+        raise UserError(f"{path} lists an image twice; ids and file names must differ.")
+    frequency = {number_of(category.id): category.frequency for category in file.categories}
+    frequency = [frequency[category] for category in classes]
+    if not all(value in ("r", "c", "f") for value in frequency):
+        frequency = None
+    things = things_of(file.annotations, sizes, list(classes), path)
+    return Content(path, classes, frequency, file.images, things)
+
+
+class Listed(msgspec.Struct, gc=False):
+    """A file of which only the names of its pictures count."""
+
+    class Picture(msgspec.Struct, gc=False):
+        id: int | str
+        file_name: str | None = None
+
+    images: list[Picture]
+
+
+def listed_names(path: Path) -> list[str]:
+    """The file names, or else the ids, of the pictures of a COCO file, which serves as a list."""
+    listed = read_json(path, Listed, CURE).images
+    return [picture.file_name or str(picture.id) for picture in listed]
+
+
+def number_of(value: int | str) -> int | str:
+    """An id, of which digits in a text are the number."""
+    is_number = isinstance(value, str) and value.isascii() and value.isdigit()
+    return int(value) if is_number and len(value) < 20 else value
+
+
+def ascending(ids: list[int | str], what: str, path: Path) -> list[int | str]:
     try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file, object_hook=lean)
-    except (OSError, ValueError, RecursionError) as error:
+        return sorted(ids)
+    except TypeError:
         raise UserError(
-            f"{path} cannot be read as JSON ({error}); fetch or write it again."
+            f"{path}: some ids of its {what} are numbers and others are words; {CURE}."
         ) from None
-    for key, kind in (("images", dict), ("categories", dict), ("annotations", tuple)):
-        if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            raise UserError(
-                f"{path} is no COCO or LVIS file: it has no list of {key}; name another."
-            )
-        if not all(isinstance(record, kind) for record in content[key]):
-            needs = "image_id, category_id and segmentation" if kind is tuple else "named fields"
-            raise UserError(f"{path}: each of its {key} needs {needs}; correct the file.")
-    return content
 
 
-def classes_of(content: dict, path: Path) -> dict[int, str]:
+def classes_of(categories: list[Category], path: Path) -> dict[int | str, str]:
     """Category id -> name, by ascending id."""
-    records = content["categories"]
-    try:
-        classes = dict(sorted((record["id"], str(record["name"])) for record in records))
-    except (KeyError, TypeError):
-        raise UserError(
-            f"{path}: each of its categories needs a number as id, and a name; correct the file."
-        ) from None
-    all_differ = len(records) == len(classes) == len(set(classes.values()))
-    if not classes or not all_differ:
+    names = {number_of(category.id): str(category.name) for category in categories}
+    all_differ = len(categories) == len(names) == len(set(names.values()))
+    if not names or not all_differ:
         raise UserError(
             f"{path}: its categories need ids and names that all differ, and there must be one at "
             f"least."
         )
-    return classes
+    return {category: names[category] for category in ascending(list(names), "categories", path)}
 
 
-def finder(bases: list[Path], part: str) -> Callable[[dict], Path | None]:
+def warn_of_misspelt(text: bytes, path: Path) -> None:
+    for key in ("isCrowd", "is_crowd"):
+        if f'"{key}"'.encode() in text:
+            warnings.warn(
+                f"{path}: {key} is not looked at, because COCO calls it iscrowd", stacklevel=3
+            )
+
+
+def refuse_repeated(text: bytes, file: File, path: Path) -> None:
+    """UserError when a key stands twice in one object, of which the last would be taken without a
+    word. It is looked for only if a key stands in the text more often than there are records."""
+    once = ("images", "categories", "annotations")
+    of_annotations = ("image_id", "category_id", "segmentation", "iscrowd")
+    most = dict.fromkeys(once, 1) | dict.fromkeys(of_annotations, len(file.annotations))
+    if any(text.count(f'"{key}"'.encode()) > number for key, number in most.items()):
+        key = repeated_key(text)
+        if key is not None:
+            raise UserError(f"{path}: the key {key} stands twice in one of its objects; {CURE}.")
+
+
+# ----------------------------------------------------------------------------------------- objects
+class Tally:
+    """What is dropped or odd in the annotations of a file: how many, and the first of them."""
+
+    def __init__(self):
+        self.without_outline = 0
+        self.dropped = 0
+        self.empty = 0
+        self.first_empty = ""
+
+    def note_empty(self, place: str) -> None:
+        self.first_empty = self.first_empty or place
+        self.empty += 1
+
+
+def things_of(
+    annotations: list[Annotation],
+    sizes: dict[int | str, tuple[int, int]],
+    categories: list[int | str],
+    path: Path,
+) -> dict[int | str, list[Thing]]:
+    """The objects of each image; `sizes` are heights and widths by image id. The annotations are
+    emptied on the way, since each holds on to the whole text of the file."""
+    index = {category: place for place, category in enumerate(categories)}
+    things: dict[int | str, list[Thing]] = {image: [] for image in sizes}
+    tally = Tally()
+    for start in range(0, len(annotations), BATCH):
+        batch = annotations[start : start + BATCH]
+        annotations[start : start + BATCH] = [None] * len(batch)
+        outlines = []
+        for place, annotation in enumerate(batch, start):
+            annotation.image_id = number_of(annotation.image_id)
+            annotation.category_id = number_of(annotation.category_id)
+            check_facts(annotation, place, sizes, index, path)
+            try:
+                outlines.append(read_outline(annotation.segmentation))
+            except ValueError as error:
+                raise at(path, place, "segmentation", error) from None
+        batch_sizes = [sizes[annotation.image_id] for annotation in batch]
+        check_polygons(outlines, batch_sizes, start, path, tally)
+        for place, (annotation, outline) in enumerate(zip(batch, outlines, strict=True), start):
+            tally.dropped += outline.dropped
+            if not outline.polygons and not outline.runs:
+                tally.without_outline += 1
+                continue
+            segmentation = outline.polygons
+            if outline.runs:
+                try:
+                    segmentation, pixels = merged_runs(outline.runs, *sizes[annotation.image_id])
+                except ValueError as error:
+                    raise at(path, place, "segmentation", error) from None
+                if not pixels:
+                    tally.note_empty(f"annotations[{place}]")
+            things[annotation.image_id].append(
+                thing_of(annotation, index[annotation.category_id], segmentation)
+            )
+    say(tally, sum(map(len, things.values())), path)
+    return things
+
+
+def thing_of(annotation: Annotation, category: int, segmentation: list | dict) -> Thing:
+    box = annotation.bbox
+    return Thing(
+        category,
+        segmentation,
+        bool(annotation.iscrowd),
+        max(annotation.area or 0.0, 0.0),  # of some formulas it has a sign
+        tuple(box) if box is not None and len(box) == 4 else None,
+        bool(annotation.ignore),
+    )
+
+
+def at(path: Path, place: int, key: str, error: object) -> UserError:
+    """What is wrong with a value; `error` may begin with the place within it."""
+    between = "" if str(error).startswith("[") else ": "
+    return UserError(f"{path}: annotations[{place}].{key}{between}{error}; {CURE}.")
+
+
+def check_facts(
+    annotation: Annotation, place: int, sizes: dict, index: dict[int | str, int], path: Path
+) -> None:
+    """UserError when an annotation is of an unknown image or category, or has a number that is
+    none."""
+    image, category = annotation.image_id, annotation.category_id
+    if image not in sizes or category not in index:
+        unknown = f"image {image}" if image not in sizes else f"category {category}"
+        raise UserError(
+            f"{path}: annotations[{place}] is of {unknown}, which the file does not list; {CURE}."
+        )
+    if annotation.area is not None and not math.isfinite(annotation.area):
+        raise at(path, place, "area", f"{annotation.area} is no area")
+    if annotation.bbox and not abs(sum(map(abs, annotation.bbox))) < math.inf:
+        raise at(path, place, "bbox", f"it is no box ({annotation.bbox})")
+
+
+def check_polygons(
+    outlines: list[Outline],
+    sizes: list[tuple[int, int]],
+    start: int,
+    path: Path,
+    tally: Tally,
+) -> None:
+    """UserError when a polygon of a batch of annotations cannot be drawn; those that have no pixel
+    in their picture, of `sizes` (height, width), are counted."""
+    polygons = []
+    owners = []  # the place in the batch of each polygon
+    for owner, outline in enumerate(outlines):
+        polygons += outline.polygons
+        owners += [owner] * len(outline.polygons)
+    if not polygons:
+        return
+    wild = wild_polygon(polygons)
+    if wild is not None:
+        what = f"a coordinate is not finite or over {FAR:g} pixels, or its outline is too long"
+        raise at(path, start + owners[wild], "segmentation", what)
+    owners = np.array(owners)
+    widths_and_heights = np.array(sizes)[owners, ::-1]
+    is_sure = np.zeros(len(outlines), bool)
+    is_sure[owners[surely_have_pixels(polygons, widths_and_heights)]] = True
+    for owner in np.unique(owners[~is_sure[owners]]).tolist():
+        if not has_pixels(outlines[owner].polygons, *sizes[owner]):
+            tally.note_empty(f"annotations[{start + owner}]")
+
+
+def say(tally: Tally, number: int, path: Path) -> None:
+    """Warn of what a file's annotations have lost; UserError when no object has a pixel."""
+    if tally.empty and tally.empty == number:
+        raise UserError(
+            f"{path}: none of its {number} objects has a pixel in its picture; their coordinates "
+            f"must be pixels of the picture on disk, not shares of its width and height; {CURE}."
+        )
+    if tally.without_outline:
+        warnings.warn(
+            f"{tally.without_outline} annotations of {path} have no polygon of three points; they "
+            f"are left out",
+            stacklevel=4,
+        )
+    elif tally.dropped:
+        warnings.warn(
+            f"{tally.dropped} polygons of {path} have fewer than three points, or an odd count of "
+            f"numbers; they are left out",
+            stacklevel=4,
+        )
+    if tally.empty:
+        warnings.warn(
+            f"{tally.empty} of {number} objects of {path} have no pixel in their picture (first: "
+            f"{tally.first_empty}); nothing is learned from them, and no detection can find them",
+            stacklevel=4,
+        )
+
+
+# ---------------------------------------------------------------------------------------- pictures
+def finder(bases: list[Path], part: str) -> Callable[[Picture], Path | None]:
     """Record of an image -> its file. Folders are listed once: asking for each file is slow on a
     network disk. Pictures of a part other than train and val (tune) are looked for among the
     training pictures, too."""
@@ -84,9 +329,9 @@ def finder(bases: list[Path], part: str) -> Callable[[dict], Path | None]:
     def files(folder: str) -> set[str]:
         return set(os.listdir(folder)) if os.path.isdir(folder) else set()
 
-    def locate(record: dict) -> Path | None:
-        url = (record.get("coco_url") or "").split("/")
-        for name in (record.get("file_name"), "/".join(url[-2:]), url[-1]):
+    def locate(picture: Picture) -> Path | None:
+        url = (picture.coco_url or "").split("/")
+        for name in (picture.file_name, "/".join(url[-2:]), url[-1]):
             if not name:
                 continue
             for place in places:
@@ -98,58 +343,38 @@ def finder(bases: list[Path], part: str) -> Callable[[dict], Path | None]:
     return locate
 
 
-def photos_of(content: dict, path: Path, index: dict[int, int], locate: Callable) -> list[Photo]:
+def photos_of(content: Content, locate: Callable[[Picture], Path | None]) -> list[Photo]:
     """The pictures of a file by ascending id, with their objects; UserError where it contradicts
-    itself or the disk. `index` maps category ids to class indices, `locate` records to files."""
+    itself or the disk. `locate` maps records to files."""
+    path = content.path
+    index = {category: place for place, category in enumerate(content.classes)}
 
-    def class_indices(record: dict, key: str) -> tuple[int, ...]:
-        return tuple(index[category] for category in record.get(key) or () if category in index)
+    def class_indices(ids: list[int | str] | None) -> tuple[int, ...]:
+        return tuple(index[i] for i in map(number_of, ids or ()) if i in index)
 
-    try:
-        photos = {
-            r["id"]: Photo(
-                r.get("file_name") or "/".join(r["coco_url"].split("/")[-2:]),
-                locate(r),
-                r["id"],
-                int(r["height"]),
-                int(r["width"]),
-                negative=class_indices(r, "neg_category_ids"),
-                partial=class_indices(r, "not_exhaustive_category_ids"),
-            )
-            for r in content["images"]
-        }
-        photos = dict(sorted(photos.items()))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"{path}: an image lacks its id, height, width, or file_name ({error}); correct it."
-        ) from None
-    sized = {p.name for p in photos.values() if min(p.height, p.width) > 0}
-    if not len(content["images"]) == len(photos) == len(sized):
-        raise UserError(
-            f"{path} lists an image twice or without a size; ids and file names must differ."
+    photos = {
+        picture.id: Photo(
+            picture.name(),
+            locate(picture),
+            picture.id,
+            picture.height,
+            picture.width,
+            tuple(content.things[picture.id]),
+            negative=class_indices(picture.neg_category_ids),
+            partial=class_indices(picture.not_exhaustive_category_ids),
         )
-    lost = [p.name for p in photos.values() if p.image is None]
+        for picture in content.pictures
+    }
+    photos = [photos[number] for number in ascending(list(photos), "images", path)]
+    names = {photo.name for photo in photos}
+    if "" in names:
+        raise UserError(f"{path}: an image lacks its file_name; {CURE}.")
+    if len(names) < len(photos):
+        raise UserError(f"{path} lists an image twice; ids and file names must differ.")
+    lost = [photo.name for photo in photos if photo.image is None]
     if lost:
         raise UserError(
             f"{len(lost)} of the {len(photos)} images of {path} are not on disk, for example "
             f"{lost[0]}; name the folder that holds them with --images (layout in data/README.md)."
         )
-    things = {number: [] for number in photos}
-    left_out = 0
-    for image, category, segmentation, crowd, area in content["annotations"]:
-        if image not in things or category not in index:
-            unknown = f"image {image}" if image not in things else f"category {category}"
-            raise UserError(
-                f"{path}: an annotation is of {unknown}, which the file does not list; correct the "
-                f"file."
-            )
-        if segmentation:
-            things[image].append(Thing(index[category], segmentation, crowd, area))
-        else:
-            left_out += 1
-    if left_out:
-        warnings.warn(
-            f"{left_out} annotations of {path} have no polygon of three points; they are left out",
-            stacklevel=2,
-        )
-    return [photo._replace(things=tuple(things[number])) for number, photo in photos.items()]
+    return photos

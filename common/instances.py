@@ -5,7 +5,6 @@ Order and augmentation depend on (seed, step, sample) alone, see common/loading.
 indices 0..K-1 everywhere, the places in the sorted category ids."""
 
 import itertools
-import json
 import sys
 import warnings
 from collections.abc import Callable, Iterable
@@ -19,13 +18,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from common import splits
-from common.coco import classes_of, finder, photos_of, read_json
+from common.coco import Content, finder, listed_names, photos_of, read_content
 from common.distributed import World, rng
 from common.errors import RankError, UserError
 from common.files import BrokenImage, image_files, images_below, read_image, turned_note
 from common.loading import helpers
 from common.objects import CITYSCAPES_THINGS, Instances, Photo, bare, singles, with_things
 from common.semantic import check_classes, check_folder, missing, need
+from common.typed_json import read_json
 
 # How the JSON file of a part may be named, in the folder annotations.
 FILES = ("{}", "instances_{}", "instances_{}2017", "lvis_{}", "lvis_v1_{}")
@@ -105,14 +105,14 @@ def find_coco(
     first = [] if beside == train_path else [beside]
     val_path = json_file(name, root, "--val-json", val_json, val, first)
     folder = images_folder(name, root, images)
-    content = {path: read_json(path) for path in (train_path, val_path)}  # one file may be both
-    kinds = common_categories(content, train_path, val_path)
-    ids = list(kinds)
-    classes = list(kinds.values())
-    index = {category: place for place, category in enumerate(ids)}
     bases = [folder] if images else [folder, root]
-    train = photos_of(content[train_path], train_path, index, finder(bases, "train"))
-    scored = photos_of(content[val_path], val_path, index, finder(bases, val))
+    of_train = read_content(train_path)
+    of_val = of_train if val_path == train_path else read_content(val_path)
+    check_categories(of_train, of_val)
+    ids = list(of_train.classes)
+    classes = list(of_train.classes.values())
+    train = photos_of(of_train, finder(bases, "train"))
+    scored = photos_of(of_val, finder(bases, val))
     for path, photos in ((train_path, train), (val_path, scored)):
         if not any(singles(photo) for photo in photos):
             raise UserError(
@@ -124,12 +124,9 @@ def find_coco(
     if (folder / "unlabeled").is_dir():
         extra += [Photo(path.name, path) for path in image_files(folder / "unlabeled")]
     data = Instances(name, root, classes, ids, with_objects, scored, extra, train_path, val_path)
-    frequency = {
-        record["id"]: record.get("frequency") for record in content[train_path]["categories"]
-    }
-    if None not in frequency.values():
+    if of_train.frequency is not None:
         data.lvis = True
-        data.frequency = [frequency[i] for i in ids]
+        data.frequency = of_train.frequency
         data = scored_on(data, scored, val_path)
     return data
 
@@ -163,23 +160,19 @@ def images_folder(name: str, root: Path, images: str) -> Path:
     raise missing(name, root, f"--images {images}")
 
 
-def common_categories(content: dict[Path, dict], train: Path, val: Path) -> dict[int, str]:
-    """Category id -> name, which both files must list alike."""
-    of_train = classes_of(content[train], train)
-    of_val = classes_of(content[val], val)
-    for a, b in itertools.zip_longest(of_train.items(), of_val.items()):
+def check_categories(train: Content, val: Content) -> None:
+    """UserError unless both files list the same categories."""
+    for a, b in itertools.zip_longest(train.classes.items(), val.classes.items()):
         if a != b:
             raise UserError(
-                f"The categories of {train} and {val} differ (first {a} and {b}); both must list "
-                f"the same ids with the same names."
+                f"The categories of {train.path} and {val.path} differ (first {a} and {b}); both "
+                f"must list the same ids with the same names."
             )
-    return of_train
 
 
 def scored_on(data: Instances, photos: list[Photo], val_json: Path | None = None) -> Instances:
     """The same data set, but scored on these pictures, which have labels: such as training pictures
-    that are held out. Without `val_json`, what is true is made of the Photos
-    (mask_ap.truth_of)."""
+    that are held out."""
     negative: dict[int, list[int]] = {}
     partial: dict[int, list[int]] = {}
     if data.lvis:
@@ -332,11 +325,8 @@ def coco_draws(data: Instances) -> dict[str, dict[str, list[int]]]:
     path = supervision(data)
     if not path.is_file():
         return {}
-    try:
-        content = json.loads(path.read_text())
-        return {f"{float(share):g}%": draws for share, draws in content.items()}
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); fetch it again.") from None
+    shares = read_json(path, dict[float, dict[str, list[int]]], "fetch it again")
+    return {f"{share:g}%": draws for share, draws in shares.items()}
 
 
 def published_draw(
@@ -355,6 +345,8 @@ def published_draw(
             f"--split {split} is published for --split-seed {', '.join(draws)}, not {split_seed}."
         )
     family, _ = PUBLISHED[data.name]
+    if not places or min(places) < 0 or max(places) >= len(data.train):
+        raise UserError(f"{supervision(data)} names pictures that COCO has not; fetch it again.")
     photos = [data.train[place] for place in places]
     return photos, f"the published list {family}/{split}, draw {split_seed}"
 
@@ -364,8 +356,7 @@ def listed_photos(path: Path, data: Instances, files: bool = False) -> list[Phot
     by id. Those without labels are left out; but with `files` they stay, and paths under the root
     or beside the list count, too."""
     if path.suffix == ".json":
-        records = read_json(path)["images"]
-        entries = [str(record.get("file_name") or record.get("id")) for record in records]
+        entries = listed_names(path)
     else:
         entries = [entry for entry, _ in splits.read_list(path)]
     found = best_reading(entries, data)

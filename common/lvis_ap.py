@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from common.mask_ap import percent, truth_of
-from common.objects import Instances, coco_mask
+from common.objects import Instances
+from common.outlines import coco_mask
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)  # of the overlap
 RECALLS = np.linspace(0, 1, 101)

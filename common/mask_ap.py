@@ -5,7 +5,6 @@ All numbers are in percent, and None where there is no object to find."""
 
 import contextlib
 import io
-import json
 from itertools import chain
 from typing import NamedTuple
 
@@ -16,7 +15,8 @@ from torch import Tensor
 
 from common.distributed import World
 from common.errors import RankError
-from common.objects import CITYSCAPES_THINGS, Instances, coco_mask, read_segmentation, with_things
+from common.objects import CITYSCAPES_THINGS, Instances, Photo, Thing, with_things
+from common.outlines import coco_mask
 
 THRESHOLDS = np.arange(0.5, 1.0, 0.05)  # of the overlap, written as in cityscapesScripts
 MIN_PIXELS = 100  # smaller objects of Cityscapes need not be found
@@ -169,54 +169,12 @@ def percent(values: np.ndarray) -> float | None:
 
 
 def truth_of(data: Instances) -> dict:
-    """The content of a COCO or LVIS file for the scored pictures. Read it once where it is needed
-    often.
-
-    Where the pictures have a JSON file, this is its content without the annotations that have no
-    mask. Else it is made from Cityscapes' label PNGs, in which groups are crowds, or from the
-    objects of the pictures that `instances.scored_on` names."""
-    if data.val_json is None:
-        if any(photo.label for photo in data.val):
-            return truth_of_labels(data)
-        return truth_of_things(data)
-    content = json.loads(data.val_json.read_text(encoding="utf-8"))
-    ids = {photo.id for photo in data.val}
-    images = {}
-    for record in content["images"]:
-        if record["id"] in ids:
-            size = {"height": int(record["height"]), "width": int(record["width"])}
-            images[record["id"]] = {**record, **size}
-    annotations = []
-    for annotation in content["annotations"]:
-        segmentation = read_segmentation(annotation["segmentation"])
-        if annotation["image_id"] in ids and segmentation:
-            image = images[annotation["image_id"]]
-            annotations.append(completed(annotation, segmentation, image))
-    return {
-        "images": list(images.values()),
-        "categories": content["categories"],
-        "annotations": annotations,
-    }
-
-
-def completed(annotation: dict, segmentation: list | dict, image: dict) -> dict:
-    """An annotation of `image` with its segmentation as it was read, and with the area, the bbox
-    and the iscrowd that some exporters do not write."""
-    area = float(annotation.get("area") or 0)
-    box = annotation.get("bbox") or ()
-    if not area or len(box) != 4:
-        runs = runs_of(segmentation, image["height"], image["width"])
-        if not area:
-            area = float(coco_mask().area(runs))
-        if len(box) != 4:
-            box = coco_mask().toBbox(runs).tolist()
-    return {
-        **annotation,
-        "segmentation": segmentation,
-        "area": area,
-        "bbox": [float(x) for x in box],
-        "iscrowd": int(annotation.get("iscrowd") or 0),
-    }
+    """The content of a COCO or LVIS file for the scored pictures, made of their objects, as
+    training sees them; or of Cityscapes' label PNGs, in which groups are crowds. Make it once where
+    it is needed often."""
+    if any(photo.label for photo in data.val):
+        return truth_of_labels(data)
+    return truth_of_things(data)
 
 
 def truth_of_labels(data: Instances) -> dict:
@@ -253,9 +211,8 @@ def truth_of_labels(data: Instances) -> dict:
 
 def truth_of_things(data: Instances) -> dict:
     """What `truth_of` gives, made from the objects of the Photos. An object whose file gives no
-    area, or 0, has that of its mask. A bbox is the extent of the polygons to two digits, as in COCO
-    and LVIS, or that of the mask, which is one pixel wider and higher than COCO says of its
-    crowds."""
+    area, or 0, has that of its mask. A bbox that the file does not give is the extent of the
+    polygons to two digits, as in COCO and LVIS, or that of the mask."""
     images = []
     annotations = []
     for photo in data.val:
@@ -266,27 +223,35 @@ def truth_of_things(data: Instances) -> dict:
             image["neg_category_ids"] = [data.ids[c] for c in photo.negative]
             image["not_exhaustive_category_ids"] = [data.ids[c] for c in photo.partial]
         images.append(image)
-        for category, segmentation, crowd, area in photo.things:
-            if isinstance(segmentation, list):
-                points = np.concatenate(segmentation).reshape(-1, 2)
-                box = np.concatenate([points.min(axis=0), np.ptp(points, axis=0)]).round(2)
-            else:
-                box = coco_mask().toBbox(segmentation)
-            if not area:
-                runs = runs_of(segmentation, photo.height, photo.width)
-                area = float(coco_mask().area(runs))
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": photo.id,
-                    "category_id": data.ids[category],
-                    "segmentation": segmentation,
-                    "area": area,
-                    "bbox": box.tolist(),
-                    "iscrowd": int(crowd),
-                }
-            )
+        for thing in photo.things:
+            annotations.append(annotation_of(thing, photo, data.ids[thing.category]))
+    for number, annotation in enumerate(annotations, start=1):
+        annotation["id"] = number
     return {"images": images, "categories": categories_of(data), "annotations": annotations}
+
+
+def annotation_of(thing: Thing, photo: Photo, category_id: int) -> dict:
+    """An object in COCO's form, but for its id."""
+    area, box = thing.area, thing.box
+    if not area:
+        area = float(coco_mask().area(runs_of(thing.segmentation, photo.height, photo.width)))
+    if box is None:
+        if isinstance(thing.segmentation, list):
+            points = np.concatenate(thing.segmentation).reshape(-1, 2)
+            box = np.concatenate([points.min(axis=0), np.ptp(points, axis=0)]).round(2).tolist()
+        else:
+            box = coco_mask().toBbox(thing.segmentation).tolist()
+    annotation = {
+        "image_id": photo.id,
+        "category_id": category_id,
+        "segmentation": thing.segmentation,
+        "area": area,
+        "bbox": list(box),
+        "iscrowd": int(thing.crowd),
+    }
+    if thing.ignore:
+        annotation["ignore"] = 1
+    return annotation
 
 
 def runs_of(segmentation: list | dict, height: int, width: int) -> dict:

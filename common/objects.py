@@ -15,6 +15,7 @@ from common import transforms
 from common.boxes import boxes_of
 from common.errors import RankError
 from common.files import read_map
+from common.outlines import coco_mask
 
 CITYSCAPES_THINGS = {
     24: "person",
@@ -29,17 +30,21 @@ CITYSCAPES_THINGS = {
 
 
 class Thing(NamedTuple):
-    """One annotated object as on disk, in class `category`; `area` in pixels as the file says, 0
-    where it does not.
+    """One annotated object, in class `category`; `area` in pixels as the file says, 0 where it does
+    not, and likewise `box`: x, y, width, height.
 
     `segmentation`: polygons, float64 arrays x, y, x, y, ... in pixels; or pycocotools' run lengths;
-    or the object's value in a Cityscapes instanceIds PNG. A crowd is a region of many objects: no
-    target, and ignored when scoring."""
+    or the object's value in a Cityscapes instanceIds PNG. All were checked when they were read
+    (`common/coco.py`), so that they can be drawn in a picture of their size. A crowd is a region of
+    many objects: no target, and ignored when scoring. LVIS need not find what it says to
+    `ignore`."""
 
     category: int
     segmentation: list | dict | int
     crowd: bool
     area: float
+    box: tuple[float, float, float, float] | None = None
+    ignore: bool = False
 
 
 class Photo(NamedTuple):
@@ -85,13 +90,6 @@ class Instances:
     partial: dict[int, list[int]] = field(default_factory=dict)
 
 
-def coco_mask():
-    """The functions of pycocotools on run lengths, loaded at the first use: --help needs none."""
-    from pycocotools import mask
-
-    return mask
-
-
 def singles(photo: Photo) -> set[int]:
     """The classes of the objects of a picture that are no crowds."""
     return {thing.category for thing in photo.things or () if not thing.crowd}
@@ -100,21 +98,6 @@ def singles(photo: Photo) -> set[int]:
 def bare(photo: Photo) -> Photo:
     """The picture without its labels, so that none can be opened."""
     return photo._replace(things=None, label=None, negative=(), partial=())
-
-
-def read_segmentation(segmentation: list | dict) -> list[np.ndarray] | dict:
-    """What a JSON file says of an outline: polygons as arrays, which take a quarter of the memory
-    of lists, or compressed run lengths. As in Detectron2, a polygon of an odd count or of fewer
-    than six numbers is left out; an object without any other is no object."""
-    if isinstance(segmentation, dict):
-        if isinstance(segmentation["counts"], list):
-            return coco_mask().frPyObjects(segmentation, *segmentation["size"])
-        return segmentation
-    polygons = []
-    for numbers in segmentation:
-        if isinstance(numbers, list) and len(numbers) >= 6 and len(numbers) % 2 == 0:
-            polygons.append(np.array(numbers, np.float64))
-    return polygons
 
 
 # -------------------------------------------------------------------------------------------- masks
@@ -155,8 +138,7 @@ def masks_of(
     masks are in the picture's own frame. Empty masks are kept.
 
     Polygons are moved as coordinates and drawn on the window, so they stay sharp; run lengths and
-    instanceIds are decoded, and each pixel of the window takes the nearest one. A RankError names
-    the image that cannot be drawn."""
+    instanceIds are decoded, and each pixel of the window takes the nearest one."""
     assert photo.things is not None or photo.label is not None, f"{photo.name} has no labels"
     photo, ids = with_things(photo)
     whole = (photo.height, photo.width)
@@ -167,13 +149,7 @@ def masks_of(
     things = [thing for thing in photo.things if crowds or not thing.crowd]
     masks = np.zeros((len(things), *window.out), np.uint8)
     for mask, thing in zip(masks, things, strict=True):
-        try:
-            mask[:] = draw(thing.segmentation, whole, window, ids)
-        except (ValueError, TypeError, KeyError, IndexError) as error:
-            raise RankError(
-                f"An annotation of {photo.image} ({data.classes[thing.category]}, {photo.width}x"
-                f"{photo.height} pixels) cannot be drawn ({error}); correct it or take it out."
-            ) from None
+        mask[:] = draw(thing.segmentation, whole, window, ids)
     return Masks(
         torch.tensor([thing.category for thing in things], dtype=torch.int64),
         torch.from_numpy(masks),
@@ -189,23 +165,16 @@ def draw(
 ) -> np.ndarray:
     """The mask (h, w) of an object in a window of its picture, whose size is `whole`."""
     if isinstance(segmentation, list):
-        polygons = [
-            polygon_in_window(np.asarray(points, np.float64), whole, window)
-            for points in segmentation
-        ]
+        polygons = [polygon_in_window(points, whole, window) for points in segmentation]
         return coco_mask().decode(coco_mask().merge(coco_mask().frPyObjects(polygons, *window.out)))
     if isinstance(segmentation, dict):
-        size = segmentation["size"]
-        if list(size) != list(whole):
-            raise ValueError(f"its run lengths are for {size}, height and width")
-        return nearest_in_window(coco_mask().decode(read_segmentation(segmentation)), window)
+        assert tuple(segmentation["size"]) == whole, "run lengths of another picture"
+        return nearest_in_window(coco_mask().decode(segmentation), window)
     return ids_in_window == segmentation
 
 
 def polygon_in_window(points: np.ndarray, whole: tuple[int, int], window: Window) -> np.ndarray:
     """Coordinates x, y, x, y, ... in a picture of size `whole` (height, width) -> in the window."""
-    if not np.abs(points).max() < 1e6:  # drawing takes memory for every pixel of an edge
-        raise ValueError("a coordinate is not finite, or far outside")
     height, width = whole
     x, y = points[0::2], points[1::2]
     if window.flip:

@@ -312,8 +312,8 @@ TEXTS = {  # files that are no good
 
 NO_ANNOTATIONS = dict(  # those of them that are no annotations, and what is said of each
     torn="torn.json cannot be read as JSON",
-    numbers="numbers.json is no COCO or LVIS file",
-    lists="lists.json is no COCO or LVIS file: it has no list of categories",
+    numbers="numbers.json: expected object, got array",
+    lists="lists.json: object missing required field categories",
     other="differ",
 )
 

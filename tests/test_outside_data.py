@@ -12,9 +12,12 @@ import torch
 from fuzz import PROPERTIES, Property, few
 from hypothesis import strategies as st
 from PIL import Image
+from pycocotools import mask as coco_mask
 
-from common import checkpoints, coco, files, splits
+from common import checkpoints, coco, files, mask_ap, splits
 from common.errors import UserError
+from common.objects import Instances, Photo, Thing, Window, masks_of
+from common.outlines import RunLengths, checked_counts, packed
 
 words = st.text(string.ascii_letters + string.digits + "_-./ ", max_size=12)
 MINE: dict[str, Property] = {}
@@ -81,13 +84,38 @@ MINE |= {
 
 
 # ------------------------------------------------------------------------------------ annotations
+odd = st.sampled_from([2**31, 2**64, -(2**31), 10**30, 1e308, 1e9, "nan", "1", "0", "1.0", "\0"])
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers(-5, 300) | st.floats() | words,
+    st.none() | st.booleans() | st.integers(-5, 300) | st.floats() | words | odd,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(words, inner, max_size=4),
     max_leaves=12,
 )
 corners = st.lists(st.floats(-5, 40, width=32), min_size=6, max_size=12).filter(
     lambda x: len(x) % 2 == 0
+)
+
+
+@st.composite
+def run_lengths(draw) -> dict:
+    """Run lengths of 32 x 32 pixels or nearly so, as a list or as text of any kind."""
+    edges = draw(st.lists(st.integers(0, 1024), max_size=8).map(sorted))
+    counts = np.diff([0, *edges, 1024]).tolist()
+    if draw(st.integers(0, 3)) == 0:
+        counts.append(draw(st.integers(-3, 40)))
+    if draw(st.booleans()) and min(counts) >= 0:
+        counts = coco_mask.frPyObjects({"size": [32, 32], "counts": counts}, 32, 32)["counts"]
+        counts = draw(st.just(counts.decode()) | st.text(string.printable, max_size=9))
+    return {"size": draw(st.sampled_from([[32, 32]] * 5 + [[32, 31]])), "counts": counts}
+
+
+pairs = corners.map(lambda p: np.array(p).reshape(-1, 2).tolist())
+outlines = st.one_of(
+    st.lists(corners, max_size=2),
+    corners,
+    pairs,
+    pairs.map(lambda p: [p]),
+    run_lengths(),
+    run_lengths().map(lambda r: [r]),
 )
 mostly = lambda good: st.one_of(good, good, good, json_values)  # noqa: E731
 an_image = st.fixed_dictionaries(
@@ -103,9 +131,10 @@ an_annotation = st.fixed_dictionaries(
         "id": st.integers(1, 99),
         "image_id": mostly(st.integers(1, 3)),
         "category_id": mostly(st.integers(1, 2)),
-        "segmentation": mostly(st.lists(corners, max_size=2)),
+        "segmentation": mostly(outlines),
         "area": mostly(st.just(4.0)),
-        "iscrowd": mostly(st.just(0)),
+        "iscrowd": mostly(st.integers(0, 1)),
+        "bbox": mostly(st.just([1, 2, 3, 4])),
     }
 )
 a_category = st.fixed_dictionaries({"id": mostly(st.integers(1, 2)), "name": mostly(words)})
@@ -118,11 +147,9 @@ a_file = st.fixed_dictionaries(
 )
 
 
-def read_coco(path, folder):
-    content = coco.read_json(path)
-    classes = coco.classes_of(content, path)
-    index = {number: i for i, number in enumerate(classes)}
-    return coco.photos_of(content, path, index, lambda record: folder / str(record["file_name"]))
+def read_coco(path: Path, folder: Path) -> list:
+    content = coco.read_content(path)
+    return coco.photos_of(content, lambda picture: folder / str(picture.file_name))
 
 
 def a_coco_file_is_read_or_refused(content: bytes, folder: Path) -> None:
@@ -133,13 +160,119 @@ def a_coco_file_is_read_or_refused(content: bytes, folder: Path) -> None:
     except UserError as error:
         assert str(path) in str(error)
         return
-    assert all(photo.height > 0 and photo.width > 0 for photo in photos)
-    assert all(np.isfinite(thing.area) for photo in photos for thing in photo.things)
+    data = Instances("coco", folder, ["a", "b"], [1, 2], photos, photos, [])
+    for photo in photos:
+        assert photo.height > 0 and photo.width > 0
+        assert all(np.isfinite(thing.area) and thing.area >= 0 for thing in photo.things)
+        masks = masks_of(photo, data, crowds=True).masks
+        assert masks.shape[1:] == (photo.height, photo.width)
+    truth = mask_ap.truth_of(data)
+    json.dumps([{**a, "segmentation": None} for a in truth["annotations"]], allow_nan=False)
+    scored = [{**a, "score": 0.5, "segmentation": runs_of(a, truth)} for a in truth["annotations"]]
+    mask_ap.coco_ap(truth, scored)
+
+
+def runs_of(annotation: dict, truth: dict) -> dict:
+    image = next(r for r in truth["images"] if r["id"] == annotation["image_id"])
+    return mask_ap.runs_of(annotation["segmentation"], image["height"], image["width"])
 
 
 MINE["a COCO file is read or refused"] = Property(
     a_file.map(lambda x: json.dumps(x).encode()) | st.binary(max_size=60),
     a_coco_file_is_read_or_refused,
+)
+
+
+def run_lengths_are_those_of_the_mask(value: tuple, folder: Path) -> None:
+    """Both forms, and a form with empty runs in it, stand for the same pixels."""
+    height, width, pixels, empty = value
+    flat = np.array((pixels * (height * width))[: height * width], np.uint8)
+    mask = np.asfortranarray(flat.reshape(width, height).T)
+    truth = coco_mask.encode(mask)
+    text = RunLengths((height, width), truth["counts"].decode())
+    counts = checked_counts(text, height, width)
+    assert np.array_equal(np.repeat(np.arange(len(counts)) % 2, counts), flat)
+    split = counts.tolist()
+    for place in empty:  # a run is cut in two by an empty one
+        place %= len(split)
+        cut = split[place] // 2
+        split[place : place + 1] = [cut, 0, split[place] - cut]
+    for runs in (text, RunLengths((height, width), split)):
+        assert packed(checked_counts(runs, height, width), height, width) == truth
+
+
+def run_lengths_that_do_not_fit_are_refused(value: tuple, folder: Path) -> None:
+    """What is let through has been decoded here as pycocotools decodes it."""
+    counts, height, width = value
+    try:
+        checked = checked_counts(RunLengths((height, width), counts), height, width)
+    except ValueError:
+        return
+    assert checked.sum() == height * width and checked.min() >= 0
+    if isinstance(counts, str):
+        mask = coco_mask.decode({"size": [height, width], "counts": counts})
+        assert np.array_equal(mask.T.ravel(), np.repeat(np.arange(len(checked)) % 2, checked))
+
+
+symbols = st.text([chr(c) for c in range(46, 114)], max_size=12)
+MINE |= {
+    "run lengths are those of the mask": Property(
+        st.tuples(
+            st.integers(1, 9),
+            st.integers(1, 9),
+            st.lists(st.integers(0, 1), min_size=1, max_size=81),
+            st.lists(st.integers(0, 9), max_size=3),
+        ),
+        run_lengths_are_those_of_the_mask,
+    ),
+    "run lengths that do not fit are refused": Property(
+        st.tuples(
+            symbols | st.lists(st.integers(-2, 12) | st.integers(), max_size=6),
+            st.integers(1, 4),
+            st.integers(1, 4),
+        ),
+        run_lengths_that_do_not_fit_are_refused,
+    ),
+}
+
+
+def drawn_and_decoded_masks_agree(value: tuple, folder: Path) -> None:
+    """A polygon along the edges of pixels, and the run lengths of its mask, look the same through
+    any window that makes pixels whole times as large."""
+    left, top, width, height, times, flip, window = value
+    mask = np.zeros((16, 20), np.uint8, order="F")
+    mask[top : top + height, left : left + width] = 1
+    right, bottom = min(left + width, 20), min(top + height, 16)
+    polygon = [np.array([left, top, right, top, right, bottom, left, bottom], float)]
+    window = Window(flip, (16 * times, 20 * times), *window[:2], window[2:])
+    data = Instances("coco", folder, ["a"], [1], [], [], [])
+    runs = coco_mask.encode(mask)
+    things = tuple(Thing(0, segmentation, False, 0.0) for segmentation in (polygon, runs))
+    photo = Photo("x", folder, 1, 16, 20, things)
+    drawn, decoded = masks_of(photo, data, window).masks
+    assert torch.equal(drawn, decoded)
+    whole = np.kron(mask[:, ::-1] if flip else mask, np.ones((times, times), np.uint8))
+    rows = np.arange(window.out[0]) + window.top
+    columns = np.arange(window.out[1]) + window.left
+    inside = ((rows >= 0) & (rows < 16 * times))[:, None] & (columns >= 0)
+    inside &= columns < 20 * times
+    truth = whole[rows.clip(0, 16 * times - 1)[:, None], columns.clip(0, 20 * times - 1)]
+    assert np.array_equal(decoded.numpy(), truth * inside)
+
+
+MINE["drawn and decoded masks agree in any window"] = Property(
+    st.tuples(
+        st.integers(0, 19),
+        st.integers(0, 15),
+        st.integers(1, 20),
+        st.integers(1, 16),
+        st.integers(1, 3),
+        st.booleans(),
+        st.tuples(
+            st.integers(-20, 50), st.integers(-20, 60), st.integers(1, 40), st.integers(1, 40)
+        ),
+    ),
+    drawn_and_decoded_masks_agree,
 )
 
 
