@@ -56,7 +56,7 @@ class Claim(NamedTuple):
 
     script: str
     text: str
-    larger: tuple[str, str]  # the method of a row of group A, and a score of its runs
+    larger: tuple[str, str]  # the method of a row, and a score of its runs
     smaller: tuple[str, str]
 
 
@@ -86,6 +86,15 @@ GTA_METHODS = {
     "mt": f"{BOTH} --method mt",
     "gta": f"{BOTH} --method gta",
 }
+# Other rows of the paper's tables, each at the rate of the method that it varies.
+GTA_VARIANTS = {
+    "mt, CutMix": ("mt", f"{BOTH} --method mt --cutmix 0.5"),
+    "gta, transfer all": ("gta", f"{BOTH} --method gta --transfer all"),
+    "gta, no re-weighting": ("gta", f"{BOTH} --method gta --reweight none"),
+    "gta, ramps": ("gta", f"{BOTH} --method gta --ramp-gta --ramp-teacher"),
+    "gta, released": ("gta", f"{BOTH} --method gta --recipe released"),
+    "unbiased-st": ("gta", f"{BOTH} --method unbiased-st"),
+}
 
 # The runs of one draw share the nodes in their store. Settings are chosen on 50 labeled training
 # pictures, which the script holds apart (--dev-size), so it may score its nodes on `test` at once.
@@ -98,15 +107,20 @@ GIST = (
 GIST_METHODS = {
     "labels only": f"{GIST} --search path --path LLL",
     "searches": f"{GIST} --search gist rist path --trials 5 --path LLL PPP",
+    "FIST, batch-wise": f"{GIST} --search fist batchwise --alpha 0.25 0.75",
+    "searches from ClassMix": (
+        f"{GIST} --stage0 classmix --search gist rist path --trials 5 --path LLL PPP"
+    ),
 }
 
-# The rates of --lr that are tried on draw 0, and the one that was chosen.
+# The rates of --lr that are tried on draw 0, and those that the table "rates" chooses. Until all
+# three are there it is the first. The searches have the rate of the labels alone.
 RATES = {"gta_seg.py": ("0.003", "0.01", "0.001"), "gist_rist.py": ("0.001", "0.003", "0.0003")}
 BEST_RATE = {
     "suponly": "0.003",
     "mt": "0.003",
     "gta": "0.003",
-    "searches": "0.001",
+    "labels only": "0.001",
 }
 
 
@@ -125,10 +139,21 @@ def rows() -> list[Row]:
     mobile = LABELS.replace(LITE0, MOBILE)
     found.append(Row("study", gta, "suponly, MobileNetV2", BEST_RATE["suponly"], mobile, (0,)))
 
-    gist = "gist_rist.py"
-    for rate in RATES[gist]:
-        found.append(Row("study", gist, "labels only", rate, GIST_METHODS["labels only"], (0,)))
-    found.append(Row("A", gist, "searches", BEST_RATE["searches"], GIST_METHODS["searches"]))
+    for method, flags in GTA_METHODS.items():
+        more = flags.replace("random:23", "random:92")
+        found.append(Row("B", gta, f"{method}, 92 labels", BEST_RATE[method], more))
+    for name, (method, flags) in GTA_VARIANTS.items():
+        found.append(Row("C", gta, name, BEST_RATE[method], flags))
+
+    gist, rate = "gist_rist.py", BEST_RATE["labels only"]
+    for tried_rate in RATES[gist]:
+        labels_only = GIST_METHODS["labels only"]
+        found.append(Row("study", gist, "labels only", tried_rate, labels_only, (0,)))
+    found.append(Row("A", gist, "searches", rate, GIST_METHODS["searches"]))
+    more = GIST_METHODS["searches"].replace("random:23", "random:92")
+    found.append(Row("B", gist, "searches, 92 labels", rate, more))
+    for method in ("FIST, batch-wise", "searches from ClassMix"):
+        found.append(Row("C", gist, method, rate, GIST_METHODS[method]))
     return found
 
 
@@ -140,6 +165,13 @@ CLAIMS = [
     Claim("gta_seg.py", "gta > suponly", ("gta", "teacher"), ("suponly", "student")),
     Claim("gta_seg.py", "teacher > student", ("gta", "teacher"), ("gta", "student")),
     Claim("gta_seg.py", "student > assistant", ("gta", "student"), ("gta", "gta")),
+    Claim("gta_seg.py", "features > all", ("gta", "teacher"), ("gta, transfer all", "teacher")),
+    Claim(
+        "gta_seg.py",
+        "92 labels: gta > suponly",
+        ("gta, 92 labels", "teacher"),
+        ("suponly, 92 labels", "student"),
+    ),
     Claim("gist_rist.py", "GIST > labels only", ("searches", "gist"), ("searches", "LLL")),
     Claim("gist_rist.py", "RIST > labels only", ("searches", "rist"), ("searches", "LLL")),
     Claim("gist_rist.py", "stage 0 > after PPP", ("searches", "stage0"), ("searches", "PPP, last")),
@@ -422,10 +454,12 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def table_of_scores(script: str, group: str, logs: dict[str, Log]) -> str:
-    """Every score of every row: its mean over the draws, and the draws."""
+def table_of_scores(script: str, logs: dict[str, Log]) -> str:
+    """Every score of every row but those of the study: its mean over the draws, and the draws."""
     lines = []
-    for row in rows_of(group, script):
+    for row in ROWS:
+        if row.script != script or row.group == "study":
+            continue
         draws = draws_of(row, logs)
         names = dict.fromkeys(name for found in draws.values() for name in found)
         for name in names:
@@ -446,7 +480,8 @@ def draws_of(row: Row, logs: dict[str, Log]) -> dict[int, dict[str, float]]:
 
 def table_of_claims(script: str, logs: dict[str, Log]) -> str:
     """Each claim with the mean of its differences, paired by draw, and their sample deviation."""
-    by_method = {row.method: row for row in rows_of("A", script)}
+    rows_here = [row for row in ROWS if row.script == script and row.group != "study"]
+    by_method = {row.method: row for row in rows_here}
     lines = []
     for claim in CLAIMS:
         if claim.script != script:
@@ -501,19 +536,44 @@ def curves(log: Log) -> dict[str, dict[int, float]]:
     return found
 
 
+def tuning_score(log: Log) -> float:
+    """What a rate is chosen by: the mIoU of the method's result on the tuning pictures, at the last
+    step."""
+    if json.loads(log["config.json"])["script"] == "gist_rist.py":
+        return json.loads(log["results.json"])["path"]["dev"]
+    by_network = curves(log)
+    curve = by_network.get("miou_teacher", by_network["miou_student"])
+    return curve[max(curve)]
+
+
+def tried(method: str, logs: dict[str, Log]) -> dict[str, float]:
+    """The tuning scores of a method by rate, as far as its runs are there."""
+    rows = [row for row in ROWS if (row.group, row.method) == ("study", method)]
+    found = {row.rate: logs.get(folder_name(row, 0)) for row in rows}
+    return {rate: tuning_score(log) for rate, log in found.items() if log is not None}
+
+
+def table_of_rates(logs: dict[str, Log]) -> str:
+    """For each method the score of every rate that was tried, and the best when all are there."""
+    lines = []
+    for method in BEST_RATE:
+        script = next(row.script for row in ROWS if row.method == method)
+        found = tried(method, logs)
+        if found:
+            each = ", ".join(f"{rate}: {score:.2f}" for rate, score in found.items())
+            best = max(found, key=found.get) if len(found) == len(RATES[script]) else "open"
+            lines.append([f"`{script}`", method, each, best])
+    return markdown(["script", "method", "`--lr`: tuning score", "best"], lines)
+
+
 def table_of_pseudo_labels(script: str, logs: dict[str, Log]) -> str:
     """The share of kept pseudo labels that are right, over the thirds of each run."""
     lines = []
-    for row in ROWS:
-        if row.script != script:
-            continue
-        for draw in row.draws:
-            log = logs.get(folder_name(row, draw))
-            shares = [] if log is None else shares_over_thirds(log)
-            if shares:
-                lines.append(
-                    [row.method, row.rate, str(draw), *(f"{share:.3f}" for share in shares)]
-                )
+    for run in plan(GROUPS):
+        shares = shares_over_thirds(logs[run.name]) if run.name in logs else []
+        if run.row.script == script and shares:
+            each = [f"{share:.3f}" for share in shares]
+            lines.append([run.row.method, run.row.rate, str(run.draw), *each])
     return markdown(["method", "`--lr`", "draw", "first third", "second", "last"], lines)
 
 
@@ -528,15 +588,18 @@ def shares_over_thirds(log: Log) -> list[float]:
 
 
 def table_of_what_is_there(logs: dict[str, Log]) -> str:
-    """How many of the planned runs are in the pack."""
+    """How many of the planned runs are in the pack, and how many are missing of which method."""
     lines = []
     for group in GROUPS:
         for script in dict.fromkeys(row.script for row in ROWS if row.group == group):
             runs = [run for run in plan((group,)) if run.row.script == script]
-            missing = [run.name for run in runs if run.name not in logs]
-            there = f"{len(runs) - len(missing)} of {len(runs)}"
-            names = ", ".join(f"`{name}`" for name in missing) or "nothing"
-            lines.append([group, f"`{script}`", there, names])
+            missing: dict[str, int] = {}
+            for run in runs:
+                if run.name not in logs:
+                    missing[run.row.method] = missing.get(run.row.method, 0) + 1
+            there = f"{len(runs) - sum(missing.values())} of {len(runs)}"
+            names = "; ".join(f"{method}: {count}" for method, count in missing.items())
+            lines.append([group, f"`{script}`", there, names or "none"])
     return markdown(["group", "script", "runs", "missing"], lines)
 
 
@@ -556,11 +619,12 @@ def table_of_machines(logs: dict[str, Log]) -> str:
 TABLES: dict[str, Callable[[dict[str, Log]], str]] = {
     "what is there": table_of_what_is_there,
     "machines": table_of_machines,
+    "rates": table_of_rates,
     "study": lambda logs: table_of_curves("study", "gta_seg.py", logs),
-    "gta_seg scores": lambda logs: table_of_scores("gta_seg.py", "A", logs),
+    "gta_seg scores": lambda logs: table_of_scores("gta_seg.py", logs),
     "gta_seg claims": lambda logs: table_of_claims("gta_seg.py", logs),
     "gta_seg curves": lambda logs: table_of_curves("A", "gta_seg.py", logs),
-    "gist_rist scores": lambda logs: table_of_scores("gist_rist.py", "A", logs),
+    "gist_rist scores": lambda logs: table_of_scores("gist_rist.py", logs),
     "gist_rist claims": lambda logs: table_of_claims("gist_rist.py", logs),
     "gta_seg pseudo labels": lambda logs: table_of_pseudo_labels("gta_seg.py", logs),
 }

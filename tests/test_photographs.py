@@ -271,7 +271,7 @@ def test_differences_are_paired_by_draw():
     assert "gta > mt" not in table  # without a run of mt there is no pair
     del logs["gta_seg-gta-0.003-d0"]
     assert "+0.00 ± 1.41 | 1 of 2 |" in photographs.table_of_claims("gta_seg.py", logs)
-    scores = photographs.table_of_scores("gta_seg.py", "A", logs)
+    scores = photographs.table_of_scores("gta_seg.py", logs)
     assert "| suponly | 0.003 | student | 50.00 | 40.00, 50.00, 60.00 |" in scores
 
 
@@ -281,6 +281,27 @@ def test_curves_and_shares_come_from_the_log():
     assert "| gta | 0.003 | 0 | teacher | 41.0 | 42.0 | 43.0 | 44.0 | 45.0 | 46.0 |" in curves
     shares = photographs.table_of_pseudo_labels("gta_seg.py", logs)
     assert "| gta | 0.003 | 0 | 0.150 | 0.350 | 0.550 |" in shares
+
+
+def test_a_rate_is_chosen_by_the_methods_result_on_the_tuning_pictures():
+    logs = {f"gta_seg-gta-{rate}-d0": log_of(60, "student") for rate in ("0.001", "0.003", "0.01")}
+    for rate, miou in (("0.001", 40), ("0.003", 50), ("0.01", 45)):
+        more = log_of(miou, "teacher")["log.jsonl"]
+        logs[f"gta_seg-gta-{rate}-d0"]["log.jsonl"] += "\n" + more
+    line = "| gta | 0.003: 50.00, 0.01: 45.00, 0.001: 40.00 | 0.003 |"
+    assert line in photographs.table_of_rates(logs)
+    del logs["gta_seg-gta-0.001-d0"]
+    assert "| gta | 0.003: 50.00, 0.01: 45.00 | open |" in photographs.table_of_rates(logs)
+
+
+def test_the_rates_of_group_a_are_those_that_were_best():
+    logs = photographs.read_pack(photographs.PACK)
+    for method, rate in photographs.BEST_RATE.items():
+        found = photographs.tried(method, logs)
+        rows = [r for r in photographs.ROWS if (r.group, r.method) == ("study", method)]
+        assert rate in {row.rate for row in rows}
+        if len(found) == len(rows):
+            assert rate == max(found, key=found.get)
 
 
 REPORT = """## Searches
