@@ -34,7 +34,6 @@ PAGE = HOUSE / "docs" / "photographs.md"
 PACK = HOUSE / "docs" / "logs" / "photographs.tar.xz"
 # What is packed of a run, never its weights.
 PACKED = ("config.json", "log.jsonl", "results.json", "last.pt.results.json", "report.md")
-LARGEST_PACK = 2_000_000  # bytes
 GROUPS = ("study", "A", "B", "C")
 
 
@@ -339,7 +338,7 @@ def train(options: argparse.Namespace) -> int:
             for run in plan(options.groups)
             if fits(run.name, options.only)
             and not finished(run, options)
-            and (options.again or run.name not in packed)
+            and run.name not in packed
         ]
         say(f"{len(waiting)} runs to make")
         queue = Queue(waiting, options)
@@ -387,8 +386,6 @@ def write_pack(options: argparse.Namespace) -> None:
                 member = tarfile.TarInfo(f"{run}/{file}")
                 member.size = len(content)
                 archive.addfile(member, io.BytesIO(content))
-    if new.stat().st_size > LARGEST_PACK:
-        raise SystemExit(f"{new} has {new.stat().st_size} bytes, more than {LARGEST_PACK}.")
     new.replace(options.pack)
 
 
@@ -431,15 +428,16 @@ def nodes(report: str) -> dict[str, Node]:
 
 
 def scores_of_search(results: dict, found: dict[str, Node]) -> dict[str, float]:
-    """What each search chose, by its name; and of each path of --path that is one letter repeated,
-    such as LLL, the node that the development pictures choose, and under "LLL, last" its end."""
+    """What each search chose, by its name; and of the longest path that repeats one letter, such as
+    LLL, the node that the development pictures choose, and under "LLL, last" its end."""
     chosen = {
         name: record["miou"]
         for name, record in results.items()
         if isinstance(record, dict) and "miou" in record
     }
-    for path in found:
-        if len(path) > 1 and len(set(path)) == 1:
+    for letter in "LPB":
+        path = max((path for path in found if set(path) == {letter}), key=len, default="")
+        if len(path) > 1:
             trail = [path[:length] for length in range(len(path) + 1)]
             best = max(trail, key=lambda node: found[node].dev)
             chosen[path] = found[best].val
@@ -651,7 +649,6 @@ def main() -> int:
     add("--at-most", type=int, default=1, help="how many runs at a time")
     add("--runs", type=Path, default=Path("runs/photographs"), help="where run folders lie")
     add("--pack", type=Path, default=PACK, help="the file of logs")
-    add("--again", action="store_true", help="make runs, too, that are in the file of logs")
     add("--semantic", default="datasets/camvid_half", help="pictures of the semantic scripts")
     add("--weights", default="datasets/weights", help="folder with the files of weights")
     add("--device", default="auto", help="auto, cpu, cuda")

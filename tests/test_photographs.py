@@ -317,9 +317,10 @@ REPORT = """## Searches
 | stage 0 | 40.00 | 41.00 | - |
 | L | 42.00 | 43.00 | - |
 | LL | 41.00 | 44.00 | - |
+| LP | 41.00 | 45.50 | 0.90 |
 | P | 39.00 | 38.00 | 0.90 |
 | PP | 38.00 | 37.00 | 0.90 |
-| F0.5 | 38.00 | 37.00 | 0.90 |
+| F0.5F0.5 | 38.00 | 37.00 | 0.90 |
 
 ## Paths, each at the stage that dev chooses (Table II)
 
@@ -371,7 +372,7 @@ def test_every_table_of_the_page_follows_from_the_pack():
 def test_the_pack_is_small_and_names_no_machine():
     if not photographs.PACK.is_file():
         pytest.skip("no run has been packed")
-    assert photographs.PACK.stat().st_size < photographs.LARGEST_PACK
+    assert photographs.PACK.stat().st_size < 2_000_000  # bytes
     planned = {run.name for run in photographs.plan(photographs.GROUPS)}
     for name, log in photographs.read_pack(photographs.PACK).items():
         assert name in planned
