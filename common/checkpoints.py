@@ -1,18 +1,40 @@
 """Checkpoints, atomically saved and safely loaded, and files of weights from elsewhere."""
 
+import argparse
+import collections
 import io
 import json
+import pathlib
 import pickle
+import re
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.errors import UserError
+from common.errors import UserError, one_line
 from common.files import write_bytes
 
-# Keys under which programs keep a state dict. Where they are nested, the inner ones come later.
-WRAPPERS = ("networks", "model", "state_dict", "teacher", "supervised", "student")
+# Keys under which programs keep a state dict, at any depth. Where several stand side by side, the
+# first one here is taken.
+WRAPPERS = (
+    "networks",
+    "model",
+    "model_state",
+    "model_state_dict",
+    "state_dict",
+    "teacher",
+    "supervised",
+    "student",
+    "model_ema",
+    "ema",
+    "ema_state_dict",
+    "net",
+    "network",
+    "module",
+)
 
 
 # -------------------------------------------------------------------------------------- checkpoints
@@ -31,7 +53,7 @@ def load_checkpoint(path: Path, script: str) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001 (zip, pickle, runtime errors)
         raise UserError(
-            f"{path} is not a readable checkpoint ({type(error).__name__}); "
+            f"{path} is not a readable checkpoint ({reason_of(error)}); "
             f"give another one, or train again with another --out."
         ) from None
     if not isinstance(state, dict) or "script" not in state:
@@ -76,16 +98,27 @@ def read_weights(path: Path, flag: str = "--weights") -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"{flag} {path}: no such file; give imagenet, none or a file.")
     try:
-        content = read_any(path)
+        weights = unwrapped(read_any(path))
     except Exception as error:  # noqa: BLE001 (each format has its own)
         raise UserError(
-            f"{flag} {path} cannot be read as weights ({type(error).__name__}); save it again as a "
+            f"{flag} {path} cannot be read as weights ({reason_of(error)}); save it again as a "
             f"plain state dict."
         ) from None
-    weights = unwrapped(content)
     if not weights:
-        raise UserError(f"{flag} {path} holds no tensors.")
+        raise UserError(
+            f"{flag} {path} holds no dictionary of tensors; save it again as a plain state dict."
+        )
     return weights
+
+
+def reason_of(error: Exception) -> str:
+    """Why a file of weights could not be read: what a restricted unpickler refused, without torch's
+    advice on how to read the file without restrictions."""
+    refused = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
+    if refused is not None:
+        return f"it holds an object of {refused[1]}, and may only hold tensors and plain values"
+    _, _, inner = str(error).partition("WeightsUnpickler error:")
+    return one_line(Exception(inner)) if inner.strip() else one_line(error)
 
 
 def read_any(path: Path):
@@ -97,22 +130,69 @@ def read_any(path: Path):
     if path.suffix == ".pkl":
         with open(path, "rb") as file:
             return ArraysOnly(file, encoding="latin1").load()
-    return torch.load(path, map_location="cpu", weights_only=True)
+    with torch.serialization.safe_globals(harmless_classes()):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def harmless_classes() -> list:
+    """What programs keep beside their tensors (settings, a best score as a numpy number), for
+    torch's list of what may be built. None of these does anything when it is built."""
+    array = np.zeros(1)
+    rebuild = array.__reduce__()[0]
+    number = np.float64(0).__reduce__()[0]
+    kinds = "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64".split()
+    names_of_numpy = [  # under NumPy 1 and 2
+        (function, f"numpy.{core}.multiarray.{name}")
+        for core in ("core", "_core")
+        for function, name in ((rebuild, "_reconstruct"), (number, "scalar"))
+    ]
+    return [
+        argparse.Namespace,
+        collections.defaultdict,
+        pathlib.PosixPath,
+        np.ndarray,
+        np.dtype,
+        *(type(np.dtype(kind)) for kind in kinds),
+        *names_of_numpy,
+    ]
 
 
 def unwrapped(content) -> dict[str, Tensor]:
     """The tensors of a state dict, out of the dictionaries and without the prefixes that training
-    programs wrap around it. Where there are several networks, the first name in WRAPPERS is
-    taken."""
-    for wrapper in WRAPPERS:
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
+    programs wrap around it (DDP's and torch.compile's; those of a network's part are left out by
+    `load_matching`, which knows what the network calls it)."""
+    inner = content
+    while inner is not None:
+        content = inner
+        inner = next_wrapped(content)
     if not isinstance(content, dict):
         return {}
-    weights = {k: torch.as_tensor(v) for k, v in content.items() if hasattr(v, "shape")}
+    weights = {}
+    for key, value in content.items():
+        if isinstance(key, str) and hasattr(value, "shape"):
+            weights[key.replace("_orig_mod.", "")] = torch.as_tensor(value)
     while weights and all(key.startswith("module.") for key in weights):
         weights = {key.removeprefix("module."): value for key, value in weights.items()}
     return weights
+
+
+def next_wrapped(content) -> dict | None:
+    """The dictionary with tensors that a dictionary keeps under the first name in WRAPPERS."""
+    if not isinstance(content, dict):
+        return None
+    for wrapper in WRAPPERS:
+        if holds_tensors(content.get(wrapper)):
+            return content[wrapper]
+    return None
+
+
+def holds_tensors(content, depth: int = 6) -> bool:
+    """Whether a dictionary has tensors, itself or in dictionaries within."""
+    if not isinstance(content, dict) or depth == 0:
+        return False
+    if any(hasattr(value, "shape") for value in content.values()):
+        return True
+    return any(holds_tensors(value, depth - 1) for value in content.values())
 
 
 class ArraysOnly(pickle.Unpickler):
@@ -149,10 +229,13 @@ def load_exact(network: nn.Module, weights: dict[str, Tensor], path: str) -> Non
 
 
 def load_matching(network: nn.Module, weights: dict[str, Tensor], what: str) -> list[str]:
-    """Load every tensor whose name and shape fit; return lines that report each one that did not.
+    """Load every tensor whose name and shape fit, below the prefix under which most do; return
+    lines that report each one that did not.
 
     Raises UserError when nothing fits."""
     own = network.state_dict()
+    prefix = common_prefix(weights, own)
+    weights = {key.removeprefix(prefix): value for key, value in weights.items()}
     fits = {k: v for k, v in weights.items() if k in own and own[k].shape == v.shape}
     if not any(v.dim() > 1 for v in fits.values()):
         raise UserError(
@@ -168,3 +251,19 @@ def load_matching(network: nn.Module, weights: dict[str, Tensor], what: str) -> 
         "in the file, not in the network": [k for k in weights if k not in own],
     }
     return [f"{what} ({len(keys)}): {', '.join(keys)}" for what, keys in reports.items() if keys]
+
+
+def common_prefix(weights: dict[str, Tensor], own: dict[str, Tensor]) -> str:
+    """What stands before the network's own names in a file: "backbone." where a larger network has
+    this one under that name, "" where most names are equal as they are."""
+    fits: Counter[str] = Counter({"": 0})
+    for key, value in weights.items():
+        place = 0
+        while True:
+            rest = key[place:]
+            if rest in own and own[rest].shape == value.shape:
+                fits[key[:place]] += 1
+            place = key.find(".", place) + 1
+            if place == 0:
+                break
+    return max(fits, key=lambda prefix: (fits[prefix], -len(prefix)))
