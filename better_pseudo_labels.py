@@ -102,6 +102,7 @@ from common.boxes import (
     sided,
     suppress,
 )
+from common.check import first_look, look_at_all
 from common.distributed import World, rng
 from common.errors import UserError
 from common.files import pictures, write_text
@@ -291,6 +292,8 @@ class Args:
     detections: Count = 300  # detections kept in an image, at most
     soft_nms: bool = False  # linear soft-NMS, from an overlap of 0.6
     maskness: bool = False  # multiply a score by the mean mask probability inside the mask
+    # open all files of the run, say what is wrong or odd with them, and train nothing
+    check: bool = False
     eval: str = ""  # evaluate this checkpoint, train nothing
     # a checkpoint, then images or folders: write predictions
     predict: list[str] = field(default_factory=list)
@@ -1934,9 +1937,13 @@ def train(args: Args) -> dict:
     cli.check_ranges(args)
     args = replace(args, out=str(runs.default_out(SCRIPT, args)))
     check(args, distributed.launched())
+    checkpoints.need_weights(args.weights)
     phases, out, data = plan(args), Path(args.out), find_data(args)
     trains_student = any(phase.name == "student" for phase in phases)
     chosen = choose(args, data, args.unlabeled, needed=trains_student and not args.pool)
+    if args.check:
+        return look_at_all(data, chosen.labeled, chosen.unlabeled, data.val)
+    looked = first_look(data, chosen.labeled, data.val)
     photos = divide(args, chosen.labeled)
     scored_data = instances.scored_on(data, photos.held) if args.tune else data
     resuming = runs.open_run(out, SCRIPT, args, args.resume, distributed.launched().main)
@@ -1980,7 +1987,9 @@ def train(args: Args) -> dict:
     ends = [phase.end for phase in phases]
     run = runs.Run(out, SCRIPT, args, world, step, state, facts, ends)
     networks = ", ".join(f"{phase.name} ({phase.end - phase.begin} steps)" for phase in phases)
-    run.say(f"{chosen.text}; scored on {len(scored_data.val)}; networks: {networks or 'none'}")
+    run.say(
+        f"{chosen.text}; scored on {len(scored_data.val)}; networks: {networks or 'none'}", *looked
+    )
     last, best = {}, {}
     for phase in left:
         if phase is not left[0]:

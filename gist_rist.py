@@ -103,6 +103,7 @@ from common import (
     splits,
     transforms,
 )
+from common.check import first_look, look_at_all
 from common.distributed import World, rng
 from common.errors import UserError
 from common.nodes import Nodes, Search, fingerprint
@@ -229,6 +230,8 @@ class Args:
     device: str = "auto"  # auto, cpu, cuda
     precision: Literal["fp32", "bf16"] = "fp32"  # numbers inside the networks
     compile: bool = False  # torch.compile the networks in training
+    # open all files of the run, say what is wrong or odd with them, and train nothing
+    check: bool = False
     eval: str = ""  # score this checkpoint on val, train nothing
     # checkpoint, then images or folders: write predictions
     predict: list[str] = field(default_factory=list)
@@ -1655,7 +1658,7 @@ SEARCH_ONLY = {
 BOOKKEEPING = {
     "root", "split", "split_seed", "unlabeled", "val", "out", "store", "resume", "workers",
     "device", "compile", "save_every", "log_every", "keep_nodes", "val_every_stage", "eval",
-    "predict", "report", "weights",
+    "predict", "predict_tile", "export", "report", "weights", "check",
 }  # fmt: skip
 # Settings that shape the weights of stage 0 only, and those that shape all other nodes only.
 STAGE0_ONLY = {"stage0", "stage0_steps", "gan_lr", "gan_gamma", "mix_colour", "eval_every"}
@@ -1681,6 +1684,7 @@ def set_up(args: Args) -> tuple[Tree, list[str]]:
     folder of stage 0 -> the tree, and lines to print."""
     data = find_data(args)
     tree, line = choose_pictures(args, data)
+    looked = first_look(data, tree.labeled + tree.dev, data.val)
     tree.init, notes = initial_weights(args, len(data.classes))
     if tree.world.device.type == "cpu":
         torch.set_num_threads(1)  # sums, and so weights, depend on the number of threads
@@ -1690,7 +1694,7 @@ def set_up(args: Args) -> tuple[Tree, list[str]]:
         start = hashlib.sha256(Path(args.stage0).read_bytes()).hexdigest() + start
     key = key_of(tree, REFINE_ONLY, start, args.dev_size)
     tree.store.root = Path(args.store) / f"stage0-{key}"
-    return tree, [line, *(f"weights {note}" for note in notes)]
+    return tree, [line, *looked, *(f"weights {note}" for note in notes)]
 
 
 def check(args: Args) -> None:
@@ -1713,6 +1717,9 @@ def train(args: Args) -> dict:
     """One run: stage 0, all searches, the chosen networks on val, results.json, whose contents are
     returned."""
     check(args)
+    if args.check:
+        tree, _ = choose_pictures(args, find_data(args))
+        return look_at_all(tree.data, tree.labeled + tree.dev, tree.pool, tree.data.val)
     out = runs.default_out(SCRIPT, args)
     args = replace(args, out=str(out))
     tree, lines = set_up(args)
@@ -1852,6 +1859,8 @@ def settings(
     looked at."""
     checkpoint = eval or predict or export
     if report:
+        if not Path(report, "config.json").is_file():
+            raise UserError(f"--report {report}: there is no run in this folder; name its --out.")
         checkpoint = f"{report}/best.pt"
     if checkpoint:
         return cli.saved_settings(Args, Path(checkpoint), SCRIPT)

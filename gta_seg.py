@@ -83,6 +83,7 @@ from common import (
     semantic,
     transforms,
 )
+from common.check import first_look, look_at_all
 from common.distributed import World, rng
 from common.errors import UserError
 from common.semantic import Batch, Segmentation
@@ -126,6 +127,8 @@ class Args:
     resume: bool = False  # continue the run in --out; starts afresh when there is none
     # initial weights, order of images, augmentation. The paper averages 0, 1, 2 (Sec. 4.2)
     seed: int = 0
+    # open all files of the run, say what is wrong or odd with them, and train nothing
+    check: bool = False
     eval: str = ""  # evaluate this checkpoint, train nothing
     # write predictions: a checkpoint, then images or folders
     predict: list[str] = field(default_factory=list)
@@ -941,10 +944,14 @@ def window_starts(side: int, window: int, stride: int) -> list[int]:
 def train(args: Args) -> dict:
     """Train from the start, or from the run's checkpoint, and return what results.json holds."""
     check(args, distributed.launched())
+    checkpoints.need_weights(args.weights)
     data = find_data(args)
     chosen = semantic.choose(
         data, args.split, args.split_seed, args.unlabeled, "gta_seg", args.method != "suponly"
     )
+    if args.check:
+        return look_at_all(data, chosen.labeled, chosen.unlabeled, data.val)
+    looked = first_look(data, chosen.labeled, data.val)
     epoch = epoch_steps(chosen.unlabeled or chosen.labeled, args)
     warmup = warmup_steps(chosen, args)
     args = finish_settings(args, epoch, warmup)
@@ -965,6 +972,7 @@ def train(args: Args) -> dict:
     run = runs.Run(out, SCRIPT, args, world, s.step, state, facts | found)
     run.say(
         f"{chosen.text}; scored on {len(data.val)}",
+        *looked,
         *(f"weights {note}" for note in notes),
         f"{args.method}, {args.recipe} recipe: steps {s.step} to {args.steps}, "
         f"warm-up {warmup}, {epoch} an epoch; in {out}",

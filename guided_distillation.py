@@ -92,6 +92,7 @@ from common import (
     runs,
     transforms,
 )
+from common.check import first_look, look_at_all
 from common.distributed import World, rng
 from common.errors import UserError
 from common.files import pictures, write_text
@@ -216,6 +217,8 @@ class Args:
     eval_every: Count = 5000  # steps between evaluations
     save_every: int = 0  # steps between checkpoints; 0: with every evaluation
     log_every: Count = 20  # steps between log lines
+    # open all files of the run, say what is wrong or odd with them, and train nothing
+    check: bool = False
     eval: str = ""  # evaluate this checkpoint, train nothing
     # A checkpoint, then images or folders: write what it finds in them, train nothing.
     predict: list[str] = field(default_factory=list)
@@ -1534,11 +1537,15 @@ def train(args: Args) -> dict:
     check(args, distributed.launched())
     args = replace(args, out=str(runs.default_out(SCRIPT, args)))
     out = Path(args.out)
+    checkpoints.need_weights(args.weights)
     data = find_data(args)
     with_student = args.stage != "teacher"
     chosen = instances.choose(
         data, args.split, args.split_seed, args.unlabeled, args.pool, needed=with_student
     )
+    if args.check:
+        return look_at_all(data, chosen.labeled, chosen.unlabeled, data.val)
+    looked = first_look(data, chosen.labeled, data.val)
     resuming = runs.open_run(out, SCRIPT, args, args.resume, distributed.launched().main)
     world = distributed.start(args.device)
     state = checkpoints.load_checkpoint(out / "last.pt", SCRIPT) if resuming else None
@@ -1561,6 +1568,7 @@ def train(args: Args) -> dict:
     run = runs.Run(out, SCRIPT, args, world, s.step, state, facts, ends=(border, total))
     run.say(
         f"{chosen.text}; scored on {len(data.val)}",
+        *looked,
         *(f"weights {note}" for note in notes),
         f"teacher: steps 0 to {border}; student, burn-in {args.burn_in}: steps {border} to {total}"
         f"; in {out}",

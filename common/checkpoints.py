@@ -95,8 +95,7 @@ def export(path: Path, script: str, names: tuple[str, ...]) -> None:
 def read_weights(path: Path, flag: str = "--weights") -> dict[str, Tensor]:
     """A flat dict of tensors from .pth, .pt or .bin (weights_only), .safetensors or .pkl, without
     what other programs wrap around them; UserError, which names the `flag`, when there is none."""
-    if not path.is_file():
-        raise UserError(f"{flag} {path}: no such file; give imagenet, none or a file.")
+    need_weights(str(path), flag)
     try:
         weights = unwrapped(read_any(path))
     except Exception as error:  # noqa: BLE001 (each format has its own)
@@ -109,6 +108,12 @@ def read_weights(path: Path, flag: str = "--weights") -> dict[str, Tensor]:
             f"{flag} {path} holds no dictionary of tensors; save it again as a plain state dict."
         )
     return weights
+
+
+def need_weights(weights: str, flag: str = "--weights") -> None:
+    """UserError when a flag names a file of weights that is not there; before any work."""
+    if weights not in ("imagenet", "none", "shapes") and not Path(weights).is_file():
+        raise UserError(f"{flag} {weights}: no such file; give imagenet, none or a file.")
 
 
 def reason_of(error: Exception) -> str:
@@ -170,7 +175,7 @@ def unwrapped(content) -> dict[str, Tensor]:
     weights = {}
     for key, value in content.items():
         if isinstance(key, str) and hasattr(value, "shape"):
-            weights[key.replace("_orig_mod.", "")] = torch.as_tensor(value)
+            weights[re.sub(r"(?<![^.])_orig_mod\.", "", key)] = torch.as_tensor(value)
     while weights and all(key.startswith("module.") for key in weights):
         weights = {key.removeprefix("module."): value for key, value in weights.items()}
     return weights

@@ -29,6 +29,7 @@ FREE_TO_CHANGE = {
     "log_every",
     "save_every",
     "compile",
+    "check",
     "eval",
     "predict",
 }  # settings that a resumed run may have otherwise

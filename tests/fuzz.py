@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.strategies import SearchStrategy
 
-FILES = ("test_outside_data",)  # the test files that add properties
+FILES = ("test_outside_data", "test_outside_forms")  # the test files that add properties
 
 PATIENCE = 60  # seconds after which an input counts as one that hangs
 
