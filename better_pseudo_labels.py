@@ -831,7 +831,7 @@ def pseudo_labels(
     """What the teacher finds on weak views (B, 3, S, S) uint8, and its confidences (sum N,). It
     composes `objects_found`, Eq. 5 in `pseudo_targets`, and `mask_channel`. The threshold is on
     the teacher's own scores, so that the rows of Table 1 differ in targets alone."""
-    pyramid, regions = teacher.infer(transforms.normalize(weak))
+    pyramid, regions = teacher.infer(transforms.normalize(weak), least=args.threshold)
     size = tuple(weak.shape[-2:])
     found, confidences = [], []
     for i, (boxes, probs) in enumerate(regions):
@@ -1250,12 +1250,24 @@ class CascadeHeads(nn.Module):
         loss = F.binary_cross_entropy_with_logits(logits, torch.cat(goal), reduction="none")
         return (loss.mean((1, 2)) * region_weights(object_of_box)).sum()
 
-    def scores(self, pyramid: list[Tensor], boxes: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    def scores(
+        self, pyramid: list[Tensor], boxes: list[Tensor], least: float = 0.0
+    ) -> list[tuple[Tensor, Tensor]]:
         """Of each image the boxes (R, 4) after three heads, and the confidences (R, C): the mean
-        of the heads' class probabilities, each at the boxes that it was given."""
+        of the heads' class probabilities, each at the boxes that it was given. Boxes whose best
+        confidence would stay below `least`, whatever the next heads say, are left out on the
+        way."""
         counts = [len(b) for b in boxes]
-        total = 0
-        for head, (_, weights) in zip(self.boxes, CASCADE, strict=True):
+        total = torch.zeros(())
+        for stage, (head, (_, weights)) in enumerate(zip(self.boxes, CASCADE, strict=True)):
+            heads_left = len(CASCADE) - stage
+            if heads_left < len(CASCADE) * least:  # the sum must be high by now
+                best = (total * self.learned).amax(1)
+                # A little less is required than that, because of rounding.
+                promising = best + heads_left > len(CASCADE) * least - 1e-3
+                boxes = [b[p] for b, p in zip(boxes, promising.split(counts), strict=True)]
+                total = total[promising]
+                counts = [len(b) for b in boxes]
             logits, deltas = head(roi_pool(pyramid, boxes, 7))
             total = total + logits.sigmoid()
             boxes = decode_boxes(deltas, torch.cat(boxes), weights, self.args.image_size)
@@ -1268,12 +1280,8 @@ class CascadeHeads(nn.Module):
 def targets_of_regions(matches: Tensor, objects: Objects) -> tuple[Tensor, Tensor]:
     """What the regions of an image learn, by the object that each is matched to (R,), below 0 for
     background: class scores (R, C) and boxes (R, 4), both zero on background."""
-    probs = objects.probs.new_zeros(len(matches), objects.probs.shape[1])
-    boxes = objects.boxes.new_zeros(len(matches), 4)
-    foreground = (matches >= 0).nonzero().flatten()
-    probs[foreground] = objects.probs[matches[foreground]]
-    boxes[foreground] = objects.boxes[matches[foreground]]
-    return probs, boxes
+    row = matches.clamp(min=-1)  # the last row, of zeros, is background's
+    return F.pad(objects.probs, (0, 0, 0, 1))[row], F.pad(objects.boxes, (0, 0, 0, 1))[row]
 
 
 def sigmoid_loss(logits: Tensor, probs: Tensor, taught: Tensor) -> Tensor:
@@ -1360,12 +1368,15 @@ class Detector(nn.Module):
             losses = self.rpn.losses(objectness, deltas, objects, draws)
             return losses | self.heads.losses(pyramid, proposals, objects, known, draws)
 
-    def infer(self, images: Tensor) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
-        """The pyramid, and of each image boxes (R, 4) and class scores (R, C)."""
+    def infer(
+        self, images: Tensor, least: float = 0.0
+    ) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
+        """The pyramid, and of each image boxes (R, 4) and class scores (R, C), all those at least
+        whose best score is `least` or more."""
         pyramid = self.pyramid(images)
         with torch.autocast(images.device.type, enabled=False):
             proposals = self.rpn.propose(*self.rpn(pyramid))
-            return pyramid, self.heads.scores(pyramid, proposals)
+            return pyramid, self.heads.scores(pyramid, proposals, least)
 
     # The number of boxes is another one each time: nothing for cuDNN to try out.
     @torch.backends.cudnn.flags(enabled=True, benchmark=False)
@@ -1948,6 +1959,7 @@ def train(args: Args) -> dict:
     scored_data = instances.scored_on(data, photos.held) if args.tune else data
     resuming = runs.open_run(out, SCRIPT, args, args.resume, distributed.launched().main)
     world = distributed.start(args.device)
+    distributed.warn_of_slow_bf16(args.precision, world)
     state = checkpoints.load_checkpoint(out / "last.pt", SCRIPT) if resuming else None
     step = state["step"] if state is not None else 0
     if state is None:

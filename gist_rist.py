@@ -1644,8 +1644,10 @@ def choose_pictures(args: Args, data: Segmentation) -> tuple[Tree, str]:
         f"{chosen.text}; {len(dev)} held out, {len(pool)} left to label; "
         f"{len(chosen.labeled) + args.dev_size} labels used in all; scored on {len(data.val)}"
     )
+    one_of_many = distributed.start(args.device, join=False)
+    distributed.warn_of_slow_bf16(args.precision, one_of_many)
     # Processes do not talk: each trains its nodes as if it were alone.
-    world = replace(distributed.start(args.device, join=False), rank=0, size=1)
+    world = replace(one_of_many, rank=0, size=1)
     return Tree(args, world, data, chosen.labeled, pool, dev), line
 
 

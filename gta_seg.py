@@ -958,6 +958,7 @@ def train(args: Args) -> dict:
     out = Path(args.out)
     resuming = runs.open_run(out, SCRIPT, args, args.resume, distributed.launched().main)
     world = distributed.start(args.device)
+    distributed.warn_of_slow_bf16(args.precision, world)
     s, notes = build(args, len(data.classes), world, warmup, epoch)
     state = checkpoints.load_checkpoint(out / "last.pt", SCRIPT) if resuming else None
     if state is not None:

@@ -367,20 +367,18 @@ def match_costs(
     points, so features and targets are sampled once; sampling commutes with the product over
     channels. DEPARTS[points]"""
     features = sample_points(mask_features[None], points[None])[0]  # (C, P)
-    masks = (target.masks != 0)[:, None].to(features.dtype)
-    truth = sample_points(masks, points.expand(len(masks), -1, -1))[:, 0]  # (N, P)
-    costs = []
-    for logits, embed in zip(class_logits, mask_embed, strict=True):  # one head at a time: memory
-        x = embed @ features  # (Q, P) mask logits
-        # Of every query with every target, (Q, N). Cross-entropy with the truth t at a point is
-        # -t log sigmoid(x) - (1 - t) log sigmoid(-x), which equals softplus(x) - t x.
-        l_ce = (F.softplus(x).sum(1, keepdim=True) - x @ truth.T) / len(points)
-        s = x.sigmoid_()
-        l_d = 1 - (2 * s @ truth.T + 1) / (s.sum(1, keepdim=True) + truth.sum(1) + 1)
-        # As in DETR, the class costs minus its probability, without the logarithm of the loss.
-        l_c = -logits.softmax(1)[:, target.labels]
-        costs.append(weighted_loss(l_c, l_ce, l_d, weights))
-    return torch.stack(costs)
+    masks = (target.masks != 0).to(features.dtype)
+    truth = sample_points(masks[None], points[None])[0].T  # (P, N)
+    x = mask_embed @ features  # (L, Q, P) mask logits
+    # Of every query with every target, (L, Q, N). Cross-entropy with the truth t at a point is
+    # -t log sigmoid(x) - (1 - t) log sigmoid(-x), which equals softplus(x) - t x.
+    x_of_target = mask_embed @ (features @ truth)
+    l_ce = (F.softplus(x).sum(2, keepdim=True) - x_of_target) / len(points)
+    s = x.sigmoid_()
+    l_d = 1 - (2 * (s @ truth) + 1) / (s.sum(2, keepdim=True) + truth.sum(0) + 1)
+    # As in DETR, the class costs minus its probability, without the logarithm of the loss.
+    l_c = -class_logits.softmax(2)[..., target.labels]
+    return weighted_loss(l_c, l_ce, l_d, weights)
 
 
 def assign(costs: list[Tensor]) -> tuple[list[Tensor], int]:
@@ -499,6 +497,7 @@ def criterion(
     l_ce = l_d = 0 * (heads.mask_embed.sum() + heads.mask_features.sum())
     head = torch.arange(number_of_heads, device=device)[:, None]
     wanted = []
+    features = heads.mask_features.unbind(0)
     for i, (query, target) in enumerate(zip(matches, targets, strict=True)):
         query = query.to(device, non_blocking=True)  # (L, N)
         wanted.append(wanted_classes(query, target.labels, num_queries, none))
@@ -506,7 +505,7 @@ def criterion(
             some, masks = query[:, start : start + 32], target.masks[start : start + 32]
             # A target without a query borrows query 0 here; its losses get the weight 0 below.
             embed = heads.mask_embed[head, i, some.clamp(min=0)].transpose(0, 1)  # (n, L, C)
-            logits = torch.einsum("nlc,chw->nlhw", embed, heads.mask_features[i])
+            logits = torch.einsum("nlc,chw->nlhw", embed, features[i])
             shape = (len(masks), number_of_heads)
             points = random_points((*shape, 3 * num_points), generators[i], device)
             number_more = num_points - int(0.75 * num_points)
@@ -948,14 +947,15 @@ def sine_positions(size: tuple[int, int], width: int, device: torch.device) -> T
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)
 def cell_centres(sizes: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where the cell of each token lies, x and y in 0..1, (S, 2), one level after the other; and
-    how many cells wide and high each level is, (levels, 2)."""
+    """Where the cell of each token lies, x and y in -1..1, (S, 2), one level after the other; and
+    how wide and high a cell of each level is there, (levels, 1, 1, 1, 2)."""
     parts = []
     for h, w in sizes:
-        y = (torch.arange(h, device=device) + 0.5) / h
-        x = (torch.arange(w, device=device) + 0.5) / w
+        y = (2 * torch.arange(h, device=device) + 1) / h - 1
+        x = (2 * torch.arange(w, device=device) + 1) / w - 1
         parts.append(torch.stack([x.expand(h, w), y[:, None].expand(h, w)], dim=2).flatten(0, 1))
-    return torch.cat(parts), torch.tensor([(w, h) for h, w in sizes], device=device)
+    cells = torch.tensor([(2 / w, 2 / h) for h, w in sizes], device=device)
+    return torch.cat(parts), cells[:, None, None, None]
 
 
 class DeformableAttention(nn.Module):
@@ -987,21 +987,22 @@ class DeformableAttention(nn.Module):
     def forward(self, query: Tensor, value: Tensor, sizes: tuple[tuple[int, int], ...]) -> Tensor:
         """query, value (B, S, C), of levels of these sizes -> (B, S, C)."""
         b, s, _ = query.shape
-        centres, cells = cell_centres(sizes, query.device)  # (S, 2), (levels, 2)
+        centres, cells = cell_centres(sizes, query.device)
         # Heads join the batch: n = B heads. Places come last, as grid_sample reads them.
         value = self.value_proj(value).view(b, s, HEADS, -1)
         value = value.permute(0, 2, 3, 1).flatten(0, 1).contiguous()  # (n, C / heads, S)
         offsets = self.sampling_offsets(query).view(b, s, HEADS, self.levels, self.points, 2)
         offsets = offsets.permute(3, 0, 2, 4, 1, 5).flatten(1, 2).contiguous()
+        places = torch.addcmul(centres, offsets, cells)  # (levels, n, points, S, 2) in -1..1
         weights = self.attention_weights(query).view(b, s, HEADS, -1).softmax(-1)
         weights = weights.unflatten(3, (self.levels, self.points))
         weights = weights.permute(3, 0, 2, 4, 1).flatten(1, 2).contiguous()
         values = value.split([h * w for h, w in sizes], dim=2)
-        total = 0
-        for level, size in enumerate(sizes):
-            place = centres + offsets[level] / cells[level]  # (n, points, S, 2) in 0..1
-            level_value = values[level].unflatten(2, size)
-            total = total + WeightedSamples.apply(level_value, 2 * place - 1, weights[level])
+        seen = []
+        levels = zip(values, places.unbind(0), weights.unbind(0), sizes, strict=True)
+        for value, place, weight, size in levels:
+            seen.append(WeightedSamples.apply(value.unflatten(2, size), place, weight))
+        total = seen[0] + seen[1] + seen[2]
         return self.output_proj(total.unflatten(0, (b, HEADS)).flatten(1, 2).transpose(1, 2))
 
 
@@ -1018,10 +1019,7 @@ class WeightedSamples(torch.autograd.Function):
     def forward(ctx, value: Tensor, grid: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(value, grid, weight)
         samples = F.grid_sample(value, grid, align_corners=False)  # (n, c, points, S)
-        out = samples[:, :, 0] * weight[:, None, 0]
-        for p in range(1, weight.shape[1]):
-            out.addcmul_(samples[:, :, p], weight[:, None, p])
-        return out
+        return samples.mul_(weight[:, None]).sum(2)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -1030,10 +1028,8 @@ class WeightedSamples(torch.autograd.Function):
         inputs = value.detach().requires_grad_(), grid.detach().requires_grad_()
         with torch.enable_grad():
             samples = F.grid_sample(*inputs, align_corners=False)
-        grad_weight = torch.stack([(x * grad).sum(1) for x in samples.unbind(2)], 1)
-        # The gradient of the samples is weight * grad. It may be written over the samples: their
-        # values are used up in the line above, and grid_sample's backward pass needs its inputs
-        # only, not what it gave.
+        # The samples may be written over, for grid_sample's backward pass needs its inputs only.
+        grad_weight = samples.detach().mul_(grad[:, :, None]).sum(1)
         grad_samples = torch.mul(grad[:, :, None], weight[:, None], out=samples.detach())
         grad_value, grad_grid = torch.autograd.grad(samples, inputs, grad_samples)
         return grad_value, grad_grid, grad_weight
@@ -1219,7 +1215,7 @@ class Decoder(nn.Module):
         y = self.decoder_norm(x)
         heads.append((y, self.mask_embed(y)))
         chosen = heads[-1:] if last_only else heads
-        class_logits = torch.stack([self.class_embed(y) for y, _ in chosen])
+        class_logits = self.class_embed(torch.stack([y for y, _ in chosen]))
         mask_embed = torch.stack([embed for _, embed in chosen])
         return Heads(class_logits.float(), mask_embed.float(), mask_features)
 
@@ -1548,6 +1544,7 @@ def train(args: Args) -> dict:
     looked = first_look(data, chosen.labeled, data.val)
     resuming = runs.open_run(out, SCRIPT, args, args.resume, distributed.launched().main)
     world = distributed.start(args.device)
+    distributed.warn_of_slow_bf16(args.precision, world)
     state = checkpoints.load_checkpoint(out / "last.pt", SCRIPT) if resuming else None
 
     border = args.steps if trains_teacher(args) else 0  # the teacher's stage ends here

@@ -2,7 +2,6 @@
 
 import argparse
 import collections
-import io
 import json
 import pathlib
 import pickle
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError, one_line
-from common.files import write_bytes
+from common.files import write_bytes, written
 
 # Keys under which programs keep a state dict, at any depth. Where several stand side by side, the
 # first one here is taken.
@@ -39,10 +38,22 @@ WRAPPERS = (
 
 # -------------------------------------------------------------------------------------- checkpoints
 def save_checkpoint(path: Path, script: str, state: dict) -> None:
-    """torch.save, atomically. `state` holds tensors, numbers, strings, lists and dicts only."""
-    buffer = io.BytesIO()
-    torch.save({"script": script, **state}, buffer)
-    write_bytes(path, buffer.getbuffer())
+    """torch.save, atomically, and tensor by tensor: no copy of the whole lies in memory. `state`
+    holds tensors, numbers, strings, lists and dicts only."""
+    with written(path) as file:
+        try:
+            torch.save({"script": script, **state}, file)
+        except RuntimeError as error:
+            # What the disk said, of which torch makes an error of its own.
+            raise cause_of(error, OSError) from None
+
+
+def cause_of(error: BaseException, kind: type[BaseException]) -> BaseException:
+    """The error of this kind that led to `error`, or `error` itself where there is none."""
+    earlier = error
+    while earlier is not None and not isinstance(earlier, kind):
+        earlier = earlier.__context__
+    return error if earlier is None else earlier
 
 
 def load_checkpoint(path: Path, script: str) -> dict:

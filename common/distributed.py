@@ -4,6 +4,8 @@ torchrun, too."""
 import inspect
 import os
 import re
+import sys
+import time
 import warnings
 import zlib
 from dataclasses import dataclass, replace
@@ -153,6 +155,32 @@ def join_group(device: str) -> None:
                 f"another one, for example --master_port 29501."
             ) from None
         raise
+
+
+def warn_of_slow_bf16(precision: str, world: World) -> None:
+    """Say at the start of a run that this CPU emulates bf16, which takes many times as long."""
+    if world.device.type != "cpu" or not world.main or not world.bf16(precision):
+        return
+    times_as_long = seconds_of_convolution(torch.bfloat16) / seconds_of_convolution(torch.float32)
+    if times_as_long > 3:
+        print(
+            f"This CPU emulates bf16: a convolution takes {times_as_long:.0f} times as long as in "
+            f"float32; give --precision fp32.",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def seconds_of_convolution(kind: torch.dtype) -> float:
+    """CPU seconds of a small convolution, forward and backward."""
+    image = torch.ones(2, 32, 32, 32, dtype=kind, requires_grad=True)
+    weight = torch.ones(32, 32, 3, 3, dtype=kind, requires_grad=True)
+    seconds = []
+    for _ in range(3):  # the first one is slower
+        start = time.process_time()
+        torch.conv2d(image, weight, padding=1).sum().backward()
+        seconds.append(time.process_time() - start)
+    return max(min(seconds), 1e-6)
 
 
 def stop() -> None:

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -44,19 +45,26 @@ SHORT_OF = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 # ------------------------------------------------------------------------------------------ writing
-def write_bytes(path: Path, data: bytes | memoryview) -> None:
-    """Write to a temporary file, flush it to the disk, rename it: a reader sees the old file or the
-    new one, never a part."""
+@contextlib.contextmanager
+def written(path: Path) -> Iterator[BinaryIO]:
+    """A temporary file to write to, which is then flushed to the disk and renamed: a reader sees
+    the old file or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
+    except Exception:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_bytes(path: Path, data: bytes | memoryview) -> None:
+    """Write a whole file, as `written` does."""
+    with written(path) as file:
+        file.write(data)
 
 
 def write_text(path: Path, text: str) -> None:

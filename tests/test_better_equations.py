@@ -802,7 +802,7 @@ def stub(*views: list[str], size: int = 32):
     boxes."""
     calls = []
 
-    def infer(x: Tensor, boxes=None):
+    def infer(x: Tensor, least: float = 0.0):
         calls.append(x)
         rows = [[REGIONS[name] for name in view] for view in views]
         return ["a pyramid"], [
@@ -1132,11 +1132,11 @@ def watched(s: bpl.State) -> list:
     )
     if s.teacher is not None:
         real = s.teacher.infer
-        s.teacher.infer = lambda x: (
+        s.teacher.infer = lambda x, least: (
             calls.append(
                 ("teacher", x, values(s.teacher), torch.is_grad_enabled(), s.teacher.training)
             )
-            or real(x)
+            or real(x, least)
         )
     return calls
 

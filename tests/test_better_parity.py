@@ -603,6 +603,34 @@ def test_scores_are_the_mean_of_three_sigmoids_at_successive_boxes():
     ].std() > 0.01
 
 
+@pytest.mark.parametrize("least", [0.3, 0.5, 0.55, 0.8])
+def test_boxes_that_are_left_out_on_the_way_could_not_have_been_found(least):
+    """What reaches `least` is found with the same boxes and scores, by fewer passes of the last
+    heads."""
+    heads = lively(bpl.CascadeHeads(small(image_size=512), 4)).eval()
+    heads.learned[2] = False
+    pyramid, proposals = pyramid_of(512, 8, 2), [some_boxes(60, 512, 20), some_boxes(40, 512, 20)]
+    for head in heads.boxes:  # some sure, some not
+        head.classes.weight.data.mul_(8)
+        head.classes.bias.data.zero_()
+    passed = []
+    for head in heads.boxes:
+        head.register_forward_pre_hook(lambda module, inputs: passed.append(len(inputs[0])))
+    with torch.no_grad():
+        every, some = heads.scores(pyramid, proposals), heads.scores(pyramid, proposals, least)
+    for (boxes, probs), (few_boxes, few_probs) in zip(every, some, strict=True):
+        found, again = probs.amax(1) >= least, few_probs.amax(1) >= least
+        assert found.any()
+        assert close(boxes[found], few_boxes[again], 1e-3)
+        assert close(probs[found], few_probs[again], 1e-5)
+        assert found.any() or least > 0.6
+    assert passed[:4] == [100, 100, 100, 100] and passed[5] <= passed[4]
+    if least < 2 / 3:  # two more heads could lift every box
+        assert passed[4] == 100
+    if least >= 0.8:
+        assert passed[5] < 100
+
+
 # ---------------------------------------------------------------------------------------- detection
 
 

@@ -1,7 +1,9 @@
 """Rooms of common/ that have no file of tests of their own: what they do on GPUs and with several
 processes, as far as a CPU can tell; and sentences for the user."""
 
+import contextlib
 import errno
+import io
 import multiprocessing
 import os
 import pickle
@@ -52,6 +54,27 @@ def test_auto_takes_bf16_where_the_gpu_computes_in_it(monkeypatch):
     assert not TWO_GPUS.bf16("auto") and TWO_GPUS.bf16("bf16") and not TWO_GPUS.bf16("fp32")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
     assert TWO_GPUS.bf16("auto") and not TWO_GPUS.bf16("fp32") and not World().bf16("auto")
+
+
+@pytest.mark.parametrize("factor, said", [(0.7, False), (40, True)])
+def test_a_cpu_that_emulates_bf16_is_told_of_once_with_the_way_out(
+    monkeypatch, capsys, factor, said
+):
+    seconds = {torch.float32: 0.01, torch.bfloat16: 0.01 * factor}
+    monkeypatch.setattr(distributed, "seconds_of_convolution", seconds.get)
+    for world, precision in ((World(), "fp32"), (World(), "auto"), (World(1, 2), "bf16")):
+        distributed.warn_of_slow_bf16(precision, world)
+    assert capsys.readouterr().err == ""
+    distributed.warn_of_slow_bf16("bf16", World())
+    sentence = capsys.readouterr().err
+    assert ("40 times as long" in sentence and "--precision fp32" in sentence) == said
+    assert said or not sentence
+
+
+def test_the_convolution_that_is_timed_leaves_the_random_numbers_alone():
+    before = torch.get_rng_state()
+    assert distributed.seconds_of_convolution(torch.bfloat16) > 0
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 # --------------------------------------------------------------------------------------------- runs
@@ -258,6 +281,43 @@ def test_checkpoints_of_another_version_are_named(tmp_path):
     checkpoints.save_checkpoint(tmp_path / "y.pt", "a.py", {"settings": {"seed": 3, "old_flag": 1}})
     with pytest.raises(UserError, match="old_flag"):
         cli.saved_settings(Settings, tmp_path / "y.pt", "a.py")
+
+
+class Sink(io.BytesIO):
+    """A file on a disk with so much space, which notes how much it is given at a time."""
+
+    def __init__(self, space: int):
+        super().__init__()
+        self.space, self.sizes = space, []
+
+    def write(self, data) -> int:
+        self.sizes.append(memoryview(data).nbytes)
+        if sum(self.sizes) > self.space:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(data)
+
+
+@pytest.mark.parametrize("space", [10**8, 10**6, 0])
+def test_a_checkpoint_is_written_tensor_by_tensor_and_a_full_disk_is_said(monkeypatch, space):
+    sink = Sink(space)
+    monkeypatch.setattr(checkpoints, "written", lambda path: contextlib.nullcontext(sink))
+    state = {"networks": {str(i): torch.randn(100_000) for i in range(20)}}
+    if space < 10**8:
+        with pytest.raises(OSError, match="No space left"):
+            checkpoints.save_checkpoint(Path("x.pt"), "a.py", state)
+        return
+    checkpoints.save_checkpoint(Path("x.pt"), "a.py", state)
+    assert max(sink.sizes) == 400_000  # and never all of it
+    read = torch.load(io.BytesIO(sink.getvalue()), weights_only=True)
+    assert torch.equal(read["networks"]["19"], state["networks"]["19"])
+
+
+def test_a_checkpoint_that_fails_leaves_the_old_one(tmp_path):
+    checkpoints.save_checkpoint(tmp_path / "x.pt", "a.py", {"step": 1})
+    with pytest.raises((TypeError, AttributeError)):
+        checkpoints.save_checkpoint(tmp_path / "x.pt", "a.py", {"step": lambda: 2})
+    assert checkpoints.load_checkpoint(tmp_path / "x.pt", "a.py")["step"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["x.pt"]
 
 
 # --------------------------------------------------------------------------------- copied elsewhere
