@@ -333,7 +333,7 @@ REPORT = """## Searches
 def test_a_search_is_scored_where_the_development_pictures_choose():
     log = {
         "config.json": json.dumps({"script": "gist_rist.py"}),
-        "results.json": json.dumps({"gist": {"path": "LP", "miou": 45.5}, "seed": 0}),
+        "results.json": json.dumps({"gist": {"path": "LP", "miou": 45.501}, "seed": 0}),
         "report.md": REPORT,
     }
     assert photographs.scores(log) == {
