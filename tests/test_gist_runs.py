@@ -1701,8 +1701,8 @@ def test_out_or_store_is_a_file_or_below_one(line, tmp_path, io, flag):
 def test_report_eval_and_predict_of_what_is_no_run(gta, tmp_path, io):
     (tmp_path / "empty").mkdir()
     for folder, said in (
-        (tmp_path / "empty", "no checkpoint"),
-        (tmp_path / "nowhere", "no checkpoint"),
+        (tmp_path / "empty", "there is no run"),
+        (tmp_path / "nowhere", "there is no run"),
         (gta, "gta_seg.py"),
     ):
         error = run(["--report", str(folder)], io).error()
