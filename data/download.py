@@ -479,7 +479,8 @@ def _unpack(members: list[Member], archive: Path, target: Path) -> None:
     for member in members:
         _refuse_name(member.name, archive, target)
     _check_space(target, sum(member.size for member in members), archive)
-    for member in tqdm(members, desc=f"unpacking {archive.name}", unit=" files"):
+    few = len(members) < 10
+    for member in tqdm(members, desc=f"unpacking {archive.name}", unit=" files", disable=few):
         place = target / member.name.replace("\\", "/")
         if member.is_folder:
             place.mkdir(parents=True, exist_ok=True)
