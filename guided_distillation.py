@@ -1002,7 +1002,7 @@ class DeformableAttention(nn.Module):
         levels = zip(values, places.unbind(0), weights.unbind(0), sizes, strict=True)
         for value, place, weight, size in levels:
             seen.append(WeightedSamples.apply(value.unflatten(2, size), place, weight))
-        total = seen[0] + seen[1] + seen[2]
+        total = sum(seen[1:], seen[0])
         return self.output_proj(total.unflatten(0, (b, HEADS)).flatten(1, 2).transpose(1, 2))
 
 
