@@ -81,8 +81,8 @@ from common import (
     colour,
     distributed,
     instances,
+    judge,
     loading,
-    lvis_ap,
     mask_ap,
     metrics,
     norms,
@@ -735,7 +735,7 @@ def calibrate(net: Detector, data: Instances, groups: list[str], args: Args, wor
         entries += confident_results(photo.id, data.ids, boxes, probs, args.threshold)
     photos = [photo for _, photo in mask_ap.gather(world, views)]
     truth = mask_ap.truth_of(instances.scored_on(data, photos))
-    samples = lvis_ap.samples(truth, mask_ap.gather(world, entries), "bbox", federated=data.lvis)
+    samples = judge.samples(truth, mask_ap.gather(world, entries), "bbox", federated=data.lvis)
     conf, right, labels = (
         torch.from_numpy(x) for x in (samples.conf, samples.right, samples.labels)
     )
@@ -1782,10 +1782,10 @@ def score_results(
 ) -> tuple[dict, dict]:
     """A network's record of results.json and its reliability diagram (Fig. 3), from its detections
     and from those that `confident_results` counts."""
-    average_precision = lvis_ap.lvis_ap if data.lvis else mask_ap.coco_ap
+    average_precision = judge.lvis_ap if data.lvis else judge.coco_ap
     masks = average_precision(truth, results, "segm", args.detections, groups)
     boxes = average_precision(truth, results, "bbox", args.detections, groups)
-    samples = lvis_ap.samples(truth, confident, "bbox", federated=data.lvis)
+    samples = judge.samples(truth, confident, "bbox", federated=data.lvis)
     reliability = metrics.reliability(samples, args.bins, groups)
     record = {k: v for k, v in masks.items() if k != "stats"}
     record["ece"] = reliability["ece"]

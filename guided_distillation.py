@@ -84,6 +84,7 @@ from common import (
     colour,
     distributed,
     instances,
+    judge,
     loading,
     mask_ap,
     norms,
@@ -1471,7 +1472,7 @@ def evaluate(
 ) -> tuple[dict[str, dict], dict[str, list[dict]]]:
     """Mask AP of each network in percent, and its detections in COCO's result format.
 
-    COCO's AP by pycocotools; on Cityscapes that of its benchmark, with COCO's as `coco_ap`.
+    COCO's AP; on Cityscapes that of its benchmark, with COCO's as `coco_ap`.
     DEPARTS[metric] Every image counts once on any number of processes."""
     found = {name: [] for name in networks}
     street = {}
@@ -1493,7 +1494,7 @@ def evaluate(
     scores = {name: {} for name in networks}
     if world.main:
         truth = mask_ap.truth_of(data)
-        scores = {name: mask_ap.coco_ap(truth, entries) for name, entries in results.items()}
+        scores = {name: judge.coco_ap(truth, entries) for name, entries in results.items()}
     for name, evaluator in street.items():
         scores[name] = {"coco_ap": scores[name].get("ap"), **evaluator.result(world)}
     of_main = [(0, scores)] if world.main else []

@@ -51,7 +51,6 @@ class Annotation(msgspec.Struct, gc=False):
     category_id: int | str
     segmentation: msgspec.Raw  # read after the size of the picture is known
     iscrowd: Annotated[int, msgspec.Meta(ge=0, le=1)] | bool | None = None
-    ignore: Annotated[int, msgspec.Meta(ge=0, le=1)] | bool | None = None
     area: float | None = None
     bbox: list[float] | None = None
 
@@ -231,7 +230,6 @@ def thing_of(annotation: Annotation, category: int, segmentation: list | dict) -
         bool(annotation.iscrowd),
         max(annotation.area or 0.0, 0.0),  # of some formulas it has a sign
         tuple(box) if box is not None and len(box) == 4 else None,
-        bool(annotation.ignore),
     )
 
 

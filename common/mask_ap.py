@@ -1,10 +1,8 @@
-"""Average precision of masks: COCO's, which pycocotools computes, and that of the Cityscapes
-benchmark. Any number of processes gives the same numbers.
+"""What is found and what is true, as COCO's files say it, and the average precision of masks of the
+Cityscapes benchmark. Any number of processes gives the same numbers.
 
 All numbers are in percent, and None where there is no object to find."""
 
-import contextlib
-import io
 from itertools import chain
 from typing import NamedTuple
 
@@ -81,93 +79,7 @@ def gather(world: World, items: list) -> list:
     return sorted(chain.from_iterable(parts), key=image_of)
 
 
-# --------------------------------------------------------------------------------------------- COCO
-def coco_ap(
-    data: Instances | dict,
-    results: list[dict],
-    kind: str = "segm",
-    max_dets: int = 100,
-    frequency: list[str] | None = None,
-) -> dict:
-    """COCO's AP of `results` on the scored pictures of a data set, or on the content of a COCO file
-    (see `truth_of`).
-
-    `kind` is segm or bbox. The result has ap, ap50, ap75, ap_s, ap_m, ap_l (objects under 32^2,
-    under 96^2, larger), ar100 (the recall with `max_dets` detections an image), `stats` (the twelve
-    numbers in the order of pycocotools) and `per_class` (name -> ap). With the `frequency` (r, c or
-    f) of each class by ascending id it also has their means apr, apc and apf."""
-    truth = data if isinstance(data, dict) else truth_of(data)
-    judge = judged(truth, results, kind, max_dets)
-    precision = judge.eval["precision"]  # (10 thresholds, 101 recalls, K classes, 4 sizes, 3)
-    recall = judge.eval["recall"]  # (10, K, 4, 3), the last axis being the limits of detections
-    every_size, small, medium, large = range(4)
-    stats = [
-        percent(precision[..., every_size, 2]),
-        percent(precision[0, ..., every_size, 2]),
-        percent(precision[5, ..., every_size, 2]),
-        percent(precision[..., small, 2]),
-        percent(precision[..., medium, 2]),
-        percent(precision[..., large, 2]),
-        percent(recall[..., every_size, 0]),
-        percent(recall[..., every_size, 1]),
-        percent(recall[..., every_size, 2]),
-        percent(recall[..., small, 2]),
-        percent(recall[..., medium, 2]),
-        percent(recall[..., large, 2]),
-    ]
-    score = dict(zip(("ap", "ap50", "ap75", "ap_s", "ap_m", "ap_l"), stats[:6], strict=True))
-    of_classes = precision[:, :, :, every_size, 2]
-    if frequency:
-        for group in "rcf":
-            is_member = [f == group for f in frequency]
-            score[f"ap{group}"] = percent(of_classes[:, :, is_member])
-    names = {record["id"]: record["name"] for record in truth["categories"]}
-    score[f"ar{max_dets}"] = stats[8]
-    score["stats"] = stats
-    score["per_class"] = {
-        names[category]: percent(of_classes[:, :, k])
-        for k, category in enumerate(judge.params.catIds)
-    }
-    return score
-
-
-def judged(truth: dict, results: list[dict], kind: str, max_dets: int):
-    """The COCOeval of pycocotools after its work. It prints nothing, and `truth` and `results` stay
-    as they are."""
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
-    # pycocotools takes an object of id 0 for no match, and writes into what it is given.
-    annotations = [{**a, "id": i} for i, a in enumerate(truth["annotations"], start=1)]
-    truth = {**truth, "annotations": annotations}
-    results = [dict(result) for result in results]
-    if kind != "bbox":
-        for result in results:
-            result.pop("bbox", None)  # else areas would be those of the boxes
-    with contextlib.redirect_stdout(io.StringIO()):
-        scored = COCO()
-        scored.dataset = truth
-        scored.createIndex()
-        if results:
-            found = scored.loadRes(results)
-        else:
-            found = COCO()
-            found.dataset = {**truth, "annotations": []}
-            found.createIndex()
-        judge = COCOeval(scored, found, kind)
-        judge.params.maxDets = [1, min(10, max_dets), max_dets]
-        judge.evaluate()
-        judge.accumulate()
-    return judge
-
-
-def percent(values: np.ndarray) -> float | None:
-    """100 times the mean of the values that are not -1. The evaluators write -1 where there is no
-    object to find."""
-    values = values[values > -1]
-    return 100 * float(values.mean()) if values.size else None
-
-
+# -------------------------------------------------------------------------------------------- truth
 def truth_of(data: Instances) -> dict:
     """The content of a COCO or LVIS file for the scored pictures, made of their objects, as
     training sees them; or of Cityscapes' label PNGs, in which groups are crowds. Make it once where
@@ -241,7 +153,7 @@ def annotation_of(thing: Thing, photo: Photo, category_id: int) -> dict:
             box = np.concatenate([points.min(axis=0), np.ptp(points, axis=0)]).round(2).tolist()
         else:
             box = coco_mask().toBbox(thing.segmentation).tolist()
-    annotation = {
+    return {
         "image_id": photo.id,
         "category_id": category_id,
         "segmentation": thing.segmentation,
@@ -249,9 +161,6 @@ def annotation_of(thing: Thing, photo: Photo, category_id: int) -> dict:
         "bbox": list(box),
         "iscrowd": int(thing.crowd),
     }
-    if thing.ignore:
-        annotation["ignore"] = 1
-    return annotation
 
 
 def runs_of(segmentation: list | dict, height: int, width: int) -> dict:
@@ -400,3 +309,10 @@ def area_under(scores: np.ndarray, right: np.ndarray, objects: int) -> float:
     padded = np.concatenate([recall[:1], recall, [0.0]])
     widths = np.convolve(padded, [-0.5, 0.0, 0.5], "valid")
     return float(precision @ widths)
+
+
+def percent(values: np.ndarray) -> float | None:
+    """100 times the mean of the values that are not -1. The evaluators write -1 where there is no
+    object to find."""
+    values = values[values > -1]
+    return 100 * float(values.mean()) if values.size else None

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.lvis_ap import Samples
+from common.judge import Samples
 
 
 def confusion(prediction: Tensor, label: Tensor, num_classes: int) -> Tensor:

@@ -36,15 +36,13 @@ class Thing(NamedTuple):
     `segmentation`: polygons, float64 arrays x, y, x, y, ... in pixels; or pycocotools' run lengths;
     or the object's value in a Cityscapes instanceIds PNG. All were checked when they were read
     (`common/coco.py`), so that they can be drawn in a picture of their size. A crowd is a region of
-    many objects: no target, and ignored when scoring. LVIS need not find what it says to
-    `ignore`."""
+    many objects: no target, and ignored when scoring."""
 
     category: int
     segmentation: list | dict | int
     crowd: bool
     area: float
     box: tuple[float, float, float, float] | None = None
-    ignore: bool = False
 
 
 class Photo(NamedTuple):

@@ -12,10 +12,10 @@ from helpers import TEST_DATA, Started, free_port
 from pycocotools import mask as coco_mask
 
 import better_pseudo_labels
-from common import distributed, instances, mask_ap
+from common import distributed, instances, judge, mask_ap
 from common.distributed import World
 from common.errors import RankError
-from common.lvis_ap import lvis_ap
+from common.judge import lvis_ap
 from common.objects import CITYSCAPES_THINGS, Instances, Thing, bare, masks_of, read_ids
 from data import shapes
 
@@ -201,7 +201,7 @@ def test_what_is_true_by_the_photos_is_what_the_file_says(name, drawn):
     results = moved(made)
     for what in ("segm", "bbox"):
         scores = [
-            (mask_ap.coco_ap(truth, results, what), lvis_ap(truth, results, what))
+            (judge.coco_ap(truth, results, what), lvis_ap(truth, results, what))
             for truth in (content, made)
         ]
         assert scores[0] == scores[1] and 1 < scores[0][0]["ap"] < 99
@@ -247,7 +247,7 @@ def test_the_demo_of_the_coco_api_to_the_digit(kind, capfd):
     truth = json.loads((GOLDEN / "instances_val2014_100.json").read_text())
     results = json.loads((GOLDEN / f"instances_val2014_fake{kind}100_results.json").read_text())
     before = json.dumps(truth), json.dumps(results)
-    score = mask_ap.coco_ap(truth, results, kind)
+    score = judge.coco_ap(truth, results, kind)
     assert [round(10 * x) for x in score["stats"]] == [int(x) for x in DEMO[kind].split()]
     assert [score[k] for k in ("ap", "ap50", "ap75", "ap_s", "ap_m", "ap_l")] == score["stats"][:6]
     assert score["ar100"] == score["stats"][8] and len(score["per_class"]) == 80
@@ -263,7 +263,7 @@ def test_a_toy_by_hand():
     thresholds 0.5, 0.55 and 0.6."""
     one, two = box(0, 0, 20, 20), box(30, 0, 20, 20)
     truth = toy([(4, one, False), (4, two, False)])
-    score = mask_ap.coco_ap(
+    score = judge.coco_ap(
         truth, detected((0, 0.9, one), (0, 0.8, box(0, 40, 20, 20)), (1, 0.7, two))
     )
     assert (
@@ -273,7 +273,7 @@ def test_a_toy_by_hand():
     assert score["per_class"] == {"cat": score["ap"], "dog": None} and score["ar100"] == 50
     # 400 pixels are small
     assert score["ap_s"] == score["ap"] and score["ap_m"] is None and score["ap_l"] is None
-    score = mask_ap.coco_ap(truth, detected((0, 0.9, box(0, 0, 12, 20)), (0, 0.8, two)))
+    score = judge.coco_ap(truth, detected((0, 0.9, box(0, 0, 12, 20)), (0, 0.8, two)))
     assert score["ap50"] == pytest.approx(100) and score["ap75"] == pytest.approx(
         100 * 0.5 * 51 / 101
     )
@@ -281,7 +281,7 @@ def test_a_toy_by_hand():
     assert score["ap"] == pytest.approx(100 * (3 * 1 + 7 * 0.5 * 51 / 101) / 10)
     both = detected((0, 0.9, one), (0, 0.8, two))
     for number, ar in ((1, 50), (7, 100), (300, 100)):
-        score = mask_ap.coco_ap(truth, both, max_dets=number)
+        score = judge.coco_ap(truth, both, max_dets=number)
         assert (
             score["ap"] == pytest.approx(100 * 51 / 101 if number == 1 else 100)
             and score[f"ar{number}"] == ar
@@ -292,11 +292,9 @@ def test_a_toy_by_hand():
 def test_crowds_hide_detections_and_areas_come_from_masks():
     cat, crowd = box(0, 0, 20, 20), box(20, 20, 40, 40)
     wrong = (0, 0.95, box(25, 25, 8, 8))
-    score = mask_ap.coco_ap(
-        toy([(4, cat, False), (4, crowd, True)]), detected((0, 0.9, cat), wrong)
-    )
+    score = judge.coco_ap(toy([(4, cat, False), (4, crowd, True)]), detected((0, 0.9, cat), wrong))
     assert score["ap"] == pytest.approx(100)
-    assert mask_ap.coco_ap(toy([(4, cat, False)]), detected((0, 0.9, cat), wrong))[
+    assert judge.coco_ap(toy([(4, cat, False)]), detected((0, 0.9, cat), wrong))[
         "ap"
     ] == pytest.approx(50)
     results = detected((0, 0.9, cat))
@@ -305,8 +303,8 @@ def test_crowds_hide_detections_and_areas_come_from_masks():
         r | {"bbox": [0, 0, 60, 60]} for r in detected((0, 0.9, cat), (0, 0.95, box(30, 30, 9, 9)))
     ]
     truth = toy([(4, cat, False)])
-    assert mask_ap.coco_ap(truth, large)["ap_s"] == pytest.approx(50)
-    assert mask_ap.coco_ap(truth, results, "bbox")["ap"] == pytest.approx(
+    assert judge.coco_ap(truth, large)["ap_s"] == pytest.approx(50)
+    assert judge.coco_ap(truth, results, "bbox")["ap"] == pytest.approx(
         100
     )  # else boxes of the masks
 
@@ -315,13 +313,13 @@ def test_crowds_hide_detections_and_areas_come_from_masks():
 def test_an_annotation_of_id_0_can_be_found(first):
     """pycocotools takes it for no match."""
     cat = box(0, 0, 20, 20)
-    assert mask_ap.coco_ap(toy([(4, cat, False)], first), detected((0, 0.9, cat)))[
+    assert judge.coco_ap(toy([(4, cat, False)], first), detected((0, 0.9, cat)))[
         "ap"
     ] == pytest.approx(100)
 
 
 def test_empty_results_score_0_and_absent_classes_none():
-    score = mask_ap.coco_ap(toy([(4, box(0, 0, 20, 20), False)]), [])
+    score = judge.coco_ap(toy([(4, box(0, 0, 20, 20), False)]), [])
     assert (score["ap"], score["ap50"], score["ap_s"], score["ap_l"], score["ar100"]) == (
         0,
         0,
@@ -330,20 +328,20 @@ def test_empty_results_score_0_and_absent_classes_none():
         0,
     )
     assert score["per_class"] == {"cat": 0, "dog": None}
-    score = mask_ap.coco_ap(toy([(4, box(0, 0, 20, 20), True)]), [])
+    score = judge.coco_ap(toy([(4, box(0, 0, 20, 20), True)]), [])
     assert (score["ap"], score["per_class"]) == (None, {"cat": None, "dog": None})
     empty = detected((0, 0.0, np.zeros((60, 60), bool)))
-    assert mask_ap.coco_ap(toy([(4, box(0, 0, 20, 20), False)]), empty)["ap"] == 0
+    assert judge.coco_ap(toy([(4, box(0, 0, 20, 20), False)]), empty)["ap"] == 0
 
 
 def test_perfect_results_score_100(drawn, street):
     for data in (drawn, street):
         results = perfect(data)
-        assert mask_ap.coco_ap(data, results)["ap"] == pytest.approx(100)
-        assert 5 < mask_ap.coco_ap(data, perfect(data, 4))["ap"] < 80
-        first = mask_ap.coco_ap(data, [r for r in results if r["image_id"] == data.val[0].id])["ap"]
+        assert judge.coco_ap(data, results)["ap"] == pytest.approx(100)
+        assert 5 < judge.coco_ap(data, perfect(data, 4))["ap"] < 80
+        first = judge.coco_ap(data, [r for r in results if r["image_id"] == data.val[0].id])["ap"]
         data = replace(data, val=data.val[:1])
-        part = mask_ap.coco_ap(data, [r for r in results if r["image_id"] == data.val[0].id])["ap"]
+        part = judge.coco_ap(data, [r for r in results if r["image_id"] == data.val[0].id])["ap"]
         assert part == pytest.approx(100) and first < 100, "only the pictures in `val` are scored"
 
 
@@ -354,7 +352,7 @@ def test_perfect_results_score_100(drawn, street):
 def test_perfect_results_on_real_pictures(train_json):
     data = instances.find("coco", TEST_DATA / "coco_mini", train_json=train_json)
     data.val = data.val[::5]
-    score = mask_ap.coco_ap(data, perfect(data))
+    score = judge.coco_ap(data, perfect(data))
     assert score["ap"] == pytest.approx(100) and score["ar100"] == pytest.approx(100)
 
 
@@ -375,7 +373,7 @@ def test_a_file_without_areas_crowds_or_good_polygons(drawn, tmp_path):
     )
     results = perfect(drawn, 2)
     stats = [
-        mask_ap.coco_ap(truth, results)["stats"] for truth in (data, drawn, mask_ap.truth_of(drawn))
+        judge.coco_ap(truth, results)["stats"] for truth in (data, drawn, mask_ap.truth_of(drawn))
     ]
     assert facts == other and stats[0] == stats[1] == stats[2]
 
@@ -413,10 +411,10 @@ def test_encode(kind):
 
 # --------------------------------------------------------------------------------------- Cityscapes
 def scored(*images: tuple[np.ndarray, list]) -> dict:
-    judge = mask_ap.CityscapesAP()
+    benchmark = mask_ap.CityscapesAP()
     for truth, predictions in images:
-        judge.add(truth, predictions)
-    return judge.result()
+        benchmark.add(truth, predictions)
+    return benchmark.result()
 
 
 def region(*values: tuple[int, np.ndarray]) -> np.ndarray:
@@ -675,20 +673,20 @@ def test_random_maps_against_plain_loops(seed):
 
 
 def test_a_drawn_street_found_perfectly(street):
-    judge = mask_ap.CityscapesAP()
+    benchmark = mask_ap.CityscapesAP()
     for photo in street.val:
         labels, masks, _ = masks_of(photo, street)
-        judge.add(
+        benchmark.add(
             read_ids(photo.label),
             [(int(c), 0.5, m.numpy() > 0) for c, m in zip(labels, masks, strict=True)],
         )
-    score = judge.result()
+    score = benchmark.result()
     assert (
         score["ap"] == pytest.approx(100)
         and len([x for x in score["per_class"].values() if x is not None]) >= 4
     )
     with pytest.raises(RankError, match="70x50 pixels is scored on a label of 60x60"):
-        judge.add(region(), [(CAR, 0.5, np.ones((50, 70), bool))])
+        benchmark.add(region(), [(CAR, 0.5, np.ones((50, 70), bool))])
 
 
 # ---------------------------------------------------------------------------------------- processes
@@ -697,7 +695,7 @@ def evaluate(root: Path, out: Path) -> None:
     JSON."""
     world = distributed.start("cpu")
     data = instances.find("cityscapes", root)
-    judge, results = mask_ap.CityscapesAP(), []
+    benchmark, results = mask_ap.CityscapesAP(), []
     for index, image in instances.score_loader(data.val, world, 0):
         photo, g = data.val[index], np.random.default_rng(index)
         labels, masks, _ = masks_of(photo, data)
@@ -706,7 +704,7 @@ def evaluate(root: Path, out: Path) -> None:
         scores = torch.from_numpy(g.integers(1, 4, len(labels)) / 4)
         assert image.shape[-2:] == masks.shape[-2:]
         results += mask_ap.results_of(photo.id, data.ids, labels, scores, masks)
-        judge.add(
+        benchmark.add(
             read_ids(photo.label),
             list(zip(labels.tolist(), scores.tolist(), masks.numpy() > 0, strict=True)),
         )
@@ -714,8 +712,8 @@ def evaluate(root: Path, out: Path) -> None:
     ranks = mask_ap.gather(world, [(world.rank, "x")])
     record = {
         "results": results,
-        "coco": mask_ap.coco_ap(data, results),
-        "street": judge.result(world),
+        "coco": judge.coco_ap(data, results),
+        "street": benchmark.result(world),
         "ranks": ranks,
     }
     (out / f"{world.size}-{world.rank}.json").write_text(json.dumps(record))

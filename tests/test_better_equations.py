@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 import better_pseudo_labels as bpl
 from better_pseudo_labels import Args, Classes, Objects
-from common import checkpoints, colour, distributed, instances, lvis_ap, mask_ap, metrics, plots
+from common import checkpoints, colour, distributed, instances, judge, mask_ap, metrics, plots
 from common.boxes import boxes_of
 from common.distributed import World
 from common.errors import UserError
@@ -1682,7 +1682,7 @@ def test_detections_that_are_counted():
             (p,) = (p for b, p in FOUND.values() if b == pytest.approx([x0, y0, x0 + w, y0 + h]))
             assert p.index(max(p)) == k and e["score"] == pytest.approx(max(p))
             assert e["image_id"] == 7
-        got = lvis_ap.samples(truth, entries, "bbox", federated=data.lvis)
+        got = judge.samples(truth, entries, "bbox", federated=data.lvis)
         return [(k, round(p, 4), r) for k, p, r in zip(*map(np.ndarray.tolist, got), strict=True)]
 
     want = [(0, 0.9, True), (0, 0.6, False), (1, 0.7, True), (2, 0.5, False)]
@@ -1771,7 +1771,7 @@ def test_delta_is_measured_on_weak_views(kappa, monkeypatch):
     assert got["delta"] == pytest.approx(want, abs=1e-6)
     assert got["classes"] == NAMES[:4] and got["images"] == 1
     conf, right = np.array([0.9, 0.6, 0.75, 0.55, 0.8]), np.array([1, 1, 1, 0, 0], bool)
-    samples_ = lvis_ap.Samples(np.array([0, 0, 1, 1, 2]), conf, right)
+    samples_ = judge.Samples(np.array([0, 0, 1, 1, 2]), conf, right)
     diagram = metrics.reliability(samples_, 5, data.frequency)
     assert got["reliability"]["ece"] == pytest.approx(diagram["ece"], abs=1e-6)
     assert [b["n"] for b in got["reliability"]["bins"]] == [b["n"] for b in diagram["bins"]]

@@ -37,7 +37,7 @@ from pycocotools import mask as coco_mask
 
 import better_pseudo_labels as bp
 from common import files as common_files
-from common import instances, lvis_ap, plots, runs
+from common import instances, judge, plots, runs
 from common.distributed import World
 from common.objects import masks_of, singles
 from data import shapes
@@ -849,8 +849,8 @@ def die(at: int | str) -> None:
 
 def graded() -> None:
     """AP is a hash of the detections, another one in each evaluation."""
-    real = lvis_ap.lvis_ap
-    lvis_ap.lvis_ap = lambda truth, found, *more: (
+    real = judge.lvis_ap
+    judge.lvis_ap = lambda truth, found, *more: (
         real(truth, found, *more) | {"ap": zlib.crc32(repr(found).encode()) % 9999 / 99}
     )
 
@@ -1284,7 +1284,7 @@ def test_eval_gives_the_runs_own_results(finished, typed, tail, tmp_path, name, 
             assert record == read[network][which]
         assert record["box_ap"] > 1 and f"{network}: ap {record['ap']:.2f}" in said
         found = json.loads((run / f"{name}.pt.{network}.segm.json").read_text())
-        again = lvis_ap.lvis_ap(
+        again = judge.lvis_ap(
             json.loads(part(tail, "val").read_text()),
             found,
             "segm",
@@ -1579,10 +1579,10 @@ def test_crowd_does_not_count_as_an_object_when_a_class_is_measured(trained, tai
     ]
     data = instances.scored_on(data, photos)
     args = bp.preset("lvis", image_size=64, workers=0, shrink=1.0)
-    samples = lvis_ap.Samples(
+    samples = judge.Samples(
         np.array([0] * 9 + [1]), np.array([0.9] * 9 + [0.5]), np.array([False] * 9 + [True])
     )
-    monkeypatch.setattr(lvis_ap, "samples", lambda *_, **__: samples)
+    monkeypatch.setattr(judge, "samples", lambda *_, **__: samples)
     nothing = SimpleNamespace(infer=lambda x: ([], [(torch.zeros(0, 4), torch.zeros(0, 12))]))
     delta = bp.calibrate(nothing, data, ["r"] + ["f"] * 11, args, World())["delta"]
     assert delta[0] > 0.1, "nine wrong detections of a class without an object decide its Delta"

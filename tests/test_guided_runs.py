@@ -427,8 +427,8 @@ def die(at: int | str | tuple) -> None:
 def graded() -> None:
     """AP is a hash of the detections, another one in each evaluation: a fresh network's own is
     0."""
-    real = gd.mask_ap.coco_ap
-    gd.mask_ap.coco_ap = lambda truth, found: (
+    real = gd.judge.coco_ap
+    gd.judge.coco_ap = lambda truth, found: (
         real(truth, found) | {"ap": zlib.crc32(repr(found).encode()) % 9999 / 99}
     )
 

@@ -190,7 +190,16 @@ def test_a_script_with_common_beside_it_trains(name, alone, folder_root, tmp_pat
 
 # ----------------------------------------------------------------------------------- loaded lazily
 # Each takes as long to import as torch itself, or loads what does (torchvision loads dynamo).
-LATER = {"torch._dynamo", "torchvision", "timm", "matplotlib", "faiss", "scipy", "pycocotools"}
+LATER = {
+    "torch._dynamo",
+    "torchvision",
+    "timm",
+    "matplotlib",
+    "faiss",
+    "scipy",
+    "pycocotools",
+    "hotcoco",
+}
 
 
 def loaded(line: list[str], folder: Path) -> set[str]:

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from common import metrics, plots, runs
-from common.lvis_ap import Samples
+from common.judge import Samples
 from common.metrics import ece, reliability
 
 

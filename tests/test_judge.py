@@ -1,25 +1,33 @@
-"""LVIS's average precision against the lvis package, on drawn, real and random results, and against
-values by hand."""
+"""The judge of COCO's and LVIS's average precision against pycocotools and the lvis package, to the
+bit, on golden, real, drawn and random results, and against values by hand; and the samples of a
+calibration error against plain loops."""
 
 import copy
 import json
-import time
-import tracemalloc
+import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
+import hotcoco
 import numpy as np
 import pytest
-from bench_lvis import drawn, loaded, of_kind, package
+from bench_evaluation import of_kind, of_lvis, of_pycocotools
 from helpers import TEST_DATA
 from instance_runs import LVIS_SCORES
+from lvis import LVISEval
 from pycocotools import mask as coco_mask
+from pycocotools.cocoeval import COCOeval
 
-from common import instances, mask_ap
+from common import instances, judge, mask_ap
 from common.distributed import World
-from common.lvis_ap import Samples, lvis_ap, samples
+from common.errors import UserError
+from common.judge import Samples, coco_ap, lvis_ap, samples
 from common.objects import Instances
 from data import shapes
+
+GOLDEN = TEST_DATA / "coco_eval_golden"
 
 REAL = {
     "coco_mini": "coco_mini/annotations/lvis_val.json",
@@ -38,12 +46,23 @@ def drawn_set(tmp_path_factory) -> Instances:
     )
 
 
+def by_the_record(function, *args) -> dict:
+    """What it gives where hotcoco is not installed."""
+    with mock.patch.dict(sys.modules, {"hotcoco": None}):
+        return function(*args)
+
+
 def same(truth: dict, results: list[dict], kind: str, max_dets: int = 300) -> dict:
-    """Our score, which must be the package's: 13 numbers and the AP of each class."""
+    """Our score, which must be that of the lvis package to the bit, also where it is the judge: 13
+    numbers and the AP of each class."""
     ours = lvis_ap(truth, results, kind, max_dets)
-    stats, per_class = package(loaded(truth), [dict(r) for r in results], kind, max_dets)
-    assert ours["stats"] == pytest.approx(stats, abs=1e-9)
-    assert ours["per_class"] == pytest.approx(per_class, abs=1e-9)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "truth.json"
+        path.write_text(json.dumps(truth))
+        stats, per_class = of_lvis(path, [dict(r) for r in results], kind, max_dets)
+    assert ours["stats"] == stats
+    assert ours["per_class"] == per_class
+    assert by_the_record(lvis_ap, truth, results, kind, max_dets) == ours
     return ours
 
 
@@ -154,13 +173,10 @@ def test_drawn_annotations(drawn_set, kind):
         )
 
 
-@pytest.mark.parametrize("seed", range(12))
-@pytest.mark.parametrize("kind", ["segm", "bbox"])
-def test_random_rectangles(kind, seed):
-    """On a coarse grid, so that scores, overlaps and the limits of sizes are often equal: objects
-    to ignore and without area, empty detections, classes that the file does not list, ids in no
-    order, more detections than count."""
-    g = np.random.default_rng(seed)
+def random_rectangles(kind: str, g: np.random.Generator) -> tuple[dict, list[dict]]:
+    """Truth and results on a coarse grid, so that scores, overlaps and the limits of sizes are
+    often equal: objects without area, empty detections, classes that the file does not list, ids
+    in no order and with gaps, more detections than count."""
     ids, images = g.permutation([2, 3, 5, 8, 13]).tolist(), []
     for number in g.permutation(20)[:7].tolist():
         negative = g.permutation([*ids, 99])[:3].tolist()
@@ -190,7 +206,6 @@ def test_random_rectangles(kind, seed):
             "bbox": b,
             "segmentation": [rectangle(*b)],
             "area": float(g.choice([0, 1, 1, 1, 1]) * b[2] * b[3]),
-            **({"ignore": int(g.integers(2))} if i % 5 == 0 else {}),
         }
         for i, b in enumerate(boxes)
     ]
@@ -225,6 +240,13 @@ def test_random_rectangles(kind, seed):
             results[-1]["segmentation"] = (
                 {**runs, "counts": runs["counts"].decode()} if g.random() < 0.5 else runs
             )
+    return truth, results
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("kind", ["segm", "bbox"])
+def test_random_rectangles(kind, seed):
+    truth, results = random_rectangles(kind, np.random.default_rng(seed))
     before = copy.deepcopy((truth, results))
     lvis_ap(truth, results, kind)
     assert (truth, results) == before, "what it was given has changed"
@@ -234,6 +256,74 @@ def test_random_rectangles(kind, seed):
     assert lvis_ap(truth, results, kind, 40) != lvis_ap(truth, results, kind)
     if kind == "segm":  # boxes and areas of masks
         same(truth, results, "bbox")
+
+
+# --------------------------------------------------------------------------------------------- COCO
+def same_of_coco(truth: dict, results: list[dict], kind: str) -> dict:
+    """Our score, which must be that of pycocotools to the bit, also where it is the judge and for
+    other numbers of detections."""
+    score = coco_ap(truth, results, kind)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "truth.json"
+        path.write_text(json.dumps(truth))
+        stats, per_class = of_pycocotools(path, of_kind(results, kind), kind)
+    assert score["stats"] == stats
+    assert score["per_class"] == per_class
+    groups = ["rcf"[k % 3] for k in range(len(truth["categories"]))]
+    for max_dets in (100, 7, 1, 300):
+        given = (truth, results, kind, max_dets, groups)
+        assert coco_ap(*given) == by_the_record(coco_ap, *given)
+    return score
+
+
+@pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no reference results in {GOLDEN}")
+@pytest.mark.parametrize("kind", ["segm", "bbox"])
+def test_coco_on_the_demo_of_its_api(kind, capfd):
+    truth = json.loads((GOLDEN / "instances_val2014_100.json").read_text())
+    results = json.loads((GOLDEN / f"instances_val2014_fake{kind}100_results.json").read_text())
+    assert 10 < same_of_coco(truth, results, kind)["ap"] < 90
+    assert capfd.readouterr() == ("", ""), "nobody speaks"
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("kind", ["segm", "bbox"])
+def test_coco_on_random_rectangles_and_crowds(kind, seed):
+    g = np.random.default_rng(seed)
+    truth, results = random_rectangles(kind, g)
+    for annotation in truth["annotations"]:
+        annotation["iscrowd"] = int(g.random() < 0.2)
+        annotation["ignore"] = int(g.random() < 0.2)  # means nothing
+    score = same_of_coco(truth, results, kind)
+    assert 0 < score["ap"] < 90
+    assert coco_ap(truth, results, kind, 7) != coco_ap(truth, results, kind, 100)
+
+
+def test_coco_without_results_or_objects():
+    truth, results = random_rectangles("bbox", np.random.default_rng(0))
+    for annotation in truth["annotations"]:
+        annotation["iscrowd"] = 0
+    crowds = [{**annotation, "iscrowd": 1} for annotation in truth["annotations"]]
+    for objects in (truth["annotations"], crowds, []):
+        content = {**truth, "annotations": objects}
+        for given in ([], results):
+            score = coco_ap(content, given, "bbox")
+            assert score == by_the_record(coco_ap, content, given, "bbox")
+            assert (score["ap"] is None) == (objects is not truth["annotations"])
+
+
+def test_who_judges():
+    given = judge.numbered(*random_rectangles("bbox", np.random.default_rng(0)), "bbox")
+    for evaluator, limit in ((judge.coco_evaluator, [300]), (judge.lvis_evaluator, 300)):
+        assert isinstance(evaluator(*given, "bbox", limit), hotcoco.COCOeval)
+        record = by_the_record(evaluator, *given, "bbox", limit)
+        assert isinstance(record, (COCOeval, LVISEval))
+
+
+def test_lvis_without_any_judge():
+    """It is said in a sentence."""
+    with mock.patch.dict(sys.modules, {"hotcoco": None, "lvis": None}):
+        with pytest.raises(UserError, match="pip install hotcoco"):
+            lvis_ap(toy(([1], [], [])), [])
 
 
 # ------------------------------------------------------------------------------------------ by hand
@@ -355,8 +445,8 @@ def test_no_results_no_objects_only_absent_classes():
     assert lvis_ap(toy(([1], [], [])), found((10, 1, 0.9, 0)))["ap"] == pytest.approx(100), (
         "an object of id 0"
     )
-    with pytest.raises(AssertionError):
-        lvis_ap(truth, found((12, 1, 0.9, 0)))
+    with pytest.raises(KeyError):
+        lvis_ap(toy(([1], [], [])), found((12, 1, 0.9, 0)))
 
 
 # ------------------------------------------------------------------------------------------ samples
@@ -408,11 +498,10 @@ def dumb(
                     both = shared(r, a)
                     ratio = both / (area(r) + area(a) - both)
                     if ratio >= overlap:
-                        near.append((not a.get("ignore"), ratio, turn))
+                        near.append((ratio, turn))
                 if near:
-                    taken = free.pop(max(near)[2])
-                    if not taken.get("ignore"):
-                        found.append((place, r["score"], True))
+                    free.pop(max(near)[1])
+                    found.append((place, r["score"], True))
                 elif not (
                     c in image.get("not_exhaustive_category_ids", ())
                     or any(a.get("iscrowd") and shared(r, a) / area(r) >= overlap for a in true)
@@ -461,7 +550,6 @@ def test_samples_of_random_rectangles(kind, seed):
             "segmentation": [rectangle(*b)],
             "area": float(g.choice([0, 1, 1, 1]) * b[2] * b[3]),
             "iscrowd": int(g.random() < 0.15),
-            "ignore": int(g.random() < 0.15),
         }
         for i, b in enumerate(boxes)
     ]
@@ -494,6 +582,8 @@ def test_samples_of_random_rectangles(kind, seed):
     ):
         found = as_list(samples(truth, results, kind, overlap, max_dets, federated))
         assert found == dumb(truth, results, kind, overlap, max_dets, federated)
+        given = (truth, results, kind, overlap, max_dets, federated)
+        assert as_list(by_the_record(samples, *given)) == found
         assert {True, False} == {right for *_, right in found}
         seen.add(json.dumps(found))
     assert len(seen) == 5, "overlap, number and federation make a difference"
@@ -608,19 +698,16 @@ def test_samples_by_hand():
             samples(truth, results, overlap=wrong)
 
 
-def test_areas_of_masks_and_uncompressed_runs():
+def test_masks_have_their_own_areas():
+    """Boxes beside them would be out of range for the package, so not wrong."""
     truth = toy(([1], [], []))
-    results = found((10, 1, 0.9, 90), (10, 1, 0.5, 0))
-    assert lvis_ap(truth, results)["ap_s"] == pytest.approx(50)
-    # out of range for the package, so not wrong
-    large = [r | {"bbox": [0, 0, 60, 60]} for r in results]
-    assert lvis_ap(truth, large)["ap_s"] == pytest.approx(50)
     truth["annotations"][0]["id"] = 1
-    assert package(loaded(truth), large, "segm")[0][3] == pytest.approx(100)
-    runs = {"size": [60, 240], "counts": [0, *[20, 40] * 19, 20, 60 * 220 + 40]}
-    truth["annotations"][0] |= {"segmentation": runs, "bbox": None}
-    assert lvis_ap(truth, results) == lvis_ap(toy(([1], [], [])), results)
-    assert lvis_ap(truth, results, "bbox") == lvis_ap(toy(([1], [], [])), results, "bbox")
+    results = found((10, 1, 0.9, 90), (10, 1, 0.5, 0))
+    assert same(truth, results, "segm")["ap_s"] == pytest.approx(50)
+    large = [r | {"bbox": [0, 0, 60, 60]} for r in results]
+    assert lvis_ap(truth, large) == lvis_ap(truth, results)
+    assert by_the_record(lvis_ap, truth, large) == lvis_ap(truth, results)
+    assert lvis_ap(truth, results, "bbox")["ap"] == pytest.approx(50)  # boxes of the masks
 
 
 def test_groups_of_classes(drawn_set):
@@ -660,37 +747,3 @@ def test_gathered_results_score_as_one(drawn_set):
     score = lvis_ap(drawn_set, results)
     assert lvis_ap(drawn_set, mask_ap.gather(World(), parts[0] + parts[1])) == score
     assert lvis_ap(drawn_set, parts[1] + parts[0]) == score, "the order of images does not matter"
-
-
-# --------------------------------------------------------------------------------------------- cost
-def test_time_and_memory():
-    """Loosely, on a small set; for a large one see bench_lvis.py."""
-
-    def both(*sizes: int) -> tuple:
-        truth, results = drawn(*sizes)
-        judge, given = loaded(truth), of_kind(results, "segm")
-        return lambda: package(judge, given, "segm")[0], lambda: lvis_ap(truth, results)["stats"]
-
-    def seconds(function) -> tuple[float, list]:
-        start = time.process_time()
-        stats = function()
-        return time.process_time() - start, stats
-
-    def peak(function) -> int:
-        tracemalloc.start()
-        function()
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        return peak
-
-    (theirs, expected), (ours, stats) = map(seconds, both(120, 400, 100))
-    assert stats == pytest.approx(expected, abs=1e-9) and theirs > 3 * ours, (
-        f"{theirs:.2f} s, {ours:.2f} s"
-    )
-    theirs, ours = map(peak, both(30, 300, 60))
-    assert theirs > 3 * ours, f"{theirs / 2**20:.1f} MiB, {ours / 2**20:.1f} MiB"
-
-
-def test_the_package_is_for_tests_alone():
-    source = (Path(__file__).parent.parent / "common" / "lvis_ap.py").read_text()
-    assert "import lvis" not in source and "from lvis" not in source and not hasattr(np, "float")

@@ -1,15 +1,18 @@
-"""What LVIS's average precision costs here and in the lvis package, on the same drawn results, as
-ratios: `make bench`.
+"""What COCO's and LVIS's average precision cost here and in the packages that are their record,
+pycocotools and lvis, on the same drawn results, as ratios: `make bench`.
 
-Both get the truth in memory, and each runs in a process of its own, one after the other. The time
-is that of the CPU, and the memory is the peak of the resident set above what it was before (Linux;
-see `peak` of bench_guided.py)."""
+Both read the truth from a JSON file and get the results as the scripts have them, in memory. Each
+runs in a process of its own, one after the other. The time is that of the CPU, loading included,
+and the memory is the peak of the resident set above what it was before (Linux; see `peak` of
+bench_guided.py)."""
 
-import copy
+import contextlib
 import ctypes
 import gc
+import io
 import json
 import logging
+import os
 import subprocess
 import sys
 import tempfile
@@ -21,7 +24,7 @@ from unittest import mock
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from common.lvis_ap import lvis_ap
+from common.judge import coco_ap, lvis_ap
 
 HEIGHT, WIDTH = 480, 640
 
@@ -74,6 +77,7 @@ def drawn(images: int, classes: int, detections: int, seed: int = 0) -> tuple[di
                         "segmentation": [forms[form].round(2).tolist()],
                         "area": float(areas[form][0]),
                         "bbox": boxes[form][0].tolist(),
+                        "iscrowd": 0,
                     }
                 )
         hits = [mine[j] for j in g.permutation(len(mine)).repeat(g.integers(0, 4, len(mine)))][
@@ -117,89 +121,124 @@ def of_kind(results: list[dict], kind: str) -> list[dict]:
     ]
 
 
-def loaded(truth: dict):
-    """The package's object of a file with this content."""
-    from lvis import LVIS
+def of_pycocotools(path: Path, results: list[dict], kind: str) -> tuple[list, dict]:
+    """Its twelve numbers and the AP of each class (name ->) in percent, None where it says -1, of
+    the truth in a file."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(path))
+        judge = COCOeval(truth, truth.loadRes(results), kind)
+        judge.evaluate()
+        judge.accumulate()
+        judge.summarize()
+    names = [truth.cats[number]["name"] for number in judge.params.catIds]
+    precision = judge.eval["precision"][..., 0, 2]  # (10, 101, K)
+    return in_percent(judge.stats), of_classes(precision, names)
+
+
+def of_lvis(path: Path, results: list[dict], kind: str, max_dets: int = 300) -> tuple[list, dict]:
+    """The 13 numbers of the lvis package and the AP of each class. It writes into the results;
+    np.float, which numpy has no more, is there while it runs."""
+    from lvis import LVIS, LVISEval, LVISResults
 
     logging.disable(logging.WARNING)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "truth.json"
-        path.write_text(json.dumps(truth))
-        return LVIS(str(path))
-
-
-def package(truth, results: list[dict], kind: str, max_dets: int = 300) -> tuple[list, dict]:
-    """The package's 13 numbers and the AP of each class (name ->) in percent, None where it says
-    -1. It writes into the results; np.float, which numpy has no more, is there while it runs."""
-    from lvis import LVISEval, LVISResults
-
     with mock.patch.object(np, "float", float, create=True), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # it logs with `warn`
+        truth = LVIS(str(path))
         judge = LVISEval(truth, LVISResults(truth, results, max_dets=max_dets), kind)
         judge.params.max_dets = max_dets
         judge.run()
-    stats = [None if x == -1 else 100 * float(x) for x in judge.get_results().values()]
+    names = [truth.cats[number]["name"] for number in judge.params.cat_ids]
     precision = judge.eval["precision"][..., 0]  # (10, 101, K)
-    names = {c["id"]: c["name"] for c in truth.dataset["categories"]}
-    return stats, {
-        names[c]: None if precision[0, 0, k] == -1 else 100 * float(precision[:, :, k].mean())
-        for k, c in enumerate(judge.params.cat_ids)
-    }
+    return in_percent(judge.get_results().values()), of_classes(precision, names)
 
 
-def measure(which: str, kind: str, *sizes: int) -> dict:
-    """In a process of its own: seconds, GiB above what was taken before, and the 13 numbers."""
+def in_percent(numbers) -> list[float | None]:
+    return [None if x == -1 else 100 * float(x) for x in numbers]
+
+
+def of_classes(precision: np.ndarray, names: list[str]) -> dict[str, float | None]:
+    """Name -> AP in percent, from precision (10, 101, K)."""
+    score = {}
+    for k, name in enumerate(names):
+        values = precision[:, :, k].ravel()
+        score[name] = None if values[0] == -1 else 100 * float(values.mean())
+    return score
+
+
+RECORD = {"coco": of_pycocotools, "lvis": of_lvis}
+OURS = {"coco": coco_ap, "lvis": lvis_ap}
+
+
+def measure(which: str, task: str, kind: str, *sizes: int) -> dict:
+    """In a process of its own: seconds, GiB above what was taken before, and all numbers."""
 
     def status(key: str) -> int:
         text = Path("/proc/self/status").read_text()
         return int(next(line for line in text.splitlines() if line.startswith(key)).split()[1])
 
-    truth, results = drawn(*sizes)
-    results = of_kind(results, kind)
-    small, few = drawn(2, 30, 5)
-    if which == "package":
-        # what is imported on first use
-        package(loaded(copy.deepcopy(small)), of_kind(few, kind), kind)
-        truth = loaded(truth)
-    else:
-        lvis_ap(small, of_kind(few, kind), kind)
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before, start = status("VmRSS"), time.process_time()
-    if which == "package":
-        stats = package(truth, results, kind)[0]
-    else:
-        stats = lvis_ap(truth, results, kind)["stats"]
+    def scores(path: Path, results: list[dict]) -> tuple[list, dict]:
+        if which == "record":
+            return RECORD[task](path, results, kind)
+        score = OURS[task](json.loads(path.read_text()), results, kind)
+        return score["stats"], score["per_class"]
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "truth.json"
+        truth, results = drawn(2, 30, 5)
+        path.write_text(json.dumps(truth))
+        scores(path, of_kind(results, kind))  # what is imported on first use
+        truth, results = drawn(*sizes)
+        path.write_text(json.dumps(truth))
+        results = of_kind(results, kind)
+        del truth
+        gc.collect()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before, start = status("VmRSS"), time.process_time()
+        numbers = scores(path, results)
     return {
         "seconds": time.process_time() - start,
         "memory": (status("VmHWM") - before) / 2**20,
-        "stats": stats,
+        "numbers": numbers,
     }
 
 
-def main(*sizes: int) -> None:
-    print(f"{sizes[0]} images, {sizes[1]} classes, {sizes[2]} detections an image")
-    for kind in ("segm", "bbox"):
-        measured = {}
-        for which in ("package", "ours"):
-            command = [sys.executable, __file__, which, kind, *map(str, sizes)]
-            done = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE)
-            measured[which] = json.loads(done.stdout.splitlines()[-1])
-        theirs, ours = measured["package"], measured["ours"]
-        pairs = zip(theirs["stats"], ours["stats"], strict=True)
-        apart = max((abs(a - b) for a, b in pairs if a is not None), default=0)
-        print(
-            f"{kind}: lvis {theirs['seconds']:.1f} s, ours {ours['seconds']:.1f} s, ratio "
-            f"{theirs['seconds'] / ours['seconds']:.1f}; extra memory lvis "
-            f"{theirs['memory']:.2f} GiB, ours {ours['memory']:.3f} GiB, ratio "
-            f"{ours['memory'] / theirs['memory']:.3f}; AP {ours['stats'][0]:.3f}, largest "
-            f"difference of the 13 numbers {apart:.1g}"
+def compare(task: str, kind: str, *sizes: int) -> None:
+    """One line of the report. What takes a second is measured before and after what takes a
+    minute."""
+    measured = {"record": [], "ours": []}
+    environment = {**os.environ, "RAYON_NUM_THREADS": "1"}  # hotcoco's threads
+    for which in ("ours", "record", "ours", "ours"):
+        command = [sys.executable, "-m", "tests.bench_evaluation", which, task, kind]
+        command += map(str, sizes)
+        done = subprocess.run(
+            command, check=True, text=True, stdout=subprocess.PIPE, env=environment
         )
+        measured[which].append(json.loads(done.stdout.splitlines()[-1]))
+    theirs = measured["record"][0]
+    ours = sorted(measured["ours"], key=lambda run: run["seconds"])[1]  # the median
+    images, classes, detections = sizes
+    equal = "equal to the bit" if theirs["numbers"] == ours["numbers"] else "NOT EQUAL"
+    print(
+        f"{task} {kind}, {images} images x {detections} of {classes} classes: record "
+        f"{theirs['seconds']:.1f} s, ours {ours['seconds']:.2f} s, ratio "
+        f"{theirs['seconds'] / ours['seconds']:.1f}; peak memory {theirs['memory']:.2f} and "
+        f"{ours['memory']:.2f} GiB; AP {ours['numbers'][0][0]:.3f}, all numbers {equal}",
+        flush=True,
+    )
+
+
+def main(images: int) -> None:
+    compare("coco", "segm", images, 80, 100)
+    compare("lvis", "segm", images, 1200, 300)
+    compare("lvis", "bbox", images, 1200, 300)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] in (["package"], ["ours"]):
-        print(json.dumps(measure(*sys.argv[1:3], *map(int, sys.argv[3:]))))
+    if sys.argv[1:2] in (["record"], ["ours"]):
+        print(json.dumps(measure(*sys.argv[1:4], *map(int, sys.argv[4:]))))
     else:
-        main(*(map(int, sys.argv[1:]) if sys.argv[1:] else (2000, 1200, 300)))
+        main(int(sys.argv[1]) if sys.argv[1:] else 600)
