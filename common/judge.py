@@ -145,7 +145,8 @@ def numbered(truth: dict, results: list[dict], kind: str) -> tuple[dict, list[di
     look at: a bbox beside a mask would give the detection its area.
 
     Images, classes and annotations are numbered anew from 1 in the order of their ids: to hotcoco
-    an id is a whole number from 0, and to pycocotools an object of id 0 is no match."""
+    an id is a whole number from 0, and to pycocotools an object of id 0 is no match. What a file
+    says to `ignore`, which COCO and LVIS do not have, is an object like any other."""
     images = by_id(truth["images"])
     categories = by_id(truth["categories"])
     image_numbers = {record["id"]: n for n, record in enumerate(images, start=1)}
