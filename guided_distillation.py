@@ -1472,7 +1472,8 @@ def evaluate(
 ) -> tuple[dict[str, dict], dict[str, list[dict]]]:
     """Mask AP of each network in percent, and its detections in COCO's result format.
 
-    COCO's AP; on Cityscapes that of its benchmark, with COCO's as `coco_ap`.
+    COCO's AP, and as `box_ap` that of the boxes around the masks; on Cityscapes the AP of its
+    benchmark, with COCO's as `coco_ap`.
     DEPARTS[metric] Every image counts once on any number of processes."""
     found = {name: [] for name in networks}
     street = {}
@@ -1494,9 +1495,12 @@ def evaluate(
     scores = {name: {} for name in networks}
     if world.main:
         truth = mask_ap.truth_of(data)
-        scores = {name: judge.coco_ap(truth, entries) for name, entries in results.items()}
+        for name, entries in results.items():
+            scores[name] = judge.coco_ap(truth, entries)
+            scores[name]["box_ap"] = judge.coco_ap(truth, entries, "bbox")["ap"]
     for name, evaluator in street.items():
-        scores[name] = {"coco_ap": scores[name].get("ap"), **evaluator.result(world)}
+        of_coco = {"coco_ap": scores[name].get("ap"), "box_ap": scores[name].get("box_ap")}
+        scores[name] = {**of_coco, **evaluator.result(world)}
     of_main = [(0, scores)] if world.main else []
     scores = mask_ap.gather(world, of_main)[0][1]  # all processes get those of the main one
     for score in scores.values():

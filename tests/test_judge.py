@@ -295,6 +295,8 @@ def test_coco_on_random_rectangles_and_crowds(kind, seed):
         annotation["ignore"] = int(g.random() < 0.2)  # means nothing
     score = same_of_coco(truth, results, kind)
     assert 0 < score["ap"] < 90
+    if kind == "segm":  # the boxes of masks
+        assert coco_ap(truth, results, "bbox") == by_the_record(coco_ap, truth, results, "bbox")
     assert coco_ap(truth, results, kind, 7) != coco_ap(truth, results, kind, 100)
 
 
