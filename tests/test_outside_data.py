@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from common import checkpoints, coco, files, mask_ap, splits
+from common import checkpoints, coco, files, judge, mask_ap, splits
 from common.errors import UserError
 from common.objects import Instances, Photo, Thing, Window, masks_of
 from common.outlines import RunLengths, checked_counts, packed
@@ -169,7 +169,7 @@ def a_coco_file_is_read_or_refused(content: bytes, folder: Path) -> None:
     truth = mask_ap.truth_of(data)
     json.dumps([{**a, "segmentation": None} for a in truth["annotations"]], allow_nan=False)
     scored = [{**a, "score": 0.5, "segmentation": runs_of(a, truth)} for a in truth["annotations"]]
-    mask_ap.coco_ap(truth, scored)
+    judge.coco_ap(truth, scored)
 
 
 def runs_of(annotation: dict, truth: dict) -> dict:
