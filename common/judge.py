@@ -70,7 +70,7 @@ def lvis_ap(
     The result has ap, ap50, ap75, ap_s, ap_m, ap_l, apr, apc, apf, ar300, ar_s, ar_m, ar_l;
     `stats`, these 13 numbers, which is the order of the package; and `per_class`."""
     truth = with_area(data if isinstance(data, dict) else truth_of(data))
-    counted = counting(results, kind, max_dets, known_pairs(truth))
+    counted = counting(results, truth, kind, max_dets, True)
     table = judged(truth, counted, kind, max_dets, lvis_evaluator).eval
     precision = table["precision"]
     precision = precision.reshape(precision.shape[:4])  # hotcoco's has an axis of limits
@@ -293,7 +293,7 @@ def samples(
             federated = any("neg_category_ids" in image for image in truth["images"])
         else:
             federated = data.lvis
-    counted = counting(results, kind, max_dets, known_pairs(truth) if federated else None)
+    counted = counting(results, truth, kind, max_dets, federated)
     needed = pairs_of(counted)
     objects = [a for a in truth["annotations"] if (a["image_id"], a["category_id"]) in needed]
     truth, counted = numbered({**truth, "annotations": objects}, counted, kind)
@@ -348,20 +348,23 @@ def with_area(truth: dict) -> dict:
 
 
 def counting(
-    results: list[dict], kind: str, max_dets: int, known: set[tuple[int, int]] | None
+    results: list[dict], truth: dict, kind: str, max_dets: int, federated: bool
 ) -> list[dict]:
     """The results of the highest scores of each image, of all classes together, and of equal ones
-    the first. Those without area, and those whose pair is not `known` (None: all are), take places
-    but are left out."""
+    the first. Those without area take places but are left out, and so do, if `federated`, those of
+    classes about which their image says nothing."""
+    known = known_pairs(truth)
     of_image: dict[int, list[dict]] = {}
     for result in results:
         of_image.setdefault(result["image_id"], []).append(result)
+    listed = {image["id"] for image in truth["images"]}
+    assert of_image.keys() <= listed, "a detection is of an image that is not scored"
     counted = []
     for ranked in of_image.values():
         ranked.sort(key=itemgetter("score"), reverse=True)  # stable
         for result in ranked[:max_dets]:
-            is_known = known is None or (result["image_id"], result["category_id"]) in known
-            if is_known and has_area(result, kind):
+            counts = not federated or (result["image_id"], result["category_id"]) in known
+            if counts and has_area(result, kind):
                 counted.append(result)
     return counted
 

@@ -997,4 +997,4 @@ def test_large_files_are_held_small(tmp_path):
         found = instances.find("coco", root)
     assert len(asked) <= 4
     thing = found.train[0].things[0]
-    assert isinstance(thing, Thing) and thing.segmentation[0].nbytes == 1600 and len(thing) == 6
+    assert isinstance(thing, Thing) and thing.segmentation[0].nbytes == 1600 and len(thing) == 5
