@@ -120,11 +120,11 @@ GIST_METHODS = {
 
 # The rates of --lr that are tried on draw 0, and those that the table "rates" chooses. Until all
 # three are there it is the first. The searches have the rate of the labels alone.
-RATES = {"gta_seg.py": ("0.003", "0.01", "0.001"), "gist_rist.py": ("0.001", "0.003", "0.0003")}
+RATES = {"gta_seg.py": ("0.01", "0.003", "0.03"), "gist_rist.py": ("0.001", "0.003", "0.0003")}
 BEST_RATE = {
-    "suponly": "0.003",
-    "mt": "0.003",
-    "gta": "0.003",
+    "suponly": "0.01",
+    "mt": "0.01",
+    "gta": "0.01",
     "labels only": "0.001",
 }
 

@@ -264,34 +264,34 @@ def log_of(miou: float, network: str = "student", steps: int = 6) -> dict[str, s
 def test_differences_are_paired_by_draw():
     logs = {}
     for draw, (baseline, method) in enumerate([(40, 43), (50, 51), (60, 59)]):
-        logs[f"gta_seg-suponly-0.003-d{draw}"] = log_of(baseline)
-        logs[f"gta_seg-gta-0.003-d{draw}"] = log_of(method, "teacher")
+        logs[f"gta_seg-suponly-0.01-d{draw}"] = log_of(baseline)
+        logs[f"gta_seg-gta-0.01-d{draw}"] = log_of(method, "teacher")
     table = photographs.table_of_claims("gta_seg.py", logs)
     assert "| gta > suponly | +1.00 ± 2.00 | 2 of 3 |" in table
     assert "gta > mt" not in table  # without a run of mt there is no pair
-    del logs["gta_seg-gta-0.003-d0"]
+    del logs["gta_seg-gta-0.01-d0"]
     assert "+0.00 ± 1.41 | 1 of 2 |" in photographs.table_of_claims("gta_seg.py", logs)
     scores = photographs.table_of_scores("gta_seg.py", logs)
-    assert "| suponly | 0.003 | student | 50.00 | 40.00, 50.00, 60.00 |" in scores
+    assert "| suponly | 0.01 | student | 50.00 | 40.00, 50.00, 60.00 |" in scores
 
 
 def test_curves_and_shares_come_from_the_log():
-    logs = {"gta_seg-gta-0.003-d0": log_of(46, "teacher")}
+    logs = {"gta_seg-gta-0.01-d0": log_of(46, "teacher")}
     curves = photographs.table_of_curves("A", "gta_seg.py", logs)
-    assert "| gta | 0.003 | 0 | teacher | 41.0 | 42.0 | 43.0 | 44.0 | 45.0 | 46.0 |" in curves
+    assert "| gta | 0.01 | 0 | teacher | 41.0 | 42.0 | 43.0 | 44.0 | 45.0 | 46.0 |" in curves
     shares = photographs.table_of_pseudo_labels("gta_seg.py", logs)
-    assert "| gta | 0.003 | 0 | 0.150 | 0.350 | 0.550 |" in shares
+    assert "| gta | 0.01 | 0 | 0.150 | 0.350 | 0.550 |" in shares
 
 
 def test_a_rate_is_chosen_by_the_methods_result_on_the_tuning_pictures():
-    logs = {f"gta_seg-gta-{rate}-d0": log_of(60, "student") for rate in ("0.001", "0.003", "0.01")}
-    for rate, miou in (("0.001", 40), ("0.003", 50), ("0.01", 45)):
+    logs = {f"gta_seg-gta-{rate}-d0": log_of(60, "student") for rate in ("0.01", "0.003", "0.03")}
+    for rate, miou in (("0.01", 50), ("0.003", 45), ("0.03", 40)):
         more = log_of(miou, "teacher")["log.jsonl"]
         logs[f"gta_seg-gta-{rate}-d0"]["log.jsonl"] += "\n" + more
-    line = "| gta | 0.003: 50.00, 0.01: 45.00, 0.001: 40.00 | 0.003 |"
+    line = "| gta | 0.01: 50.00, 0.003: 45.00, 0.03: 40.00 | 0.01 |"
     assert line in photographs.table_of_rates(logs)
-    del logs["gta_seg-gta-0.001-d0"]
-    assert "| gta | 0.003: 50.00, 0.01: 45.00 | open |" in photographs.table_of_rates(logs)
+    del logs["gta_seg-gta-0.03-d0"]
+    assert "| gta | 0.01: 50.00, 0.003: 45.00 | open |" in photographs.table_of_rates(logs)
 
 
 def test_the_rates_of_group_a_are_those_that_were_best():
