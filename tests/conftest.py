@@ -21,6 +21,12 @@ def pytest_collection_modifyitems(items) -> None:
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
+@pytest.fixture
+def io(tmp_path) -> Path:
+    """Where a started process writes what it says."""
+    return tmp_path / "io"
+
+
 @pytest.fixture(scope="session")
 def common_folder(tmp_path_factory) -> Path:
     """A temporary folder that all workers of this run see; `helpers.once` makes things in it."""

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 # before anything imports the hub, here and in the server that processes are forked from
@@ -51,6 +52,14 @@ NEVER_MEET = [
         "MASTER_PORT": "1",
     }
     for rank in "01"
+]
+
+
+# data sets, and what a user reads who does not have them
+MISSING = [
+    ("voc", "python -m data.download voc"),
+    ("cityscapes", "python -m data.download cityscapes"),
+    ("folder", "data/README.md"),
 ]
 
 
@@ -400,3 +409,26 @@ def apart(a, b) -> float:
     a, b = tensors(a), tensors(b)
     assert a.keys() == b.keys() and a
     return max((a[k].double() - b[k].double()).abs().max().item() for k in a)
+
+
+def stop_at(step: int, number: int) -> None:
+    """In a process of its own: it gets signal `number` while it takes this step."""
+    from common import runs
+
+    tally = runs.Run.tally
+
+    def with_signal(self, at, *args):
+        if at == step:
+            os.kill(os.getpid(), number)
+        return tally(self, at, *args)
+
+    runs.Run.tally = with_signal
+
+
+def probabilities(logits: torch.Tensor) -> np.ndarray:
+    """(B, K, H, W) -> the same, float64: softmax of one pixel after the other."""
+    z, p = logits.detach().double().numpy(), np.zeros(logits.shape)
+    for b, y, x in np.ndindex(z.shape[0], *z.shape[2:]):
+        e = np.exp(z[b, :, y, x] - z[b, :, y, x].max())
+        p[b, :, y, x] = e / e.sum()
+    return p

@@ -1,6 +1,7 @@
 """What the tests of runs of the two scripts of instance segmentation share: a quick run in this
 process or in one of its own, what it left, and how it is killed, stopped and broken."""
 
+import itertools
 import json
 import os
 import random
@@ -21,7 +22,7 @@ import torch
 from helpers import Ran, argv, log_of, state, tensors, until
 from PIL import Image
 
-from common import cli, instances, runs
+from common import cli, colour, instances, runs
 
 HERE = ["--workers", "0", "--device", "cpu"]  # beside a checkpoint, which does not settle these
 
@@ -30,6 +31,44 @@ COCO_SCORES = ("ap", "ap50", "ap75", "ap_s", "ap_m", "ap_l")
 
 
 LVIS_SCORES = (*COCO_SCORES, "apr", "apc", "apf", "ar300", "ar_s", "ar_m", "ar_l")
+
+
+# ------------------------------------------------------------------------------------ strong views
+COLOURS = ("brightness", "contrast", "saturation", "hue", "grey", "blur")
+
+
+def strong_draws(strong_view: Callable, monkeypatch) -> list[list[tuple[str, float]]]:
+    """What a script's strong view draws in a thousand pictures, which is told here: the functions
+    of `colour` with their factors, in their order. Each must be drawn as often, and as strongly, as
+    both papers say."""
+    calls, n = [], 1000
+    for name in COLOURS:
+        monkeypatch.setattr(
+            colour, name, lambda x, f=0, name=name: calls[-1].append((name, f)) or x
+        )
+    image, g = torch.zeros(3, 4, 4, dtype=torch.uint8), np.random.default_rng(0)
+    for _ in range(n):
+        calls.append([])
+        strong_view(image, g)
+    factors = {name: [] for name in COLOURS}
+    for name, factor in itertools.chain(*calls):
+        factors[name].append(factor)
+    ranges = {
+        "brightness": (0.6, 1.4),
+        "contrast": (0.6, 1.4),
+        "saturation": (0.6, 1.4),
+        "hue": (-0.1, 0.1),
+        "blur": (0.1, 2.0),
+    }
+    shares = dict(zip(COLOURS, (0.8, 0.8, 0.8, 0.8, 0.2, 0.5), strict=True))
+    for name, share in shares.items():
+        assert len(factors[name]) / n == pytest.approx(share, abs=0.05), name
+    for name, (low, high) in ranges.items():
+        edge, mean = 0.03 * (high - low), np.mean(factors[name])
+        assert low <= min(factors[name]) < low + edge, name
+        assert high - edge < max(factors[name]) <= high, name
+        assert mean == pytest.approx((low + high) / 2, abs=0.05 * (high - low)), name
+    return calls
 
 
 # ------------------------------------------------------------------------------------- a quick run

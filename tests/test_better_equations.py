@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import instance_runs
 import numpy as np
 import pytest
 import torch
@@ -1569,14 +1570,7 @@ def test_unlabeled_views_share_their_geometry(monkeypatch):
         assert nothing is None and torch.equal(weak, cut_out(image, window, bpl.FILL))
         differ += not torch.equal(strong, weak)
     assert differ > 6
-    for name in (
-        "brightness",
-        "contrast",
-        "saturation",
-        "hue",
-        "grey",
-        "blur",
-    ):
+    for name in instance_runs.COLOURS:
         monkeypatch.setattr(colour, name, lambda x, *_: x)
     for seed in range(10):
         strong, weak, _ = bpl.unlabeled_view(args, image, photo, np.random.default_rng(seed))
@@ -1588,41 +1582,7 @@ def test_unlabeled_views_share_their_geometry(monkeypatch):
 
 def test_strong_view_draws(monkeypatch):
     """Recipe 4.1: how often and how strongly: jitter in any order, grey, blur."""
-    calls, n = [], 1000
-    for name in (
-        "brightness",
-        "contrast",
-        "saturation",
-        "hue",
-        "grey",
-        "blur",
-    ):
-        monkeypatch.setattr(
-            colour, name, lambda x, f=0, name=name: calls[-1].append((name, f)) or x
-        )
-    image, g = torch.zeros(3, 4, 4, dtype=torch.uint8), np.random.default_rng(0)
-    for _ in range(n):
-        calls.append([])
-        bpl.strong_view(image, g)
-    found = {}
-    for name, factor in itertools.chain(*calls):
-        found.setdefault(name, []).append(factor)
-    ranges = {
-        "brightness": (0.6, 1.4),
-        "contrast": (0.6, 1.4),
-        "saturation": (0.6, 1.4),
-        "hue": (-0.1, 0.1),
-        "blur": (0.1, 2.0),
-    }
-    for name, share in (
-        *((k, 0.8) for k in list(ranges)[:4]),
-        ("grey", 0.2),
-        ("blur", 0.5),
-    ):
-        assert len(found[name]) / n == pytest.approx(share, abs=0.05), name
-    for name, (low, high) in ranges.items():
-        edge = 0.03 * (high - low)
-        assert low <= min(found[name]) < low + edge and high - edge < max(found[name]) <= high, name
+    calls = instance_runs.strong_draws(bpl.strong_view, monkeypatch)
     assert len({tuple(name for name, _ in c[:4]) for c in calls if ("hue" in dict(c))}) == 24
 
 

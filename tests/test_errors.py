@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import (
+    MISSING,
     NEVER_MEET,
     REPO,
     TEST_DATA,
@@ -27,6 +28,7 @@ from helpers import (
     log_of,
     run,
     state,
+    stop_at,
     tensors,
 )
 from PIL import Image
@@ -39,11 +41,6 @@ from data import shapes
 LISTS = TEST_DATA / "splits" / "gta_seg" / "data" / "splits" / "pascal"
 
 
-@pytest.fixture
-def io(tmp_path) -> Path:
-    return tmp_path / "io"
-
-
 @pytest.fixture(scope="module")
 def trained(tiny, tmp_path_factory) -> Path:
     """The folder of a finished run of four steps."""
@@ -53,14 +50,7 @@ def trained(tiny, tmp_path_factory) -> Path:
 
 
 # ------------------------------------------------------------------------------------- data on disk
-@pytest.mark.parametrize(
-    "dataset, way",
-    [
-        ("voc", "python -m data.download voc"),
-        ("cityscapes", "python -m data.download cityscapes"),
-        ("folder", "data/README.md"),
-    ],
-)
+@pytest.mark.parametrize("dataset, way", MISSING)
 def test_missing_data_set_says_what_where_and_two_ways_on(dataset, way, tmp_path, io):
     error = run(argv(dataset=dataset, root=tmp_path / "nowhere", out=tmp_path / "out"), io).error()
     assert (
@@ -216,20 +206,6 @@ def test_truncated_image_is_skipped_with_a_warning_and_counted_in_training(
     assert log[0]["skipped_images"] >= 1  # batches of 4 out of 4 meet it in every step ...
     # ... and once among 8 unlabeled
     assert [r["skipped_images"] for r in log if "loss_l" in r][-1] in (3, 4)
-
-
-def stop_at(step: int, number: int) -> None:
-    """To be run in a process of its own: it gets signal `number` while it takes this step."""
-    from common import runs
-
-    tally = runs.Run.tally
-
-    def with_signal(self, at, *args):
-        if at == step:
-            os.kill(os.getpid(), number)
-        return tally(self, at, *args)
-
-    runs.Run.tally = with_signal
 
 
 def test_the_count_of_skipped_images_goes_on_after_resume(folder_root, folder_line, tmp_path, io):

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import probabilities
 from PIL import Image
 from torch import Tensor, nn
 
@@ -67,15 +68,6 @@ def ent(z: Tensor, label: Tensor) -> Tensor:
     logp, known = z - z.logsumexp(1, keepdim=True), label != IGNORE
     picked = logp.gather(1, label.clamp(max=z.shape[1] - 1)[:, None])[:, 0]
     return -(picked * known).sum() / max(int(known.sum()), 1)
-
-
-def probabilities(logits: Tensor) -> np.ndarray:
-    """(B, K, H, W) -> the same, float64: softmax of one pixel after the other."""
-    z, p = logits.detach().double().numpy(), np.zeros(logits.shape)
-    for b, y, x in np.ndindex(z.shape[0], *z.shape[2:]):
-        e = np.exp(z[b, :, y, x] - z[b, :, y, x].max())
-        p[b, :, y, x] = e / e.sum()
-    return p
 
 
 def pictures(

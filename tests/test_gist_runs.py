@@ -20,7 +20,18 @@ import numpy as np
 import pretend
 import pytest
 import torch
-from helpers import REPO, TEST_DATA, Ran, Started, argv, begin_ranks, differences, torchrun, until
+from helpers import (
+    MISSING,
+    REPO,
+    TEST_DATA,
+    Ran,
+    Started,
+    argv,
+    begin_ranks,
+    differences,
+    torchrun,
+    until,
+)
 from PIL import Image
 
 import gist_rist
@@ -53,11 +64,6 @@ S4GAN = TEST_DATA / "splits" / "s4gan" / "voc"
 
 
 # -------------------------------------------------------------------------------------------- tools
-@pytest.fixture
-def io(tmp_path) -> Path:
-    return tmp_path / "io"
-
-
 @pytest.fixture
 def line(shapes_root, tmp_path):
     """line(...) -> a command line on a few shapes; run folder and store lie in tmp_path."""
@@ -1558,14 +1564,7 @@ def test_coco_weights_that_do_not_fit(shapes_root, coco, tmp_path, io):
         assert said in error and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    "dataset, way",
-    [
-        ("voc", "python -m data.download voc"),
-        ("cityscapes", "python -m data.download cityscapes"),
-        ("folder", "data/README.md"),
-    ],
-)
+@pytest.mark.parametrize("dataset, way", MISSING)
 def test_missing_data_set_says_what_where_and_two_ways_on(dataset, way, tmp_path, io):
     line = argv(
         dataset=dataset, root=tmp_path / "nowhere", out=tmp_path / "out", store=tmp_path / "store"

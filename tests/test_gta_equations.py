@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import probabilities
 from torch import Tensor, nn
 
 import gta_seg
@@ -33,15 +34,6 @@ def seeded():
 
 
 # ------------------------------------------------------------------------------------------ helpers
-
-
-def probabilities(logits: Tensor) -> np.ndarray:
-    """(B, K, H, W) -> the same, float64: softmax of one pixel after the other."""
-    z, p = logits.detach().double().numpy(), np.zeros(logits.shape)
-    for b, y, x in np.ndindex(z.shape[0], *z.shape[2:]):
-        e = np.exp(z[b, :, y, x] - z[b, :, y, x].max())
-        p[b, :, y, x] = e / e.sum()
-    return p
 
 
 def up(logits: Tensor, size: int) -> Tensor:

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import instance_runs
 import numpy as np
 import pytest
 import torch
@@ -22,7 +23,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 import guided_distillation as gd
-from common import colour, instances, objects
+from common import instances, objects
 from common.distributed import World
 from common.instances import Batch, Target
 from guided_distillation import Args, Heads
@@ -1300,44 +1301,7 @@ def test_weak_view_of_streets_has_ssds_colours():
 
 def test_strong_view_draws(monkeypatch):
     """Recipe 4.3: how often and how strongly, and in what order: jitter, grey, blur."""
-    calls, n = [], 1000
-    for name in (
-        "brightness",
-        "contrast",
-        "saturation",
-        "hue",
-        "grey",
-        "blur",
-    ):
-        monkeypatch.setattr(
-            colour, name, lambda x, f=0, name=name: calls[-1].append((name, f)) or x
-        )
-    image, g = torch.zeros(3, 4, 4, dtype=torch.uint8), np.random.default_rng(0)
-    for _ in range(n):
-        calls.append([])
-        gd.strong_view(image, g)
-    factors = {}
-    for name, factor in itertools.chain(*calls):
-        factors.setdefault(name, []).append(factor)
-    ranges = {
-        "brightness": (0.6, 1.4),
-        "contrast": (0.6, 1.4),
-        "saturation": (0.6, 1.4),
-        "hue": (-0.1, 0.1),
-        "blur": (0.1, 2.0),
-    }
-    for name, share in (
-        *((k, 0.8) for k in list(ranges)[:4]),
-        ("grey", 0.2),
-        ("blur", 0.5),
-    ):
-        assert len(factors[name]) / n == pytest.approx(share, abs=0.05), name
-    for name, (low, high) in ranges.items():
-        edge, mean = 0.03 * (high - low), np.mean(factors[name])
-        assert (
-            low <= min(factors[name]) < low + edge and high - edge < max(factors[name]) <= high
-        ), name
-        assert mean == pytest.approx((low + high) / 2, abs=0.05 * (high - low)), name
+    calls = instance_runs.strong_draws(gd.strong_view, monkeypatch)
     orders = [[name for name, _ in c] for c in calls]
     late = ["grey", "blur"]
     assert all(

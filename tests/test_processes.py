@@ -26,18 +26,14 @@ from helpers import (
     ranks,
     run,
     state,
+    stop_at,
     tensors,
     torchrun,
     until,
 )
-from test_runs import lives, stop_at
+from test_runs import lives
 
 LIVELY = {"lr": 0.1}
-
-
-@pytest.fixture
-def io(tmp_path) -> Path:
-    return tmp_path / "io"
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ from helpers import (
     log_of,
     run,
     state,
+    stop_at,
     until,
 )
 from PIL import Image
@@ -42,11 +43,6 @@ RECIPES = {
     "unbiased-st": dict(LIVELY, method="unbiased-st"),
     "cityscapes' losses": dict(LIVELY, aux=0.4, ohem=0.7, crop_size=224, cutmix_labeled=0.5),
 }
-
-
-@pytest.fixture
-def io(tmp_path) -> Path:
-    return tmp_path / "io"
 
 
 def logged(out: Path) -> list[dict]:
@@ -93,20 +89,6 @@ def finished(tiny, tmp_path_factory):
 
 
 # --------------------------------------------------------------------------------- stops on purpose
-def stop_at(step: int, number: int) -> None:
-    """In a process of its own: it gets signal `number` while it takes this step."""
-    from common import runs
-
-    tally = runs.Run.tally
-
-    def with_signal(self, at, *args):
-        if at == step:
-            os.kill(os.getpid(), number)
-        return tally(self, at, *args)
-
-    runs.Run.tally = with_signal
-
-
 def die_after(name: str, nth: int) -> None:
     """In a process of its own: SIGKILL as soon as the n-th checkpoint `name` is complete."""
     from common import runs
