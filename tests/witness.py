@@ -61,24 +61,19 @@ GTA = GTA_TINY + " --unlabeled {data}/unlabeled.txt --warmup-epochs 1 --cutmix 1
 GTA_RUNS = {
     "gta": GTA + " && gta_seg.py --eval {out}/best.pt --workers 0 && gta_seg.py"
     " --predict {out}/best.pt {data}/pool --workers 0",
+    "gta ramps": GTA + " --ramp-gta --ramp-teacher",
     "gta suponly": GTA_TINY + " --method suponly --cutmix-labeled 0.5",
     "gta mt": GTA + " --method mt --reweight laplace",
     "gta unbiased-st": GTA + " --method unbiased-st",
     "gta released": GTA + " --recipe released --steps 8",
     "gta transfer all": GTA + " --transfer all",
-    "gta transfer none": GTA + " --transfer none",
     "gta assistant labeled": GTA + " --gta-data labeled",
     "gta assistant both": GTA + " --gta-data both",
     "gta student pseudo": GTA + " --student-data pseudo",
-    "gta student both": GTA + " --student-data both",
     "gta exchanged": GTA + " --gta-data labeled --student-data pseudo",
-    "gta both both": GTA + " --gta-data both --student-data both",
-    "gta joint bn": GTA + " --joint-bn",
     "gta share predictor": GTA + " --share-predictor",
-    "gta constant lr": GTA + " --gta-lr constant",
     "gta no weights": GTA + " --reweight none",
     "gta tau 0": GTA + " --tau 0",
-    "gta threshold": GTA + " --threshold 0.3",
     "gta drop 0": GTA + " --drop 0 --mu 0.5 --alpha-gta 0.9 --alpha-teacher 0.5",
     "gta no cutmix": GTA + " --cutmix 0 --cutmix-labeled 0",
     "gta no warm-up": GTA + " --warmup-epochs 0 --monitor-labels",
@@ -177,7 +172,7 @@ GUIDED_RUNS = {
     "guided uniform": STUDENT + " --labeled-sampling uniform",
     "guided remaining": STUDENT + " --pool remaining --size-threshold 2",
     "guided lambda": STUDENT + " --lambda-u 1",
-    "guided losses": STUDENT + " --class-weight 1 --mask-weight 2",
+    "guided losses": STUDENT + " --lambda-c 1 --lambda-ce 2",
     "guided crops": GUIDED + " --scale 0.7 2.0",
     "guided live": GUIDED + " --norm live",
     "guided accumulate": GUIDED + " --norm frozen --accumulate 2 --checkpointing",
@@ -204,7 +199,7 @@ BETTER_TINY = (
     "better_pseudo_labels.py --dataset lvis --root {data}/few-tail --frequency subset"
     " --backbone test_resnet --image-size 64 --width 32 --fc 64 --head-convs 1 --anchor-scale 4.0"
     " --proposals 20 --rpn-batch 32 --roi-batch 16 --lr 1e-3 --layer-decay 0.5 --eval-every 99"
-    " --log-every 1 --workers 0 --device cpu --scale 0.7 1.4 --calib-min-score 0.1 --out {out}"
+    " --log-every 1 --workers 0 --device cpu --scale 0.7 1.4 --threshold 0.1 --out {out}"
 )
 # From a detector that finds things: 60 steps are enough on the pictures that it has learned.
 FOUND = (
@@ -250,30 +245,15 @@ BETTER_RUNS = {
     "better similarity": ALONE + " --smoothing similarity",
     "better similarity freq": ALONE + " --smoothing similarity+freq --eps 0.2 --gamma 0.5",
     "better literal": ALONE + " --convention literal",
-    "better centred": ALONE + " --sim-center",
-    "better no self": ALONE + " --sim-exclude-self",
-    "better similar few": ALONE + " --sim-topk 2 --sim-tau 0.5",
     "better temperature": ALONE + " --sim-tau 0.5",
-    "better roi": ALONE + " --proto roi",
     "better few objects": ALONE + " --proto-per-class 2",
-    "better count images": ALONE + " --counts images",
-    "better first head": ALONE + " --smooth-heads first",
     "better prototypes": FOUND + " --stage prototypes --embed-size 32",
     "better calibrate": CALIBRATE,
-    "better calibrate gt": CALIBRATE + " --calib-samples gt",
-    "better calibrate masks": CALIBRATE + " --calib-iou mask --bins 5",
     "better calibrate alone": CALIBRATE + " --shrink 0",
-    "better stratify": CALIBRATE + " --stratify",
     "better top1": GIVEN + " --support top1",
     "better correct all": GIVEN + " --support all",
-    "better filter corrected": GIVEN + " --filter-on corrected",
-    "better class nms": GIVEN + " --pseudo-nms class --size-threshold 20",
     "better size": GIVEN + " --size-threshold 200",
     "better weight": GIVEN + " --unsup-weight 0.5",
-    "better delta of teacher": BETTER + " --delta-from teacher",
-    "better refresh": BETTER + " --refresh 2",
-    "better frozen teacher": SOFT + " --teacher-update frozen",
-    "better fresh student": SOFT + " --ema 0.9 --student-init fresh --burn-in 2",
     "better tune": BETTER + " --tune",
     "better grid teacher": TAUGHT
     + " --teacher-steps 1 --embed-size 32 --tune --grid teacher --holdout 0.25",
@@ -285,10 +265,7 @@ BETTER_RUNS = {
     "better pool": TAUGHT
     + SEARCH
     + " --batch-size 2 --steps 2 --threshold 0.1 --ema 0.9 --pseudo soft",
-    "better softmax": ALONE + " --init-detector '' --cls-loss softmax",
-    "better federated": ALONE + " --federated 3 --fed-soft mask",
-    "better federated all": ALONE + " --federated 3 --fed-soft fg-all",
-    "better federated few": ALONE + " --federated 3 --fed-soft topk --sim-topk 2",
+    "better federated": ALONE + " --federated 3",
     "better not federated": ALONE + " --federated 0 --prior 0.1",
     "better live": ALONE + " --norm live",
     "better schedule": ALONE
@@ -297,14 +274,13 @@ BETTER_RUNS = {
     "better soft nms": ALONE + " --soft-nms --maskness --detections 50",
     "better frequency file": ALONE + " --frequency file --seed 1",
     "better eva": EVA + " --smoothing none --drop-path 0.5",
-    "better eva whole": EVA
-    + " --embed-size 28 --proto crop --global-blocks 6 --checkpointing --drop-path 0.0",
+    "better eva whole": EVA + " --embed-size 28 --global-blocks 6 --checkpointing --drop-path 0.0",
     "better coco": "better_pseudo_labels.py --dataset coco --root {data}/few-things --split 6"
     " --frequency subset --backbone test_resnet --weights none --image-size 64 --width 32 --fc 64"
     " --head-convs 1 --anchor-scale 4.0 --proposals 20 --rpn-batch 32 --roi-batch 16"
     " --embed-size 32 --stage teacher --teacher-batch-size 2 --teacher-steps 2 --lr 1e-3"
     " --eval-every 99 --log-every 1 --workers 0 --device cpu --scale 0.7 1.4"
-    " --calib-min-score 0.5 --out {out}",
+    " --threshold 0.5 --out {out}",
     "better two": "@2 " + SOFT + " --ema 0.9",
     "better preset": "better_pseudo_labels.py --dataset shapes --root {data} --workers 0"
     " --device cpu --val-json {data}/few-tail/annotations/lvis_val.json --teacher-steps 2"
@@ -314,72 +290,17 @@ RUNS = {**GTA_RUNS, **GIST_RUNS, **GUIDED_RUNS, **BETTER_RUNS}
 
 # --------------------------------------------------------------------------- what has changed since
 # How the newer version spells what stands above: (pattern, replacement) on every command line ...
-FLAGS: list[tuple[str, str]] = [
-    # the rise of both averages is no default any more
-    (r"(gta_seg\.py --dataset)", r"gta_seg.py --ramp-gta --ramp-teacher --dataset"),
-    # better_pseudo_labels.py: one cut for pseudo labels and for the samples of Eq. 4
-    ("--calib-min-score", "--threshold"),
-    (" --fed-soft mask", ""),
-    (" --proto crop", ""),
-]
+FLAGS: list[tuple[str, str]] = []
 # ... or the whole command line of a run.
-NOW: dict[str, str] = {
-    "guided losses": STUDENT + " --lambda-c 1 --lambda-ce 2",
-}
+NOW: dict[str, str] = {}
 # Runs that the newer version cannot make any more, and why.
-GONE: dict[str, str] = {
-    "gta transfer none": "no table has it, so the flag's value went",
-    "gta student both": "no table has it, so the flag's value went",
-    "gta both both": "no table has it, so the flag's value went",
-    "gta joint bn": "the flag went; --recipe released has it",
-    "gta constant lr": "the flag went; --recipe released has it",
-    "gta threshold": "no table has it, so the flag went",
-    **dict.fromkeys(
-        (
-            "better centred",
-            "better no self",
-            "better similar few",
-            "better roi",
-            "better count images",
-            "better first head",
-            "better calibrate gt",
-            "better calibrate masks",
-            "better stratify",
-            "better filter corrected",
-            "better class nms",
-            "better delta of teacher",
-            "better refresh",
-            "better frozen teacher",
-            "better fresh student",
-            "better softmax",
-            "better federated all",
-            "better federated few",
-        ),
-        "no table of the paper needs its flag, which is gone",
-    ),
-}
+GONE: dict[str, str] = {}
 # Runs whose results are meant to differ, and why. A name may be a pattern, such as "guided *".
-EXPECTED: dict[str, str] = {
-    "guided crops": "the place of a crop on COCO is rounded, as in Detectron2, not truncated",
-    **dict.fromkeys(
-        (
-            "better",
-            "better calibrate*",
-            "better tune",
-            "better grid student",
-        ),
-        "Delta is measured on weak views, as pseudo labels are made",
-    ),
-}
+EXPECTED: dict[str, str] = {}
 # Tensors, now -> then: (pattern, replacement) on "<run>/<file>: <network>: <tensor>".
-TENSORS: list[tuple[str, str]] = [
-    # an averaged network keeps its own counters, which nothing reads
-    (r"^(gta.*: teacher: .*)num_batches_tracked$", r"\1num_batches_of_its_own"),
-]
+TENSORS: list[tuple[str, str]] = []
 # Tensors and networks that only one version has, which is right: patterns, found in the same text.
-ONE_SIDED: list[str] = [
-    r"^gta.*: teacher: .*(num_batches_tracked|num_batches_of_its_own)$",
-]
+ONE_SIDED: list[str] = []
 # Numbers, now -> then: the same on "<file>: <key>.<key>...".
 RENAMED: list[tuple[str, str]] = []
 # Names of files in which a hash of the settings stands, in both versions.
