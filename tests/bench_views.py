@@ -1,0 +1,113 @@
+"""What strong views of the instance scripts cost, against torchvision's colours and Pillow's blur,
+and how many of their unlabeled views a loader makes in a second: `make bench`.
+
+Processor seconds in one thread, the two sides in turn, and the median of the ratios of pairs."""
+
+import statistics
+import time
+from functools import partial
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+from torch import Tensor
+from torchvision.transforms.v2 import functional as tv
+
+import better_pseudo_labels
+import guided_distillation
+from common import colour
+from common.objects import Photo
+
+SIDE = 1024
+CORES, GPUS = 16, 8  # of the machine that the number of pairs is scaled to
+SCRIPTS = (guided_distillation, better_pseudo_labels)
+
+
+def pillows_blur(image: Tensor, sigma: float) -> Tensor:
+    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+    blurred = np.array(picture.filter(ImageFilter.GaussianBlur(sigma)))
+    return torch.from_numpy(blurred).permute(2, 0, 1).contiguous()
+
+
+PLAIN = {
+    "brightness": tv.adjust_brightness,
+    "contrast": tv.adjust_contrast,
+    "saturation": tv.adjust_saturation,
+    "hue": tv.adjust_hue,
+    "grey": partial(tv.rgb_to_grayscale, num_output_channels=3),
+    "blur": pillows_blur,
+}
+OURS = {name: getattr(colour, name) for name in PLAIN}
+STRENGTHS = {"brightness": [1.2], "contrast": [1.2], "saturation": [1.2], "hue": [0.07], "grey": []}
+
+
+def scene(height: int, width: int) -> Tensor:
+    """A smooth picture in many colours."""
+    small = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    picture = Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+
+
+def with_colours(functions: dict) -> None:
+    for name, function in functions.items():
+        setattr(colour, name, function)
+
+
+def seconds(function) -> float:
+    start = time.process_time()
+    function()
+    return time.process_time() - start
+
+
+def pair(plain, ours, rounds: int = 5) -> tuple[float, float, float]:
+    """Median seconds of both, and the median of plain / ours."""
+    plain(), ours()
+    times = [(seconds(plain), seconds(ours)) for _ in range(rounds)]
+    return (
+        statistics.median(a for a, _ in times),
+        statistics.median(b for _, b in times),
+        statistics.median(a / b for a, b in times),
+    )
+
+
+def bench_colours() -> None:
+    image = scene(SIDE, SIDE)
+    for name in PLAIN:
+        for strength in [[0.8], [1.8]] if name == "blur" else [STRENGTHS[name]]:
+            a, b, ratio = pair(
+                partial(PLAIN[name], image, *strength), partial(OURS[name], image, *strength)
+            )
+            shown = f" {strength[0]}" if name == "blur" else ""
+            print(
+                f"{name}{shown}, {SIDE} x {SIDE}: plain {a * 1e3:.1f} ms, ours {b * 1e3:.1f} ms, "
+                f"ratio {ratio:.1f}"
+            )
+
+
+def bench_unlabeled(samples: int = 20) -> None:
+    """Views of one decoded picture of 640 x 480, the same draws on both sides."""
+    image, photo = scene(480, 640), Photo("a", None)
+    for script in SCRIPTS:
+        args = script.preset("coco")
+
+        def views(functions: dict, script=script, args=args) -> None:
+            with_colours(functions)
+            for seed in range(samples):
+                script.unlabeled_view(args, image, photo, np.random.default_rng(seed))
+            with_colours(OURS)
+
+        a, b, ratio = pair(partial(views, PLAIN), partial(views, OURS), rounds=3)
+        per_gpu = CORES / GPUS * samples
+        print(
+            f"{script.__name__}, unlabeled views of {SIDE}, without decoding: plain "
+            f"{a / samples * 1e3:.0f} ms a sample, ours {b / samples * 1e3:.0f} ms, ratio "
+            f"{ratio:.1f}; {CORES} cores such as this one make {per_gpu / a:.0f} and "
+            f"{per_gpu / b:.0f} of them a second for each of {GPUS} GPUs"
+        )
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print(f"torch {torch.__version__}, one thread")
+    for bench in (bench_colours, bench_unlabeled):
+        bench()
