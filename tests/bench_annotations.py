@@ -1,0 +1,124 @@
+"""What it costs to read annotations: a file drawn like COCO's train set (118,287 pictures, 860,001
+objects), through the one door of common/coco.py and as it was read before, with Python's json and a
+hook that makes annotations small, and not checked. Ratios: `make bench`.
+
+Each way runs in a process of its own. The time is that of the CPU, and the memory the peak of the
+resident set (Linux) above that before. ANNOTATIONS names another number of objects."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+WAYS = ("json", "the door")
+
+
+def draw(path: Path, number: int, seed: int = 0) -> None:
+    """Polygons of 6 to 60 points about as large as COCO's, a box, an area, and one crowd in 100 as
+    run lengths."""
+    g = np.random.default_rng(seed)
+    pictures = max(number * 118287 // 860001, 1)
+    records = [
+        {"id": 3 * i + 9, "file_name": f"{i:012d}.jpg", "height": 480, "width": 640}
+        for i in range(pictures)
+    ]
+    categories = [{"id": i, "name": f"class {i}"} for i in range(1, 81)]
+    head = json.dumps({"images": records, "categories": categories})[:-1]
+    with open(path, "w") as file:
+        file.write(head + ', "annotations": [')
+        for i in range(number):
+            turn = np.linspace(0, 2 * np.pi, 1 + int(g.choice([6, 12, 20, 30, 60])))[:-1]
+            radius = np.exp(g.uniform(1.5, 4.5))
+            x, y = g.uniform(100, (540, 380))
+            points = np.stack([x + radius * np.cos(turn), y + radius * np.sin(turn)], axis=1)
+            points = points.clip(0, (639, 479)).round(2)
+            annotation = {
+                "segmentation": [points.ravel().tolist()],
+                "area": round(3.1 * radius**2, 4),
+                "iscrowd": int(i % 100 == 0),
+                "image_id": 3 * int(g.integers(pictures)) + 9,
+                "bbox": [round(v, 2) for v in (x - radius, y - radius, 2 * radius, 2 * radius)],
+                "category_id": int(g.integers(1, 81)),
+                "id": i + 1,
+            }
+            if annotation["iscrowd"]:
+                counts = [1000 + i % 99, *([7, 473] * 40)]
+                counts.append(480 * 640 - sum(counts))
+                annotation["segmentation"] = {"size": [480, 640], "counts": counts}
+            file.write((", " if i else "") + json.dumps(annotation))
+        file.write("]}")
+
+
+def by_json(path: Path) -> int:
+    """As it was done before: polygons as arrays, run lengths packed, nothing checked."""
+    from pycocotools import mask
+
+    def lean(record: dict):
+        if "segmentation" not in record:
+            return record
+        outline = record["segmentation"]
+        if isinstance(outline, dict):
+            outline = mask.frPyObjects(outline, *outline["size"])
+        else:
+            outline = [np.array(numbers, np.float64) for numbers in outline]
+        facts = (record["image_id"], record["category_id"], outline)
+        return (*facts, bool(record.get("iscrowd")), float(record.get("area", 0)))
+
+    with open(path, encoding="utf-8") as file:
+        content = json.load(file, object_hook=lean)
+    things = {record["id"]: [] for record in content["images"]}
+    for image, *facts in content["annotations"]:
+        things[image].append(tuple(facts))
+    return sum(map(len, things.values()))
+
+
+def by_door(path: Path) -> int:
+    from common.coco import read_content
+
+    return sum(map(len, read_content(path).things.values()))
+
+
+def measure(way: str, path: Path) -> None:
+    """In a process of its own: prints the seconds, the GiB at the peak, and how many objects."""
+    import pycocotools.mask  # noqa: F401 (loaded before, by both)
+
+    import common.coco  # noqa: F401
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.process_time()
+    number = {"json": by_json, "the door": by_door}[way](path)
+    seconds = time.process_time() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    print(json.dumps({"seconds": seconds, "gib": peak / 2**20, "objects": number}))
+
+
+def main() -> None:
+    number = int(os.environ.get("ANNOTATIONS", 860_001))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "instances_train2017.json")
+        draw(path, number)
+        print(f"{number} annotations, {path.stat().st_size / 2**20:.0f} MiB")
+        found = {}
+        for way in WAYS:
+            command = [sys.executable, "-m", "tests.bench_annotations", way, str(path)]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            found[way] = json.loads(done.stdout.splitlines()[-1])
+            seconds, gib = found[way]["seconds"], found[way]["gib"]
+            print(f"{way:9s} {seconds:6.1f} s of CPU, {gib:.2f} GiB at the peak")
+    assert len({record["objects"] for record in found.values()}) == 1
+    for what in ("seconds", "gib"):
+        ratio = found["the door"][what] / found["json"][what]
+        print(f"{what}: {ratio:.2f} of what json takes")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 3:
+        measure(sys.argv[1], Path(sys.argv[2]))
+    else:
+        main()
