@@ -1617,9 +1617,8 @@ def labeled_view(
 ) -> tuple[Tensor, None, Target]:
     """A labeled picture (3, H, W) uint8 and the masks that are left of its objects."""
     window = jittered_window(tuple(image.shape[-2:]), args, g)
-    labels, masks, _ = masks_of(photo, data, window)
-    visible = masks.flatten(1).any(1).bool()
-    return cut_out(image, window, FILL), None, Target(labels[visible], masks[visible])
+    labels, masks, _ = masks_of(photo, data, window, empty=False)
+    return cut_out(image, window, FILL), None, Target(labels, masks)
 
 
 def unlabeled_view(

@@ -1392,9 +1392,8 @@ def labeled_view(
     """The weak view of a labeled image and the objects in it. Objects that the crop cut away are
     dropped (DEPARTS[empty-targets]); masks are drawn at the crop's size (DEPARTS[outlines])."""
     image, window = weak_view(args, image, g)
-    labels, masks, _ = masks_of(photo, data, window)
-    visible = masks.flatten(1).any(1).bool()
-    return image, None, Target(labels[visible], masks[visible])
+    labels, masks, _ = masks_of(photo, data, window, empty=False)
+    return image, None, Target(labels, masks)
 
 
 def unlabeled_view(

@@ -111,14 +111,18 @@ class Window(NamedTuple):
     out: tuple[int, int]
 
 
-def cut_out(image: Tensor, window: Window, fill: int) -> Tensor:
+def cut_out(image: Tensor, window: Window, fill: int | Tensor) -> Tensor:
     """The window (3, h, w) of a picture (3, H, W) uint8, resized with antialiasing. What lies
-    outside of the picture is `fill`."""
+    outside of the picture is `fill`, a level or a colour (3, 1, 1)."""
     if window.flip:
         image = image.flip(-1)
     image = F.interpolate(image[None], size=window.size, mode="bilinear", antialias=True)[0]
-    out, _, valid = transforms.crop(image, None, window.top, window.left, *window.out)
-    return torch.where(valid, out, fill)
+    rows, image_rows = transforms.overlap(image.shape[1], window.top, window.out[0])
+    columns, image_columns = transforms.overlap(image.shape[2], window.left, window.out[1])
+    out = torch.empty(3, *window.out, dtype=torch.uint8)
+    out[:] = fill
+    out[:, rows, columns] = image[:, image_rows, image_columns]
+    return out
 
 
 class Masks(NamedTuple):
@@ -130,10 +134,15 @@ class Masks(NamedTuple):
 
 
 def masks_of(
-    photo: Photo, data: Instances, window: Window | None = None, crowds: bool = False
+    photo: Photo,
+    data: Instances,
+    window: Window | None = None,
+    crowds: bool = False,
+    empty: bool = True,
 ) -> Masks:
     """The objects of a picture in the file's order, with crowds if `crowds`. Without a `window` the
-    masks are in the picture's own frame. Empty masks are kept.
+    masks are in the picture's own frame. Without `empty`, objects of which the window shows nothing
+    are left out.
 
     Polygons are moved as coordinates and drawn on the window, so they stay sharp; run lengths and
     instanceIds are decoded, and each pixel of the window takes the nearest one."""
@@ -144,15 +153,29 @@ def masks_of(
         window = Window(False, whole, 0, 0, whole)
     if ids is not None:
         ids = nearest_in_window(ids, window)
-    things = [thing for thing in photo.things if crowds or not thing.crowd]
-    masks = np.zeros((len(things), *window.out), np.uint8)
-    for mask, thing in zip(masks, things, strict=True):
-        mask[:] = draw(thing.segmentation, whole, window, ids)
+    shown: list[tuple[Thing, Drawing]] = []
+    for thing in photo.things:
+        if thing.crowd and not crowds:
+            continue
+        drawing = draw(thing.segmentation, whole, window, ids)
+        if empty or drawing.pixels.any():
+            shown.append((thing, drawing))
+    masks = np.zeros((len(shown), *window.out), np.uint8)
+    for mask, (_, drawing) in zip(masks, shown, strict=True):
+        mask[drawing.rows, drawing.columns] = drawing.pixels
     return Masks(
-        torch.tensor([thing.category for thing in things], dtype=torch.int64),
+        torch.tensor([thing.category for thing, _ in shown], dtype=torch.int64),
         torch.from_numpy(masks),
-        torch.tensor([thing.crowd for thing in things], dtype=torch.bool),
+        torch.tensor([thing.crowd for thing, _ in shown], dtype=torch.bool),
     )
+
+
+class Drawing(NamedTuple):
+    """A mask in that part of a window outside of which an object has no pixel."""
+
+    rows: slice
+    columns: slice
+    pixels: np.ndarray
 
 
 def draw(
@@ -160,15 +183,49 @@ def draw(
     whole: tuple[int, int],
     window: Window,
     ids_in_window: np.ndarray | None,
-) -> np.ndarray:
-    """The mask (h, w) of an object in a window of its picture, whose size is `whole`."""
+) -> Drawing:
+    """An object in a window of its picture, whose size is `whole`."""
     if isinstance(segmentation, list):
         polygons = [polygon_in_window(points, whole, window) for points in segmentation]
-        return coco_mask().decode(coco_mask().merge(coco_mask().frPyObjects(polygons, *window.out)))
+        return draw_polygons(polygons, window.out)
     if isinstance(segmentation, dict):
         assert tuple(segmentation["size"]) == whole, "run lengths of another picture"
-        return nearest_in_window(coco_mask().decode(segmentation), window)
-    return ids_in_window == segmentation
+        return draw_runs(segmentation, whole, window)
+    height, width = window.out
+    return Drawing(slice(0, height), slice(0, width), ids_in_window == segmentation)
+
+
+def draw_polygons(polygons: list[np.ndarray], size: tuple[int, int]) -> Drawing:
+    """The union of polygons on a canvas of `size` (height, width). It is drawn on a canvas that
+    ends behind them, which changes no pixel of it."""
+    rows, columns = part_around(np.concatenate(polygons), size)
+    if rows.start == rows.stop or columns.start == columns.stop:
+        return Drawing(slice(0), slice(0), np.zeros((0, 0), np.uint8))
+    runs = coco_mask().merge(coco_mask().frPyObjects(polygons, rows.stop, columns.stop))
+    return Drawing(rows, columns, coco_mask().decode(runs)[rows, columns])
+
+
+def draw_runs(runs: dict, whole: tuple[int, int], window: Window) -> Drawing:
+    """Run lengths in a window of a picture, whose size is `whole`."""
+    mask = coco_mask().decode(runs)
+    x, y, width, height = coco_mask().toBbox(runs)
+    corners = polygon_in_window(np.array([x, y, x + width, y + height]), whole, window)
+    rows, columns = part_around(corners, window.out)
+    part = window._replace(
+        top=window.top + rows.start,
+        left=window.left + columns.start,
+        out=(rows.stop - rows.start, columns.stop - columns.start),
+    )
+    return Drawing(rows, columns, nearest_in_window(mask, part))
+
+
+def part_around(points: np.ndarray, size: tuple[int, int]) -> tuple[slice, slice]:
+    """The rows and columns of a canvas of `size` (height, width) in which what lies between points
+    x, y, x, y, ... can have pixels, and one more on each side."""
+    x, y = points[0::2], points[1::2]
+    top, left = max(int(y.min()) - 2, 0), max(int(x.min()) - 2, 0)
+    bottom, right = min(int(y.max()) + 3, size[0]), min(int(x.max()) + 3, size[1])
+    return slice(top, max(bottom, top)), slice(left, max(right, left))
 
 
 def polygon_in_window(points: np.ndarray, whole: tuple[int, int], window: Window) -> np.ndarray:

@@ -50,18 +50,23 @@ def crop(
     (height, width).
 
     Outside, the image is 0, the label `pad_label` and valid False."""
-    image_height, image_width = image.shape[-2:]
+    rows, image_rows = overlap(image.shape[-2], top, height)
+    columns, image_columns = overlap(image.shape[-1], left, width)
     out = image.new_zeros(3, height, width)
     out_label = torch.full((height, width), pad_label, dtype=torch.uint8)
     valid = torch.zeros(height, width, dtype=torch.bool)
-    y0, y1 = max(top, 0), min(top + height, image_height)
-    x0, x1 = max(left, 0), min(left + width, image_width)
-    if y1 > y0 and x1 > x0:
-        inside = (slice(y0 - top, y1 - top), slice(x0 - left, x1 - left))
-        out[(slice(None), *inside)] = image[:, y0:y1, x0:x1]
-        out_label[inside] = 255 if label is None else label[y0:y1, x0:x1]
-        valid[inside] = True
+    out[:, rows, columns] = image[:, image_rows, image_columns]
+    out_label[rows, columns] = 255 if label is None else label[image_rows, image_columns]
+    valid[rows, columns] = True
     return out, out_label, valid
+
+
+def overlap(length: int, start: int, side: int) -> tuple[slice, slice]:
+    """On an axis of `length` pixels, a window of `side` begins at `start`: which part of the window
+    lies on the axis, and which part of the axis lies in the window."""
+    first = max(start, 0)
+    stop = max(min(start + side, length), first)
+    return slice(first - start, stop - start), slice(first, stop)
 
 
 def random_crop(

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import TEST_DATA
 from PIL import Image
 from pycocotools import mask as coco_mask
@@ -606,6 +607,80 @@ def test_masks_that_leave_the_window_are_kept_empty(own):
     data = instances.find("coco", own)
     labels, masks, _ = masks_of(data.train[0], data, Window(False, (16, 20), 12, 12, (4, 8)))
     assert labels.tolist() == [1] and masks.shape == (1, 4, 8) and not masks.any()
+
+
+def drawn_whole(thing: Thing, whole: tuple[int, int], window: Window) -> np.ndarray:
+    """The plain way: everything is drawn, or looked up, on the whole of the window."""
+    if isinstance(thing.segmentation, list):
+        moved = [objects.polygon_in_window(p, whole, window) for p in thing.segmentation]
+        return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(moved, *window.out)))
+    return objects.nearest_in_window(coco_mask.decode(thing.segmentation), window)
+
+
+def some_polygons(g: np.random.Generator, kind: int) -> list[np.ndarray]:
+    """One to three polygons in and around a picture of 40 pixels, small ones, or at fractions of
+    a pixel that drawing rounds."""
+    polygons = []
+    for _ in range(g.integers(1, 4)):
+        points = g.uniform(-30, 70, 2 * int(g.integers(3, 9)))
+        if kind == 1:
+            points = points / 10 + g.uniform(-5, 45)
+        elif kind > 1:
+            points = np.round(points * kind) / kind
+        polygons.append(points)
+    return polygons
+
+
+def test_drawing_only_what_a_window_shows_gives_the_masks_of_drawing_all(own):
+    data, g, seen = instances.find("coco", own), np.random.default_rng(0), 0
+    for turn in range(300):
+        whole = tuple(int(n) for n in g.integers(1, 40, 2))
+        runs = (g.random(whole) < g.choice([0, 0.02, 0.5, 1])).astype(np.uint8)
+        things = [Thing(0, some_polygons(g, kind), False, 0.0) for kind in (0, 1, 2, 10)]
+        things.append(Thing(1, coco_mask.encode(np.asfortranarray(runs)), False, 0.0))
+        size = tuple(max(int(n * g.uniform(0.2, 4)), 1) for n in whole) if turn % 3 else whole
+        top, left = (int(g.integers(-20, n + 5)) if turn % 4 else 0 for n in size)
+        out = tuple(int(n) for n in g.integers(1, 50, 2))
+        window = Window(bool(turn % 2), size, top, left, out)
+        truth = np.stack([drawn_whole(thing, whole, window) for thing in things])
+        photo = data.train[0]._replace(height=whole[0], width=whole[1], things=tuple(things))
+        assert np.array_equal(masks_of(photo, data, window).masks.numpy(), truth), window
+        shown = truth.any((1, 2))
+        found = masks_of(photo, data, window, empty=False)
+        assert np.array_equal(found.masks.numpy(), truth[shown])
+        assert found.labels.tolist() == np.array([0, 0, 0, 0, 1])[shown].tolist()
+        seen += shown.sum() * (not shown.all())
+    assert seen > 300
+
+
+@real
+def test_drawing_only_what_a_window_shows_gives_the_same_masks_of_photographs(mini):
+    g = np.random.default_rng(0)
+    for photo in mini.train[::10]:
+        whole = (photo.height, photo.width)
+        size = tuple(int(n * g.uniform(0.3, 2)) for n in whole)
+        top, left = (int(g.integers(-30, n // 2)) for n in size)
+        for window in (
+            Window(False, whole, 0, 0, whole),
+            Window(True, size, top, left, (256, 200)),
+        ):
+            masks = masks_of(photo, mini, window, crowds=True).masks.numpy()
+            for mask, thing in zip(masks, photo.things, strict=True):
+                assert np.array_equal(mask, drawn_whole(thing, whole, window))
+
+
+def test_what_lies_outside_of_the_picture_is_filled():
+    """The plain way: the resized picture is padded on all sides, and then cut."""
+    image, g = torch.arange(3 * 8 * 10, dtype=torch.uint8).view(3, 8, 10), np.random.default_rng(0)
+    for _ in range(50):
+        top, left = (int(n) for n in g.integers(-30, 30, 2))
+        out = tuple(int(n) for n in g.integers(1, 30, 2))
+        resized = F.interpolate(image[None], size=(12, 14), mode="bilinear", antialias=True)[0]
+        padded = F.pad(resized, (60, 60, 60, 60), value=77)
+        truth = padded[:, 60 + top : 60 + top + out[0], 60 + left : 60 + left + out[1]]
+        assert torch.equal(
+            objects.cut_out(image, Window(False, (12, 14), top, left, out), 77), truth
+        )
 
 
 # ------------------------------------------------------------------------------------------- splits
