@@ -64,7 +64,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypedDict
 
 import msgspec
 import numpy as np
@@ -118,6 +118,7 @@ from common.objects import (
     singles,
     true_objects,
 )
+from common.typed_json import read_record
 
 SCRIPT = "better_pseudo_labels.py"
 RETURNED = ("teacher", "supervised")  # the network that the method returns, or its baseline
@@ -531,14 +532,26 @@ def class_similarities(args: Args, data: Instances, labeled: list[Photo], world:
     path = Path(args.out) / "prototypes.pt"
     key = made_of(args, PROTOTYPES_OF, data.classes)
     if from_main(world, path.exists()):
-        record = checkpoints.load_checkpoint(path, PROTOTYPES)
-        if record["key"] == key:
-            return cosines(record["prototypes"])
+        kept = kept_prototypes(path, key, len(data.classes))
+        if kept is not None:
+            return cosines(kept)
     record = embed_objects(args, data, labeled, world)
     if world.main:
         record = {**record, "classes": data.classes, "key": key}
         checkpoints.save_checkpoint(path, PROTOTYPES, record)
     return cosines(record["prototypes"])
+
+
+def kept_prototypes(path: Path, key: str, num_classes: int) -> Tensor | None:
+    """The prototypes (C, D) in a file; None where they are of other settings, or damaged."""
+    try:
+        record = checkpoints.load_checkpoint(path, PROTOTYPES)
+    except UserError as error:
+        print(f"{error} The prototypes are made anew.", flush=True)
+        return None
+    found = record.get("prototypes")
+    is_whole = isinstance(found, Tensor) and found.dim() == 2 and len(found) == num_classes
+    return found if record.get("key") == key and is_whole else None
 
 
 def needs_prototypes(args: Args) -> bool:
@@ -2174,7 +2187,10 @@ def delta_of(
         return read_delta(Path(args.calibration), data.classes, world)
     path = Path(args.out) / "calibration.json"
     if from_main(world, path.exists()):
-        return read_delta(path, data.classes, world)
+        try:
+            return read_delta(path, data.classes, world)
+        except UserError as error:
+            print(f"{error} It is measured anew.", flush=True)
     if args.teacher and (args.tune or args.stage == "calibrate"):
         measured = Path(args.teacher)
     else:
@@ -2191,14 +2207,22 @@ def delta_of(
     return delta_in(record, data.classes, world)
 
 
+class Calibration(TypedDict):
+    """What is used of calibration.json."""
+
+    classes: list[str]
+    delta: list[float]
+
+
 def read_delta(path: Path, classes: list[str], world: World) -> Tensor:
     """Delta (C,) of a file that a calibrate stage wrote."""
+    cure = "a calibrate stage writes one"
+    record = read_record(path, Calibration, f"--calibration needs another file; {cure}")
     try:
-        return delta_in(json.loads(path.read_text()), classes, world)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return delta_in(record, classes, world)
+    except (ValueError, KeyError) as error:
         raise UserError(
-            f"--calibration {path} cannot be read, or is of other classes ({error}); a calibrate "
-            "stage writes one."
+            f"--calibration {path} cannot be read, or is of other classes ({error}); {cure}."
         ) from None
 
 

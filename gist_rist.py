@@ -67,6 +67,7 @@ docs/gist_rist.md says why.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -75,9 +76,9 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypedDict
 
 import msgspec
 import numpy as np
@@ -108,6 +109,7 @@ from common.distributed import World, rng
 from common.errors import UserError
 from common.nodes import Nodes, Search, fingerprint
 from common.semantic import Batch, Picture, Segmentation
+from common.typed_json import read_record
 
 SCRIPT, IGNORE, ROOT = "gist_rist.py", 255, ""  # ROOT is the path of stage 0
 
@@ -824,6 +826,16 @@ def search_all(tree: Tree) -> dict[str, list[str]]:
 
 
 # ================================================================================ training a node
+class NodeRecord(TypedDict):
+    """What node.json holds at least."""
+
+    step: int
+    steps: int
+    seconds: float
+    weights: str
+    dev: dict[str, float]
+
+
 @dataclass
 class Tree:
     """What the nodes of a run share. A node's folder holds, beside what common/nodes.py says,
@@ -835,9 +847,15 @@ class Tree:
     labeled: list[Picture]
     pool: list[Picture]  # unlabeled, without the development images
     dev: list[Picture]  # development images; the first dev_size of them choose
-    store: Nodes = field(default_factory=lambda: Nodes(Path(), Path(), parent_of))
+    store: Nodes = field(default_factory=lambda: Nodes(Path(), Path(), parent_of, NodeRecord))
     init: dict[str, Tensor] | None = None  # weights to start stage 0 from
+    content: str = ""  # the fingerprint of pictures and labels
     signals: runs.Signals | None = None
+
+    @cached_property
+    def content_of_val(self) -> str:
+        """The fingerprint of what --val scores."""
+        return content_of(self.data.val, [])
 
     def dev_of(self, path: str, size: int | None = None) -> float:
         """mIoU of a node on the first `size` development images, --dev-size by default."""
@@ -979,7 +997,8 @@ def fit(
     state = None
     if (folder / "last.pt").is_file():
         state = checkpoints.load_checkpoint(folder / "last.pt", SCRIPT)
-        restore(s, state)
+        with checkpoints.fitting(state["path"]):
+            restore(s, state)
     eval_every = args.eval_every if path == ROOT else 0
     run = runs.Run(
         folder,
@@ -1111,13 +1130,22 @@ def label_images(tree: Tree, path: str) -> tuple[list[Picture], dict]:
 
     target = tree.store.labels_folder(path)
     nodes.fill_once(target, fill)
-    facts = json.loads((target / "stats.json").read_text())
+    cure = f"remove the folder {target}, and the same command makes it again"
+    facts = read_record(target / "stats.json", LabelFacts, cure)
     pictures = []
     for i, picture in enumerate(tree.pool):
         label = target / f"{i}.png"
         if label.is_file():
             pictures.append(Picture(picture.name, picture.image, label))
     return pictures, facts
+
+
+class LabelFacts(TypedDict):
+    """What `label_facts` gives, as stats.json holds it."""
+
+    kept: float
+    dominant: float
+    share: list[float]
 
 
 def label_facts(counts: np.ndarray, num_classes: int) -> dict:
@@ -1374,8 +1402,8 @@ def draw_curves(
         ends = [deepest(tree, paths)] if name == "gist" else leaves(paths)
         dev_curves[name] = [[tree.dev_of(path) for path in trail(end)] for end in ends]
         val_curves[name] = [[val[path] for path in trail(end)] for end in ends]
-    with np.load(tree.store.folder(ROOT) / "scores.npz") as scores:
-        temps, confidence = scores["temps"], scores["confidence"]
+    scores = load_scores(tree, ROOT, ["temps", "confidence"])
+    temps, confidence = scores["temps"], scores["confidence"]
     histograms = {f"T = {t:g}": row for t, row in zip(temps, confidence, strict=True)}
     plots.curves_by_stage(
         {"dev mIoU": dev_curves, "val mIoU": val_curves},
@@ -1388,7 +1416,8 @@ def draw_masks(tree: Tree, path: str, file: Path) -> None:
     """Figs. 2, 8, 9: development images with their predictions at stages 0, 1, 5, 9 and the last of
     `path`."""
     shown = [p for p in trail(path) if len(tokens(p)) in (0, 1, 5, 9) or p == path]
-    masks = [np.load(tree.store.folder(p) / "scores.npz") for p in shown]
+    names = [f"mask{i}" for i in range(len(tree.dev[:6]))]
+    masks = [load_scores(tree, path, names) for path in shown]
     rows = []
     for i, picture in enumerate(tree.dev[:6]):
         image, label = semantic.load_picture(picture, tree.data)
@@ -1517,13 +1546,14 @@ def forward_whole(net: SegNet, group: list[WholePicture], device: torch.device) 
 def val_record(tree: Tree, path: str, net: SegNet | None = None) -> dict:
     """`miou` and `iou` of a node on --val, kept in its folder. Nothing is ever chosen by them."""
     file = val_file(tree, path)
-    if not file.is_file():
+    record = read_val(tree, path)
+    if record is None:
         if net is None:
             net = tree.network(tree.store.weights(path, SCRIPT))
         counts = evaluate(net, tree.data.val, tree.data, tree.args, tree.world).counts
         record = metrics.iou_record(torch.from_numpy(counts.sum(0)), tree.data.classes, 0)
-        files.write_text(file, json.dumps(record))
-    return json.loads(file.read_text())
+        files.write_text(file, json.dumps(record | {"data": tree.content_of_val}))
+    return record
 
 
 def val_file(tree: Tree, path: str) -> Path:
@@ -1532,8 +1562,33 @@ def val_file(tree: Tree, path: str) -> Path:
 
 def val_of(tree: Tree, path: str) -> float:
     """mIoU of a node on val, NaN where it was not scored there (--val-every-stage does)."""
+    record = read_val(tree, path)
+    return float("nan") if record is None else record["miou"]
+
+
+class ValRecord(TypedDict):
+    """What a file of `val_file` holds at least; `data` is the fingerprint of what was scored."""
+
+    miou: float
+    iou: dict[str, float | None]
+    data: str
+
+
+def read_val(tree: Tree, path: str) -> dict | None:
+    """What `val_record` has written of a node, or None where it is not there, is damaged, or was
+    measured on other data than now."""
     file = val_file(tree, path)
-    return json.loads(file.read_text())["miou"] if file.is_file() else float("nan")
+    if not file.is_file():
+        return None
+    try:
+        record = read_record(file, ValRecord, "it is made anew")
+    except UserError as error:
+        print(error, flush=True)
+        return None
+    if record.pop("data") != tree.content_of_val:
+        print(f"{file} is of other pictures or labels; it is made anew.", flush=True)
+        return None
+    return record
 
 
 def save_scores(file: Path, scores: Scores, temp: float) -> None:
@@ -1541,6 +1596,19 @@ def save_scores(file: Path, scores: Scores, temp: float) -> None:
     arrays = {"temps": np.array([1, temp]), "confidence": scores.confidence}
     arrays |= {f"mask{i}": mask for i, mask in enumerate(scores.masks)}
     np.savez_compressed(file, **arrays, counts=scores.counts)
+
+
+def load_scores(tree: Tree, path: str, names: list[str]) -> dict[str, np.ndarray]:
+    """Some arrays of what `save_scores` has written of a node."""
+    folder = tree.store.folder(path)
+    try:
+        with np.load(folder / "scores.npz", allow_pickle=False) as scores:
+            return {name: scores[name] for name in names}
+    except Exception as error:  # noqa: BLE001 (zip, zlib and numpy have their own)
+        raise UserError(
+            f"{folder / 'scores.npz'} cannot be read ({type(error).__name__}); remove the folder "
+            f"{folder}, and the run's command trains it again."
+        ) from None
 
 
 # ========================================================================== data, weights, and runs
@@ -1695,8 +1763,30 @@ def set_up(args: Args) -> tuple[Tree, list[str]]:
     if args.stage0 not in STAGE0:
         start = hashlib.sha256(Path(args.stage0).read_bytes()).hexdigest() + start
     key = key_of(tree, REFINE_ONLY, start, args.dev_size)
-    tree.store.root = Path(args.store) / f"stage0-{key}"
-    return tree, [line, *looked, *(f"weights {note}" for note in notes)]
+    lines = [line, *looked, *(f"weights {note}" for note in notes)]
+    name = f"stage0-{key}"
+    tree.content = content_of([*tree.labeled, *tree.dev], tree.pool)
+    tree.store.root = Path(args.store) / f"{name}{tree.content}"
+    others = [folder.name for folder in Path(args.store).glob(f"{name}*")]
+    if others and tree.store.root.name not in others:
+        lines.append(
+            f"{Path(args.store) / others[0]} was made with these settings, but of other pictures "
+            f"or labels; all nodes are made anew"
+        )
+    return tree, lines
+
+
+def content_of(labeled: list[Picture], unlabeled: list[Picture]) -> str:
+    """A fingerprint of what networks are made of: the labels by their content, and the pictures by
+    their sizes in bytes, because there may be many. So a copy of a data set is the same one."""
+    digest = hashlib.sha256()
+    for picture in labeled:
+        with contextlib.suppress(OSError):  # whoever needs it will say so
+            digest.update(picture.label.read_bytes())
+    for picture in [*labeled, *unlabeled]:
+        with contextlib.suppress(OSError):
+            digest.update(f"{picture.name} {picture.image.stat().st_size};".encode())
+    return digest.hexdigest()[:8]
 
 
 def check(args: Args) -> None:
@@ -1744,7 +1834,8 @@ def search_and_report(tree: Tree, out: Path) -> dict:
     """Stage 0, all searches, and, on the main process, the results of what they chose."""
     args, store = tree.args, tree.store
     store.ensure(ROOT, tree.train, tree.wait)
-    store.others = Path(args.store) / key_of(tree, STAGE0_ONLY, store.record(ROOT)["weights"])
+    key = key_of(tree, STAGE0_ONLY, store.record(ROOT)["weights"], tree.content)
+    store.others = Path(args.store) / key
     visited = search_all(tree)
     if not distributed.launched().main:
         return {}
@@ -1785,6 +1876,17 @@ def save_best(tree: Tree, visited: dict[str, list[str]], out: Path) -> None:
     checkpoints.save_checkpoint(out / "best.pt", SCRIPT, state)
 
 
+class Results(TypedDict):
+    """What --report needs of results.json."""
+
+    stage0_folder: str
+    nodes: str
+    visited: dict[str, list[str]]
+    trials: list[str]
+    dev_size: int
+    split_fingerprint: str
+
+
 def report_again(args: Args) -> dict:
     """--report: tables and pictures of a finished run once more; UserError when it is not finished,
     or its nodes are gone."""
@@ -1792,9 +1894,12 @@ def report_again(args: Args) -> dict:
     if not (out / "results.json").is_file():
         raise UserError(f"{out} is not a finished run of gist_rist.py: it has no results.json.")
     tree, _ = set_up(args)
-    results = json.loads((out / "results.json").read_text())
+    results = read_record(
+        out / "results.json", Results, "the run's command, with --resume, writes it anew"
+    )
     tree.store.root, tree.store.others = Path(results["stage0_folder"]), Path(results["nodes"])
-    visited = [path for paths in results["visited"].values() for path in paths]
+    visited = [path for paths in results["visited"].values() for path in [ROOT, *paths]]
+    visited += results["trials"]
     lost = [path or "stage 0" for path in visited if not tree.store.done(path)]
     if lost:
         raise UserError(

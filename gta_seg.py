@@ -962,7 +962,8 @@ def train(args: Args) -> dict:
     s, notes = build(args, len(data.classes), world, warmup, epoch)
     state = checkpoints.load_checkpoint(out / "last.pt", SCRIPT) if resuming else None
     if state is not None:
-        restore(s, state, args)
+        with checkpoints.fitting(state["path"]):
+            restore(s, state, args)
     facts = {
         "method": args.method,
         "recipe": args.recipe,

@@ -1555,7 +1555,8 @@ def train(args: Args) -> dict:
     total = border + (args.steps if with_student else 0)
     if state is not None:  # the checkpoint holds the teacher, too: none is read from a file
         s, notes = begin(state["stage"], args, data, world, border)
-        restore(s, state)
+        with checkpoints.fitting(state["path"]):
+            restore(s, state)
     elif border:
         s, notes = begin("teacher", args, data, world, border)
     else:

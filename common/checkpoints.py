@@ -2,19 +2,25 @@
 
 import argparse
 import collections
+import contextlib
 import json
 import pathlib
 import pickle
 import re
+import zipfile
+import zlib
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from common.errors import UserError, one_line
 from common.files import write_bytes, written
+from common.typed_json import said
 
 # Keys under which programs keep a state dict, at any depth. Where several stand side by side, the
 # first one here is taken.
@@ -37,9 +43,22 @@ WRAPPERS = (
 
 
 # -------------------------------------------------------------------------------------- checkpoints
+class Form(msgspec.Struct):
+    """What every script finds in its checkpoints, where they have it."""
+
+    networks: dict[str, dict[str, Tensor]] = {}
+    step: int = 0
+    scored: int = 0
+    seconds: float = 0.0
+    skipped: int = 0
+    settings: dict[str, object] = {}
+    classes: list[str] = []
+
+
 def save_checkpoint(path: Path, script: str, state: dict) -> None:
     """torch.save, atomically, and tensor by tensor: no copy of the whole lies in memory. `state`
-    holds tensors, numbers, strings, lists and dicts only."""
+    holds tensors, numbers, strings, lists and dicts only. The file has a check sum of each of its parts, see
+    `is_damaged`."""
     with written(path) as file:
         try:
             torch.save({"script": script, **state}, file)
@@ -60,6 +79,11 @@ def load_checkpoint(path: Path, script: str) -> dict:
     """Read what `save_checkpoint` wrote; UserError for a missing, broken or foreign file."""
     if not path.is_file():
         raise UserError(f"There is no checkpoint {path}.")
+    if is_damaged(path):
+        raise UserError(
+            f"{path} is not readable any more: it has changed since it was written (its check sums "
+            f"differ); give another one, or train again with another --out."
+        )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001 (zip, pickle, runtime errors)
@@ -73,7 +97,39 @@ def load_checkpoint(path: Path, script: str) -> dict:
         )
     if state["script"] != script:
         raise UserError(f"{path} is a checkpoint of {state['script']}, not of {script}.")
+    try:
+        msgspec.convert({key: state[key] for key in state if isinstance(key, str)}, Form)
+    except (msgspec.ValidationError, RecursionError) as error:
+        raise UserError(
+            f"{path} is not a checkpoint that {script} wrote ({said(error)}); give another one."
+        ) from None
     return state | {"path": str(path)}
+
+
+def is_damaged(path: Path) -> bool:
+    """Whether a zip archive, as torch.save writes them, differs from the check sums (CRC-32) in it,
+    at which torch.load does not look. False for files of other kinds, which have none."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # Those who switch the check sums off (torch.serialization) have the same in all parts.
+            sums = {part.CRC for part in archive.infolist() if part.file_size}
+            return len(sums) > 1 and archive.testzip() is not None
+    except (OSError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, ValueError):
+        return zipfile.is_zipfile(path)
+
+
+@contextlib.contextmanager
+def fitting(path: str) -> Iterator[None]:
+    """`with fitting(path)`: what a checkpoint holds goes into networks and optimizers here, and
+    when it does not fit them, it is a UserError."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        first = (str(error).splitlines() or [""])[0][:90]
+        raise UserError(
+            f"{path} does not hold what this run needs ({type(error).__name__}: {first}); train "
+            f"again with another --out."
+        ) from None
 
 
 def returned(networks: dict, names: tuple[str, ...]) -> str:
@@ -107,6 +163,11 @@ def read_weights(path: Path, flag: str = "--weights") -> dict[str, Tensor]:
     """A flat dict of tensors from .pth, .pt or .bin (weights_only), .safetensors or .pkl, without
     what other programs wrap around them; UserError, which names the `flag`, when there is none."""
     need_weights(str(path), flag)
+    if is_damaged(path):
+        raise UserError(
+            f"{flag} {path} has changed since it was written (its check sums differ); fetch or "
+            f"save it again."
+        )
     try:
         weights = unwrapped(read_any(path))
     except Exception as error:  # noqa: BLE001 (each format has its own)

@@ -99,15 +99,18 @@ def read_text(path: Path) -> str:
 
 # ------------------------------------------------------------------------------------------- a log
 def parse_line(line: str) -> dict:
-    """One line of a log; {} when a crash left it torn."""
-    with contextlib.suppress(json.JSONDecodeError):
-        return json.loads(line)
+    """One line of a log; {} when a crash left it torn, or it is damaged otherwise."""
+    with contextlib.suppress(ValueError, RecursionError):
+        record = json.loads(line)
+        if isinstance(record, dict) and isinstance(record.get("step", 0), int):
+            speed = record.get("images_per_second", 0.0)
+            return record if isinstance(speed, (int, float)) else {}
     return {}
 
 
 def read_log(path: Path) -> list[dict]:
     """The records of a log, without torn lines."""
-    records = [parse_line(line) for line in path.read_text().splitlines()]
+    records = [parse_line(line) for line in path.read_text(errors="replace").splitlines()]
     return [record for record in records if record]
 
 

@@ -23,6 +23,7 @@ from common.checkpoints import load_checkpoint
 from common.distributed import World
 from common.errors import RankError, UserError
 from common.files import write_text
+from common.typed_json import read_record
 
 
 # --------------------------------------------------------------------------------------- the store
@@ -36,6 +37,7 @@ class Nodes:
     root: Path  # folder of the node "", where all paths begin
     others: Path  # holds the folders of all other nodes
     parent_of: Callable[[str], str]
+    kind: type = dict  # a TypedDict, what a record must hold at least
     records: dict[str, dict] = field(default_factory=dict)  # by path, those that were read so far
 
     def folder(self, path: str) -> Path:
@@ -50,7 +52,9 @@ class Nodes:
 
     def record(self, path: str) -> dict:
         if path not in self.records:
-            self.records[path] = json.loads((self.folder(path) / "node.json").read_text())
+            folder = self.folder(path)
+            cure = f"remove the folder {folder}, and the same command trains it again"
+            self.records[path] = read_record(folder / "node.json", self.kind, cure)
         return self.records[path]
 
     def finish(self, path: str, record: dict) -> None:

@@ -13,13 +13,16 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 
 from common.checkpoints import save_checkpoint
 from common.errors import RankError, Stopped, UserError
 from common.files import parse_line, read_log, write_text
+from common.typed_json import read_json
 
 FREE_TO_CHANGE = {
     "out",
@@ -33,6 +36,14 @@ FREE_TO_CHANGE = {
     "eval",
     "predict",
 }  # settings that a resumed run may have otherwise
+
+
+class Config(msgspec.Struct):
+    """What a resumed run looks at in config.json."""
+
+    script: str
+    settings: dict[str, Any]
+
 
 HELD = []  # open files, because a lock ends when its file is closed
 
@@ -76,17 +87,10 @@ def open_run(out: Path, script: str, args, resume: bool, main: bool) -> bool:
 def check_same_run(config: Path, script: str, args) -> None:
     """UserError when config.json is of another script, or of other settings."""
     out = config.parent
-    try:
-        old = json.loads(config.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"{config} cannot be read ({error}); start again with another --out."
-        ) from None
-    if old.get("script") != script:
-        raise UserError(
-            f"{out} holds a run of {old.get('script')}, not of {script}; name another --out."
-        )
-    then = old.get("settings", {})
+    old = read_json(config, Config, "start again with another --out")
+    if old.script != script:
+        raise UserError(f"{out} holds a run of {old.script}, not of {script}; name another --out.")
+    then = old.settings
     now = json.loads(json.dumps(dataclasses.asdict(args), default=str))
     differences = [
         f"{name} ({then.get(name)} then, {now.get(name)} now)"
@@ -256,8 +260,10 @@ class Run:
         path = self.out / "log.jsonl"
         if path.exists():
             kept = []
-            for line in path.read_text().splitlines():
+            for line in path.read_text(errors="replace").splitlines():
                 record = parse_line(line)
+                if not record:
+                    continue
                 last = step if "images_per_second" in record else scored
                 if record.get("step", last + 1) <= last:
                     kept.append(line + "\n")

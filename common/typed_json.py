@@ -18,6 +18,19 @@ def read_json(path: Path, kind: type[T], cure: str) -> T:
     return decoded(read_bytes(path, cure), kind, str(path), cure)
 
 
+def read_record(path: Path, kind: Any, cure: str) -> dict:
+    """A JSON object as it stands in a file, also with keys that the `kind`, a TypedDict, does not
+    name; UserError when the keys that it names are missing or hold something else."""
+    try:
+        record = json.loads(read_bytes(path, cure))
+        msgspec.convert(record, kind)
+    except msgspec.ValidationError as error:
+        raise UserError(f"{path}: {said(error)}; {cure}.") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}); {cure}.") from None
+    return record
+
+
 def read_bytes(path: Path, cure: str) -> bytes:
     try:
         return path.read_bytes()
@@ -45,7 +58,7 @@ def decoded(content: bytes, kind: Any, source: str, cure: str) -> Any:
         raise UserError(f"{source} cannot be read as JSON ({error}); {cure}.") from None
 
 
-def said(error: msgspec.ValidationError) -> str:
+def said(error: Exception) -> str:
     """msgspec's "Expected `int`, got `str` - at `$.annotations[27].iscrowd`", with the place first
     and in plain words."""
     what, _, place = str(error).partition(" - at `$")

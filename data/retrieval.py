@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -30,11 +30,22 @@ from common.distributed import World, rng
 from common.errors import RankError, UserError
 from common.files import BrokenImage, read_image, write_bytes, write_text
 from common.loading import helpers
+from common.typed_json import read_record
 
 # Part of a shard's name. Change it whenever the code would write other numbers into a shard.
 FORMAT = "1: whole picture, bicubic with antialias, float16"
 
 BLOCK = 2048  # rows and columns of a block of cosines, 16 MiB
+
+
+class Note(TypedDict):
+    """What stands beside a shard."""
+
+    key: str
+    size: int
+    paths: list[str]
+    sha256: list[str]
+    broken: list[int]
 
 
 @dataclass
@@ -55,7 +66,7 @@ class Store:
         """(n_s, D) float16, a memory map."""
         try:
             return np.load(self.shards[s], mmap_mode="r")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SyntaxError, EOFError, TypeError, OverflowError) as error:
             raise UserError(
                 f"{self.shards[s]} cannot be read ({error}); delete it, and it is made again."
             ) from None
@@ -64,12 +75,7 @@ class Store:
         """About shard s: `key`, `size`, its `paths`, their `sha256` ("" for broken ones), its
         places `broken`."""
         path = self.shards[s].with_suffix(".json")
-        try:
-            return json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{path} cannot be read ({error}); delete it, and it is made again."
-            ) from None
+        return read_record(path, Note, "delete it, and it is made again")
 
     def parts(self, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """(shard, places in `rows`, their rows within the shard) for each shard that holds some of
@@ -144,7 +150,8 @@ def embed(
         # Shards of other processes are not looked for: a network disk would go on telling for a
         # while that they are not there.
         if s % world.size == world.rank:
-            if not shard.is_file() or not shard.with_suffix(".json").is_file():
+            there = shard.is_file() and shard.with_suffix(".json").is_file()
+            if not there or is_damaged(store, s, len(span)):
                 missing[s] = span
     if missing:
         for s, rows, sha256, broken in embedded(
@@ -234,6 +241,21 @@ def embedded(
             rows = torch.cat(rows)
             rows[broken] = 0
             yield s, rows, sha256, broken
+
+
+def is_damaged(store: Store, s: int, number: int) -> bool:
+    """Whether a shard that lies there is not one of this many pictures, which is said."""
+    try:
+        note, rows = store.note(s), store.shard(s)
+        lengths = [len(rows), len(note["paths"]), len(note["sha256"])]
+        if rows.ndim != 2 or rows.dtype != np.float16 or lengths != [number] * 3:
+            raise UserError(f"{store.shards[s]} does not hold {number} pictures.")
+        if any(not 0 <= place < number for place in note["broken"]):
+            raise UserError(f"{store.shards[s].with_suffix('.json')} names pictures it has not.")
+    except UserError as error:
+        print(f"{error} It is made anew.", flush=True)
+        return True
+    return False
 
 
 def vectors(store: Store, rows: np.ndarray) -> np.ndarray:
@@ -489,8 +511,8 @@ def report(
 def done(out: Path, key: str) -> bool:
     """Whether `report` has written its list here, by the settings `key`."""
     try:
-        written = json.loads((out / "retrieved.json").read_text())["key"]
-    except (OSError, ValueError, KeyError, TypeError):
+        written = json.loads((out / "retrieved.json").read_bytes())["key"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
     return written == key and (out / "retrieved.txt").exists()
 

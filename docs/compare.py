@@ -37,15 +37,25 @@ BOOKKEEPING = {
 }
 
 
-def read_run(folder: Path) -> dict:
+def read_run(folder: Path, metric: str = "miou") -> dict:
     """Settings and results of a finished run."""
     missing = [name for name in ("config.json", "results.json") if not (folder / name).is_file()]
     if missing:
         raise SystemExit(f"{folder} is not a finished run: no {missing[0]}.")
-    config, results = (
-        json.loads((folder / name).read_text()) for name in ("config.json", "results.json")
-    )
-    network = "teacher" if "teacher" in results else "student"
+    try:
+        config, results = (
+            json.loads((folder / name).read_bytes()) for name in ("config.json", "results.json")
+        )
+        network = "teacher" if "teacher" in results else "student"
+        known = {"method", "recipe", "split_seed", "seed"} <= config["settings"].keys()
+        number = [results[network][which][metric] for which in ("last", "best")]
+        if not known or not all(isinstance(value, (int, float)) for value in number):
+            raise ValueError(f"no settings, or no number as {metric}")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
+        raise SystemExit(
+            f"{folder}: its config.json or results.json is damaged ({type(error).__name__}: "
+            f"{error}); run it again, or leave it out."
+        ) from None
     return {
         "folder": folder,
         "settings": config["settings"],
@@ -155,7 +165,7 @@ def main() -> None:
         "--strip", type=Path, help="write a sheet of predictions of these runs here"
     )
     options = parser.parse_args()
-    runs = [read_run(folder) for folder in options.runs]
+    runs = [read_run(folder, options.metric) for folder in options.runs]
     print(table(runs, options.metric))
     if options.strip:
         strip(runs, options.strip)

@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.strategies import SearchStrategy
 
-FILES = ("test_outside_data", "test_outside_forms")  # the test files that add properties
+# the test files that add properties
+FILES = ("test_outside_data", "test_outside_forms", "test_damaged")
 
 PATIENCE = 60  # seconds after which an input counts as one that hangs
 

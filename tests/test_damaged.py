@@ -1,0 +1,524 @@
+"""Annotations that say something odd, and files of our own runs that something has damaged: what is
+plain is read, and anything else is one sentence that names the file and the way out. Kinds are
+tested here by an example; test_outside_data.py draws others."""
+
+import json
+import math
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from fuzz import PROPERTIES, Property, few
+from helpers import REPO
+from hypothesis import strategies as st
+from PIL import Image
+
+import better_pseudo_labels
+import gist_rist
+from common import checkpoints, coco, files, mask_ap, runs
+from common.distributed import World
+from common.errors import UserError
+from common.nodes import Nodes
+from common.objects import Instances, masks_of
+from common.semantic import Picture
+from data import retrieval
+
+sys.path.insert(0, str(REPO / "docs"))
+import compare  # noqa: E402 (a program, which lies in no package)
+
+SQUARE = [2, 2, 10, 2, 10, 8, 2, 8]
+RUNS = [50, 40, 230]  # of 16 x 20 pixels
+
+
+def coco_file(folder: Path, text: str = "", **changes) -> Path:
+    """A file of a picture of 20x16 pixels with one object, changed so; or of this text."""
+    annotation = {"id": 1, "image_id": 1, "category_id": 3, "segmentation": [SQUARE]}
+    content = {
+        "images": [{"id": 1, "file_name": "a.png", "height": 16, "width": 20}],
+        "categories": [{"id": 3, "name": "dog"}],
+        "annotations": [annotation | {"area": 48, "iscrowd": 0} | changes],
+    }
+    path = folder / "train.json"
+    path.write_text(text or json.dumps(content))
+    return path
+
+
+def read(path: Path) -> Instances:
+    photos = coco.photos_of(coco.read_content(path), lambda picture: path.with_name("a.png"))
+    return Instances("coco", path.parent, ["dog"], [3], photos, photos, [])
+
+
+# ------------------------------------------------------------------------------------- annotations
+@pytest.mark.parametrize(
+    "segmentation, said",
+    [
+        ({"size": [16, 20], "counts": [50, 40]}, "sum to 90, but must sum to 16 x 20 = 320"),
+        ({"size": [16, 20], "counts": "b1X1"}, "must sum to 16 x 20"),
+        ({"size": [16, 20], "counts": [50, -40, 310]}, "not all within the picture"),
+        ({"size": [16, 20], "counts": [2**70]}, "too large"),
+        ({"size": [16, 20], "counts": "a text"}, "text of its run lengths"),
+        ({"size": [16, 20], "counts": "é"}, "foreign character"),
+        ({"size": [20, 16], "counts": RUNS}, "are for 20 x 16 pixels"),
+        ([[1, 1, 5, math.nan, 5, 5]], "not finite"),
+        ([[1, 1, 5, 2e8, 5, 5]], "not finite or over"),
+        ([[0, 0, *([9e5, 9e5, 0, 9e5] * 3)]], "too long"),
+        ([[1, 1, 5, [1], 5, 5]], "segmentation[0][3]: expected float, got array"),
+        ([SQUARE, {"size": [16, 20], "counts": RUNS}], "segmentation[0]: expected object"),
+        ("polygon", "it must be polygons"),
+        (True, "it must be polygons"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_outlines_that_c_code_cannot_take_are_refused(segmentation, said, tmp_path):
+    path = coco_file(tmp_path, segmentation=segmentation)
+    with pytest.raises(UserError) as error:
+        read(path)
+    assert f"{path}: annotations[0].segmentation" in str(error.value) and said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [
+        SQUARE,
+        np.reshape(SQUARE, (-1, 2)).tolist(),
+        [np.reshape(SQUARE, (-1, 2)).tolist()],
+        [[str(number) for number in SQUARE]],
+    ],
+    ids=["flat", "points", "points in a list", "text"],
+)
+def test_polygons_in_other_forms_are_read_as_what_they_are(segmentation, tmp_path):
+    data = read(coco_file(tmp_path, segmentation=segmentation))
+    assert data.val[0].things[0].segmentation[0].tolist() == SQUARE
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [
+        [{"size": [16, 20], "counts": RUNS}],
+        {"size": ["16", 20.0], "counts": ["50", 40.0, 230]},
+        {"size": [16, 20], "counts": [50, 20, 0, 20, 230, 0]},
+        [{"size": [16, 20], "counts": [50, 25, 245]}, {"size": [16, 20], "counts": [60, 30, 230]}],
+    ],
+    ids=["in a list", "text", "empty runs", "in parts"],
+)
+def test_run_lengths_in_other_forms_are_read_as_what_they_are(segmentation, tmp_path):
+    data = read(coco_file(tmp_path, segmentation=segmentation))
+    (mask,) = masks_of(data.val[0], data).masks
+    assert mask.T.flatten().nonzero().flatten().tolist() == list(range(50, 90))
+
+
+@pytest.mark.parametrize("crowd", [0, 1, 0.0, 1.0, False, True, "0", "1", None])
+def test_training_and_scoring_agree_on_what_is_a_crowd(crowd, tmp_path):
+    data = read(coco_file(tmp_path, iscrowd=crowd))
+    is_crowd = crowd in (1, "1")
+    assert masks_of(data.val[0], data, crowds=True).crowds.tolist() == [is_crowd]
+    assert [a["iscrowd"] for a in mask_ap.truth_of(data)["annotations"]] == [int(is_crowd)]
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"iscrowd": 2}, "iscrowd"),
+        ({"iscrowd": "NaN"}, "iscrowd"),
+        ({"iscrowd": 2**31}, "iscrowd"),
+        ({"category_id": [3]}, "category_id"),
+        ({"category_id": {}}, "category_id"),
+        ({"category_id": True}, "category_id"),
+        ({"bbox": 7}, "bbox"),
+        ({"bbox": [1, 2, 3, math.inf]}, "bbox"),
+        ({"area": math.nan}, "area"),
+        ({"area": [4]}, "area"),
+        ({"image_id": 1.5}, "image_id"),
+    ],
+    ids=str,
+)
+def test_a_value_of_another_type_is_named_by_its_place(changes, said, tmp_path):
+    path = coco_file(tmp_path, **changes)
+    with pytest.raises(UserError) as error:
+        read(path)
+    assert f"{path}: annotations[0].{said}: " in str(error.value)
+
+
+def test_digits_in_texts_are_numbers(tmp_path):
+    path = coco_file(tmp_path, category_id="3", image_id="1", area="48", bbox=["2", "2", "8", "6"])
+    thing = read(path).val[0].things[0]
+    assert (thing.category, thing.area, thing.box) == (0, 48, (2, 2, 8, 6))
+
+
+def test_objects_without_a_pixel_are_counted_or_refused(tmp_path):
+    shares = [[0.1, 0.1, 0.5, 0.1, 0.5, 0.5]]
+    for outside in (shares, [[30, 2, 40, 2, 40, 9]], {"size": [16, 20], "counts": [320]}):
+        with pytest.raises(UserError, match="none of its 1 objects has a pixel"):
+            read(coco_file(tmp_path, segmentation=outside))
+        path = coco_file(tmp_path)
+        content = json.loads(path.read_text())
+        content["annotations"].append(content["annotations"][0] | {"segmentation": outside})
+        path.write_text(json.dumps(content))
+        with pytest.warns(UserWarning, match=r"1 of 2 objects of .*no pixel .*annotations\[1\]"):
+            assert len(read(path).val[0].things) == 2
+
+
+def test_thin_objects_that_have_pixels_are_not_counted(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read(coco_file(tmp_path, segmentation=[[1, 1, 18, 1, 18, 2, 1, 2]]))
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path):
+    text = coco_file(tmp_path).read_text()
+    for twice in (
+        text.replace('"iscrowd": 0', '"iscrowd": 1, "iscrowd": 0'),
+        text[:-1] + ', "annotations": []}',
+    ):
+        with pytest.raises(UserError, match="stands twice"):
+            read(coco_file(tmp_path, text=twice))
+    read(coco_file(tmp_path, text=text.replace("a.png", "annotations")))
+
+
+def test_a_misspelt_crowd_is_said(tmp_path):
+    with pytest.warns(UserWarning, match="isCrowd is not looked at"):
+        read(coco_file(tmp_path, isCrowd=1))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_files_in_other_encodings_are_read(encoding, tmp_path):
+    path = coco_file(tmp_path)
+    path.write_text(path.read_text(), encoding=encoding)
+    assert len(read(path).val) == 1
+
+
+# ------------------------------------------------------------------------------------- checkpoints
+STATE = {
+    "networks": {"student": {"weight": torch.arange(600.0).reshape(20, 30)}},
+    "step": 3,
+    "scored": 2,
+    "seconds": 1.5,
+    "settings": {"lr": 0.1},
+    "classes": ["a", "b"],
+    "optimizer": {},
+}
+
+
+def test_a_flipped_bit_of_a_checkpoint_or_of_weights_is_found(tmp_path):
+    path = tmp_path / "last.pt"
+    checkpoints.save_checkpoint(path, "gta_seg.py", STATE)
+    whole = path.read_bytes()
+    weights = STATE["networks"]["student"]["weight"].numpy().tobytes()
+    start = whole.index(weights)
+    assert checkpoints.load_checkpoint(path, "gta_seg.py")["step"] == 3
+    for place in range(start, start + len(weights), 97):
+        damaged = bytearray(whole)
+        damaged[place] ^= 16
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="last.pt .*check sums differ"):
+            checkpoints.load_checkpoint(path, "gta_seg.py")
+        with pytest.raises(UserError, match="last.pt .*check sums differ"):
+            checkpoints.read_weights(path)
+
+
+@pytest.mark.parametrize("way", ["old", "no sums"])
+def test_a_file_without_check_sums_loads(way, tmp_path):
+    path = tmp_path / "last.pt"
+    content = {"script": "gta_seg.py", **STATE}
+    if way == "old":
+        torch.save(content, path, _use_new_zipfile_serialization=False)
+    else:
+        torch.serialization.set_crc32_options(False)
+        try:
+            torch.save(content, path)
+        finally:
+            torch.serialization.set_crc32_options(True)
+    assert checkpoints.load_checkpoint(path, "gta_seg.py")["step"] == 3
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"networks": [1]},
+        {"networks": {"student": 3}},
+        {"networks": {"student": {"weight": "w"}}},
+        {"step": "three"},
+        {"scored": None},
+        {"settings": [1]},
+        {"classes": "ab"},
+        {"classes": [1]},
+    ],
+    ids=str,
+)
+def test_a_checkpoint_with_entries_of_another_type_is_refused(changes, tmp_path):
+    path = tmp_path / "last.pt"
+    checkpoints.save_checkpoint(path, "gta_seg.py", STATE | changes)
+    with pytest.raises(UserError, match=rf"last.pt is not a checkpoint.*{next(iter(changes))}"):
+        checkpoints.load_checkpoint(path, "gta_seg.py")
+
+
+def test_what_does_not_fit_the_run_is_refused_when_it_is_restored():
+    layer = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+    good = optimizer.state_dict()
+    for bad in (3, {}, good | {"param_groups": []}, good | {"state": 1}, good | {"state": {9: 1}}):
+        with pytest.raises(UserError, match="last.pt does not hold what this run needs"):
+            with checkpoints.fitting("last.pt"):
+                optimizer.load_state_dict(bad)
+                optimizer.step()
+                raise KeyError("optimizer")  # what some of them lack is found later
+
+
+# --------------------------------------------------------------------------- files of our own runs
+NODE = {"path": "", "step": 1, "steps": 2, "seconds": 1.0, "weights": "x", "dev": {"1": 3.0}}
+
+
+def store_of(folder: Path, content: bytes | None = None) -> Nodes:
+    folder.mkdir(exist_ok=True)
+    (folder / "node.json").write_bytes(json.dumps(NODE).encode() if content is None else content)
+    return Nodes(folder, folder, lambda path: path[:-1], gist_rist.NodeRecord)
+
+
+def calibration(folder: Path, content: bytes) -> None:
+    (folder / "calibration.json").write_bytes(content)
+    better_pseudo_labels.read_delta(folder / "calibration.json", ["a", "b"], World())
+
+
+def config(folder: Path, content: bytes) -> None:
+    (folder / "config.json").write_bytes(content)
+    runs.check_same_run(folder / "config.json", "x.py", SettingsOfRun())
+
+
+def finished_run(folder: Path, content: bytes, name: str) -> None:
+    good = {
+        "config.json": {"settings": {"method": "m", "recipe": "r", "split_seed": 0, "seed": 0}},
+        "results.json": {"student": {"last": {"miou": 1.0}, "best": {"miou": 2.0}}},
+    }
+    for file, value in good.items():
+        (folder / file).write_bytes(content if file == name else json.dumps(value).encode())
+    try:
+        compare.table([compare.read_run(folder)] * 2)
+    except SystemExit as error:
+        raise UserError(str(error)) from None
+
+
+def note(folder: Path, content: bytes) -> None:
+    (folder / "0.json").write_bytes(content)
+    retrieval.Store(folder, [], [folder / "0.npy"], [], 4).note(0)
+
+
+def shard(folder: Path, content: bytes) -> None:
+    (folder / "0.npy").write_bytes(content)
+    retrieval.Store(folder, [], [folder / "0.npy"], [], 4).shard(0)
+
+
+def scores(folder: Path, content: bytes) -> None:
+    (folder / "scores.npz").write_bytes(content)
+    tree = SimpleNamespace(store=store_of(folder))
+    gist_rist.load_scores(tree, "", ["temps", "confidence"])
+
+
+def saved_scores(folder: Path) -> bytes:
+    np.savez_compressed(folder / "good.npz", temps=np.ones(2), confidence=np.ones((2, 50)))
+    return (folder / "good.npz").read_bytes()
+
+
+def saved_shard(folder: Path) -> bytes:
+    np.save(folder / "good.npy", np.ones((3, 4), np.float16))
+    return (folder / "good.npy").read_bytes()
+
+
+@dataclass
+class SettingsOfRun:
+    lr: float = 0.1
+    out: str = ""
+
+
+READERS = {  # a whole file, and who reads it
+    "config.json": ({"script": "x.py", "settings": {"lr": 0.1, "out": "a"}}, config),
+    "node.json": (NODE, lambda folder, content: store_of(folder, content).record("")),
+    "calibration.json": ({"classes": ["b", "a"], "delta": [0.1, 0.2]}, calibration),
+    "the note of a shard": (
+        {"key": "k", "size": 3, "paths": ["a"], "sha256": ["b"], "broken": []},
+        note,
+    ),
+    "results.json of compare": (
+        {"student": {"last": {"miou": 1.0}, "best": {"miou": 2.0}}},
+        lambda folder, content: finished_run(folder, content, "results.json"),
+    ),
+    "config.json of compare": (
+        {"settings": {"method": "m", "recipe": "r", "split_seed": 0, "seed": 0}},
+        lambda folder, content: finished_run(folder, content, "config.json"),
+    ),
+    "scores.npz": (saved_scores, scores),
+    "a shard": (saved_shard, shard),
+}
+
+
+def whole(name: str, folder: Path) -> bytes:
+    good = READERS[name][0]
+    return good(folder) if callable(good) else json.dumps(good).encode()
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_damaged_file_of_a_run_is_one_sentence(name, tmp_path):
+    good, reader = whole(name, tmp_path), READERS[name][1]
+    reader(tmp_path, good)
+    for content in (b"", b"\0" * 40, b"[1]", b"3", b"{}", good[: len(good) // 2], b"[" * 10**5):
+        with pytest.raises(UserError) as error:
+            reader(tmp_path, content)
+        assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+        assert "; " in str(error.value), "and what to do"
+
+
+def test_damaged_lines_of_a_log_are_left_out(tmp_path):
+    path = tmp_path / "log.jsonl"
+    good = b'{"step": 1, "loss": 2.0}\n'
+    torn = [b'{"step": 2, "lo\n', b"[3]\n", b"4\n", b"\xff\xfe\n", b'{"step": "x"}\n', b"\0\0\n"]
+    path.write_bytes(good + b"".join(torn) + b'{"step": 5, "images_per_second": "fast"}\n' + good)
+    assert files.read_log(path) == [{"step": 1, "loss": 2.0}] * 2
+
+
+def test_a_damaged_score_of_a_node_is_measured_anew_and_said(tmp_path, capsys):
+    tree = SimpleNamespace(
+        store=store_of(tmp_path), args=SimpleNamespace(val="val"), content_of_val="1234"
+    )
+    file = gist_rist.val_file(tree, "")
+    good = {"miou": 50.0, "iou": {"a": 50.0, "b": None}, "data": "1234"}
+    file.write_text(json.dumps(good))
+    assert gist_rist.val_of(tree, "") == 50 and not capsys.readouterr().out
+    for bad in ("{", "[]", json.dumps(good | {"miou": "x"}), json.dumps(good | {"data": "5678"})):
+        file.write_text(bad)
+        assert math.isnan(gist_rist.val_of(tree, ""))
+        said = capsys.readouterr().out
+        assert str(file) in said and "made anew" in said
+
+
+def test_prototypes_that_are_damaged_are_made_anew_and_said(tmp_path, capsys):
+    path = tmp_path / "prototypes.pt"
+    script = better_pseudo_labels.PROTOTYPES
+    kept = better_pseudo_labels.kept_prototypes
+    record = {"prototypes": torch.ones(2, 3), "key": "k"}
+    checkpoints.save_checkpoint(path, script, record)
+    assert torch.equal(kept(path, "k", 2), torch.ones(2, 3)) and kept(path, "other", 2) is None
+    for bad in ({"prototypes": "x"}, {"prototypes": torch.ones(5)}, {"key": 4}):
+        checkpoints.save_checkpoint(path, script, record | bad)
+        assert kept(path, "k", 2) is None
+    path.write_bytes(b"damaged")
+    assert kept(path, "k", 2) is None and "made anew" in capsys.readouterr().out
+
+
+def test_damaged_shards_of_embeddings_are_made_anew_and_said(tmp_path, capsys):
+    pictures = []
+    for i in range(3):
+        pictures.append(tmp_path / f"{i}.png")
+        Image.new("RGB", (8, 8), (40 * i, 90, 7)).save(pictures[-1])
+
+    def network(images: torch.Tensor) -> torch.Tensor:
+        return images.float().mean((2, 3)) + 1
+
+    def embed() -> retrieval.Store:
+        return retrieval.embed(pictures, network, tmp_path / "store", "k", 4, World(), 0)
+
+    store = embed()
+    truth = np.array(store.shard(0))
+    shard, beside = store.shards[0], store.shards[0].with_suffix(".json")
+    for path, content in (
+        (shard, b"damaged"),
+        (shard, shard.read_bytes()[:-8]),
+        (beside, b"{"),
+        (beside, b'{"key": "k", "size": 4, "paths": [], "sha256": [], "broken": []}'),
+    ):
+        path.write_bytes(content)
+        assert np.array_equal(embed().shard(0), truth)
+        assert "made anew" in capsys.readouterr().out
+
+
+def test_other_labels_or_pictures_under_the_same_names_are_other_nodes(tmp_path):
+    picture = Picture("a", tmp_path / "a.jpg", tmp_path / "a.png")
+    Image.new("RGB", (9, 9)).save(picture.image)
+    label = np.zeros((9, 9), np.uint8)
+
+    def now(value: int) -> str:
+        label[4, 4] = value
+        Image.fromarray(label).save(picture.label)
+        return gist_rist.content_of([picture], [])
+
+    first = now(0)
+    assert now(0) == first != now(1) and now(0) == first
+    Image.new("RGB", (19, 9)).save(picture.image)
+    assert now(0) != first
+    picture.label.unlink()
+    assert gist_rist.content_of([picture], []) != first, "whoever needs it says that it is gone"
+
+
+# --------------------------------------------------------------------------- whatever happens to it
+def damage(content: bytes, changes: list[tuple[int, int]]) -> bytes:
+    """Some bytes changed, and cut where a change is of none."""
+    changed = bytearray(content)
+    for place, value in changes:
+        if value == 256:
+            del changed[place % (len(changed) + 1) :]
+        elif changed:
+            changed[place % len(changed)] = value
+    return bytes(changed)
+
+
+def a_damaged_file_of_a_run_is_read_or_refused(value: tuple, folder: Path) -> None:
+    name, changes = value
+    try:
+        READERS[name][1](folder, damage(whole(name, folder), changes))
+    except UserError as error:
+        assert str(folder) in str(error) and "\n" not in str(error)
+
+
+def swapped(value, place: list[int], new):
+    """The value with one of its parts replaced, found by the places on the way to it."""
+    if not isinstance(value, dict) or not value or not place:
+        return new
+    keys = list(value)
+    key = keys[place[0] % len(keys)]
+    return value | {key: swapped(value[key], place[1:], new)}
+
+
+def a_checkpoint_of_any_form_is_read_or_refused(value: tuple, folder: Path) -> None:
+    place, new = value
+    layer = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    layer(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    good = STATE | {"networks": {"student": layer.state_dict()}}
+    good |= {"optimizer": optimizer.state_dict()}
+    path = folder / "last.pt"
+    checkpoints.save_checkpoint(path, "gta_seg.py", swapped(good, place, new))
+    try:
+        state = checkpoints.load_checkpoint(path, "gta_seg.py")
+        with checkpoints.fitting(state["path"]):
+            checkpoints.load_exact(layer, state["networks"]["student"], state["path"])
+            optimizer.load_state_dict(state["optimizer"])
+    except UserError as error:
+        assert str(path) in str(error)
+
+
+others = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=3), st.just([1])
+)
+MINE = {
+    "a damaged file of a run is read or refused": Property(
+        st.tuples(
+            st.sampled_from(list(READERS)),
+            st.lists(st.tuples(st.integers(0, 999), st.integers(0, 256)), min_size=1, max_size=4),
+        ),
+        a_damaged_file_of_a_run_is_read_or_refused,
+    ),
+    "a checkpoint of any form is read or refused": Property(
+        st.tuples(st.lists(st.integers(0, 9), min_size=1, max_size=4), others),
+        a_checkpoint_of_any_form_is_read_or_refused,
+    ),
+}
+PROPERTIES |= MINE
+
+
+@pytest.mark.parametrize("name", MINE)
+def test_it_holds_of_whatever_is_drawn_that(name, tmp_path):
+    few(name, tmp_path)
