@@ -1,11 +1,13 @@
 """COCO's and LVIS's JSON files, read into pictures and objects. Whatever sees an annotation later,
 in training or in scoring, sees the Thing that was made of it here and checked."""
 
+import contextlib
 import functools
+import gc
 import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -17,13 +19,12 @@ from common.objects import Photo, Thing
 from common.outlines import (
     FAR,
     Outline,
+    extents,
     has_pixels,
     merged_runs,
     read_outline,
-    surely_have_pixels,
-    wild_polygon,
 )
-from common.typed_json import decoded, read_bytes, read_json, repeated_key
+from common.typed_json import decoded, read_bytes, read_json, repeated_key, said
 
 CURE = "correct this COCO or LVIS file, or name another"
 BATCH = 8192  # annotations that are checked together
@@ -64,7 +65,11 @@ class Category(msgspec.Struct, gc=False):
 class File(msgspec.Struct, gc=False):
     images: list[Picture]
     categories: list[Category]
-    annotations: list[Annotation]
+    annotations: list[msgspec.Raw]  # decoded a few at a time, since they would fill much memory
+
+
+PLAIN_ANNOTATION = msgspec.json.Decoder(Annotation)
+ANNOTATION = msgspec.json.Decoder(Annotation, strict=False)
 
 
 class Content(NamedTuple):
@@ -82,6 +87,25 @@ def read_content(path: Path) -> Content:
     """The content of a COCO or LVIS file; UserError when it is no such file or contradicts itself.
     What is dropped, and what has no pixel, is counted and said."""
     text = read_bytes(path, CURE)
+    with without_gc():
+        return content_of(text, path)
+
+
+@contextlib.contextmanager
+def without_gc() -> Iterator[None]:
+    """Nothing that is read here is a circle, and looking for circles among millions of records
+    takes long."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def content_of(text: bytes, path: Path) -> Content:
+    """`read_content` of a file that is read."""
     file = decoded(text, File, str(path), CURE)
     warn_of_misspelt(text, path)
     refuse_repeated(text, file, path)
@@ -178,7 +202,7 @@ class Tally:
 
 
 def things_of(
-    annotations: list[Annotation],
+    annotations: list[msgspec.Raw],
     sizes: dict[int | str, tuple[int, int]],
     categories: list[int | str],
     path: Path,
@@ -189,13 +213,17 @@ def things_of(
     things: dict[int | str, list[Thing]] = {image: [] for image in sizes}
     tally = Tally()
     for start in range(0, len(annotations), BATCH):
-        batch = annotations[start : start + BATCH]
+        batch = decoded_batch(annotations[start : start + BATCH], start, path)
         annotations[start : start + BATCH] = [None] * len(batch)
         outlines = []
         for place, annotation in enumerate(batch, start):
-            annotation.image_id = number_of(annotation.image_id)
-            annotation.category_id = number_of(annotation.category_id)
-            check_facts(annotation, place, sizes, index, path)
+            image, category = annotation.image_id, annotation.category_id
+            if image not in sizes or category not in index:
+                unknown = f"image {image}" if image not in sizes else f"category {category}"
+                raise UserError(
+                    f"{path}: annotations[{place}] is of {unknown}, which the file does not list; "
+                    f"{CURE}."
+                )
             try:
                 outlines.append(read_outline(annotation.segmentation))
             except ValueError as error:
@@ -222,6 +250,35 @@ def things_of(
     return things
 
 
+def decoded_batch(texts: list[msgspec.Raw], start: int, path: Path) -> list[Annotation]:
+    """Some annotations; UserError, which names the one and its value, where they are of another
+    form."""
+    annotations = []
+    for place, text in enumerate(texts, start):
+        try:
+            annotation = PLAIN_ANNOTATION.decode(text)
+        except msgspec.DecodeError:
+            annotation = with_numbers_as_text(text, place, path)
+        if isinstance(annotation.image_id, str):
+            annotation.image_id = number_of(annotation.image_id)
+        if isinstance(annotation.category_id, str):
+            annotation.category_id = number_of(annotation.category_id)
+        annotations.append(annotation)
+    return annotations
+
+
+def with_numbers_as_text(text: msgspec.Raw, place: int, path: Path) -> Annotation:
+    """An annotation that is not plainly one; only here may a number be NaN or infinite, as text."""
+    try:
+        annotation = ANNOTATION.decode(text)
+    except msgspec.DecodeError as error:
+        reason = said(error)
+        between = "." if ":" in reason else ": "
+        raise UserError(f"{path}: annotations[{place}]{between}{reason}; {CURE}.") from None
+    check_numbers(annotation, place, path)
+    return annotation
+
+
 def thing_of(annotation: Annotation, category: int, segmentation: list | dict) -> Thing:
     box = annotation.bbox
     return Thing(
@@ -239,17 +296,8 @@ def at(path: Path, place: int, key: str, error: object) -> UserError:
     return UserError(f"{path}: annotations[{place}].{key}{between}{error}; {CURE}.")
 
 
-def check_facts(
-    annotation: Annotation, place: int, sizes: dict, index: dict[int | str, int], path: Path
-) -> None:
-    """UserError when an annotation is of an unknown image or category, or has a number that is
-    none."""
-    image, category = annotation.image_id, annotation.category_id
-    if image not in sizes or category not in index:
-        unknown = f"image {image}" if image not in sizes else f"category {category}"
-        raise UserError(
-            f"{path}: annotations[{place}] is of {unknown}, which the file does not list; {CURE}."
-        )
+def check_numbers(annotation: Annotation, place: int, path: Path) -> None:
+    """UserError when an annotation has a number that is none."""
     if annotation.area is not None and not math.isfinite(annotation.area):
         raise at(path, place, "area", f"{annotation.area} is no area")
     if annotation.bbox and not abs(sum(map(abs, annotation.bbox))) < math.inf:
@@ -272,14 +320,15 @@ def check_polygons(
         owners += [owner] * len(outline.polygons)
     if not polygons:
         return
-    wild = wild_polygon(polygons)
+    found = extents(polygons)
+    wild = found.wild()
     if wild is not None:
         what = f"a coordinate is not finite or over {FAR:g} pixels, or its outline is too long"
         raise at(path, start + owners[wild], "segmentation", what)
     owners = np.array(owners)
-    widths_and_heights = np.array(sizes)[owners, ::-1]
+    heights, widths = np.array(sizes)[owners].T
     is_sure = np.zeros(len(outlines), bool)
-    is_sure[owners[surely_have_pixels(polygons, widths_and_heights)]] = True
+    is_sure[owners[found.surely_have_pixels(heights, widths)]] = True
     for owner in np.unique(owners[~is_sure[owners]]).tolist():
         if not has_pixels(outlines[owner].polygons, *sizes[owner]):
             tally.note_empty(f"annotations[{start + owner}]")

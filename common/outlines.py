@@ -35,6 +35,7 @@ class Outline(NamedTuple):
     dropped: int  # polygons of fewer than three points or an odd count of numbers, left out
 
 
+PLAIN_POLYGONS = msgspec.json.Decoder(list[list[float]])
 POLYGONS = msgspec.json.Decoder(list[list[float]], strict=False)
 ANYTHING = msgspec.json.Decoder()
 
@@ -52,9 +53,14 @@ def read_outline(text: msgspec.Raw | bytes) -> Outline:
     is none. As in Detectron2, a polygon of an odd count or of fewer than six numbers is left out.
     """
     try:
-        polygons = POLYGONS.decode(text)
-    except (msgspec.DecodeError, RecursionError) as error:
-        return read_other_form(text, error)
+        polygons = PLAIN_POLYGONS.decode(text)
+    except (msgspec.DecodeError, RecursionError):
+        try:
+            polygons = POLYGONS.decode(text)
+        except (msgspec.DecodeError, RecursionError) as error:
+            return read_other_form(text, error)
+    if len(polygons) == 1 and len(polygons[0]) >= 6 and len(polygons[0]) % 2 == 0:
+        return Outline([np.array(polygons[0], np.float64)], [], 0)  # of nearly all objects
     if len(polygons) >= 3 and all(len(point) == 2 for point in polygons):
         polygons = [list(chain.from_iterable(polygons))]  # points of one polygon
     return of_polygons(polygons)
@@ -174,52 +180,48 @@ def unpacked(text: str) -> np.ndarray:
 
 # ----------------------------------------------------------------------------------------- polygons
 class Extents(NamedTuple):
-    """Facts about P polygons."""
+    """Facts about P polygons, each (P,)."""
 
-    lowest: np.ndarray  # (P, 2) smallest x and y
-    highest: np.ndarray  # (P, 2)
-    length: np.ndarray  # (P,) of the edges, across and down
-    area: np.ndarray  # (P,)
+    left: np.ndarray
+    right: np.ndarray
+    top: np.ndarray
+    bottom: np.ndarray
+    length: np.ndarray  # of the edges, across and down
+    area: np.ndarray
 
+    def wild(self) -> int | None:
+        """The first polygon that has a coordinate which is not finite or far outside of any
+        picture, or too long an outline; None where all can be drawn."""
+        is_near = (self.left > -FAR) & (self.right < FAR) & (self.top > -FAR) & (self.bottom < FAR)
+        is_tame = is_near & (self.length < LONG)  # NaN is neither
+        return None if is_tame.all() else int(is_tame.argmin())
 
-def wild_polygon(polygons: Sequence[np.ndarray]) -> int | None:
-    """The first polygon that has a coordinate which is not finite or far outside of any picture, or
-    too long an outline; None where all can be drawn."""
-    points, starts = joined(polygons)
-    farthest = np.maximum.reduceat(np.abs(points).max(axis=1), starts)
-    is_wild = ~(farthest < FAR)  # NaN is not
-    if not is_wild.any():
-        is_wild = extents(polygons).length > LONG
-    return int(is_wild.argmax()) if is_wild.any() else None
-
-
-def joined(polygons: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """The points (N, 2) of all polygons, and where each of them begins."""
-    sizes = np.array([len(polygon) // 2 for polygon in polygons])
-    return np.concatenate(polygons).reshape(-1, 2), sizes.cumsum() - sizes
+    def surely_have_pixels(self, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
+        """(P,) bool: whether a polygon has a pixel for certain, which is cheap to know of nearly
+        all: it lies within its picture, and is not thin. A polygon holds a circle of its area over
+        its length, and one of radius 1 holds the centre of a pixel."""
+        is_within = (self.left >= 0) & (self.right <= widths)
+        is_within &= (self.top >= 0) & (self.bottom <= heights)
+        return is_within & (self.area > self.length)
 
 
 def extents(polygons: Sequence[np.ndarray]) -> Extents:
-    points, starts = joined(polygons)
-    following = np.roll(points, -1, axis=0)
-    ends = np.append(starts[1:], len(points)) - 1
-    following[ends] = points[starts]
-    across = points[:, 0] * following[:, 1] - points[:, 1] * following[:, 0]
-    return Extents(
-        np.minimum.reduceat(points, starts),
-        np.maximum.reduceat(points, starts),
-        np.add.reduceat(np.abs(following - points).sum(axis=1), starts),
-        np.abs(np.add.reduceat(across, starts)) / 2,
-    )
-
-
-def surely_have_pixels(polygons: Sequence[np.ndarray], sizes: np.ndarray) -> np.ndarray:
-    """(P,) bool: whether a polygon has a pixel for certain, which is cheap to know of nearly all:
-    it lies within its picture, of `sizes` (P, 2), width and height, and is not thin. A polygon
-    holds a circle of its area over its length, and one of radius 1 holds the centre of a pixel."""
-    found = extents(polygons)
-    is_within = (found.lowest >= 0).all(axis=1) & (found.highest <= sizes).all(axis=1)
-    return is_within & (found.area > found.length)
+    points = np.concatenate(polygons)
+    sizes = np.array([len(polygon) // 2 for polygon in polygons])
+    ends = sizes.cumsum() - 1
+    starts = ends + 1 - sizes
+    x, y = points[0::2].copy(), points[1::2].copy()
+    next_x, next_y = np.roll(x, -1), np.roll(y, -1)
+    next_x[ends], next_y[ends] = x[starts], y[starts]
+    with np.errstate(invalid="ignore", over="ignore"):  # of wild ones
+        return Extents(
+            np.minimum.reduceat(x, starts),
+            np.maximum.reduceat(x, starts),
+            np.minimum.reduceat(y, starts),
+            np.maximum.reduceat(y, starts),
+            np.add.reduceat(np.abs(next_x - x) + np.abs(next_y - y), starts),
+            np.abs(np.add.reduceat(x * next_y - y * next_x, starts)) / 2,
+        )
 
 
 def has_pixels(polygons: list[np.ndarray], height: int, width: int) -> bool:
