@@ -57,8 +57,8 @@ class Form(msgspec.Struct):
 
 def save_checkpoint(path: Path, script: str, state: dict) -> None:
     """torch.save, atomically, and tensor by tensor: no copy of the whole lies in memory. `state`
-    holds tensors, numbers, strings, lists and dicts only. The file has a check sum of each of its parts, see
-    `is_damaged`."""
+    holds tensors, numbers, strings, lists and dicts only. The file has a check sum of each of its
+    parts, see `is_damaged`."""
     with written(path) as file:
         try:
             torch.save({"script": script, **state}, file)
