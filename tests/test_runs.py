@@ -1,6 +1,7 @@
 """A run that is killed, stopped or resumed ends as the uninterrupted one; its folder; --eval and
 --predict."""
 
+import contextlib
 import json
 import math
 import os
@@ -108,17 +109,18 @@ def die_while_writing(name: str, nth: int) -> None:
     """In a process of its own: SIGKILL when half of the n-th file `name` has been written."""
     from common import checkpoints, files
 
-    write, seen = files.write_bytes, []
+    written, seen = files.written, []
 
-    def torn(path, data):
+    @contextlib.contextmanager
+    def torn(path):
         seen.extend([1] * (path.name == name))
-        if path.name == name and len(seen) == nth:
-            half = bytes(data)[: len(data) // 2]
-            path.with_name(f".{path.name}.{os.getpid()}.tmp").write_bytes(half)
-            os.kill(os.getpid(), signal.SIGKILL)
-        return write(path, data)
+        with written(path) as file:
+            yield file
+            if path.name == name and len(seen) == nth:
+                file.truncate(file.tell() // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
 
-    files.write_bytes = checkpoints.write_bytes = torn
+    files.written = checkpoints.written = torn
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
