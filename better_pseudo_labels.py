@@ -2217,13 +2217,13 @@ class Calibration(TypedDict):
 def read_delta(path: Path, classes: list[str], world: World) -> Tensor:
     """Delta (C,) of a file that a calibrate stage wrote."""
     cure = "a calibrate stage writes one"
-    record = read_record(path, Calibration, f"--calibration needs another file; {cure}")
     try:
+        record = read_record(path, Calibration, cure)
         return delta_in(record, classes, world)
+    except UserError as error:
+        raise UserError(f"--calibration {error}") from None
     except (ValueError, KeyError) as error:
-        raise UserError(
-            f"--calibration {path} cannot be read, or is of other classes ({error}); {cure}."
-        ) from None
+        raise UserError(f"--calibration {path} is of other classes ({error}); {cure}.") from None
 
 
 def delta_in(record: dict, classes: list[str], world: World) -> Tensor:

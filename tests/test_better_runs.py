@@ -1389,14 +1389,17 @@ def test_broken_image_is_skipped_with_a_warning_and_counted_in_training(trained,
 
 def test_images_that_cannot_be_used_are_named(data, line, typed, tmp_path, recwarn):
     flags = dict(data=data, stage="teacher", smoothing="uniform")
-    truncate(data / "images" / "val" / "000000000004.jpg")
+    scored = data / "images" / "val" / "000000000004.jpg"
+    whole = scored.read_bytes()
+    truncate(scored)
     assert (
         "000000000004.jpg" in typed(line(**flags)).error()
         and not (tmp_path / "out" / "best.pt").exists()
     )
-    Image.new("RGB", (80, 90)).save(data / "images" / "val" / "000000000004.jpg")
+    Image.new("RGB", (80, 90)).save(scored)
     error = typed(line(tmp_path / "b", **flags)).error()
     assert "80x90" in error and "96x96" in error and "images/val" in error
+    scored.write_bytes(whole)
     for path in (data / "images" / "train").iterdir():
         Image.new("RGB", (80, 90)).save(path)
     assert (

@@ -780,17 +780,22 @@ def test_splits_for_voc(published_lists, tmp_path):
 
 @published
 @pytest.mark.parametrize(
-    "content", [b"<html>\nsign in to the network\n</html>\n", b"2007_000001\n"]
+    "content, said",
+    [
+        (b"<html>\nsign in to the network\n</html>\n", "it is a web page"),
+        (b"2007_000001\n", "was not the published list"),
+    ],
 )
 def test_splits_refuse_a_wrong_unlabeled_list_and_recover(
-    published_lists, tmp_path, capsys, content
+    published_lists, tmp_path, capsys, content, said
 ):
     path = next(
         path for path in published_lists.files if path.endswith("/pascal/366/unlabeled.txt")
     )
     good, published_lists.files[path] = published_lists.files[path], content
     assert download.main(["splits", "--root", str(tmp_path)]) == 2
-    assert "366/unlabeled.txt was not the published list" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "366/unlabeled.txt" in error and said in error
     assert not (tmp_path / "splits/gta_seg/366/unlabeled.txt").exists()
     published_lists.files[path] = good
     assert download.main(["splits", "--root", str(tmp_path)]) == 0

@@ -819,14 +819,17 @@ def test_broken_image_is_skipped_with_a_warning_and_counted_in_training(data, tm
 
 
 def test_images_that_cannot_be_used_are_named(data, line, typed, tmp_path, recwarn):
-    truncate(data / "images" / "val" / "000000000004.jpg")
+    scored = data / "images" / "val" / "000000000004.jpg"
+    whole = scored.read_bytes()
+    truncate(scored)
     assert (
         "000000000004.jpg" in typed(line(data=data)).error()
         and not (tmp_path / "out" / "best.pt").exists()
     )
-    Image.new("RGB", (80, 90)).save(data / "images" / "val" / "000000000004.jpg")
+    Image.new("RGB", (80, 90)).save(scored)
     error = typed(line(tmp_path / "b", data)).error()
     assert "80x90" in error and "96x96" in error and "images/val" in error
+    scored.write_bytes(whole)
     for path in (data / "images" / "train").iterdir():
         Image.new("RGB", (80, 90)).save(path)
     assert (
@@ -1374,7 +1377,9 @@ def test_nothing_mixes_devices(line, tmp_path, flags):
         [r["class_l"] for r in log_of(tmp_path / name) if "class_l" in r]
         for name in ("near", "far")
     )
-    assert len(near) >= 4 and far == pytest.approx(near, rel=1e-3)
+    # A near tie in the matching may fall the other way, which moves a loss by a quarter of a
+    # percent; a missing normaliser would double it.
+    assert len(near) >= 4 and far == pytest.approx(near, rel=1e-2)
 
 
 def test_evaluation_and_prediction_do_not_mix_devices(copy, things, tmp_path):
