@@ -5,7 +5,7 @@ export OMP_NUM_THREADS := 1
 
 .PHONY: demo test lint format bench fuzz clean
 
-demo: .venv/ready  ## the method and its baseline on drawn scenes, side by side: three minutes on two cores
+demo: .venv/ready  ## the method and its baseline on drawn scenes, side by side: about three and a half minutes on two cores
 	mkdir -p runs
 	$(BIN)/python gta_seg.py --dataset shapes --method suponly --resume --out runs/demo-suponly \
 		> runs/demo-suponly.txt 2>&1 & baseline=$$!; \
