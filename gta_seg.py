@@ -189,7 +189,7 @@ class Args:
 
     # a timm name, else a torchvision one. DEPARTS[deep-stem]
     backbone: str = "resnet101s.gluon_in1k"
-    # imagenet, none, a file of backbone weights, or shapes (made on first use)
+    # imagenet, none, a file of backbone weights, or shapes (learned from drawn pictures)
     weights: str = "imagenet"
     # image pixels per cell of the deepest features. DEPARTS[open]
     output_stride: Literal[8, 16, 32] = 8
