@@ -26,6 +26,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +36,15 @@ PACK = HOUSE / "docs" / "logs" / "photographs.tar.xz"
 # What is packed of a run, never its weights.
 PACKED = ("config.json", "log.jsonl", "results.json", "last.pt.results.json", "report.md")
 GROUPS = ("study", "A", "B", "C")
+SCRIPTS = tuple(
+    Path(name)
+    for name in (
+        "gta_seg.py",
+        "gist_rist.py",
+        "guided_distillation.py",
+        "better_pseudo_labels.py",
+    )
+)
 
 
 # ==================================================================================== list of runs
@@ -48,6 +58,7 @@ class Row(NamedTuple):
     rate: str  # --lr
     flags: str  # of the script, but for --lr, --split-seed, --device, --out and --resume
     draws: tuple[int, ...] = (0, 1, 2)
+    teacher: str = ""  # the row whose network on the same draw is given as --teacher, made before
 
 
 class Claim(NamedTuple):
@@ -70,25 +81,36 @@ class Planned(NamedTuple):
 # Words in braces are flags of this program, see `main`. Training is scored on the tuning pictures;
 # when a run has ended, its last networks are scored once on those of SCORED.
 SEMANTIC = "--dataset folder --root {semantic} --precision fp32 --workers 0"
-SCORED = {"gta_seg.py": "test"}
-LITE0 = "--backbone tf_efficientnet_lite0 --weights {weights}/tf_efficientnet_lite0_imagenet.pth"
-MOBILE = "--backbone mobilenet_v2 --weights {weights}/mobilenet_v2_tf2ptq.pth"
-
-GTA = (
-    f"{SEMANTIC} --val val --output-stride 16 --aspp-rates 2 4 6 --width 48 --crop-size 129 "
-    f"--batch-size 4 --steps 1500 --eval-every 250"
+OBJECTS = (
+    "--dataset coco --root {objects} --train-json {objects}/annotations/train.json "
+    "--val-json {objects}/annotations/tune.json --precision fp32 --workers 0"
 )
-LABELS = f"{GTA} {LITE0} --split random:23 --cutmix-labeled 0.5 --method suponly"
-BOTH = f"{GTA} {LITE0} --split random:23 --cutmix-labeled 0.5 --warmup-epochs 6 --monitor-labels"
+TEST_OBJECTS = "--val-json {objects}/annotations/test.json"
+SCORED = {
+    "gta_seg.py": "--val test",
+    "guided_distillation.py": TEST_OBJECTS,
+    "better_pseudo_labels.py": TEST_OBJECTS,
+}
+LITE0 = "--backbone tf_efficientnet_lite0 --weights {weights}/tf_efficientnet_lite0_imagenet.pth"
+
+# Rates are chosen at half of the length. Half of a run is warm-up.
+WHOLE, HALF = "--steps 3000 --eval-every 500", "--steps 1500 --eval-every 250"
+WARM_WHOLE, WARM_HALF, WARM_SHORT = (f"--warmup-epochs {n}" for n in (17.5, 8.75, 6))
+GTA = (
+    f"{SEMANTIC} --val val {LITE0} --output-stride 16 --aspp-rates 2 4 6 --width 48 "
+    f"--crop-size 129 --batch-size 4 --cutmix-labeled 0.5"
+)
+LABELS = f"{GTA} {WHOLE} --split random:23 --method suponly"
+BOTH = f"{GTA} {WHOLE} --split random:23 {WARM_WHOLE} --monitor-labels"
 GTA_METHODS = {
     "suponly": LABELS,
     "mt": f"{BOTH} --method mt",
     "gta": f"{BOTH} --method gta",
-}  # What the study changes in the baseline, one thing at a time.
+}
+# What the study changes in the baseline, one thing at a time.
 SUPONLY_VARIANTS = {
-    "3000 steps": ("--steps 1500 --eval-every 250", "--steps 3000 --eval-every 500"),
     "no CutMix": ("--cutmix-labeled 0.5 ", ""),
-    "MobileNetV2": (LITE0, MOBILE),
+    "twice as long": (WHOLE, "--steps 6000 --eval-every 1000"),
 }
 
 # Other rows of the paper's tables, each at the rate of the method that it varies.
@@ -118,47 +140,150 @@ GIST_METHODS = {
     ),
 }
 
+# Supervised training has as many steps as the teacher and its student together.
+FEW_OBJECTS = f"{OBJECTS} {LITE0} --split random:80 --batch-size 4"
+GUIDED = (
+    f"{FEW_OBJECTS} --norm live --width 64 --encoder-layers 2 --decoder-layers 3 --queries 40 "
+    f"--points 1024 --crop-size 160 160 --scale 0.5 1.5 --test-size 160 256 --backbone-lr 0.3 "
+    f"--schedule poly --ema 0.99 --eval-every 250"
+)
+STUDENT = f"{GUIDED} --stage student --steps 1000 --burn-in-steps 300"
+GUIDED_METHODS = {
+    "supervised": f"{GUIDED} --stage teacher --steps 2000",
+    "teacher": f"{GUIDED} --stage teacher --steps 1000",
+    "guided": f"{STUDENT} --burn-in guided",
+    "standard": f"{STUDENT} --burn-in standard",
+}
+GUIDED_VARIANTS = {
+    "no burn-in": f"{STUDENT} --burn-in none",
+    "fixed": f"{STUDENT} --burn-in fixed",
+    "guided, lambda 1": f"{STUDENT} --burn-in guided --lambda-u 1",
+    "guided, lambda 4": f"{STUDENT} --burn-in guided --lambda-u 4",
+    "guided, same view": f"{STUDENT} --burn-in guided --strong-aug same",
+}
+# These students have no trained teacher.
+UNTAUGHT = ("standard", "no burn-in")
+
+BETTER = (
+    f"{FEW_OBJECTS} --frequency subset --image-size 160 --width 48 --fc 96 --head-convs 1 "
+    f"--anchor-scale 6 --proposals 150 --rpn-batch 128 --roi-batch 48 --federated 0 "
+    f"--layer-decay 0.3 --weight-decay 0.05 --warmup 0.05 --scale 0.7 1.4 "
+    f"--teacher-batch-size 4 --ema 0.99 --eval-every 250"
+)
+BETTER_STUDENT = f"{BETTER} --stage student --steps 1000"
+BETTER_METHODS = {
+    "supervised": f"{BETTER} --stage teacher --teacher-steps 2000",
+    "teacher": f"{BETTER} --stage teacher --teacher-steps 1000",
+    "one-hot": f"{BETTER_STUDENT} --pseudo onehot",
+    "soft": f"{BETTER_STUDENT} --pseudo soft",
+    # Its calibration trains one more teacher, without the labels that are held out for it.
+    "calibrated": f"{BETTER} --stage all --teacher-steps 1000 --steps 1000 --pseudo calibrated",
+}
+BETTER_VARIANTS = {
+    f"smoothing {way}": f"{BETTER} --stage teacher --teacher-steps 2000 --smoothing {way}"
+    for way in ("none", "uniform", "similarity")
+}
+
 # The rates of --lr that are tried on draw 0, and those that the table "rates" chooses. Until all
-# three are there it is the first. The searches have the rate of the labels alone.
-RATES = {"gta_seg.py": ("0.01", "0.003", "0.03"), "gist_rist.py": ("0.001", "0.003", "0.0003")}
+# three are there it is the first. What is not listed has the rate of its script's baseline.
+RATES = {
+    "gta_seg.py": ("0.01", "0.003", "0.03"),
+    "gist_rist.py": ("0.001", "0.003", "0.0003"),
+    "guided_distillation.py": ("0.001", "0.003", "0.0003"),
+    "better_pseudo_labels.py": ("0.001", "0.003", "0.0003"),
+}
 BEST_RATE = {
-    "suponly": "0.01",
-    "mt": "0.01",
-    "gta": "0.01",
-    "labels only": "0.001",
+    ("gta_seg.py", "suponly"): "0.01",
+    ("gta_seg.py", "mt"): "0.01",
+    ("gta_seg.py", "gta"): "0.01",
+    ("gist_rist.py", "labels only"): "0.001",
+    ("guided_distillation.py", "supervised"): "0.001",
+    ("better_pseudo_labels.py", "supervised"): "0.001",
 }
 
 
 def rows() -> list[Row]:
     """All rows of the page."""
-    gta = "gta_seg.py"
-    found = [Row("study", gta, "suponly", rate, LABELS, (0,)) for rate in RATES[gta]]
+    return [*rows_of_gta(), *rows_of_gist(), *rows_of_guided(), *rows_of_better()]
+
+
+def rows_of_gta() -> list[Row]:
+    script = "gta_seg.py"
+    best = {method: BEST_RATE[script, method] for method in GTA_METHODS}
+    found = []
+    for method, flags in GTA_METHODS.items():
+        half = flags.replace(WHOLE, HALF).replace(WARM_WHOLE, WARM_HALF)
+        for rate in RATES[script]:
+            found.append(Row("study", script, f"{method}, half", rate, half, (0,)))
+    for method in ("mt", "gta"):
+        short = GTA_METHODS[method].replace(WHOLE, HALF).replace(WARM_WHOLE, WARM_SHORT)
+        name = f"{method}, half, short warm-up"
+        found.append(Row("study", script, name, best[method], short, (0,)))
     for name, (old, new) in SUPONLY_VARIANTS.items():
         flags = LABELS.replace(old, new)
-        found.append(Row("study", gta, f"suponly, {name}", BEST_RATE["suponly"], flags, (0,)))
-    for rate in RATES[gta]:
-        for method in ("mt", "gta"):
-            found.append(Row("study", gta, method, rate, GTA_METHODS[method], (0,)))
+        found.append(Row("study", script, f"suponly, {name}", best["suponly"], flags, (0,)))
     for method, flags in GTA_METHODS.items():
-        found.append(Row("A", gta, method, BEST_RATE[method], flags))
+        found.append(Row("A", script, method, best[method], flags))
     every_label = LABELS.replace("random:23", "all")
-    found.append(Row("A", gta, "suponly, all labels", BEST_RATE["suponly"], every_label, (0,)))
+    found.append(Row("A", script, "suponly, all labels", best["suponly"], every_label, (0,)))
     for method, flags in GTA_METHODS.items():
         more = flags.replace("random:23", "random:92")
-        found.append(Row("B", gta, f"{method}, 92 labels", BEST_RATE[method], more))
+        found.append(Row("B", script, f"{method}, 92 labels", best[method], more))
     for name, (method, flags) in GTA_VARIANTS.items():
-        found.append(Row("C", gta, name, BEST_RATE[method], flags))
-
-    gist, rate = "gist_rist.py", BEST_RATE["labels only"]
-    for tried_rate in RATES[gist]:
-        labels_only = GIST_METHODS["labels only"]
-        found.append(Row("study", gist, "labels only", tried_rate, labels_only, (0,)))
-    found.append(Row("A", gist, "searches", rate, GIST_METHODS["searches"]))
-    more = GIST_METHODS["searches"].replace("random:23", "random:92")
-    found.append(Row("B", gist, "searches, 92 labels", rate, more))
-    for method in ("FIST, batch-wise", "searches from ClassMix"):
-        found.append(Row("C", gist, method, rate, GIST_METHODS[method]))
+        found.append(Row("C", script, name, best[method], flags))
     return found
+
+
+def rows_of_gist() -> list[Row]:
+    script = "gist_rist.py"
+    best = BEST_RATE[script, "labels only"]
+    found = []
+    for rate in RATES[script]:
+        flags = GIST_METHODS["labels only"]
+        found.append(Row("study", script, "labels only", rate, flags, (0,)))
+    found.append(Row("A", script, "searches", best, GIST_METHODS["searches"]))
+    more = GIST_METHODS["searches"].replace("random:23", "random:92")
+    found.append(Row("B", script, "searches, 92 labels", best, more))
+    for method in ("FIST, batch-wise", "searches from ClassMix"):
+        found.append(Row("C", script, method, best, GIST_METHODS[method]))
+    return found
+
+
+def rows_of_guided() -> list[Row]:
+    script = "guided_distillation.py"
+    return rows_of_objects(script, GUIDED_METHODS, GUIDED_VARIANTS)
+
+
+def rows_of_better() -> list[Row]:
+    script = "better_pseudo_labels.py"
+    return rows_of_objects(script, BETTER_METHODS, BETTER_VARIANTS)
+
+
+def rows_of_objects(script: str, methods: dict[str, str], variants: dict[str, str]) -> list[Row]:
+    """The rows of a script for objects: its methods with 80 labels and with 20, and variants."""
+    best = BEST_RATE[script, "supervised"]
+    found = []
+    for rate in RATES[script]:
+        found.append(Row("study", script, "supervised", rate, methods["supervised"], (0,)))
+    for method, flags in methods.items():
+        found.append(Row("A", script, method, best, flags, teacher=taught_by(method, flags)))
+    every_label = methods["supervised"].replace("random:80", "all")
+    found.append(Row("A", script, "supervised, all labels", best, every_label, (0,)))
+    for method, flags in methods.items():
+        few = flags.replace("random:80", "random:20")
+        teacher = taught_by(method, flags)
+        if teacher:
+            teacher += ", 20 labels"
+        found.append(Row("B", script, f"{method}, 20 labels", best, few, teacher=teacher))
+    for name, flags in variants.items():
+        found.append(Row("C", script, name, best, flags, teacher=taught_by(name, flags)))
+    return found
+
+
+def taught_by(method: str, flags: str) -> str:
+    """The row that trains the teacher of a method, if a trained one is handed to it."""
+    is_student = "--stage teacher" not in flags
+    return "teacher" if is_student and method not in UNTAUGHT else ""
 
 
 ROWS = rows()
@@ -179,6 +304,23 @@ CLAIMS = [
     Claim("gist_rist.py", "GIST > labels only", ("searches", "gist"), ("searches", "LLL")),
     Claim("gist_rist.py", "RIST > labels only", ("searches", "rist"), ("searches", "LLL")),
     Claim("gist_rist.py", "stage 0 > after PPP", ("searches", "stage0"), ("searches", "PPP, last")),
+    *(
+        Claim("guided_distillation.py", f"guided > {other}", ("guided", "student"), (other, name))
+        for other, name in (
+            ("supervised", "supervised"),
+            ("standard", "student"),
+            ("no burn-in", "student"),
+            ("fixed", "student"),
+        )
+    ),
+    *(
+        Claim("better_pseudo_labels.py", f"{one} > {other}", (one, "teacher"), (other, name))
+        for one, other, name in (
+            ("soft", "supervised", "supervised"),
+            ("soft", "one-hot", "teacher"),
+            ("calibrated", "soft", "teacher"),
+        )
+    ),
 ]
 
 
@@ -210,14 +352,24 @@ def training(run: Planned, options: argparse.Namespace) -> list[str]:
     """The command line that trains a run, without the interpreter."""
     flags = run.row.flags.format(**vars(options)).split()
     flags += ["--lr", run.row.rate, "--split-seed", str(run.draw), "--device", options.device]
+    if run.row.teacher:
+        flags += ["--teacher", str(options.runs / teacher_of(run) / "teacher.pt")]
     return [run.row.script, *flags, "--out", str(options.runs / run.name)]
+
+
+def teacher_of(run: Planned) -> str:
+    """The name of the run that trains the teacher of a run, or nothing."""
+    for row in ROWS:
+        if (row.script, row.method) == (run.row.script, run.row.teacher):
+            return folder_name(row, run.draw)
+    return ""
 
 
 def scoring(run: Planned, options: argparse.Namespace) -> list[str]:
     """The command line that scores a trained run on the pictures that no setting was chosen on."""
     checkpoint = str(options.runs / run.name / "last.pt")
-    scored = SCORED[run.row.script]
-    return [run.row.script, "--eval", checkpoint, "--val", scored, "--device", options.device]
+    scored = SCORED[run.row.script].format(**vars(options)).split()
+    return [run.row.script, "--eval", checkpoint, *scored, "--device", options.device]
 
 
 def next_command(run: Planned, options: argparse.Namespace) -> list[str] | None:
@@ -272,8 +424,11 @@ class Queue:
 
     def start(self) -> None:
         """Fill the free places."""
-        while self.waiting and len(self.running) < self.options.at_most:
-            run = self.waiting.pop(0)
+        ready = [run for run in self.waiting if self.is_taught(run)]
+        if self.waiting and not ready and not self.running:
+            self.give_up()
+        for run in ready[: self.options.at_most - len(self.running)]:
+            self.waiting.remove(run)
             line = next_command(run, self.options)
             say(f"starts {run.name}: {'scores' if '--eval' in line else 'trains'}")
             with open(self.options.folder / f"{run.name}.out", "a") as output:
@@ -288,6 +443,18 @@ class Queue:
                     start_new_session=True,
                 )
             self.running[process] = Working(run, line)
+
+    def is_taught(self, run: Planned) -> bool:
+        """Whether the teacher of a run is there, if it has one."""
+        teacher = teacher_of(run)
+        return not teacher or (self.options.folder / teacher / "teacher.pt").is_file()
+
+    def give_up(self) -> None:
+        """The runs that still wait have no teacher, because the run that trains it has failed."""
+        for run in self.waiting:
+            say(f"FAILED {run.name}, which needs {teacher_of(run)}")
+            self.failed.append(run.name)
+        self.waiting.clear()
 
     def collect(self) -> None:
         """Take the runs that have ended off the list. One that has more to do waits again, before
@@ -337,20 +504,27 @@ def train(options: argparse.Namespace) -> int:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise SystemExit(f"Another queue is at work in {options.folder}.") from None
-        packed = read_pack(options.pack)
-        waiting = [
-            run
-            for run in plan(options.groups)
-            if fits(run.name, options.only)
-            and not finished(run, options)
-            and run.name not in packed
-        ]
+        waiting = missing(options)
         say(f"{len(waiting)} runs to make")
         queue = Queue(waiting, options)
         queue.work()
     if queue.failed:
         say(f"{len(queue.failed)} runs failed: {', '.join(queue.failed)}")
     return 1 if queue.failed else 0
+
+
+def missing(options: argparse.Namespace) -> list[Planned]:
+    """The runs that were asked for and are neither finished here nor in the pack, and those that
+    train their teachers. Weights are not packed, so a teacher whose folder is gone is made anew."""
+    packed = read_pack(options.pack)
+    asked = {
+        run.name
+        for run in plan(options.groups)
+        if fits(run.name, options.only) and run.name not in packed
+    }
+    unfinished = [run for run in plan(GROUPS) if not finished(run, options)]
+    teachers = {teacher_of(run) for run in unfinished if run.name in asked}
+    return [run for run in unfinished if run.name in asked | teachers]
 
 
 def fits(name: str, words: list[str]) -> bool:
@@ -522,7 +696,7 @@ def table_of_curves(group: str, script: str, logs: dict[str, Log]) -> str:
                 last = max(curve)
                 values = [curve.get(round(last * point / len(points))) for point in points]
                 cells = ["" if value is None else f"{value:.1f}" for value in values]
-                lines.append([row.method, row.rate, str(draw), key.removeprefix("miou_"), *cells])
+                lines.append([row.method, row.rate, str(draw), network_of(key), *cells])
     return markdown(
         ["method", "`--lr`", "draw", "network", *(f"{point}/6" for point in points)], lines
     )
@@ -534,24 +708,40 @@ def curves(log: Log) -> dict[str, dict[int, float]]:
     for line in log["log.jsonl"].splitlines():
         record = json.loads(line)
         for key, value in record.items():
-            if key.startswith("miou_"):
+            if key.startswith(("miou_", "ap_")):
                 found.setdefault(key, {})[record["step"]] = value
     return found
 
 
+def network_of(key: str) -> str:
+    """The network whose score a log has under this key: `student` of `miou_student`."""
+    return key.split("_", 1)[1]
+
+
+# The network that a script returns, or else that of its baseline.
+RETURNED = {
+    "gta_seg.py": ("teacher", "student"),
+    "guided_distillation.py": ("student", "supervised"),
+    "better_pseudo_labels.py": ("teacher", "supervised"),
+}
+
+
 def tuning_score(log: Log) -> float:
-    """What a rate is chosen by: the mIoU of the method's result on the tuning pictures, at the last
-    step."""
-    if json.loads(log["config.json"])["script"] == "gist_rist.py":
+    """What a rate is chosen by: the score of the method's result on the tuning pictures, at the
+    last step."""
+    script = json.loads(log["config.json"])["script"]
+    if script == "gist_rist.py":
         return json.loads(log["results.json"])["path"]["dev"]
-    by_network = curves(log)
-    curve = by_network.get("miou_teacher", by_network["miou_student"])
+    by_network = {network_of(key): curve for key, curve in curves(log).items()}
+    network = next(name for name in RETURNED[script] if name in by_network)
+    curve = by_network[network]
     return curve[max(curve)]
 
 
-def tried(method: str, logs: dict[str, Log]) -> dict[str, float]:
+def tried(script: str, method: str, logs: dict[str, Log]) -> dict[str, float]:
     """The tuning scores of a method by rate, as far as its runs are there."""
-    rows = [row for row in ROWS if (row.group, row.method) == ("study", method)]
+    names = (method, f"{method}, half")
+    rows = [row for row in rows_of("study", script) if row.method in names]
     found = {row.rate: logs.get(folder_name(row, 0)) for row in rows}
     return {rate: tuning_score(log) for rate, log in found.items() if log is not None}
 
@@ -559,9 +749,8 @@ def tried(method: str, logs: dict[str, Log]) -> dict[str, float]:
 def table_of_rates(logs: dict[str, Log]) -> str:
     """For each method the score of every rate that was tried, and the best when all are there."""
     lines = []
-    for method in BEST_RATE:
-        script = next(row.script for row in ROWS if row.method == method)
-        found = tried(method, logs)
+    for script, method in BEST_RATE:
+        found = tried(script, method, logs)
         if found:
             each = ", ".join(f"{rate}: {score:.2f}" for rate, score in found.items())
             best = max(found, key=found.get) if len(found) == len(RATES[script]) else "open"
@@ -623,14 +812,15 @@ TABLES: dict[str, Callable[[dict[str, Log]], str]] = {
     "what is there": table_of_what_is_there,
     "machines": table_of_machines,
     "rates": table_of_rates,
-    "study": lambda logs: table_of_curves("study", "gta_seg.py", logs),
-    "gta_seg scores": lambda logs: table_of_scores("gta_seg.py", logs),
-    "gta_seg claims": lambda logs: table_of_claims("gta_seg.py", logs),
-    "gta_seg curves": lambda logs: table_of_curves("A", "gta_seg.py", logs),
-    "gist_rist scores": lambda logs: table_of_scores("gist_rist.py", logs),
-    "gist_rist claims": lambda logs: table_of_claims("gist_rist.py", logs),
-    "gta_seg pseudo labels": lambda logs: table_of_pseudo_labels("gta_seg.py", logs),
 }
+for each in SCRIPTS:
+    TABLES |= {
+        f"{each.stem} study": partial(table_of_curves, "study", each.name),
+        f"{each.stem} scores": partial(table_of_scores, each.name),
+        f"{each.stem} claims": partial(table_of_claims, each.name),
+        f"{each.stem} curves": partial(table_of_curves, "A", each.name),
+    }
+TABLES["gta_seg pseudo labels"] = partial(table_of_pseudo_labels, "gta_seg.py")
 
 
 def page_with_tables(page: str, logs: dict[str, Log]) -> str:
@@ -655,6 +845,7 @@ def main() -> int:
     add("--runs", type=Path, default=Path("runs/photographs"), help="where run folders lie")
     add("--pack", type=Path, default=PACK, help="the file of logs")
     add("--semantic", default="datasets/camvid_half", help="pictures of the semantic scripts")
+    add("--objects", default="datasets/car_parts", help="those of the scripts for objects")
     add("--weights", default="datasets/weights", help="folder with the files of weights")
     add("--device", default="auto", help="auto, cpu, cuda")
     add("--house", type=Path, default=HOUSE, help="the checkout whose scripts are run")

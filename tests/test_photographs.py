@@ -31,7 +31,7 @@ if "broken" in out.name:
     sys.exit("error: broken")
 told = []
 signal.signal(signal.SIGTERM, lambda *_: told.append(1))
-(out / "config.json").write_text('{"script": "gta_seg.py"}')
+(out / "config.json").write_text(json.dumps({"script": "gta_seg.py", "line": sys.argv}))
 last = out / "last.pt"
 step = int(last.read_text()) if last.exists() else 0
 while step < int(flags["--steps"]):
@@ -41,7 +41,7 @@ while step < int(flags["--steps"]):
     if told:
         sys.exit()
 (out / "log.jsonl").write_text("{}")
-(out / "weights.pt").write_text("large")
+(out / "teacher.pt").write_text("large")
 (out / "results.json").write_text("{}")
 """
 
@@ -236,6 +236,28 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(house):
     assert (folder(house, 0) / "results.json").exists()
 
 
+def taught_by(method: str) -> list:
+    """A student, and after it the row of its teacher."""
+    student = photographs.Row("A", "gta_seg.py", "student", "0.1", "--steps 3", (0,), method)
+    return [student, ROW._replace(method=method, draws=(0,))]
+
+
+def test_a_student_waits_for_its_teacher_and_gets_it(house):
+    code, said = queue(house, taught_by("suponly"), "--at-most", "2", "--only", "student")
+    assert code == 0, said
+    config = folder(house, 0).parent / "gta_seg-student-0.1-d0" / "config.json"
+    line = json.loads(config.read_text())["line"]
+    teacher = line[line.index("--teacher") + 1]
+    assert teacher == "runs/photographs/gta_seg-suponly-0.1-d0/teacher.pt"
+    assert (house / teacher).is_file()
+
+
+def test_a_student_whose_teacher_fails_is_named(house):
+    code, said = queue(house, taught_by("broken"))
+    assert code == 1
+    assert "FAILED gta_seg-student-0.1-d0, which needs gta_seg-broken-0.1-d0" in said
+
+
 def test_two_queues_do_not_share_a_folder(house):
     rows = [ROW._replace(flags="--steps 20", draws=(0,))]
     process = queue(house, rows, wait=False)
@@ -284,23 +306,24 @@ def test_curves_and_shares_come_from_the_log():
 
 
 def test_a_rate_is_chosen_by_the_methods_result_on_the_tuning_pictures():
-    logs = {f"gta_seg-gta-{rate}-d0": log_of(60, "student") for rate in ("0.01", "0.003", "0.03")}
+    names = {rate: f"gta_seg-gta-half-{rate}-d0" for rate in ("0.01", "0.003", "0.03")}
+    logs = {name: log_of(60, "student") for name in names.values()}
     for rate, miou in (("0.01", 50), ("0.003", 45), ("0.03", 40)):
         more = log_of(miou, "teacher")["log.jsonl"]
-        logs[f"gta_seg-gta-{rate}-d0"]["log.jsonl"] += "\n" + more
+        logs[names[rate]]["log.jsonl"] += "\n" + more
     line = "| gta | 0.01: 50.00, 0.003: 45.00, 0.03: 40.00 | 0.01 |"
     assert line in photographs.table_of_rates(logs)
-    del logs["gta_seg-gta-0.03-d0"]
+    del logs[names["0.03"]]
     assert "| gta | 0.01: 50.00, 0.003: 45.00 | open |" in photographs.table_of_rates(logs)
 
 
 def test_the_rates_of_group_a_are_those_that_were_best():
     logs = photographs.read_pack(photographs.PACK)
-    for method, rate in photographs.BEST_RATE.items():
-        found = photographs.tried(method, logs)
-        rows = [r for r in photographs.ROWS if (r.group, r.method) == ("study", method)]
-        assert rate in {row.rate for row in rows}
-        if len(found) == len(rows):
+    for (script, method), rate in photographs.BEST_RATE.items():
+        found = photographs.tried(script, method, logs)
+        rates = photographs.RATES[script]
+        assert rate in rates and set(found) <= set(rates)
+        if len(found) == len(rates):
             assert rate == max(found, key=found.get)
 
 
