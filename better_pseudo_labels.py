@@ -482,9 +482,9 @@ PROTOTYPES = f"prototypes of {SCRIPT}"
 
 # The settings that prototypes follow from.
 PROTOTYPES_OF = (
-    "dataset root train_json images split split_seed tune holdout backbone weights "
-    "proto_per_class embed_size seed"
-)
+    "dataset", "root", "train_json", "images", "split", "split_seed", "tune", "holdout",
+    "backbone", "weights", "proto_per_class", "embed_size", "seed",
+)  # fmt: skip
 
 
 class Embedder(nn.Module):
@@ -904,7 +904,8 @@ class EVA02(nn.Module):
         the answer to an enlarged picture stays (DEPARTS[patch]); the class token goes."""
         from timm.layers import resample_patch_embed
 
-        patch, self.channels = body.patch_embed, body.embed_dim
+        patch = body.patch_embed
+        self.channels = body.embed_dim
         self.proj = nn.Conv2d(3, self.channels, 16, stride=16)
         self.proj.weight = nn.Parameter(resample_patch_embed(patch.proj.weight.data, [16, 16]))
         self.proj.bias = patch.proj.bias
@@ -924,10 +925,10 @@ class EVA02(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.proj(images)
-        size, w = list(x.shape[-2:]), self.window
+        size = list(x.shape[-2:])
         x = x + F.interpolate(self.pos_embed, size, mode="bicubic", align_corners=False)
         x = x.permute(0, 2, 3, 1)  # (B, h, v, D)
-        inside = self.rope.get_embed(shape=[w, w])
+        inside = self.rope.get_embed(shape=[self.window, self.window])
         across = self.rope.get_embed(shape=size)
         recompute = self.checkpointing and self.training
         for block, whole in zip(self.blocks, self.whole, strict=True):
@@ -938,7 +939,8 @@ class EVA02(nn.Module):
     def block(self, block: nn.Module, x: Tensor, whole: bool, rope: Tensor) -> Tensor:
         """One block on (B, h, v, D): attention, within windows unless `whole`, and MLP, both
         residual."""
-        size, y = x.shape[1:3], block.norm1(x)
+        size = x.shape[1:3]
+        y = block.norm1(x)
         if whole:
             y = block.attn(y.flatten(1, 2), rope=rope).unflatten(1, size)
         else:
@@ -1429,6 +1431,7 @@ class State:
     best: dict = field(default_factory=dict)  # network -> its best one
 
     def networks(self) -> dict[str, Detector]:
+        """By the names that results.json gives them."""
         if self.phase == "student":
             return {"student": self.student, "teacher": self.teacher}
         return {"supervised": self.student}
@@ -1808,9 +1811,9 @@ def score_results(
 # ======================================================================================= retrieval
 # The settings that the list of retrieved images follows from.
 RETRIEVED_OF = (
-    f"{PROTOTYPES_OF} pool neighbours retrieval_model retrieval_weights index duplicate "
-    "frequency val"
-)
+    *PROTOTYPES_OF, "pool", "neighbours", "retrieval_model", "retrieval_weights", "index",
+    "duplicate", "frequency", "val",
+)  # fmt: skip
 
 
 def retrieve(
@@ -1821,25 +1824,25 @@ def retrieve(
     and beside it a report of what each class found."""
     from data import retrieval
 
-    out, size = Path(args.out), args.embed_size
+    out = Path(args.out)
     distributed.seed_torch(args.seed, "retrieval")
     of_retrieval = {"backbone": args.retrieval_model, "weights": args.retrieval_weights}
     net = embedder(replace(args, **of_retrieval)).to(world.device)
     rare = {c for c, group in enumerate(groups) if group == "r"}
-    chosen = choose_objects(labeled, rare, 10**9, args.split_seed)
+    chosen = choose_objects(labeled, rare, most=10**9, seed=args.split_seed)  # all of them
     if not chosen:
         raise UserError(
             "--pool: no labeled object is of a rare class, to search with; give another "
             "--frequency."
         )
-    queries = embed_crops(net, chosen, data, size, world, args.workers)
+    queries = embed_crops(net, chosen, data, args.embed_size, world, args.workers)
     pool = [photo.image for photo in instances.unlabeled_photos(args.pool, data, "--pool")]
     known = [photo.image for photo in data.train + data.val]
     embed = partial(
         retrieval.embed,
         network=net,
         key=f"{args.retrieval_model} {fingerprint(net.state_dict())}",
-        size=size,
+        size=args.embed_size,
         world=world,
         workers=args.workers,
     )
@@ -1847,15 +1850,17 @@ def retrieve(
     known_store = embed(known, folder=out / "embedded" / "known")
     some_left = False
     if world.main:
-        most, on = args.duplicate, {"device": world.device}
+        most, device = args.duplicate, world.device
         vectors = F.normalize(queries.embeddings, dim=1).numpy()
-        cosine, rows = retrieval.search(vectors, pool_store, args.neighbours, args.index, **on)
+        cosine, rows = retrieval.search(
+            vectors, pool_store, args.neighbours, args.index, device=device
+        )
         different = np.unique(rows[rows >= 0])
-        stands_for = retrieval.duplicates(pool_store, different, most, **on)
+        stands_for = retrieval.duplicates(pool_store, different, most, device=device)
         kept = different[stands_for == different]  # one of each group of duplicates
-        is_known = retrieval.known(pool_store, kept, known_store, most, **on)
+        is_known = retrieval.known(pool_store, kept, known_store, most, device=device)
         kept = kept[~is_known]
-        print(retrieval.histogram(pool_store, different, most, **on))
+        print(retrieval.histogram(pool_store, different, most, device=device))
         some_left = len(kept) > 0
         if some_left:
             asked = retrieval.Queries(queries.labels.numpy(), queries.examples)
@@ -1954,6 +1959,17 @@ def hold_out(photos: list[Photo], share: float, seed: int) -> tuple[list[Photo],
     return learned, held
 
 
+class Material(NamedTuple):
+    """What the networks of a run learn from, and what they are scored on."""
+
+    data: Instances
+    scored: Instances  # whose `val` is scored: `data`, or with --tune its held-out part
+    chosen: instances.Chosen  # labeled and unlabeled pictures, and a line about them
+    photos: Pictures  # the labeled ones by who learns from them
+    similarity: Tensor  # S (C, C) of Eq. 2
+    classes: Classes  # what the labels of teacher and student say
+
+
 def train(args: Args) -> dict:
     """One run, from the start or from its checkpoint, to results.json, whose contents are
     returned."""
@@ -1961,92 +1977,105 @@ def train(args: Args) -> dict:
     args = replace(args, out=str(runs.default_out(SCRIPT, args)))
     check(args, distributed.launched())
     checkpoints.need_weights(args.weights)
-    phases, out, data = plan(args), Path(args.out), find_data(args)
+    phases = plan(args)
     trains_student = any(phase.name == "student" for phase in phases)
+    data = find_data(args)
     chosen = choose(args, data, args.unlabeled, needed=trains_student and not args.pool)
     if args.check:
         return look_at_all(data, chosen.labeled, chosen.unlabeled, data.val)
     looked = first_look(data, chosen.labeled, data.val)
     photos = divide(args, chosen.labeled)
-    scored_data = instances.scored_on(data, photos.held) if args.tune else data
+    out = Path(args.out)
     resuming = runs.open_run(out, SCRIPT, args, args.resume, distributed.launched().main)
     world = distributed.start(args.device)
     distributed.warn_of_slow_bf16(args.precision, world)
     state = checkpoints.load_checkpoint(out / "last.pt", SCRIPT) if resuming else None
-    step = state["step"] if state is not None else 0
     if state is None:
         check_files(args, data, world)
-    similarity = class_similarities(args, data, photos.labeled, world)
-    classes = label_statistics(args, data, photos.labeled, similarity, world)
-    if args.stage == "retrieve" or (trains_student and args.pool):
-        if not is_retrieved(args, data, world):
-            retrieve(args, data, photos.labeled, classes.groups, world)
-        # The same labeled pictures; the unlabeled ones are those that were retrieved.
-        chosen = choose(args, data, str(out / "retrieved.txt"), needed=trains_student)
+    material = prepare(args, data, chosen, photos, trains_student, world)
 
-    def start(phase: Phase) -> State:
-        """A phase from its beginning, or as the checkpoint has it."""
-        of_phase = label_statistics(args, data, photos.of(phase), similarity, world)
-        if state is not None and state["phase"] == phase.name:
-            return begin(phase, args, data, of_phase, None, world, state)
-        delta = None
-        if phase.name == "student" and args.pseudo == "calibrated":
-            delta = delta_of(args, data, photos.held, classes.groups, world)
-        return begin(phase, args, data, of_phase, delta, world, None)
-
+    step, scored_before = 0, 0
+    if state is not None:
+        step, scored_before = state["step"], state["scored"]
     # A phase whose last step is done is still left: its score may be due.
     left = [phase for phase in phases if step <= phase.end]
     # The first network is made before the run folder is written to, for its weights may not fit.
-    s = start(left[0]) if left else None
+    s = start_phase(left[0], material, state, args, world) if left else None
     facts = {
         "dataset": args.dataset,
         "split": args.split,
         "split_seed": args.split_seed,
         "seed": args.seed,
         "classes": data.classes,
-        "images": chosen.text,
-        "fingerprint": chosen.fingerprint,
+        "images": material.chosen.text,
+        "fingerprint": material.chosen.fingerprint,
         "held_out": [photo.name for photo in photos.held],
     }
     ends = [phase.end for phase in phases]
     run = runs.Run(out, SCRIPT, args, world, step, state, facts, ends)
     networks = ", ".join(f"{phase.name} ({phase.end - phase.begin} steps)" for phase in phases)
-    run.say(
-        f"{chosen.text}; scored on {len(scored_data.val)}; networks: {networks or 'none'}", *looked
-    )
-    last, best = {}, {}
+    scored_on = f"scored on {len(material.scored.val)}"
+    run.say(f"{material.chosen.text}; {scored_on}; networks: {networks or 'none'}", *looked)
+
     for phase in left:
         if phase is not left[0]:
-            s = start(phase)
-            s.last, s.best = last, best
-        feeds = (photos.of(phase), chosen.unlabeled)
-        train_phase(s, phase, *feeds, data, scored_data, args, world, run)
-        last, best = s.last, s.best
+            s = replace(start_phase(phase, material, state, args, world), last=s.last, best=s.best)
+        train_phase(s, phase, material, args, world, run)
         world.barrier()  # the main process has written the checkpoint
-    scored_here = left and s.scored == s.step and (state is None or state["scored"] < s.scored)
-    if scored_here:  # last.pt was saved before the last score; now a resumed run need not repeat it
+    if left and s.scored == s.step and s.scored > scored_before:
+        # last.pt was saved before the last score; now a resumed run need not repeat it
         run.save("last.pt", snapshot(s, args, data))
     if args.stage == "calibrate":
-        delta_of(args, data, photos.held, classes.groups, world)
-    results = finish(run, last, best, classes, data, args, world, chosen.fingerprint)
+        delta_of(args, data, photos.held, material.classes.groups, world)
+    last, best = (s.last, s.best) if left else ({}, {})
+    results = finish(run, last, best, material, args, world)
     world.barrier()  # nobody leaves the group, to join the next run's, before all is written
     return results
 
 
-def train_phase(
-    s: State,
-    phase: Phase,
-    labeled: list[Photo],
-    unlabeled: list[Photo],
-    data: Instances,
-    scored_data: Instances,
+def prepare(
     args: Args,
+    data: Instances,
+    chosen: instances.Chosen,
+    photos: Pictures,
+    trains_student: bool,
     world: World,
-    run: runs.Run,
+) -> Material:
+    """What comes before the first network: the prototypes' similarities, the labels of the
+    classes, and with --pool the unlabeled pictures, which are retrieved here."""
+    similarity = class_similarities(args, data, photos.labeled, world)
+    classes = label_statistics(args, data, photos.labeled, similarity, world)
+    if args.stage == "retrieve" or (trains_student and args.pool):
+        if not is_retrieved(args, data, world):
+            retrieve(args, data, photos.labeled, classes.groups, world)
+        # The same labeled pictures; the unlabeled ones are those that were retrieved.
+        retrieved = str(Path(args.out) / "retrieved.txt")
+        chosen = choose(args, data, retrieved, needed=trains_student)
+    scored = instances.scored_on(data, photos.held) if args.tune else data
+    return Material(data, scored, chosen, photos, similarity, classes)
+
+
+def start_phase(
+    phase: Phase, material: Material, state: dict | None, args: Args, world: World
+) -> State:
+    """A phase from its beginning; or from the checkpoint `state`, where that is of this phase."""
+    data, photos = material.data, material.photos
+    classes = label_statistics(args, data, photos.of(phase), material.similarity, world)
+    if state is not None and state["phase"] == phase.name:
+        return begin(phase, args, data, classes, None, world, state)
+    delta = None
+    if phase.name == "student" and args.pseudo == "calibrated":
+        delta = delta_of(args, data, photos.held, material.classes.groups, world)
+    return begin(phase, args, data, classes, delta, world, None)
+
+
+def train_phase(
+    s: State, phase: Phase, material: Material, args: Args, world: World, run: runs.Run
 ) -> None:
     """Train the network of a phase from where `s` stands to the end."""
+    data, labeled = material.data, material.photos.of(phase)
     if phase.name != "heldout" and s.scored < s.step and run.score_is_due(s.step):
-        score_networks(s, scored_data, args, world, run)  # the run was stopped before this score
+        score_networks(s, material.scored, args, world, run)  # stopped before this score
     is_student = phase.name == "student"
     stream = partial(
         loading.stream,
@@ -2061,17 +2090,17 @@ def train_phase(
     views = instances.Views(labeled, augment, args.seed, f"{phase.name} labeled")
     factors = repeat_factors(labeled, len(data.classes), args.repeat)
     labeled_batches = stream(views, factors=factors)
+    unlabeled_batches = itertools.repeat(None)
     if is_student:
         augment = partial(unlabeled_view, args)
-        unlabeled_batches = stream(instances.Views(unlabeled, augment, args.seed, "unlabeled"))
-    else:
-        unlabeled_batches = itertools.repeat(None)
+        views = instances.Views(material.chosen.unlabeled, augment, args.seed, "unlabeled")
+        unlabeled_batches = stream(views)
 
     for step in run.steps(s.step, phase.end):
         set_learning_rates(s, step - phase.begin, phase.end - phase.begin, args)
         labeled_batch = instances.to_device(next(labeled_batches), world.device)
         unlabeled_batch = instances.to_device(next(unlabeled_batches), world.device)
-        distributed.seed_torch(args.seed, "step", step, world.rank)  # drop path
+        distributed.seed_torch(args.seed, "step", step, world.rank)  # what drop path draws from
         values = train_step(s, labeled_batch, unlabeled_batch, args, world)
         s.step = step + 1
         run.tally(step, values, labeled_batch, unlabeled_batch)
@@ -2080,10 +2109,10 @@ def train_phase(
         if s.step == phase.end and not is_student:
             run.save(f"{phase.name}.pt", snapshot(s, args, data, optimizer=False))
         if run.save_is_due(s.step):
-            run.save("last.pt", snapshot(s, args, data))
+            run.save("last.pt", snapshot(s, args, data))  # before scoring, which may fail
         run.leave_if_asked(s.step)
         if phase.name != "heldout" and run.score_is_due(s.step):
-            score_networks(s, scored_data, args, world, run)
+            score_networks(s, material.scored, args, world, run)
 
 
 def begin(
@@ -2095,10 +2124,11 @@ def begin(
     world: World,
     state: dict | None,
 ) -> State:
-    """The networks of a phase at its beginning, student and its teacher with the trained teacher's
-    weights (DEPARTS[student-init]); or as the checkpoint `state` has them, which needs no other
-    file."""
-    num_classes, has_images = len(data.classes), classes.images > 0
+    """The networks of a phase: at its beginning, where the student and the average of it both have
+    the trained teacher's weights (DEPARTS[student-init]); or as the checkpoint `state` has them,
+    which needs no other file."""
+    num_classes = len(data.classes)
+    has_images = classes.images > 0
     if phase.name == "student":
         if state is None:
             path = Path(args.teacher) if args.teacher else Path(args.out) / "teacher.pt"
@@ -2115,16 +2145,26 @@ def begin(
         net.heads.learned.copy_(has_images)
     if args.compile:
         net.backbone.compile()
-    s = State(phase.name, net, teacher, None, None, classes, delta, phase.begin, phase.begin)
+    s = State(
+        phase=phase.name,
+        student=net,
+        teacher=teacher,
+        optimizer=None,  # made below, when the weights are there
+        forward=None,
+        classes=classes,
+        delta=delta,
+        step=phase.begin,
+        scored=phase.begin,
+    )
     if state is not None:
         for name, weights in state["networks"].items():
             checkpoints.load_exact(s.networks()[name], weights, state["path"])
-    s.optimizer, s.forward = adamw(net, args, world), distributed.parallel(net.train(), world)
+    s.optimizer = adamw(net, args, world)
+    s.forward = distributed.parallel(net.train(), world)
     if state is not None:
         s.optimizer.load_state_dict(state["optimizer"])
-        s.step, s.scored, s.last, s.best = (
-            state[key] for key in ("step", "scored", "last", "best")
-        )
+        s.step, s.scored = state["step"], state["scored"]
+        s.last, s.best = state["last"], state["best"]
         if state["delta"] is not None:
             s.delta = state["delta"].to(world.device)
     return s
@@ -2234,23 +2274,17 @@ def delta_in(record: dict, classes: list[str], world: World) -> Tensor:
 
 
 def finish(
-    run: runs.Run,
-    last: dict,
-    best: dict,
-    classes: Classes,
-    data: Instances,
-    args: Args,
-    world: World,
-    split_fingerprint: str,
+    run: runs.Run, last: dict, best: dict, material: Material, args: Args, world: World
 ) -> dict:
-    """results.json of a run that has trained and scored networks; what it holds."""
+    """Write results.json with the scores of all networks, `last` and `best` -> what it holds. A run
+    that has scored none has no such file."""
     facts = {
         "stage": args.stage,
         "val": "held out" if args.tune else args.val,
-        "split_fingerprint": split_fingerprint,
+        "split_fingerprint": material.chosen.fingerprint,
     }
     if world.main and "supervised" in last and "teacher" in last:
-        draw_per_class(last, classes, data, run.out / "per_class.png")
+        draw_per_class(last, material.classes, material.data, run.out / "per_class.png")
     if not last:
         run.close()
         run.say(f"done; in {run.out}")
@@ -2274,7 +2308,8 @@ def grid(args: Args) -> dict:
     printed; grid.json holds all runs and the best by AP, which is returned."""
     if args.stage != "all":
         raise UserError("--grid chooses the stage itself; leave --stage out.")
-    values, main = GRIDS[args.grid], distributed.launched().main
+    values = GRIDS[args.grid]
+    main = distributed.launched().main
     out = runs.default_out(SCRIPT, args)
     network_name = "supervised" if args.grid == "teacher" else "teacher"
     rows = []
@@ -2379,10 +2414,10 @@ def choose(args: Args, data: Instances, unlabeled: str, needed: bool) -> instanc
     )
 
 
-def made_of(args: Args, names: str, classes: list[str]) -> str:
-    """A hash of the settings that a file was made with, whose `names` are parted by spaces, and of
-    the classes. A file with another key is made again."""
-    values = [str(getattr(args, name)) for name in names.split()]
+def made_of(args: Args, names: tuple[str, ...], classes: list[str]) -> str:
+    """A hash of the settings, by their `names`, and of the classes that a file was made with. A
+    file with another key is made again."""
+    values = [str(getattr(args, name)) for name in names]
     return hashlib.sha256(json.dumps([values, classes]).encode()).hexdigest()[:16]
 
 
@@ -2470,7 +2505,8 @@ def trained(args: Args, data: Instances, path: Path, world: World) -> Detector:
 
 def load(path: str, args: Args) -> tuple[dict[str, Detector], dict, World]:
     """The networks of a checkpoint, built from the settings it holds; its contents; the world."""
-    state, world = checkpoints.load_checkpoint(Path(path), SCRIPT), distributed.start(args.device)
+    state = checkpoints.load_checkpoint(Path(path), SCRIPT)
+    world = distributed.start(args.device)
     networks = {}
     for name, weights in state["networks"].items():
         networks[name] = network(args, len(state["classes"]), world, name, fresh=False).eval()
