@@ -38,6 +38,7 @@ The weights of a stage follow from its path alone, so each is trained once, by a
     Sec. IV                     schedule, optimizer           learning_rate_factor, sgd
     Sec. IV                     augmentation                  augment, random_scale, resized
     Sec. IV                     search cost of two            --beam, --trials
+    Sec. IV-A                   degenerate paths              longest_run, rejected_share, --max-run
     Table I                     three kinds of stage 0        --dataset, --split, --stage0,
                                                               train_stage0, supervised_step,
                                                               s4gan_step, classmix_step
@@ -111,7 +112,9 @@ from common.nodes import Nodes, Search, fingerprint
 from common.semantic import Batch, Picture, Segmentation
 from common.typed_json import read_record
 
-SCRIPT, IGNORE, ROOT = "gist_rist.py", 255, ""  # ROOT is the path of stage 0
+SCRIPT = "gist_rist.py"
+IGNORE = 255  # the label of a pixel without a label
+ROOT = ""  # the path of stage 0
 
 # Numbers that no table of the paper varies, and so without a flag.
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4  # Sec. IV
@@ -380,7 +383,8 @@ class SegNet(nn.Module):
 
     def __init__(self, args: Args, num_classes: int, pretrained: bool = False):
         super().__init__()
-        self.pixels, self.bf16 = args.pixels, args.precision == "bf16"
+        self.pixels = args.pixels
+        self.bf16 = args.precision == "bf16"
         self.frozen = args.bn == "frozen"
         is_caffe = args.backbone in CAFFE
         name = args.backbone.removeprefix("caffe_")
@@ -502,7 +506,7 @@ def refine_step(
     if alpha is None:  # the coin
         alpha = float(rng(args.seed, path, "alpha", step).random() > 0.5)
     losses = {"l": 0.0, "p": 0.0}
-    distance = 0.0
+    loss_cl = 0.0
     log = {}
     # Each kind of labels has a batch, and a weight in Eq. 2.
     for name, batch, weight in (("l", labeled, alpha), ("p", pseudo, 1 - alpha)):
@@ -516,11 +520,11 @@ def refine_step(
             losses[name] = upsampled_cross_entropy(o, batch.label)  # Eq. 1
             log[f"loss_{name}"] = losses[name].detach()
         if in_consistency:
-            apart = consistency(f, f_teacher, CL_DROP)  # Eqs. 6, 7, 8
-            distance = distance + apart
-            log[f"cl_{name}"] = apart.detach()
+            loss_of_batch = consistency(f, f_teacher, CL_DROP)  # Eqs. 6, 7, 8
+            loss_cl = loss_cl + loss_of_batch
+            log[f"cl_{name}"] = loss_of_batch.detach()
             log[f"mean_{name}"] = f.detach().mean()
-    loss = mix_losses(losses["l"], losses["p"], alpha) + args.cl * distance  # Eq. 2 and CL
+    loss = mix_losses(losses["l"], losses["p"], alpha) + args.cl * loss_cl  # Eq. 2 and CL
     update(s.opt, loss)  # line 11
     if s.teacher is not None:
         ema_update(s.teacher, s.student, CL_DECAY)  # Eq. 3
@@ -544,6 +548,7 @@ def sgd(net: SegNet, args: Args) -> torch.optim.SGD:
 
 
 def set_learning_rates(s: State, factor: float) -> None:
+    """Give every group of parameters its initial learning rate times `factor`."""
     for optimizer in s.optimizers().values():
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
@@ -728,6 +733,7 @@ def tokens(path: str) -> list[str]:
 
 
 def parent_of(path: str) -> str:
+    """LPP -> LP; the parent of a node of one stage is stage 0."""
     return "".join(tokens(path)[:-1])
 
 
@@ -811,7 +817,8 @@ def planned_paths(args: Args) -> dict[str, list[str]]:
 def search_all(tree: Tree) -> dict[str, list[str]]:
     """Run all searches side by side -> the nodes that each visited, stage 0 first. How processes
     share the work is told in common/nodes.py."""
-    args, searches = tree.args, {}
+    args = tree.args
+    searches = {}
     if "gist" in args.search:
         searches["gist"] = Search(gist(args.stages, args.beam, tree.order), adaptive=True)
     for name, paths in planned_paths(args).items():
@@ -872,6 +879,7 @@ class Tree:
         return min(filter(self.store.done, paths), key=partial(self.order, size=size))
 
     def train(self, path: str) -> None:
+        """Train the node `path`, whose parent is done, from the beginning or its checkpoint."""
         if path == ROOT:
             train_stage0(self)
         else:
@@ -963,15 +971,17 @@ def refine(tree: Tree, path: str) -> None:
     """Algorithm 1, lines 6 to 14 (Algorithm 2, lines 3 to 10): a refinement stage, which is what
     all searches are made of. It runs K iterations on labels or pseudo labels, from a copy of the
     parent's weights. Optimizer, schedule and mean teacher start afresh. DEPARTS[restart]"""
-    args, parent = tree.args, parent_of(path)
-    alpha = alpha_of(tokens(path)[-1])  # None, which is neither 0 nor 1: it learns from both kinds
+    args = tree.args
+    parent = parent_of(path)
+    alpha = alpha_of(tokens(path)[-1])
     theta = tree.store.weights(parent, SCRIPT)
     student = tree.network(theta)
     s = State(student, sgd(student, args))
     if args.cl > 0:
         s.teacher = tree.network(theta).requires_grad_(False).eval()
     facts = {"step": args.steps, "steps": args.steps, "parent": fingerprint(theta)}
-    learns_labels, learns_pseudo = alpha != 0, alpha != 1
+    learns_labels = alpha != 0  # also where a coin decides, of which alpha is None
+    learns_pseudo = alpha != 1
     consistency_on_both = args.cl > 0 and args.cl_on == "both"
     streams = {}
     if learns_labels or consistency_on_both:
@@ -1020,12 +1030,13 @@ def fit(
         set_learning_rates(s, learning_rate_factor(step, total))
         batches = {name: next(feed) for name, feed in feeds.items()}
         distributed.seed_torch(args.seed, path, "step", step)  # of dropout
-        run.tally(step, step_of(step, **batches), *batches.values())
+        values = step_of(step, **batches)  # lines 10, 11
+        run.tally(step, values, *batches.values())
         s.step = step + 1
         if run.log_is_due(s.step):
             run.log(s.step, lr=s.opt.param_groups[0]["lr"])
         if run.save_is_due(s.step):
-            run.save("last.pt", snapshot(s, tree))
+            run.save("last.pt", snapshot(s, tree))  # before scoring, which may fail
         run.leave_if_asked(s.step)
         if path == ROOT and run.score_is_due(s.step):
             score_stage0(tree, s, run)
@@ -1057,6 +1068,7 @@ def snapshot(s: State, tree: Tree) -> dict:
 
 
 def restore(s: State, state: dict) -> None:
+    """The reverse of `snapshot`."""
     s.step, s.scored = state["step"], state["scored"]
     s.best_dev, s.best_step = state["best_dev"], state["best_step"]
     for name, network in s.networks().items():
@@ -1313,6 +1325,7 @@ def tables(tree: Tree, results: dict, visited: list[str], val: dict[str, float])
 
 
 def table_of_searches(tree: Tree, searches: dict[str, list[str]], val: dict[str, float]) -> str:
+    """What each search chose, and how many nodes it visited."""
     rows = []
     for name, paths in searches.items():
         best = tree.best(paths)
@@ -1322,6 +1335,7 @@ def table_of_searches(tree: Tree, searches: dict[str, list[str]], val: dict[str,
 
 
 def table_of_nodes(tree: Tree, visited: list[str], val: dict[str, float]) -> str:
+    """All nodes, with their pseudo labels: what Label Erase kept, and whether one class spreads."""
     records = {path: tree.store.record(path) for path in visited}
     on_pseudo = [path for path, record in records.items() if "labels" in record]
     flags = bloat([records[path]["labels"]["dominant"] for path in on_pseudo])
@@ -1379,17 +1393,29 @@ def draw_tree(tree: Tree, visited: list[str], best: set[str], file: Path) -> Non
     """Fig. 3: open nodes learned from labels, filled ones from pseudo labels, and stage 0 is gold;
     dev mIoU is written beside each. `best` are the nodes that the searches chose."""
     paths = sorted(visited)
-    fills = {"L": "white", "P": "dimgray"}  # by the last letter; others are blue
+    parents, fills = [], []
+    for path in paths:
+        parents.append(None if path == ROOT else paths.index(parent_of(path)))
+        fills.append(fill_of(path))
     plots.search_tree(
-        parents=[paths.index(parent_of(path)) if path else None for path in paths],
+        parents=parents,
         depths=[len(tokens(path)) for path in paths],
         values=[tree.dev_of(path) for path in paths],
-        fills=[fills.get(path[-1:], "lightsteelblue") if path else "gold" for path in paths],
+        fills=fills,
         best=[path in best for path in paths],
         path=file,
         title="dev mIoU; learned from: gold stage 0, open labels, filled pseudo labels\n"
         "red: the way to the best node of each search, thick ring",
     )
+
+
+def fill_of(path: str) -> str:
+    """The colour of a node in the tree, by what its last stage learned from."""
+    if path == ROOT:
+        return "gold"
+    if path.endswith("L"):
+        return "white"
+    return "dimgray" if path.endswith("P") else "lightsteelblue"
 
 
 def draw_curves(
@@ -1557,6 +1583,7 @@ def val_record(tree: Tree, path: str, net: SegNet | None = None) -> dict:
 
 
 def val_file(tree: Tree, path: str) -> Path:
+    """Where `val_record` keeps the score of a node."""
     return tree.store.folder(path) / f"val-{tree.args.val}.json"
 
 
@@ -1817,7 +1844,8 @@ def train(args: Args) -> dict:
     tree, lines = set_up(args)
     main = distributed.launched().main
     if main:
-        runs.open_run(out, SCRIPT, args, args.resume, not (out / "config.json").exists())
+        is_new = not (out / "config.json").exists()
+        runs.open_run(out, SCRIPT, args, args.resume, is_new)
         facts = {"images": "; ".join(lines), "stage0": str(tree.store.root)}
         runs.write_config(out, SCRIPT, args, tree.world, facts)
         searches = ", ".join(args.search)
