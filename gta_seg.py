@@ -23,7 +23,9 @@ moving average of the student, is the result.
     Eq. 11    gradient step of the student          update (called by train_step)
     Eq. 12    teacher follows the student           ema_update (called by train_step)
     Algorithm 1  line 1 (initialization)            end_of_warmup
+    Algorithm 1  line 2 (minibatches)               train, batches
     Algorithm 1  lines 3 to 12 (a minibatch)        train_step
+    Sec. 4.1  data sets; all others are unlabeled   --dataset, --split, --unlabeled
     Sec. 4.2  ResNet-101, DeepLabv3+                Features, ASPP, Predictor
     Sec. 4.2  numbers, for VOC and Cityscapes       Args, PRESETS
     Sec. 4.2  optimizer, poly schedule              sgd, learning_rate_factor
@@ -498,8 +500,8 @@ class State:
 
     def networks(self) -> dict[str, SegNet]:
         """The networks that the method has, by name."""
-        found = {"student": self.student, "teacher": self.teacher, "gta": self.gta}
-        return {name: net for name, net in found.items() if net is not None}
+        named = {"student": self.student, "teacher": self.teacher, "gta": self.gta}
+        return {name: net for name, net in named.items() if net is not None}
 
     def result(self) -> str:
         """The network that a run is about: the teacher (Algorithm 1, Output), or the student when
@@ -891,13 +893,13 @@ def evaluate(
             image, label, valid = centre_crop(image, label, args.crop_size)
             valid = valid[None].to(world.device)
         x = transforms.normalize(image[None].to(world.device), valid)
-        found = []
+        predicted = []
         for name, net in networks.items():
             prediction = predict_logits(net, x, args.window).argmax(1)[0]
             counts[name] += metrics.confusion(prediction, label.to(prediction.device), num_classes)
-            found.append(prediction)
+            predicted.append(prediction)
         if len(previews) < PREVIEWS:
-            colours = [plots.colour(indices) for indices in (label, *found)]
+            colours = [plots.colour(indices) for indices in (label, *predicted)]
             previews.append([image.permute(1, 2, 0).numpy(), *colours])
     for name, net in networks.items():
         net.train(training[name])
@@ -970,8 +972,8 @@ def train(args: Args) -> dict:
         "val": args.val,
         "split_fingerprint": chosen.fingerprint,
     }
-    found = {"classes": data.classes, "images": chosen.text, "weights_notes": notes}
-    run = runs.Run(out, SCRIPT, args, world, s.step, state, facts | found)
+    about_run = {"classes": data.classes, "images": chosen.text, "weights_notes": notes}
+    run = runs.Run(out, SCRIPT, args, world, s.step, state, facts | about_run)
     run.say(
         f"{chosen.text}; scored on {len(data.val)}",
         *looked,
@@ -1177,7 +1179,7 @@ def build(
         distributed.seed_torch(args.seed, name if args.recipe == "released" else "student")
         bf16 = world.bf16(args.precision)
         net = SegNet(replace(args, aux=aux), num_classes, pretrained, bf16)
-        if weights is not None:
+        if weights is not None:  # in all networks alike, and so are the notes
             notes[:] = checkpoints.load_matching(net.features.backbone, weights, args.weights)
         net = norms.over_processes(net, world)
         net = net.to(world.device, memory_format=torch.channels_last)

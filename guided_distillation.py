@@ -375,8 +375,8 @@ def match_costs(
     # -t log sigmoid(x) - (1 - t) log sigmoid(-x), which equals softplus(x) - t x.
     x_of_target = mask_embed @ (features @ truth)
     l_ce = (F.softplus(x).sum(2, keepdim=True) - x_of_target) / len(points)
-    s = x.sigmoid_()
-    l_d = 1 - (2 * (s @ truth) + 1) / (s.sum(2, keepdim=True) + truth.sum(0) + 1)
+    p = x.sigmoid_()
+    l_d = 1 - (2 * (p @ truth) + 1) / (p.sum(2, keepdim=True) + truth.sum(0) + 1)
     # As in DETR, the class costs minus its probability, without the logarithm of the loss.
     l_c = -class_logits.softmax(2)[..., target.labels]
     return weighted_loss(l_c, l_ce, l_d, weights)
@@ -445,8 +445,8 @@ def mask_losses(
         truth = sample_points(binary, points_of_target)[:, 0].unflatten(1, (heads, -1))  # (N, L, P)
     x = sample_points(logits, chosen)[:, 0].unflatten(0, (n, heads))
     l_ce = F.binary_cross_entropy_with_logits(x, truth, reduction="none").mean(-1)
-    s = x.sigmoid()
-    l_d = 1 - (2 * (s * truth).sum(-1) + 1) / (s.sum(-1) + truth.sum(-1) + 1)
+    p = x.sigmoid()
+    l_d = 1 - (2 * (p * truth).sum(-1) + 1) / (p.sum(-1) + truth.sum(-1) + 1)
     return l_ce, l_d
 
 
@@ -742,7 +742,9 @@ def learning_rate_factor(t: int, steps: int, schedule: str) -> float:
     return 1.0
 
 
+# SAME AS gta_seg.py:set_learning_rates
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Give every group of parameters its initial learning rate times `factor`."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
 
@@ -1103,6 +1105,7 @@ class PixelDecoder(nn.Module):
 
 
 def resize_bilinear(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, C, h, w) -> (B, C, *size), corners not aligned."""
     return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
 
@@ -1270,7 +1273,9 @@ def jitter_crop(
     `crop_size` is cut from it, padded at the right and the bottom where the image is smaller. As in
     Detectron2, one random number, rounded to whole pixels, places the window on both axes.
     DEPARTS[diagonal]"""
-    flip, factor, share = bool(g.random() < 0.5), g.uniform(*scale), g.random()
+    flip = bool(g.random() < 0.5)
+    factor = g.uniform(*scale)
+    share = g.random()
     ratio = min(factor * crop_size[0] / size[0], factor * crop_size[1] / size[1])
     new = scaled(size, ratio)
     top = round(max(new[0] - crop_size[0], 0) * share)
@@ -1295,6 +1300,7 @@ def street_crop(
 
 
 def scaled(size: tuple[int, int], factor: float) -> tuple[int, int]:
+    """Height and width times a factor, rounded, and one pixel at least."""
     return max(round(size[0] * factor), 1), max(round(size[1] * factor), 1)
 
 
@@ -1638,7 +1644,8 @@ def streams(
     step at which the student begins to learn from pseudo labels."""
     factors = None
     if s.stage == "student" and args.labeled_sampling == "repeat":
-        factors = repeat_factors(chosen.labeled, len(data.classes), 10.0)  # DEPARTS[sampling]
+        # DEPARTS[sampling]
+        factors = repeat_factors(chosen.labeled, len(data.classes), threshold=10.0)
     stream = partial(
         loading.stream,
         batch_size=args.batch_size,
@@ -1679,9 +1686,9 @@ def begin(
     begins at the step `border` of the run, has a student of which all but the pre-trained backbone
     is fresh (DEPARTS[student-init]), and a teacher, from the file `teacher` if there is one."""
     student, notes = network(args, len(data.classes), world, stage)
-    if stage == "teacher":
-        begun, plan, teacher_network = 0, LABELS_ALONE, None
-    else:
+    begun, plan = 0, LABELS_ALONE
+    teacher_network = None
+    if stage == "student":
         begun, plan = border, teaching_plan(args.burn_in, args.burn_in_steps)
         teacher_network, _ = network(args, len(data.classes), world, "teacher", fresh=True)
         if teacher is not None:
@@ -1805,7 +1812,8 @@ def network(
     distributed.seed_torch(args.seed, name)
     bf16 = world.bf16(args.precision)  # DEPARTS[amp]
     pretrained = args.weights == "imagenet" and not fresh
-    net, notes = Mask2Former(args, num_classes, bf16, pretrained), []
+    net = Mask2Former(args, num_classes, bf16, pretrained)
+    notes = []
     weights = None if fresh else backbone_weights(args)
     if weights is not None:
         notes = load_weights(net, weights, args.weights)
@@ -1866,7 +1874,8 @@ def restore(s: State, state: dict) -> None:
 def load_networks(path: str, args: Args) -> tuple[dict[str, Mask2Former], dict, World]:
     """The networks of a checkpoint, built from the settings it holds; and the checkpoint."""
     cli.check_ranges(args)
-    state, world = checkpoints.load_checkpoint(Path(path), SCRIPT), distributed.start(args.device)
+    state = checkpoints.load_checkpoint(Path(path), SCRIPT)
+    world = distributed.start(args.device)
     networks = {}
     for name, weights in state["networks"].items():
         net, _ = network(args, len(state["classes"]), world, name, fresh=True)
@@ -2061,9 +2070,9 @@ def our_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
             key = re.sub(pattern, replacement, key)
         named[key] = value
     for key in list(named):  # query, key and value: three tensors there, one here
-        match = re.fullmatch(r"(.*)\.(qkv|in_proj)\.q\.(weight|bias)", key)
-        if match:
-            where, kind, what = match.groups()
+        is_query = re.fullmatch(r"(.*)\.(qkv|in_proj)\.q\.(weight|bias)", key)
+        if is_query:
+            where, kind, what = is_query.groups()
             joined = torch.cat([named.pop(f"{where}.{kind}.{x}.{what}") for x in "qkv"])
             named[f"{where}.qkv.{what}" if kind == "qkv" else f"{where}.in_proj_{what}"] = joined
     return {key: value for key, value in named.items() if not re.search(USELESS, key)}
