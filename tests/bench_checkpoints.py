@@ -7,19 +7,7 @@ from pathlib import Path
 import torch
 
 from common import checkpoints
-
-
-def peak(function) -> int:
-    """Bytes of the resident set that a call takes at most above what is taken before it."""
-
-    def status(key: str) -> int:
-        text = Path("/proc/self/status").read_text()
-        return int(next(line for line in text.splitlines() if line.startswith(key)).split()[1])
-
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = status("VmRSS")
-    function()
-    return 1024 * (status("VmHWM") - before)
+from tests.measure import peak
 
 
 def bench_save(tensors: int = 40) -> None:

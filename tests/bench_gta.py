@@ -1,11 +1,6 @@
-"""What gta_seg.py costs, as ratios measured in one run: `make bench`.
+"""What gta_seg.py costs, as ratios measured in one run: `make bench`."""
 
-Each pair is timed in turn, A B A B ..., and the median of the pairwise ratios is printed: machines
-are noisy."""
-
-import statistics
 import tempfile
-import time
 from functools import partial
 from pathlib import Path
 
@@ -17,27 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import gta_seg
 from common import metrics, semantic, transforms
 from common.distributed import World
+from tests.measure import pair
 
 WORLD = World()
-
-
-def seconds(function, repeats: int = 1) -> float:
-    start = time.perf_counter()
-    for _ in range(repeats):
-        function()
-    return (time.perf_counter() - start) / repeats
-
-
-def pair(a, b, rounds: int = 5, repeats: int = 1) -> tuple[float, float, float]:
-    """Median seconds of a and of b, and the median of a / b over rounds that run one after the
-    other."""
-    a(), b()
-    times = [(seconds(a, repeats), seconds(b, repeats)) for _ in range(rounds)]
-    return (
-        statistics.median(t for t, _ in times),
-        statistics.median(t for _, t in times),
-        statistics.median(x / y for x, y in times),
-    )
 
 
 def batch(args: gta_seg.Args, count: int, classes: int) -> semantic.Batch:

@@ -1,16 +1,14 @@
 """What Mask2Former's training step costs in guided_distillation.py, against transformers' with the
 same weights, images and targets, as ratios measured in one run: `make bench`.
 
-Each pair is timed in turn, A B A B ..., and the median of the pairwise ratios is printed: machines
-are noisy. Memory is the peak of the resident set above what it was before the step (Linux), each in
-a process of its own, in which the C library gives freed blocks back at once: otherwise it measures
-how it keeps them."""
+Memory is the peak of the resident set above what it was before the step (Linux), each in a process
+of its own, in which the C library gives freed blocks back at once: otherwise it measures how it
+keeps them."""
 
 import os
 import statistics
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 import guided_distillation as gd
+from tests import measure
 
 sys.path.insert(0, str(Path(__file__).parent))
 from counting import count
@@ -26,52 +25,17 @@ CLASSES, OBJECTS = 80, 7  # of COCO; objects of an image, its mean
 
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def seconds(function) -> float:
-    """On a CPU those that it computes: others share the machine."""
-    if DEVICE.type == "cpu":
-        start = time.process_time()
-        function()
-        return time.process_time() - start
-    start = time.perf_counter()
-    function()
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def pair(a, b, rounds: int = 3) -> tuple[float, float, float]:
-    """Median seconds of a and of b, and the median of a / b over rounds that run one after the
-    other."""
-    a(), b()
-    times = [(seconds(a), seconds(b)) for _ in range(rounds)]
-    return (
-        statistics.median(t for t, _ in times),
-        statistics.median(t for _, t in times),
-        statistics.median(x / y for x, y in times),
-    )
+ON_GPU = DEVICE.type == "cuda"
 
 
 def peak(function) -> float:
     """GiB that a call takes at most above what is taken before it."""
-    if DEVICE.type == "cuda":
+    if ON_GPU:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         function()
         return (torch.cuda.max_memory_allocated() - before) / 2**30
-    import ctypes
-    import gc
-
-    def status(key: str) -> int:
-        text = Path("/proc/self/status").read_text()
-        return int(next(line for line in text.splitlines() if line.startswith(key)).split()[1])
-
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed goes back to the system
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = status("VmRSS")
-    function()
-    return (status("VmHWM") - before) / 2**20
+    return measure.peak(function) / 2**30
 
 
 def build(batch: int, size: int):
@@ -134,7 +98,7 @@ def build(batch: int, size: int):
 
 def bench_step(batch: int = 1, size: int = 512) -> None:
     theirs, ours, *_ = build(batch, size)
-    a, b, ratio = pair(ours, theirs)
+    a, b, ratio = measure.pair(ours, theirs, rounds=3, on_gpu=ON_GPU)
     print(
         f"training step, R50, {batch} x {size}: transformers {b:.2f} s, ours {a:.2f} s, "
         f"ratio {ratio:.2f}"
@@ -206,7 +170,7 @@ def bench_parts(batch: int = 1, size: int = 512) -> None:
     times = {}
     for name, part in parts.items():
         part()
-        times[name] = statistics.median(seconds(part) for _ in range(3))
+        times[name] = statistics.median(measure.seconds(part, on_gpu=ON_GPU) for _ in range(3))
     total = sum(times.values())
     print(
         "forward and backward: "
@@ -264,7 +228,8 @@ def bench_ema() -> None:
             for t, s in zip(nets[1].parameters(), nets[0].parameters(), strict=True):
                 t.copy_(0.9996 * t + (1 - 0.9996) * s)
 
-    a, b, ratio = pair(partial(gd.ema_update, nets[1], nets[0], 0.9996), loop, rounds=7)
+    ours = partial(gd.ema_update, nets[1], nets[0], 0.9996)
+    a, b, ratio = measure.pair(ours, loop, rounds=7, on_gpu=ON_GPU)
     print(
         f"EMA of 44 M parameters: loop {b * 1e3:.0f} ms, foreach {a * 1e3:.0f} ms, "
         f"ratio {ratio:.2f}"

@@ -3,8 +3,6 @@ and how many of their unlabeled views a loader makes in a second: `make bench`.
 
 Processor seconds in one thread, the two sides in turn, and the median of the ratios of pairs."""
 
-import statistics
-import time
 from functools import partial
 
 import numpy as np
@@ -17,6 +15,7 @@ import better_pseudo_labels
 import guided_distillation
 from common import colour
 from common.objects import Photo
+from tests.measure import pair
 
 SIDE = 1024
 CORES, GPUS = 16, 8  # of the machine that the number of pairs is scaled to
@@ -51,23 +50,6 @@ def scene(height: int, width: int) -> Tensor:
 def with_colours(functions: dict) -> None:
     for name, function in functions.items():
         setattr(colour, name, function)
-
-
-def seconds(function) -> float:
-    start = time.process_time()
-    function()
-    return time.process_time() - start
-
-
-def pair(plain, ours, rounds: int = 5) -> tuple[float, float, float]:
-    """Median seconds of both, and the median of plain / ours."""
-    plain(), ours()
-    times = [(seconds(plain), seconds(ours)) for _ in range(rounds)]
-    return (
-        statistics.median(a for a, _ in times),
-        statistics.median(b for _, b in times),
-        statistics.median(a / b for a, b in times),
-    )
 
 
 def bench_colours() -> None:

@@ -16,6 +16,7 @@ import instance_runs
 import numpy as np
 import pytest
 import torch
+from networks import close, shaken, values
 from PIL import Image
 from pycocotools import mask as coco_mask
 from torch import Tensor, nn
@@ -107,28 +108,6 @@ def objects_at(boxes: list, labels: list[int], c: int, size: int = 64) -> Object
         masks,
         torch.rand(len(boxes), c),
         F.one_hot(labels, c).bool(),
-    )
-
-
-def shaken(module: nn.Module, by: float = 0.05) -> nn.Module:
-    """Random parameters and running statistics."""
-    with torch.no_grad():
-        for p in module.parameters():
-            p.add_(by * torch.randn_like(p))
-        for name, b in module.named_buffers():
-            if name.endswith(("running_mean", "running_var")):
-                b.add_(by * torch.rand_like(b))
-    return module
-
-
-def values(net: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
-
-
-def close(a: dict[str, Tensor], b: dict[str, Tensor], atol: float = 1e-6) -> bool:
-    """Floating-point entries alone."""
-    return a.keys() == b.keys() and all(
-        torch.allclose(a[k], b[k], atol=atol, rtol=1e-5) for k in a if a[k].is_floating_point()
     )
 
 
@@ -1099,7 +1078,7 @@ def begun(
     """The phase at step 10 of a run, and the weights of the trained teacher; nothing is labeled as
     class d."""
     args.out, classes = str(tmp_path), classes_of([7, 3, 2, 0, 9])
-    trained = shaken(bpl.Detector(args, 5))
+    trained = shaken(bpl.Detector(args, 5), 0.05)
     trained.heads.learned[list(unlearned)] = False
     with torch.no_grad():
         for head in trained.heads.boxes:

@@ -15,6 +15,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from networks import near, shaken
 from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 from torchvision.models.detection import _utils as coding
@@ -107,14 +108,6 @@ def slim(monkeypatch):
     return sizes
 
 
-def shaken(module: nn.Module, by: float = 0.3) -> nn.Module:
-    """Random parameters, so that no bias is 0 and no scale 1."""
-    with torch.no_grad():
-        for p in module.parameters():
-            p.add_(by * torch.randn_like(p))
-    return module
-
-
 def some_boxes(n: int, size: float, least: float = 2.0, most: float | None = None) -> Tensor:
     sides = least * ((most or size) / least) ** torch.rand(n, 2)  # as many small ones as large ones
     corner = torch.rand(n, 2) * (size - sides)
@@ -128,10 +121,6 @@ def jittered(boxes: Tensor, by: float, size: float) -> Tensor:
 
 def pyramid_of(size: int, channels: int, images: int = 1, dtype=torch.float32) -> list[Tensor]:
     return [torch.randn(images, channels, size // s, size // s, dtype=dtype) for s in STRIDES]
-
-
-def close(a: Tensor, b: Tensor, bound: float) -> bool:
-    return a.shape == b.shape and (a - b).abs().max().item() <= bound
 
 
 def shared_part(a: Tensor, b: Tensor) -> float:
@@ -176,7 +165,7 @@ def test_anchors_are_torchvisions(scale):
     square ones)."""
     ours, numbers = anchors_of(256, scale, CPU)
     assert numbers == [3 * (256 // s) ** 2 for s in STRIDES]
-    assert close(ours, made(generator(Anchors, scale), 256), 2e-4)
+    assert near(ours, made(generator(Anchors, scale), 256), 2e-4)
     rounded = made(generator(AnchorGenerator, scale), 256)
     assert 0.1 < (ours - rounded).abs().max() <= 0.5
     assert torch.equal(ours[1::3], rounded[1::3])
@@ -215,10 +204,10 @@ def test_box_coding_is_torchvisions(weights):
     assert torch.allclose(
         deltas, coder.encode_single(boxes, anchors), rtol=1e-4, atol=1e-4 * weights[0]
     )
-    assert close(decode_boxes(deltas, anchors, weights, 100), boxes, 1e-3)
+    assert near(decode_boxes(deltas, anchors, weights, 100), boxes, 1e-3)
     deltas = torch.randn(300, 4) * 3 * torch.tensor(weights)
     want = clip_boxes_to_image(coder.decode_single(deltas, anchors), (100, 100))
-    assert close(decode_boxes(deltas, anchors, weights, 100), want, 1e-3)
+    assert near(decode_boxes(deltas, anchors, weights, 100), want, 1e-3)
     assert (want == 0).any() and (want == 100).any() and ((want > 0) & (want < 100)).any()
 
 
@@ -329,7 +318,7 @@ def test_proposals_are_torchvisions(training):
         got = ours.propose(objectness, deltas)
     assert deltas.std() > 0.1
     for a, b in zip(got, want, strict=True):
-        assert len(a) == 70 and close(a, b, 1e-3)
+        assert len(a) == 70 and near(a, b, 1e-3)
     pool = torch.cat(want)
     assert not torch.equal(want[0], want[1]) and (pool == 0).any() and (pool == 128).any()
 
@@ -346,7 +335,7 @@ def test_proposals_leave_out_what_is_no_box():
     objectness[0, :20] = 1.0
     objectness[0, 6] = math.nan
     [boxes] = ours.eval().propose(objectness, deltas)
-    assert close(boxes, anchors_of(64, 8.0, CPU)[0][7:8].clamp(0, 64), 1e-5)
+    assert near(boxes, anchors_of(64, 8.0, CPU)[0][7:8].clamp(0, 64), 1e-5)
 
 
 def test_rpn_losses_are_torchvisions(monkeypatch):
@@ -439,7 +428,7 @@ def test_pooling_is_torchvisions(size):
     for b, level in zip(boxes, levels, strict=True):
         parts.append(b - 2.0 ** (level[:, None] + 2) / 2)
     pooler = MultiScaleRoIAlign([0, 1, 2, 3], size, 0)
-    assert close(got, pooler(dict(enumerate(maps[:4])), parts, [(512, 512)] * 2), 1e-4)
+    assert near(got, pooler(dict(enumerate(maps[:4])), parts, [(512, 512)] * 2), 1e-4)
     assert bpl.roi_pool(maps, [torch.zeros(0, 4)] * 2, size).shape == (0, 3, size, size)
 
 
@@ -594,7 +583,7 @@ def test_scores_are_the_mean_of_three_sigmoids_at_successive_boxes():
                     moved = (
                         coding.BoxCoder(weights).decode_single(deltas, moved[None])[0].clamp(0, 512)
                     )
-                assert close(box, moved, 2e-2) and close(
+                assert near(box, moved, 2e-2) and near(
                     got, total / 3 * torch.tensor([1, 1, 0, 1]), 1e-4
                 )
     boxes, probs = (torch.cat(x) for x in zip(*found, strict=True))
@@ -621,8 +610,8 @@ def test_boxes_that_are_left_out_on_the_way_could_not_have_been_found(least):
     for (boxes, probs), (few_boxes, few_probs) in zip(every, some, strict=True):
         found, again = probs.amax(1) >= least, few_probs.amax(1) >= least
         assert found.any()
-        assert close(boxes[found], few_boxes[again], 1e-3)
-        assert close(probs[found], few_probs[again], 1e-5)
+        assert near(boxes[found], few_boxes[again], 1e-3)
+        assert near(probs[found], few_probs[again], 1e-5)
         assert found.any() or least > 0.6
     assert passed[:4] == [100, 100, 100, 100] and passed[5] <= passed[4]
     if least < 2 / 3:  # two more heads could lift every box
@@ -774,7 +763,7 @@ def test_masks_of_many_boxes_are_made_in_parts():
         masks = net.masks(pyramid, 1, boxes, labels)
         for i in (0, 127, 128, 129):
             x = pooled(pyramid, 1, boxes[i], 14)
-            assert close(masks[i], net.heads.mask(x, labels[i : i + 1])[0].sigmoid(), 1e-5)
+            assert near(masks[i], net.heads.mask(x, labels[i : i + 1])[0].sigmoid(), 1e-5)
         assert net.masks(pyramid, 0, boxes[:0], labels[:0]).shape == (0, 28, 28)
 
 
@@ -941,12 +930,12 @@ def test_paste_moves_a_mask_of_its_own_size():
     want[0, 6:34, 4:32] = masks[0]
     want[1, :25, :18] = masks[1, 3:, 10:]
     want[2, 30:, 20:] = masks[2, :10, :16]
-    assert close(got, want, 1e-5)
+    assert near(got, want, 1e-5)
     moved = paste_masks(masks[:1], boxes[:1] + torch.tensor([0.25, 0.5, 0.25, 0.5]), (40, 36))[0]
     rows = (want[0, 7:34] + want[0, 6:33]) / 2  # between two cells down, a quarter across
-    assert close(moved[7:34, 5:32], 0.75 * rows[:, 5:32] + 0.25 * rows[:, 4:31], 1e-5)
+    assert near(moved[7:34, 5:32], 0.75 * rows[:, 5:32] + 0.25 * rows[:, 4:31], 1e-5)
     many = torch.rand(130, 28, 28)
-    assert close(paste_masks(many, boxes[:1].expand(130, 4), (40, 36))[:, 6:34, 4:32], many, 1e-5)
+    assert near(paste_masks(many, boxes[:1].expand(130, 4), (40, 36))[:, 6:34, 4:32], many, 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -1526,10 +1515,10 @@ def test_a_loaded_detector_computes_what_the_released_one_does(loaded):
     )
     with torch.no_grad():
         tokens = released_backbone(images, file)
-        assert close(net.eval().backbone(images), tokens, 1e-4) and tokens.std() > 0.3
+        assert near(net.eval().backbone(images), tokens, 1e-4) and tokens.std() > 0.3
         pyramid = released_pyramid(tokens, file)
         for a, b in zip(net.pyramid(images), pyramid, strict=True):
-            assert close(a, b, 1e-3) and b.std() > 0.3
+            assert near(a, b, 1e-3) and b.std() > 0.3
 
         head, scores, deltas = "proposal_generator.rpn_head", [], []
         for x in pyramid:
@@ -1543,7 +1532,7 @@ def test_a_loaded_detector_computes_what_the_released_one_does(loaded):
         for a, b in zip(
             net.rpn(pyramid), (torch.cat(scores, 1), torch.cat(deltas, 1)), strict=True
         ):
-            assert close(a, b, 1e-4) and b.std() > 0.1
+            assert near(a, b, 1e-4) and b.std() > 0.1
 
         moved, total = boxes, 0
         for k, (_, weights) in enumerate(STAGES):
@@ -1564,8 +1553,8 @@ def test_a_loaded_detector_computes_what_the_released_one_does(loaded):
             )
         _, (found, probs) = net.heads.scores(pyramid, [boxes[:0], boxes])
         assert (
-            close(probs, total, 1e-3)
-            and close(found, moved, 1e-2)
+            near(probs, total, 1e-3)
+            and near(found, moved, 1e-2)
             and (moved - boxes).abs().max() > 1
         )
         assert probs.std() > 0.05
@@ -1577,7 +1566,7 @@ def test_a_loaded_detector_computes_what_the_released_one_does(loaded):
         x = F.conv2d(x, *both(file, "roi_heads.mask_head.predictor")).sigmoid()[
             torch.arange(7), labels
         ]
-        assert close(net.masks(pyramid, 1, boxes, labels), x, 1e-3) and x.std() > 0.1
+        assert near(net.masks(pyramid, 1, boxes, labels), x, 1e-3) and x.std() > 0.1
 
 
 @pytest.mark.parametrize("backbone", [EVA, "test_resnet", "eva02_tiny_patch14_224"])

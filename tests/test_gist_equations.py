@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import probabilities
+from networks import close, same, values
 from PIL import Image
 from torch import Tensor, nn
 
@@ -111,20 +112,6 @@ def constants(monkeypatch, **values: float) -> None:
     for name, value in values.items():
         assert hasattr(gist_rist, name)
         monkeypatch.setattr(gist_rist, name, value)
-
-
-def values(net: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def close(a: dict[str, Tensor], b: dict[str, Tensor], atol: float = 1e-6) -> bool:
-    return a.keys() == b.keys() and all(
-        torch.allclose(a[k].double(), b[k].double(), atol=atol, rtol=1e-5) for k in a
-    )
 
 
 def pooled_distance(f: Tensor, f_teacher: Tensor) -> Tensor:

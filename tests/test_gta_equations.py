@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import probabilities
+from networks import same, values
 from torch import Tensor, nn
 
 import gta_seg
@@ -91,14 +92,6 @@ def tiny(args: Args, epoch: int = 2) -> State:
     gta_seg.end_of_warmup(s, args)
     s.step = s.warmup
     return s
-
-
-def values(net: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def storages(net: nn.Module) -> set[int]:

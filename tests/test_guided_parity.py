@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from networks import near
 
 import guided_distillation as gd
 
@@ -33,10 +34,6 @@ BACKBONES = {
         out_features=STAGES,
     ),
 }
-
-
-def close(a: torch.Tensor, b: torch.Tensor, bound: float) -> bool:
-    return a.shape == b.shape and (a - b).abs().max().item() <= bound
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -101,8 +98,8 @@ def test_logits_of_all_heads(pair, size):
     ]
     assert len(layers) == len(masks) == 10
     for i, layer in enumerate(layers):
-        assert close(heads.class_logits[i], layer["class_queries_logits"], 1e-5)
-        assert close(masks[i], layer["masks_queries_logits"], 1e-4)
+        assert near(heads.class_logits[i], layer["class_queries_logits"], 1e-5)
+        assert near(masks[i], layer["masks_queries_logits"], 1e-4)
     assert torch.equal(final.class_logits[0], heads.class_logits[-1])
     assert torch.equal(final.mask_embed[0], heads.mask_embed[-1])
 
