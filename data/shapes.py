@@ -515,6 +515,9 @@ def recipe_of(backbone: str, steps: int, batch_size: int) -> str:
     return f"pretrain {backbone} {PRETRAIN} {steps} {batch_size}"
 
 
+PRETRAIN_PICTURES = 10_000
+
+
 def pretrain(root: Path, backbone: str, steps: int = 1200, batch_size: int = 64) -> Path:
     """Weights of a timm backbone that learned form, pattern and hue of single objects, as file
     root/weights/<name>/weights.safetensors.
@@ -540,7 +543,10 @@ def pretrain(root: Path, backbone: str, steps: int = 1200, batch_size: int = 64)
             )
         pictures, targets = [], []
         for _ in tqdm(
-            range(10000), desc="drawing pictures to pre-train on", leave=False, disable=None
+            range(PRETRAIN_PICTURES),
+            desc="drawing pictures to pre-train on",
+            leave=False,
+            disable=None,
         ):
             form, pattern, hue = rng.integers(len(forms)), rng.integers(len(PATTERNS)), rng.random()
             d = PRETRAIN

@@ -12,6 +12,7 @@ import torch
 pytest.register_assert_rewrite("instance_runs")  # before a test file imports it
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for its marks
 def pytest_collection_modifyitems(items) -> None:
     """Tests that share what a fixture of their file makes (a trained network, a drawn set) stay on
     one worker of pytest-xdist, in their order; all others go to whichever worker is free."""

@@ -721,6 +721,8 @@ def all_parts() -> dict[str, Part]:
 
 PARTS = all_parts()
 
+LEAST = 60  # seconds that a part may take, however little is expected of it
+
 
 def child(part: Part, setup: Setup, log: Path, connection) -> None:
     """A part in its own process: what it prints goes into a file, what it found to the parent."""
@@ -797,7 +799,7 @@ def check(names: list[str], setup: Setup, minutes: float, out: Path | None) -> l
             record = {"part": name, "status": "skipped", "seconds": 0.0}
             record["error"] = f"{left:.0f} s of {minutes:g} minutes are left"
         else:
-            record = perform(name, part, setup, min(left, max(3 * part.seconds, 60)))
+            record = perform(name, part, setup, min(left, max(3 * part.seconds, LEAST)))
         records.append(record)
         print(line_of(record), flush=True)
         if out is not None:

@@ -66,15 +66,23 @@ MISSING = [
 _server = multiprocessing.get_context("forkserver")
 
 
+# What starts need and what takes long to import, once for all of them.
 _server.set_forkserver_preload(
     [
         "gta_seg",
+        "gist_rist",
+        "guided_distillation",
+        "better_pseudo_labels",
         "tyro",
         "timm",
         "torchvision",
         "matplotlib.pyplot",
         "PIL.PngImagePlugin",
         "PIL.JpegImagePlugin",
+        "scipy.optimize",
+        "pycocotools.mask",
+        "hotcoco",
+        "pytest",
         "helpers",
     ]
 )

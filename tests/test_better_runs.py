@@ -940,15 +940,15 @@ SETTINGS = {
 }
 
 
-def shallow(monkeypatch, depth: int, width: int = 48) -> None:
-    """EVA-02's of this many blocks."""
+def shallow(put: Callable, depth: int, width: int = 48) -> None:
+    """From now on timm gives EVA-02's of this many blocks. `put` is setattr, or a monkeypatch's."""
     real = timm.create_model
 
     def create(name, *args, **more):
         small = dict(depth=depth, embed_dim=width, num_heads=2) if name.startswith("eva02") else {}
         return real(name, *args, **more, **small)
 
-    monkeypatch.setattr(timm, "create_model", create)
+    put(timm, "create_model", create)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -959,7 +959,7 @@ def test_stopped_by_sigterm_and_resumed_is_bit_equal(
     theirs)."""
     settings = {k: v for k, v in SETTINGS[name].items() if k != "depth"}
     if "depth" in SETTINGS[name]:
-        shallow(monkeypatch, SETTINGS[name]["depth"])
+        shallow(monkeypatch.setattr, SETTINGS[name]["depth"])
         settings["global_blocks"] = 1
     out, flags = tmp_path / "out", line(resume=True, **settings)
     train(tail, tmp_path / "reference", **settings)
@@ -1641,7 +1641,7 @@ needs = {
 def test_preset_lvis_with_an_eva02(two_steps, few_val, tail, tmp_path, monkeypatch):
     """Scaled down: 16 x 16 tokens in windows of 4 x 4, four blocks of which the second and the
     fourth attend to all."""
-    shallow(monkeypatch, 4, 96)
+    shallow(monkeypatch.setattr, 4, 96)
     read = two_steps(
         lambda: tail / "images" / "val" / "000000000001.jpg",
         root=tail,
@@ -1808,7 +1808,7 @@ def test_prototypes_of_few_objects_and_of_an_eva02(trained, tail, tmp_path, monk
         made[name] = content(tmp_path / name / "prototypes.pt")
     embedded = made["all"]["embedded"]
     assert torch.equal(made["few"]["embedded"], embedded.clamp(max=2)) and embedded.max() > 2
-    shallow(monkeypatch, 2)
+    shallow(monkeypatch.setattr, 2)
     train(tail, tmp_path / "eva", stage="prototypes", global_blocks=1, **EVA)
     found = content(tmp_path / "eva" / "prototypes.pt")
     assert found["prototypes"].shape == (12, 48) and torch.equal(found["embedded"], embedded)
@@ -2052,7 +2052,7 @@ def test_repeat_factors_and_schedules(short, monkeypatch):
 def test_checkpointing_and_windows_of_an_eva02(short, monkeypatch):
     """Same gradients in less memory, also under drop path; windows and drop path change what is
     seen."""
-    shallow(monkeypatch, 2)
+    shallow(monkeypatch.setattr, 2)
     found = {}
     for name, flags in {
         "plain": {},
@@ -2378,15 +2378,17 @@ def test_weights_that_cannot_be_had(line, typed, tmp_path, monkeypatch):
     [
         {},
         dict(batch_size=4, teacher_batch_size=4, accumulate=2, pseudo="soft"),
-        dict(EVA, federated=4, repeat=0.5),
+        dict(EVA, federated=4, repeat=0.5, global_blocks=1),
     ],
     ids=str,
 )
 def test_nothing_mixes_devices(line, tmp_path, flags):
     """On an accelerator that is pretended, with the CPU's values: the same run, but for the order
     of sums in a ViT."""
+    two_blocks = partial(shallow, setattr, 2)  # one attends within windows, one everywhere
     for name, setup in (("near", ()), ("far", (partial(pretend.count, NAME, "train_step"),))):
-        said = forked(line(out=tmp_path / name, **flags), tmp_path / "io", *setup).ok().out
+        line_of = line(out=tmp_path / name, **flags)
+        said = forked(line_of, tmp_path / "io", two_blocks, *setup).ok().out
     assert 0 < max(pretend.waits(said)) <= 65 * flags.get("batch_size", 2), (
         "waits for the GPU, for each image"
     )

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import gpu_check
 import helpers
 import pytest
 
@@ -29,8 +30,9 @@ gpu_check.PARTS = {
     "crashes": gpu_check.Part(crashes, 1),
     **{name: gpu_check.PARTS[name] for name in ("device", "equal gist")},
     "hangs": gpu_check.Part(hangs, 1),
-    "late": gpu_check.Part(fails, 1),
+    "passes": gpu_check.Part(lambda facts, setup: None, 1),
 }
+gpu_check.LEAST = 5
 sys.exit(gpu_check.main(sys.argv[1:]))
 """
 
@@ -64,7 +66,7 @@ def test_all_parts_pass_on_a_cpu(tmp_path):
 
 
 def test_a_part_that_fails_crashes_or_hangs_is_reported_and_the_others_go_on():
-    done = run("-c", PLANTED, "--device", "cpu", "--small", "--minutes", "0.25")
+    done = run("-c", PLANTED, "--device", "cpu", "--small")
     assert done.returncode == 1
     records = {r["part"]: r for r in json.loads(done.stdout.splitlines()[-1])}
     assert {name: r["status"] for name, r in records.items()} == {
@@ -73,16 +75,23 @@ def test_a_part_that_fails_crashes_or_hangs_is_reported_and_the_others_go_on():
         "device": "ok",
         "equal gist": "ok",
         "hangs": "failed",
-        "late": "skipped",
+        "passes": "ok",
     }
     assert records["fails"]["seen"] == 3 and "losses differ" in records["fails"]["error"]
     assert "Traceback" in records["fails"]["log"]
     assert "crashed, with -9" in records["crashes"]["error"]
-    assert "not done after" in records["hangs"]["error"]
-    assert "are left" in records["late"]["error"]
+    assert "not done after 5 s" in records["hangs"]["error"]
+
+
+def test_a_part_is_not_begun_when_too_little_time_is_left_for_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_check, "PARTS", {"late": gpu_check.Part(pytest.fail, 20)})
+    setup = gpu_check.Setup("cpu", False, tmp_path)
+    (record,) = gpu_check.check(["late"], setup, 0.1, None)
+    assert record["status"] == "skipped" and "6 s of 0.1 minutes are left" in record["error"]
 
 
 @pytest.mark.parametrize("name", ["nothing", "spee d"])
-def test_a_part_that_does_not_exist_is_refused(name):
-    done = run("tests/gpu_check.py", "--only", name, "--list")
-    assert done.returncode == 2 and "no such part" in done.stderr
+def test_a_part_that_does_not_exist_is_refused(name, capsys):
+    with pytest.raises(SystemExit) as left:
+        gpu_check.main(["--only", name, "--list"])
+    assert left.value.code == 2 and "no such part" in capsys.readouterr().err
