@@ -14,7 +14,7 @@ demo: .venv/ready  ## the method and its baseline on drawn scenes, side by side:
 	$(BIN)/python docs/compare.py runs/demo-suponly runs/demo-gta --strip runs/demo.png
 
 test: lint  ## all tests on all cores; ARGS="-k words -x" chooses among them
-	$(BIN)/python -m pytest -n auto --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -n auto $(ARGS)
 
 lint: .venv/tests
 	$(BIN)/python -m ruff check .

@@ -12,14 +12,17 @@ import torch
 pytest.register_assert_rewrite("instance_runs")  # before a test file imports it
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for its marks
-def pytest_collection_modifyitems(items) -> None:
-    """Tests that share what a fixture of their file makes (a trained network, a drawn set) stay on
-    one worker of pytest-xdist, in their order; all others go to whichever worker is free."""
-    for item in items:
-        made = [d for known in item._fixtureinfo.name2fixturedefs.values() for d in known]
-        if any(d.scope in ("module", "session") and d.baseid.endswith(".py") for d in made):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config, log):
+    """Which tests stay on one worker. (The groups that pytest-xdist 3.8 forms by a mark come apart
+    with pytest 9.2.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return helpers.stays_with(nodeid)
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture

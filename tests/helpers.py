@@ -2,12 +2,14 @@
 under torchrun."""
 
 import fcntl
+import functools
 import importlib
 import itertools
 import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import socket
 import subprocess
@@ -61,6 +63,19 @@ MISSING = [
     ("cityscapes", "python -m data.download cityscapes"),
     ("folder", "data/README.md"),
 ]
+
+
+def stays_with(nodeid: str) -> str:
+    """Tests for which this is equal stay on one worker of pytest-xdist, in their order: those of a
+    file that makes something for all of them (a trained network, a drawn set). All others go to
+    whichever worker is free."""
+    file = nodeid.split("::")[0]
+    return file if makes_something_once(REPO / file) else nodeid
+
+
+@functools.cache
+def makes_something_once(file: Path) -> bool:
+    return re.search(r'fixture\(scope="(module|session)"', file.read_text()) is not None
 
 
 _server = multiprocessing.get_context("forkserver")

@@ -3,6 +3,7 @@ and every run begins with the quick part of it."""
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -203,12 +204,20 @@ def test_a_wrong_split_of_guided_distillation_leaves_no_folder(tmp_path, shapes_
     assert not (tmp_path / "run").exists()
 
 
+def draw_few() -> None:
+    """In a process of its own: the sets of objects have a tenth of their pictures."""
+    from data import shapes
+
+    for name in ("make_things", "make_tail"):
+        setattr(shapes, name, partial(getattr(shapes, name), train=80, tune=2, val=5))
+
+
 @pytest.mark.parametrize("name", ["guided_distillation", "better_pseudo_labels"])
 def test_check_of_objects_says_what_it_saw(name, tmp_path, io):
     line = OF_SHAPES | {"root": tmp_path, "check": True, "out": tmp_path / "run"}
-    said = run(argv(**line), io, name=name).ok().out
+    said = run(argv(**line), io, draw_few, name=name).ok().out
     assert "A run can begin" in said and not (tmp_path / "run").exists()
     picture = next(tmp_path.rglob("val/*.jpg"), None) or next(tmp_path.rglob("val2017/*.jpg"))
     Image.new("RGB", (9, 8)).save(picture)
-    done = run(argv(**line), io, name=name)
+    done = run(argv(**line), io, draw_few, name=name)
     assert "1 of these" in done.error() and picture.name in done.out and "9x8" in done.out

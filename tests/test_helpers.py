@@ -32,6 +32,12 @@ def test_the_end_of_the_server_is_not_the_end_of_its_children(tmp_path):
     assert forkserver._forkserver._forkserver_pid != server
 
 
+def test_tests_that_share_what_their_file_makes_stay_on_one_worker():
+    shared = [helpers.stays_with(f"tests/test_runs.py::test_{x}") for x in "ab"]
+    own = [helpers.stays_with(f"tests/test_splits.py::test_{x}") for x in "ab"]
+    assert shared[0] == shared[1] and own[0] != own[1]
+
+
 def test_exit_codes_are_passed_on(tmp_path):
     assert Started(leave, (7, 0), tmp_path).wait().code == 7
     sleeping = Started(say, ("never", 60), tmp_path)
