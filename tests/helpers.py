@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 
 # before anything imports the hub, here and in the server that processes are forked from
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -446,6 +447,16 @@ def stop_at(step: int, number: int) -> None:
         return tally(self, at, *args)
 
     runs.Run.tally = with_signal
+
+
+def assert_predicts(run: Callable, out: Path, picture: Path, io: Path) -> None:
+    """best.pt of a semantic script labels the picture, in its own size."""
+    run(["--predict", str(out / "best.pt"), str(picture)], io).ok()
+    with (
+        Image.open(out / "best.pt.predictions" / "labels" / f"{picture.stem}.png") as label,
+        Image.open(picture) as image,
+    ):
+        assert label.size == image.size and label.mode == "P"
 
 
 def probabilities(logits: torch.Tensor) -> np.ndarray:

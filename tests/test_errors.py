@@ -23,6 +23,7 @@ from helpers import (
     TEST_DATA,
     TINY,
     argv,
+    assert_predicts,
     command,
     environment,
     log_of,
@@ -671,12 +672,7 @@ def two_steps_score_predict(line: list[str], out: Path, picture: Path, io: Path)
     scored = json.loads((out / "best.pt.results.json").read_text())
     for name in ("student", "teacher", "gta"):
         assert scored[name]["last"] == results[name]["best"]
-    run(["--predict", str(out / "best.pt"), str(picture)], io).ok()
-    with (
-        Image.open(out / "best.pt.predictions" / "labels" / f"{picture.stem}.png") as label,
-        Image.open(picture) as image,
-    ):
-        assert label.size == image.size and label.mode == "P"
+    assert_predicts(run, out, picture, io)
     return said
 
 

@@ -27,6 +27,7 @@ from helpers import (
     Ran,
     Started,
     argv,
+    assert_predicts,
     begin_ranks,
     differences,
     torchrun,
@@ -1262,12 +1263,7 @@ def two_steps_score_predict(line: list[str], out: Path, picture: Path, io: Path)
     run(["--eval", str(out / "best.pt")], io).ok()
     scored = json.loads((out / "best.pt.results.json").read_text())["student"]["last"]
     assert scored["miou"] in [found[name]["miou"] for name in found["visited"]]
-    run(["--predict", str(out / "best.pt"), str(picture)], io).ok()
-    with (
-        Image.open(out / "best.pt.predictions" / "labels" / f"{picture.stem}.png") as label,
-        Image.open(picture) as image,
-    ):
-        assert label.size == image.size and label.mode == "P"
+    assert_predicts(run, out, picture, io)
     return said
 
 
