@@ -47,6 +47,7 @@ https://arxiv.org/abs/2112.01527), which is complete in this file.
     (Mask2Former) masked attention            blocked, Attention
     (Mask2Former) deformable attention        DeformableAttention, WeightedSamples
     (Mask2Former) sine positions              sine_positions
+    (Mask2Former) classes of pixels           segment, evaluate_pixels, class_masks, --task
 
 Shapes: B images, Q queries, K classes, N targets of an image, L = 10 prediction heads, P points, C
 = 256 channels, H x W pixels, h x w cells of stride 4, S tokens of strides 8, 16, 32. Suffix _u
@@ -87,10 +88,12 @@ from common import (
     judge,
     loading,
     mask_ap,
+    metrics,
     norms,
     plots,
     predictions,
     runs,
+    semantic,
     transforms,
 )
 from common.check import first_look, look_at_all
@@ -98,11 +101,22 @@ from common.distributed import World, rng
 from common.errors import UserError
 from common.files import pictures, write_text
 from common.instances import Batch, Target
-from common.objects import Instances, Photo, Window, cut_out, masks_of, read_ids, singles
+from common.objects import (
+    Instances,
+    Photo,
+    Window,
+    cut_out,
+    masks_of,
+    nearest_in_window,
+    read_ids,
+    singles,
+)
+from common.semantic import IGNORE, Segmentation
 
 SCRIPT = "guided_distillation.py"
 RETURNED = ("student", "supervised")  # the network that the method returns, or its baseline
 HEADS = 8  # of all attention layers
+METRIC = {"instance": "ap", "semantic": "miou"}  # the score that counts
 NO_OBJECT = 0.1  # weight of the class "no object" beside 1 for the others (Mask2Former)
 
 # ========================================================================================= settings
@@ -119,9 +133,13 @@ class Args:
     Mask2Former. --dataset, --split, --stage, --backbone and --steps pick the paper's numbers, and
     every other flag overrides one of them. docs/guided_distillation.md explains DEPARTS[...]."""
 
-    # What to train on. coco: any COCO JSON.
-    dataset: Literal["coco", "cityscapes", "shapes"] = "coco"
-    # Labeled images: a published share, random:N, random:N%, random:1/N, all, a list, a COCO JSON.
+    # What the masks are of. instance: single objects, as in the paper; semantic: all pixels of a
+    # class. DEPARTS[semantic]
+    task: Literal["instance", "semantic"] = "instance"
+    # What to train on. coco: any COCO JSON. voc and folder are of --task semantic.
+    dataset: Literal["coco", "cityscapes", "shapes", "voc", "folder"] = "coco"
+    # Labeled images: a published share or list, random:N, random:N%, random:1/N, all, a list, a
+    # COCO JSON.
     split: str = "5%"
     # Number of the draw, of random splits and of COCO's ten published ones. DEPARTS[splits]
     split_seed: int = 1
@@ -269,16 +287,43 @@ BURN_IN: dict[str, dict[str, int]] = {
     "cityscapes": {"5%": 15_000, "10%": 25_000, "20%": 30_000, "30%": 35_000, "all": 50_000,
                    "else": 25_000},
     "shapes":     {"else": 300},
+    "voc":        {"else": 25_000},  # these two are ours, see SEMANTIC
+    "folder":     {"else": 25_000},
 }
 # fmt: on
 
 
-def preset(dataset: str = "coco", **overrides: Any) -> Args:
+# What --task semantic takes beside these, or, of data sets without objects, in their place.
+# DEPARTS[semantic]
+SEMANTIC: dict[str, dict[str, Any]] = {
+    "voc": {
+        "root": "datasets/voc",
+        "split": "183",
+        "split_seed": 0,
+        "pool": "remaining",
+        "norm": "live",
+        "steps": 90_000,
+        "schedule": "poly",
+        "crop_size": (512, 512),
+        "scale": (0.5, 2.0),
+        "test_size": (512, 2048),
+    },
+    "cityscapes": {"split": "186", "pool": "remaining"},
+    "shapes": {"split": "random:10", "pool": "remaining"},
+}
+SEMANTIC["folder"] = SEMANTIC["voc"] | {"root": "datasets/folder", "split": "random:1/8"}
+
+
+def preset(dataset: str = "coco", task: str = "instance", **overrides: Any) -> Args:
     """The paper's numbers for a data set. The length of a run, the burn-in and the number of
     queries also follow from `split`, `stage`, `steps` and `backbone` among the overrides."""
-    given = {**PRESETS[dataset], **overrides}
-    args = Args(dataset=dataset, **given)
-    length = PRESETS[dataset].get("steps", Args.steps)
+    if task == "semantic":
+        usual = PRESETS.get(dataset, {}) | SEMANTIC[dataset]
+    else:
+        usual = PRESETS[dataset]
+    given = {**usual, **overrides}
+    args = Args(task=task, dataset=dataset, **given)
+    length = usual.get("steps", Args.steps)
     if dataset == "cityscapes" and args.split == "all" and args.stage != "teacher":
         length = 180_000  # Sec. 4.1: "beneficial to double the training length"
     if "steps" not in overrides:
@@ -347,10 +392,22 @@ def sample_points(maps: Tensor, points: Tensor) -> Tensor:
 
 
 def random_points(
-    shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device
+    shape: tuple[int, ...],
+    generator: torch.Generator | None,
+    device: torch.device,
+    valid: Tensor | None = None,
 ) -> Tensor:
-    """Uniform points (*shape, 2), x and y in 0..1."""
-    return torch.rand(*shape, 2, generator=generator, device=device)
+    """Random points (*shape, 2), x and y in 0..1. They are uniform; or, with `valid` (H, W) bool,
+    they are the centres of pixels that are drawn from the valid ones. DEPARTS[valid-points]"""
+    if valid is None:
+        return torch.rand(*shape, 2, generator=generator, device=device)
+    number_up_to = valid.flatten().cumsum(0)  # of valid pixels, up to each pixel
+    before = torch.rand(*shape, generator=generator, device=device) * number_up_to[-1]
+    # The pixel which has so many valid ones before it. Where none is valid, no mask is compared.
+    pixel = torch.searchsorted(number_up_to, before.long(), right=True).clamp(max=valid.numel() - 1)
+    height, width = valid.shape
+    row, column = pixel // width, pixel % width
+    return torch.stack([(column + 0.5) / width, (row + 0.5) / height], dim=-1)
 
 
 def match_costs(
@@ -416,7 +473,8 @@ def match(
     random points, new ones for each image. Returns what `assign` returns."""
     costs = []
     for i, (target, generator) in enumerate(zip(targets, generators, strict=True)):
-        points = random_points((num_points,), generator, heads.mask_features.device)
+        device = heads.mask_features.device
+        points = random_points((num_points,), generator, device, target.valid)
         of_image = heads.class_logits[:, i], heads.mask_embed[:, i], heads.mask_features[i]
         costs.append(match_costs(*of_image, target, points, weights))
     return assign(costs)
@@ -488,8 +546,8 @@ def criterion(
     those of the whole batch.
 
     Labels are 0..K-1 (K would silently mean "no object"); in masks, 0 is outside and any other
-    value inside. `generators` draw each image's points, so that they depend neither on the batch
-    nor on the number of processes."""
+    value inside; they are compared in `valid` pixels alone. `generators` draw each image's points,
+    so that they depend neither on the batch nor on the number of processes."""
     number_of_heads, _, num_queries, columns = heads.class_logits.shape
     device, none = heads.class_logits.device, columns - 1
     matches, bad_costs = match(heads, targets, generators, weights, num_points)
@@ -508,9 +566,10 @@ def criterion(
             embed = heads.mask_embed[head, i, some.clamp(min=0)].transpose(0, 1)  # (n, L, C)
             logits = torch.einsum("nlc,chw->nlhw", embed, features[i])
             shape = (len(masks), number_of_heads)
-            points = random_points((*shape, 3 * num_points), generators[i], device)
             number_more = num_points - int(0.75 * num_points)
-            more = random_points((*shape, number_more), generators[i], device)
+            draw = partial(random_points, device=device, valid=target.valid)
+            points = draw((*shape, 3 * num_points), generators[i])
+            more = draw((*shape, number_more), generators[i])
             l_ce_of_pair, l_d_of_pair = mask_losses(logits, masks, points, more)  # (n, L)
             has_query = (some >= 0).T
             l_ce = l_ce + batch_average(l_ce_of_pair, has_query, norms.masks)
@@ -549,6 +608,14 @@ def pseudo_labels(
         targets.append(Target(label[b, queries[large]], masks))
         probabilities.append(probability[b, queries[large]])
     return targets, probabilities
+
+
+def one_mask_per_class(target: Target) -> Target:
+    """Masks of the same class become one, their union. DEPARTS[one-mask]"""
+    labels = target.labels.unique()
+    is_of_class = labels[:, None] == target.labels  # (classes, N)
+    counts = torch.einsum("cn,nhw->chw", is_of_class.float(), target.masks.float())
+    return target._replace(labels=labels, masks=counts > 0)
 
 
 def total_loss(loss_s: Tensor, loss_u: Tensor, lambda_u: float = 2.0) -> Tensor:
@@ -649,7 +716,7 @@ def train_step(
     exchange = not with_pseudo_labels
     log = learn(s, labeled.images, labeled.targets, 1.0, "l", args, world, exchange=exchange)
     if with_pseudo_labels:
-        targets, counts = teach(s.teacher, unlabeled.weak, args)
+        targets, counts = teach(s.teacher, unlabeled, args)
         log |= counts
         log |= learn(s, unlabeled.images, targets, args.lambda_u, "u", args, world, exchange=True)
         log["loss"] = total_loss(log["loss_l"], log["loss_u"], args.lambda_u)
@@ -658,14 +725,20 @@ def train_step(
 
 
 @torch.no_grad()
-def teach(teacher: Mask2Former, weak: Tensor, args: Args) -> tuple[list[Target], dict[str, Tensor]]:
-    """Pseudo labels of the weak views (B, 3, H, W) uint8, and what is logged of them."""
-    targets, probabilities = [], []
+def teach(
+    teacher: Mask2Former, unlabeled: Batch, args: Args
+) -> tuple[list[Target], dict[str, Tensor]]:
+    """Pseudo labels of the weak views, and what is logged of them."""
+    weak, targets, probabilities = unlabeled.weak, [], []
     for part in weak.split(math.ceil(len(weak) / args.accumulate)):
         heads = teacher(transforms.normalize(part), last_only=True)
         found, sure = pseudo_labels(heads, args.class_threshold, args.size_threshold)
         targets += found
         probabilities += sure
+    if args.task == "semantic":
+        targets = [one_mask_per_class(target) for target in targets]
+        places = zip(targets, unlabeled.targets, strict=True)
+        targets = [target._replace(valid=place.valid) for target, place in places]
     probabilities = torch.cat(probabilities)
     counts = torch.tensor([float(len(target.labels)) for target in targets])
     counts = counts.to(weak.device, non_blocking=True)
@@ -1395,22 +1468,40 @@ def erase_boxes(image: Tensor, g: np.random.Generator) -> Tensor:
 def labeled_view(
     args: Args, data: Instances, image: Tensor, photo: Photo, g: np.random.Generator
 ) -> tuple[Tensor, None, Target]:
-    """The weak view of a labeled image and the objects in it. Objects that the crop cut away are
-    dropped (DEPARTS[empty-targets]); masks are drawn at the crop's size (DEPARTS[outlines])."""
+    """The weak view of a labeled image and the objects in it, or its classes. Objects that the crop
+    cut away are dropped (DEPARTS[empty-targets]); masks are drawn at the crop's size
+    (DEPARTS[outlines])."""
     image, window = weak_view(args, image, g)
+    if args.task == "semantic":
+        label = semantic.read_label(photo.label, data).numpy()
+        return image, None, class_masks(nearest_in_window(label, window, outside=IGNORE))
     labels, masks, _ = masks_of(photo, data, window, empty=False)
     return image, None, Target(labels, masks)
 
 
+def class_masks(label: np.ndarray) -> Target:
+    """A map (h, w) of classes, 255 for none -> one mask for each class that occurs. Pixels of no
+    class belong to none of them, and are not valid."""
+    label = torch.from_numpy(label)
+    valid = label != IGNORE
+    classes = label[valid].unique()
+    return Target(classes.long(), label == classes[:, None, None], valid)
+
+
 def unlabeled_view(
     args: Args, image: Tensor, photo: Photo, g: np.random.Generator
-) -> tuple[Tensor, Tensor, None]:
+) -> tuple[Tensor, Tensor, Target | None]:
     """The student's view, a strong one unless --strong-aug is "same", and the teacher's, a weak
-    one, of the same crop."""
-    weak, _ = weak_view(args, image, g)
+    one, of the same crop; and, for classes of pixels, where they show the image and no padding."""
+    weak, window = weak_view(args, image, g)
+    target = None
+    if args.task == "semantic":
+        valid = torch.from_numpy(nearest_in_window(np.ones(image.shape[-2:], bool), window))
+        no_labels, no_masks = torch.zeros(0, dtype=torch.int64), valid.new_zeros(0, *valid.shape)
+        target = Target(no_labels, no_masks, valid)
     if args.strong_aug == "same":
-        return weak, weak, None
-    return strong_view(weak, g, cutout=args.strong_aug == "cutout"), weak, None
+        return weak, weak, target
+    return strong_view(weak, g, cutout=args.strong_aug == "cutout"), weak, target
 
 
 def repeat_factors(photos: list[Photo], num_classes: int, threshold: float) -> np.ndarray:
@@ -1425,6 +1516,43 @@ def repeat_factors(photos: list[Photo], num_classes: int, threshold: float) -> n
 
 
 # ======================================================================================= evaluation
+class Seen(NamedTuple):
+    """What the network predicts of one picture, and at which sizes (height, width)."""
+
+    heads: Heads  # the last one alone
+    padded: tuple[int, int]  # of what the network sees
+    resized: tuple[int, int]  # of the picture in it, which is padded at the right and the bottom
+    size: tuple[int, int]  # of the picture itself
+
+
+def see(net: Mask2Former, image: Tensor, test_size: tuple[int, int]) -> Seen:
+    """The prediction for an image (3, H, W) uint8, which the network sees with its shorter side at
+    test_size[0], unless the longer one would then exceed test_size[1]."""
+    size = tuple(image.shape[-2:])
+    new = scaled(size, min(test_size[0] / min(size), test_size[1] / max(size)))
+    x = image[None].float()
+    if new != size:
+        x = F.interpolate(x, size=new, mode="bilinear", antialias=True)
+    # Padding after normalising pads with the mean colour.
+    x = F.pad(transforms.normalize(x), (0, -new[1] % 32, 0, -new[0] % 32))
+    return Seen(net.forward(x, last_only=True), tuple(x.shape[-2:]), new, size)
+
+
+TOGETHER = 20  # of so many queries masks are made at a time, to save memory
+
+
+def masks_of_queries(seen: Seen, queries: Tensor) -> Iterator[Tensor]:
+    """The mask logits (n, H, W) of these queries on the pixels of the picture, of TOGETHER queries
+    at a time: brought to the size that the network saw, cut from the padding, and resized."""
+    for some in queries.split(TOGETHER):
+        embed = seen.heads.mask_embed[-1, 0, some]
+        logits = torch.einsum("qc,chw->qhw", embed, seen.heads.mask_features[0])[None]
+        logits = resize_bilinear(logits, seen.padded)[..., : seen.resized[0], : seen.resized[1]]
+        if seen.resized != seen.size:
+            logits = resize_bilinear(logits, seen.size)
+        yield logits[0]
+
+
 class Detections(NamedTuple):
     """Objects found in an image, those with the highest class probability first (which are not
     always those with the highest score). Masks may overlap."""
@@ -1440,46 +1568,66 @@ def detect(
     net: Mask2Former, image: Tensor, test_size: tuple[int, int], top: int = 100
 ) -> Detections:
     """The objects of an image (3, H, W) uint8: its `top` pairs of query and class with the highest
-    class probability, of which one query may give several. The network sees the image with its
-    shorter side at test_size[0], unless the longer one would then exceed test_size[1].
+    class probability, of which one query may give several.
 
     An object's score is its class probability times the mean probability of its mask's own pixels.
     Nothing is thresholded, and no duplicates are suppressed."""
-    size = tuple(image.shape[-2:])
-    new = scaled(size, min(test_size[0] / min(size), test_size[1] / max(size)))
-    x = image[None].float()
-    if new != size:
-        x = F.interpolate(x, size=new, mode="bilinear", antialias=True)
-    # Padding after normalising pads with the mean colour.
-    x = F.pad(transforms.normalize(x), (0, -new[1] % 32, 0, -new[0] % 32))
-    heads = net.forward(x, last_only=True)
-    probabilities = heads.class_logits[-1, 0].softmax(-1)[:, :-1]  # (Q, K)
+    seen = see(net, image, test_size)
+    probabilities = seen.heads.class_logits[-1, 0].softmax(-1)[:, :-1]  # (Q, K)
     scores, place = probabilities.flatten().topk(min(top, probabilities.numel()))
     # Each query's mask is made once, however many of the pairs have it.
     queries, query_of_pair = (place // probabilities.shape[1]).unique(return_inverse=True)
     masks, inside = [], []
-    for some in queries.split(20):  # 20 queries at a time: memory
-        embed = heads.mask_embed[-1, 0, some]
-        logits = torch.einsum("qc,chw->qhw", embed, heads.mask_features[0])[None]
-        logits = resize_bilinear(logits, x.shape[-2:])[..., : new[0], : new[1]]
-        if new != size:
-            logits = resize_bilinear(logits, size)
-        mask = logits[0] > 0
+    for logits in masks_of_queries(seen, queries):
+        mask = logits > 0
         masks.append(mask)
-        inside.append((logits[0].sigmoid() * mask).sum((1, 2)) / (mask.sum((1, 2)) + 1e-6))
+        inside.append((logits.sigmoid() * mask).sum((1, 2)) / (mask.sum((1, 2)) + 1e-6))
     labels = place % probabilities.shape[1]
     scores = scores * torch.cat(inside)[query_of_pair]
     return Detections(labels, scores, torch.cat(masks)[query_of_pair])
 
 
+@torch.no_grad()
+@torch.backends.cudnn.flags(enabled=True, benchmark=False)
+def segment(net: Mask2Former, image: Tensor, test_size: tuple[int, int]) -> Tensor:
+    """The scores (K, H, W) of all classes in the pixels of an image (3, H, W) uint8, as in
+    Mask2Former: the sum over queries of class probability, which is not renormalised without "no
+    object", times mask probability. Queries of one class add up, so that scores may exceed 1."""
+    seen = see(net, image, test_size)
+    classes = seen.heads.class_logits[-1, 0].softmax(-1)[:, :-1]  # (Q, K)
+    queries = torch.arange(len(classes), device=image.device)
+    scores = torch.zeros(classes.shape[1], *seen.size, device=image.device)
+    parts = zip(classes.split(TOGETHER), masks_of_queries(seen, queries), strict=True)
+    for classes_of_some, logits in parts:
+        scores += torch.einsum("qk,qhw->khw", classes_of_some, logits.sigmoid())
+    return scores
+
+
+def evaluate_pixels(
+    networks: dict[str, Mask2Former], data: Segmentation, args: Args, world: World
+) -> dict[str, dict]:
+    """Mean IoU of each network, and the IoU of each class, in percent, from the counts of all
+    pixels that are labeled. Every image counts once on any number of processes."""
+    number = len(data.classes)
+    counts = {name: torch.zeros(number, number, dtype=torch.int64) for name in networks}
+    for _, image, label in semantic.score_loader(data.val, data, world, args.workers):
+        for name, net in networks.items():
+            found = segment(net.eval(), image.to(world.device), args.test_size).argmax(0)
+            counts[name] += metrics.confusion(found, label.to(found.device), number)
+    return {name: metrics.iou_scores(world.sum(c), data.classes) for name, c in counts.items()}
+
+
 def evaluate(
-    networks: dict[str, Mask2Former], data: Instances, args: Args, world: World
+    networks: dict[str, Mask2Former], data: Instances | Segmentation, args: Args, world: World
 ) -> tuple[dict[str, dict], dict[str, list[dict]]]:
-    """Mask AP of each network in percent, and its detections in COCO's result format.
+    """Mask AP of each network in percent, and its detections in COCO's result format; of classes of
+    pixels mean IoU, and no detections.
 
     COCO's AP, and as `box_ap` that of the boxes around the masks; on Cityscapes the AP of its
     benchmark, with COCO's as `coco_ap`.
     DEPARTS[metric] Every image counts once on any number of processes."""
+    if args.task == "semantic":
+        return evaluate_pixels(networks, data, args, world), {}
     found = {name: [] for name in networks}
     street = {}
     if args.dataset == "cityscapes":
@@ -1516,14 +1664,21 @@ def evaluate(
 
 
 def draw_previews(
-    networks: dict[str, Mask2Former], data: Instances, args: Args, world: World, path: Path
+    networks: dict[str, Mask2Former],
+    data: Instances | Segmentation,
+    args: Args,
+    world: World,
+    path: Path,
 ) -> None:
-    """Figs. 2 and 5: six scored images, their labels, and what each network finds with a score of
-    0.5 and more."""
+    """Figs. 2 and 5: six scored images, their labels, and what each network finds: objects with a
+    score of 0.5 and more, or the classes of all pixels."""
     if not world.main:
         return
     rows = []
     for photo in data.val[:6]:
+        if args.task == "semantic":
+            rows.append(row_of_pixels(networks, photo, data, args, world))
+            continue
         image = instances.load(photo)
         labels, masks, _ = masks_of(photo, data)
         truth = plots.draw_objects(image, labels, torch.ones(len(labels)), masks.bool())
@@ -1535,23 +1690,40 @@ def draw_previews(
     plots.strip(rows, ["image", "label", *networks], path, height=192)
 
 
+def row_of_pixels(
+    networks: dict[str, Mask2Former],
+    picture: semantic.Picture,
+    data: Segmentation,
+    args: Args,
+    world: World,
+) -> list[np.ndarray]:
+    """A scored image, its label map, and the map of each network, in colours."""
+    image, label = semantic.load_picture(picture, data)
+    row = [image.permute(1, 2, 0).numpy(), plots.colour(label)]
+    for net in networks.values():
+        scores = segment(net.eval(), image.to(world.device), args.test_size)
+        row.append(plots.colour(scores.argmax(0)))
+    return row
+
+
 # ========================================================================================= training
 def train(args: Args) -> dict:
     """One run, from the start or from its checkpoint to results.json, whose contents it returns.
     It takes Sec. 3.1's step 1, unless a trained teacher is named or none is needed, and then
     steps 2 and 3."""
     check(args, distributed.launched())
-    args = replace(args, out=str(runs.default_out(SCRIPT, args)))
+    folder = SCRIPT if args.task == "instance" else f"{Path(SCRIPT).stem}-semantic"
+    args = replace(args, out=str(runs.default_out(folder, args)))
     out = Path(args.out)
     checkpoints.need_weights(args.weights)
     data = find_data(args)
     with_student = args.stage != "teacher"
-    chosen = instances.choose(
-        data, args.split, args.split_seed, args.unlabeled, args.pool, needed=with_student
-    )
+    chosen = choose_images(args, data, needed=with_student)
     if args.check:
         return look_at_all(data, chosen.labeled, chosen.unlabeled, data.val)
     looked = first_look(data, chosen.labeled, data.val)
+    if args.task == "semantic":
+        chosen = instances.of_regions(chosen, data)
     resuming = runs.open_run(out, SCRIPT, args, args.resume, distributed.launched().main)
     world = distributed.start(args.device)
     distributed.warn_of_slow_bf16(args.precision, world)
@@ -1600,7 +1772,7 @@ def train(args: Args) -> dict:
         "split_fingerprint": chosen.fingerprint,
     }
     headline = "student" if with_student else "supervised"  # DEPARTS[reported]
-    return run.finish(scores, facts, headline, "ap")
+    return run.finish(scores, facts, headline, METRIC[args.task])
 
 
 def train_stage(
@@ -1722,16 +1894,16 @@ def score_networks(s: State, data: Instances, args: Args, world: World, run: run
         draw_previews(networks, data, args, world, run.out / "previews" / f"{s.step:07d}.png")
     s.student.train()
     s.scored = s.step
-    improved = []
+    metric, improved = METRIC[args.task], []
     for name, score in scores.items():
         s.last[name] = {"step": s.step, **score}
-        if name not in s.best or score["ap"] > s.best[name]["ap"]:
+        if name not in s.best or score[metric] > s.best[name][metric]:
             s.best[name] = s.last[name]
             improved.append(name)
-    run.write(s.step, **{f"ap_{name}": score["ap"] for name, score in scores.items()})
+    run.write(s.step, **{f"{metric}_{name}": score[metric] for name, score in scores.items()})
     if world.main:
-        for name in scores:
-            write_text(run.out / f"{name}.segm.json", json.dumps(detections[name]))
+        for name, entries in detections.items():
+            write_text(run.out / f"{name}.segm.json", json.dumps(entries))
     if headline in improved:
         if s.stage == "teacher":
             run.save("teacher.pt", snapshot(s, args, data, with_optimizer=False))
@@ -1742,6 +1914,7 @@ def score_networks(s: State, data: Instances, args: Args, world: World, run: run
 def check(args: Args, world: World) -> None:
     """Refuse, before any work, what cannot run, and mistakes that would spoil a comparison."""
     cli.check_ranges(args)
+    check_task(args)
     if args.width % 32 or any(side % 32 for side in args.crop_size):
         raise UserError(
             f"--crop-size {args.crop_size[0]} {args.crop_size[1]}, --width {args.width}: give "
@@ -1778,15 +1951,59 @@ def check(args: Args, world: World) -> None:
         )
 
 
-def find_data(args: Args, classes: list[str] | None = None) -> Instances:
+def check_task(args: Args) -> None:
+    """Refuse data sets of the other task, and flags that the task would not use."""
+    if args.task == "instance":
+        if args.dataset in ("voc", "folder"):
+            raise UserError(
+                f"--dataset {args.dataset} has classes of pixels and no objects; give --task "
+                f"semantic, or a COCO file with --dataset coco."
+            )
+        return
+    if args.dataset == "coco":
+        raise UserError(
+            "--task semantic learns from maps of classes; give --dataset voc, cityscapes, folder "
+            "or shapes."
+        )
+    for flag in ("train_json", "val_json", "images"):
+        if getattr(args, flag):
+            raise UserError(
+                f"--{flag.replace('_', '-')} is for --dataset coco, which --task semantic does not "
+                f"read; leave it out."
+            )
+    if args.pool == "all":
+        raise UserError(
+            "--pool all is of --task instance; with --task semantic the images without a label in "
+            "--split are unlabeled, or those that --unlabeled names: give --pool remaining."
+        )
+
+
+def find_data(args: Args, classes: list[str] | None = None) -> Instances | Segmentation:
     """The data set that --dataset and --root name; the embedded one is drawn on first use."""
     root = Path(args.root)
     if args.dataset == "shapes":
         from data import shapes
 
-        root = shapes.make_things(root / "things")
+        if args.task == "semantic":
+            root = shapes.make_voc(root / "voc")
+        else:
+            root = shapes.make_things(root / "things")
+    if args.task == "semantic":
+        return semantic.find(args.dataset, root, args.val, classes)
     return instances.find(
         args.dataset, root, args.train_json, args.val_json, args.images, args.val, classes
+    )
+
+
+def choose_images(
+    args: Args, data: Instances | Segmentation, needed: bool
+) -> instances.Chosen | semantic.Chosen:
+    """The labeled images, and the unlabeled ones, which may be `needed`. Published lists of classes
+    of pixels are those of GTA-Seg."""
+    if args.task == "semantic":
+        return semantic.choose(data, args.split, args.split_seed, args.unlabeled, "gta_seg", needed)
+    return instances.choose(
+        data, args.split, args.split_seed, args.unlabeled, args.pool, needed=needed
     )
 
 
@@ -1843,13 +2060,15 @@ def load_teacher(net: Mask2Former, path: Path) -> list[str]:
     return notes
 
 
-def snapshot(s: State, args: Args, data: Instances, with_optimizer: bool = True) -> dict:
+def snapshot(
+    s: State, args: Args, data: Instances | Segmentation, with_optimizer: bool = True
+) -> dict:
     """What a checkpoint holds. best.pt and teacher.pt, which are for scoring, predicting and
     teaching, have no optimizer."""
     state = {
         "settings": json.loads(json.dumps(vars(args))),
         "classes": data.classes,
-        "ids": data.ids,
+        "ids": data.ids if args.task == "instance" else list(range(len(data.classes))),
         "stage": s.stage,
         "step": s.step,
         "scored": s.scored,
@@ -1874,8 +2093,12 @@ def restore(s: State, state: dict) -> None:
 def load_networks(path: str, args: Args) -> tuple[dict[str, Mask2Former], dict, World]:
     """The networks of a checkpoint, built from the settings it holds; and the checkpoint."""
     cli.check_ranges(args)
+    check_task(args)
     state = checkpoints.load_checkpoint(Path(path), SCRIPT)
     world = distributed.start(args.device)
+    task = state["settings"].get("task", "instance")
+    if args.task != task:
+        raise UserError(f"{path} is of --task {task}; leave --task {args.task} out.")
     networks = {}
     for name, weights in state["networks"].items():
         net, _ = network(args, len(state["classes"]), world, name, fresh=True)
@@ -1886,7 +2109,7 @@ def load_networks(path: str, args: Args) -> tuple[dict[str, Mask2Former], dict, 
 
 def score_checkpoint(args: Args) -> dict:
     """--eval: score a checkpoint's networks, and write <checkpoint>.results.json,
-    <checkpoint>.previews.png and <checkpoint>.<network>.segm.json."""
+    <checkpoint>.previews.png and, of objects, <checkpoint>.<network>.segm.json."""
     networks, state, world = load_networks(args.eval, args)
     data = find_data(args, state["classes"])
     records, detections = evaluate(networks, data, args, world)
@@ -1897,20 +2120,31 @@ def score_checkpoint(args: Args) -> dict:
         for name, entries in detections.items():
             write_text(Path(f"{args.eval}.{name}.segm.json"), json.dumps(entries))
         where = f"{len(data.val)} of {data.root}"
-        runs.write_scores(Path(f"{args.eval}.results.json"), scores, facts, "ap", where)
+        path = Path(f"{args.eval}.results.json")
+        runs.write_scores(path, scores, facts, METRIC[args.task], where)
     return scores | facts
 
 
 def predict(args: Args) -> None:
     """--predict CKPT IMAGES...: find objects in images, or in those of folders, by the student
     where there is one. Into <checkpoint>.predictions/ go overlays, and predictions.json in COCO's
-    result format, with paths for `image_id`."""
-    path = args.predict[0]
+    result format, with paths for `image_id`; or, with --task semantic, overlays, index PNGs and
+    confidences."""
+    path, *images = args.predict
     networks, state, world = load_networks(path, args)
     net = networks[checkpoints.returned(networks, RETURNED)]
+    out = Path(f"{path}.predictions")
+
+    def logits_of(image: Tensor) -> Tensor:
+        """The logarithm of scores, whose softmax is the share of a score in the sum of all."""
+        return segment(net, image[0], args.test_size).clamp(min=1e-30).log()[None]
+
+    if args.task == "semantic":
+        predictions.predict_labels(images, out, state["classes"], logits_of, world)
+        return
     predictions.predict_objects(
-        pictures(args.predict[1:]),
-        Path(f"{path}.predictions"),
+        pictures(images),
+        out,
         lambda image: detect(net, image.to(world.device), args.test_size),
         state["ids"],
         state["classes"],
@@ -1920,6 +2154,7 @@ def predict(args: Args) -> None:
 
 def settings(
     dataset: str = "coco",
+    task: str = "instance",
     eval: str = "",
     predict: str = "",
     export: str = "",
@@ -1931,12 +2166,12 @@ def settings(
     if eval or predict or export:
         return cli.saved_settings(Args, Path(eval or predict or export), SCRIPT)
     if steps.isdigit():
-        return preset(dataset, steps=int(steps), **chosen)
-    return preset(dataset, **chosen)
+        return preset(dataset, task, steps=int(steps), **chosen)
+    return preset(dataset, task, **chosen)
 
 
 # Flags that pick the defaults of the others.
-CHOOSERS = ("dataset", "split", "stage", "backbone", "steps", "eval", "predict", "export")
+CHOOSERS = ("dataset", "task", "split", "stage", "backbone", "steps", "eval", "predict", "export")
 
 
 # SAME AS gta_seg.py:main

@@ -10,21 +10,31 @@ import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from common import splits
+from common import semantic, splits
 from common.coco import Content, finder, listed_names, photos_of, read_content
 from common.distributed import World, rng
 from common.errors import RankError, UserError
 from common.files import BrokenImage, image_files, images_below, read_image, turned_note
 from common.loading import helpers
-from common.objects import CITYSCAPES_THINGS, Instances, Photo, bare, singles, with_things
-from common.semantic import check_classes, check_folder, missing, need
+from common.objects import CITYSCAPES_THINGS, Instances, Photo, Thing, bare, singles, with_things
+from common.semantic import (
+    IGNORE,
+    Picture,
+    Segmentation,
+    check_classes,
+    check_folder,
+    missing,
+    need,
+)
 from common.typed_json import read_json
 
 # How the JSON file of a part may be named, in the folder annotations.
@@ -416,6 +426,27 @@ def unlabeled_photos(text: str, data: Instances, flag: str = "--unlabeled") -> l
     return found
 
 
+# ----------------------------------------------------------------------------------- class regions
+def of_regions(chosen: semantic.Chosen, data: Segmentation) -> Chosen:
+    """The chosen pictures of a semantic data set, with the labeled ones as `with_regions` gives
+    them."""
+    with ThreadPoolExecutor(8) as threads:
+        labeled = list(threads.map(partial(with_regions, data=data), chosen.labeled))
+    unlabeled = [Photo(picture.name, picture.image) for picture in chosen.unlabeled]
+    return Chosen(labeled, unlabeled, chosen.text, chosen.fingerprint)
+
+
+def with_regions(picture: Picture, data: Segmentation) -> Photo:
+    """A labeled picture, of which each class that its label map holds is one object. Its
+    `segmentation` is its value there."""
+    label = semantic.read_label(picture.label, data).numpy()
+    counts = np.bincount(label.ravel(), minlength=IGNORE + 1)
+    classes = np.flatnonzero(counts[:IGNORE]).tolist()
+    things = tuple(Thing(c, c, False, float(counts[c])) for c in classes)
+    height, width = label.shape
+    return Photo(picture.name, picture.image, -1, height, width, things, picture.label)
+
+
 # ------------------------------------------------------------------------------------------ samples
 def load(photo: Photo) -> Tensor:
     """(3, H, W) uint8; it must have the size that its labels have."""
@@ -434,6 +465,7 @@ class Target(NamedTuple):
 
     labels: Tensor  # (N,) int64
     masks: Tensor  # (N, H', W') uint8 or bool
+    valid: Tensor | None = None  # (H, W) bool, where masks are compared; None: everywhere
 
 
 class Batch(NamedTuple):
@@ -442,7 +474,7 @@ class Batch(NamedTuple):
 
     images: Tensor
     weak: Tensor | None
-    targets: list[Target]  # of labeled pictures
+    targets: list[Target]  # of labeled pictures; of others, if anything, only where they are valid
     skipped: Tensor  # (B,) how many broken images were passed over
 
 
@@ -466,7 +498,7 @@ def to_device(batch: Batch | None, device: torch.device) -> Batch | None:
     def move(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.to(device, non_blocking=True)
 
-    targets = [Target(move(target.labels), move(target.masks)) for target in batch.targets]
+    targets = [Target(*map(move, target)) for target in batch.targets]
     return Batch(move(batch.images), move(batch.weak), targets, move(batch.skipped))
 
 

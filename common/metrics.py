@@ -44,10 +44,15 @@ def miou(counts: Tensor) -> float:
 def iou_record(counts: Tensor, classes: list[str], step: int) -> dict:
     """What results.json holds of a confusion matrix: `step`, `miou`, `iou` (class -> percent, None
     when absent)."""
+    return {"step": step, **iou_scores(counts, classes)}
+
+
+def iou_scores(counts: Tensor, classes: list[str]) -> dict:
+    """The `miou` and the `iou` of each class, as in `iou_record`."""
     of_class = {}
     for name, value in zip(classes, iou(counts).tolist(), strict=True):
         of_class[name] = None if math.isnan(value) else round(value, 4)
-    return {"step": step, "miou": round(miou(counts), 4), "iou": of_class}
+    return {"miou": round(miou(counts), 4), "iou": of_class}
 
 
 @torch.no_grad()

@@ -240,15 +240,15 @@ def polygon_in_window(points: np.ndarray, whole: tuple[int, int], window: Window
     return moved
 
 
-def nearest_in_window(values: np.ndarray, window: Window) -> np.ndarray:
-    """(H, W) -> the window (h, w) of it, nearest pixel with half-pixel centres, 0 outside of the
-    picture."""
+def nearest_in_window(values: np.ndarray, window: Window, outside: int = 0) -> np.ndarray:
+    """(H, W) -> the window (h, w) of it, nearest pixel with half-pixel centres, `outside` where it
+    shows nothing of the picture."""
     height, width = values.shape
     rows, ys = nearest_places(height, window.size[0], window.top, window.out[0])
     columns, xs = nearest_places(width, window.size[1], window.left, window.out[1])
     if window.flip:
         xs = width - 1 - xs
-    cut = np.zeros(window.out, values.dtype)
+    cut = np.full(window.out, outside, values.dtype)
     cut[rows, columns] = values[ys[:, None], xs]
     return cut
 
