@@ -301,7 +301,6 @@ SEMANTIC: dict[str, dict[str, Any]] = {
         "split": "183",
         "split_seed": 0,
         "pool": "remaining",
-        "norm": "live",
         "steps": 90_000,
         "schedule": "poly",
         "crop_size": (512, 512),

@@ -223,6 +223,10 @@ def target(m, count: int = 2):
     return m.Target(torch.arange(count) % 3, masks.to(torch.uint8))
 
 
+def class_map() -> np.ndarray:
+    return np.array([[0, 0, 255], [2, 2, 255]], np.uint8)
+
+
 def generators(count: int = 2) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(i) for i in range(count)]
 
@@ -273,6 +277,8 @@ GUIDED_DISTILLATION = {
     "match_costs": matched_costs,
     "assign": assigned,
     "normalisers": lambda m: m.normalisers([target(m), target(m)], 5),
+    "class_masks": lambda m: m.class_masks(class_map()),
+    "one_mask_per_class": lambda m: m.one_mask_per_class(target(m, 5)),
     "mask_losses": lambda m: m.mask_losses(
         images(3, 2, 8, 8),
         torch.rand(3, 16, 16) > 0.5,
