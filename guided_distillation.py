@@ -220,7 +220,8 @@ class Args:
 
     # ---- the run
 
-    # run folder; empty: runs/guided_distillation-<dataset>-<split>-d<split seed>-s<seed>
+    # Run folder; empty: runs/guided_distillation-<dataset>-<split>-d<split seed>-s<seed>, with
+    # -semantic before the data set where that is the task.
     out: str = ""
     resume: bool = False  # continue the run in --out; starts afresh when there is none
     seed: int = 0  # initial weights, the order of images, augmentation and points follow from it

@@ -418,7 +418,8 @@ def choose(
     if needed and not rest:
         raise UserError(
             f"--split {split} leaves no unlabeled image; take a smaller one, name some with "
-            f"--unlabeled, or learn from labels alone (gta_seg.py: --method suponly)."
+            f"--unlabeled, or learn from labels alone (gta_seg.py: --method suponly, "
+            f"guided_distillation.py: --stage teacher)."
         )
     names = [picture.name for picture in labeled]
     fingerprint = splits.fingerprint(names)

@@ -2,12 +2,14 @@
 a sum over queries, and runs on each form of data."""
 
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import helpers
 import instance_runs
 import numpy as np
+import pretend
 import pytest
 import torch
 import torch.nn.functional as F
@@ -550,6 +552,26 @@ def test_presets_of_the_task(typed):
     for dataset in gd.SEMANTIC:
         assert gd.preset(dataset, task="semantic").task == "semantic"
     assert "random:10" in typed(["--dataset", "shapes", "--task", "semantic", "--help"]).ok().out
+
+
+def test_nothing_mixes_devices(line, shapes_root, tmp_path):
+    """On an accelerator that is pretended, with the CPU's values: the same first step of each
+    stage, its scores and predictions."""
+    flags = dict(steps=1, burn_in_steps=0, eval_every=1)
+    picture = shapes_root / "voc" / "JPEGImages" / "val_000000.jpg"
+    for name, setup in (("near", ()), ("far", (pretend.install,))):
+        set_up = partial(quick, *setup)
+        out = tmp_path / name
+        helpers.run(line(out, **flags), tmp_path / "io", set_up, name=NAME).ok()
+        given = ["--predict", str(out / "last.pt"), str(picture), *HERE]
+        helpers.run(given, tmp_path / "io", set_up, name=NAME).ok()
+    near, far = (
+        [record for record in log_of(tmp_path / name) if "loss_l" in record]
+        for name in ("near", "far")
+    )
+    assert len(near) == 2
+    for a, b in zip(near, far, strict=True):
+        assert a["loss_l"] == pytest.approx(b["loss_l"], rel=1e-3)
 
 
 def test_equal_on_one_and_two_processes(line, trained, tmp_path):
