@@ -2480,7 +2480,8 @@ def network(args: Args, num_classes: int, world: World, name: str, fresh: bool =
             net.backbone.take(create(args.backbone, args.weights, **eva_options(args)))
         else:
             weights = backbone_weights(args)
-            notes = checkpoints.load_matching(net.backbone.cnn.body, weights, args.weights)
+            body = backbones.bare(net.backbone.cnn.body)
+            notes = checkpoints.load_matching(body, weights, args.weights)
     if fresh and args.init_detector:
         notes = load_detector(net, Path(args.init_detector))
     if world.main:

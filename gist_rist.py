@@ -35,7 +35,7 @@ The weights of a stage follow from its path alone, so each is trained once, by a
     Sec. IV                     mIoU, on val and on dev       val_record, dev_miou, evaluate,
                                                               common/metrics.py
     Sec. IV                     network, its COCO weights     SegNet, caffe_style, initial_weights
-    Sec. IV                     schedule, optimizer           learning_rate_factor, sgd
+    Sec. IV                     schedule, optimizer           learning_rate_factor, optimizer_of
     Sec. IV                     augmentation                  augment, random_scale, resized
     Sec. IV                     search cost of two            --beam, --trials
     Sec. IV-A                   degenerate paths              longest_run, rejected_share, --max-run
@@ -189,13 +189,18 @@ class Args:
 
     # network (Sec. IV: DeepLabV2 from MS-COCO weights, all BatchNorm frozen)
 
-    # the Caffe-style ResNet that COCO weights fit, or the name of a network of timm or torchvision
+    # the Caffe-style ResNet that COCO weights fit, or the name of a network of timm or torchvision;
+    # a ViT, Swin or ConvNeXt picks the numbers of UniMatch V2 for --lr and --head-lr.
+    # DEPARTS[transformers]
     backbone: str = "caffe_resnet101"
+    # the backbone is not trained and stays in eval mode, which takes less memory.
+    # DEPARTS[transformers]
+    freeze_backbone: bool = False
     # a file of COCO weights, or of another backbone's; imagenet; none; shapes: the embedded set's
     weights: str = ""
     # channel order and scale that the weights expect: bgr for COCO weights. DEPARTS[pixels]
     pixels: Literal["bgr", "rgb", "imagenet"] = "bgr"
-    # stride of a timm or torchvision backbone; the Caffe-style one has 8
+    # stride of the features, dilated in CNNs and enlarged otherwise; the Caffe-style ResNet has 8
     output_stride: Literal[8, 16, 32] = 8
     # how many of the backbone's last stages to leave out, when the file lacks their weights
     cut: Annotated[int, msgspec.Meta(ge=0, le=3)] = 0
@@ -293,9 +298,17 @@ PRESETS: dict[str, dict[str, Any]] = {
 CITYSCAPES = {"1/50": 59, "1/30": 100, "1/20": 148, "1/8": 371, "1/4": 743}
 
 
+# What UniMatch V2 sets for DINOv2, for every ViT, Swin and ConvNeXt. DEPARTS[transformers]
+LAYER_NORMED: dict[str, Any] = dict(lr=5e-6, head_lr=40, pixels="imagenet")
+ADAMW_DECAY = 0.01
+
+
 def preset(dataset: str = "voc", **overrides: Any) -> Args:
-    """The settings of a data set."""
-    return Args(**(dict(dataset=dataset) | PRESETS[dataset] | overrides))
+    """The settings of a data set, and of a backbone."""
+    values: dict[str, Any] = dict(dataset=dataset) | PRESETS[dataset]
+    if backbones.is_layer_normed(overrides.get("backbone", "")):
+        values = dict(weights="imagenet") | values | LAYER_NORMED
+    return Args(**(values | overrides))
 
 
 # ======================================================================================== equations
@@ -379,13 +392,15 @@ MEAN = {
 class SegNet(nn.Module):
     """DeepLabV2: RGB images (B, 3, H, W) in 0..255 -> float32 logits (B, K, h, w), and the features
     (B, C, h, w) before ASPP, Eqs. 4 and 5. `pretrained`: with timm's or torchvision's weights. When
-    `frozen`, BatchNorm keeps its statistics and weights in every mode. DEPARTS[bn]"""
+    `frozen`, BatchNorm keeps its statistics and weights in every mode. DEPARTS[bn] A ViT, Swin or
+    ConvNeXt has an adaptor between backbone and ASPP. DEPARTS[transformers]"""
 
     def __init__(self, args: Args, num_classes: int, pretrained: bool = False):
         super().__init__()
         self.pixels = args.pixels
         self.bf16 = args.precision == "bf16"
         self.frozen = args.bn == "frozen"
+        self.freeze_backbone = args.freeze_backbone
         is_caffe = args.backbone in CAFFE
         name = args.backbone.removeprefix("caffe_")
         stride = 32 if is_caffe else args.output_stride
@@ -393,11 +408,14 @@ class SegNet(nn.Module):
         if args.cut > 0:  # a first network only tells how many stages there are
             _, _, all_channels = backbones.build(name, stride)
             kept = {"out_indices": tuple(range(len(all_channels) - args.cut))}
-        self.backbone, _, channels = backbones.build(name, stride, pretrained, **kept)
+        self.backbone, reductions, channels = backbones.build(name, stride, pretrained, **kept)
         if is_caffe:
             caffe_style(self.backbone)
+        if self.freeze_backbone:
+            self.backbone.requires_grad_(False)
+        self.adaptor = backbones.adaptor(self.backbone, reductions, channels, stride)
         self.head = nn.ModuleList(  # DEPARTS[aspp]
-            nn.Conv2d(channels[-1], num_classes, 3, padding=rate, dilation=rate)
+            nn.Conv2d(self.adaptor.channels, num_classes, 3, padding=rate, dilation=rate)
             for rate in args.aspp_rates
         )
         for branch in self.head:
@@ -409,6 +427,7 @@ class SegNet(nn.Module):
 
     def train(self, mode: bool = True) -> SegNet:
         super().train(mode)
+        self.backbone.train(mode and not self.freeze_backbone)
         if self.frozen:
             for module in self.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -428,7 +447,7 @@ class SegNet(nn.Module):
         device = "cuda" if images.is_cuda else "cpu"
         with torch.autocast(device, dtype=torch.bfloat16, enabled=self.bf16):
             pixels = self.scaled(images, valid).contiguous(memory_format=torch.channels_last)
-            features = self.backbone(pixels)[-1]
+            features = self.adaptor(self.backbone(pixels))
             logits = sum(branch(features) for branch in self.head)
         return logits.float(), features.float()
 
@@ -538,12 +557,19 @@ def update(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     optimizer.step()
 
 
-def sgd(net: SegNet, args: Args) -> torch.optim.SGD:
-    """Sec. IV; every parameter once, the classifier learns `head_lr` times faster. DEPARTS[lr]"""
+def optimizer_of(net: SegNet, args: Args) -> torch.optim.Optimizer:
+    """Sec. IV; every parameter once, the classifier learns `head_lr` times faster. DEPARTS[lr] With
+    a ViT, Swin or ConvNeXt it is AdamW. DEPARTS[transformers]"""
+    body, behind = [], []
+    for name, parameter in net.named_parameters():
+        if parameter.requires_grad:
+            part = body if name.startswith("backbone.") else behind
+            part.append(parameter)
     groups = []
-    for part, lr in ((net.backbone, args.lr), (net.head, args.lr * args.head_lr)):
-        trained = [p for p in part.parameters() if p.requires_grad]
+    for trained, lr in ((body, args.lr), (behind, args.lr * args.head_lr)):
         groups.append({"params": trained, "lr": lr, "initial_lr": lr})
+    if backbones.is_layer_normed(args.backbone):
+        return torch.optim.AdamW(groups, weight_decay=ADAMW_DECAY)
     return torch.optim.SGD(groups, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
 
 
@@ -944,7 +970,7 @@ def train_stage0(tree: Tree) -> None:
         weights = checkpoints.read_weights(Path(args.stage0), "--stage0")
         checkpoints.load_exact(net, weights, args.stage0)
         return finish_node(tree, ROOT, net, {"step": 0, "steps": 0})
-    s = State(net, sgd(net, args))
+    s = State(net, optimizer_of(net, args))
     pictures_of = {"labeled": tree.labeled}
     if args.stage0 == "classmix":
         pictures_of["unlabeled"] = tree.pool
@@ -976,7 +1002,7 @@ def refine(tree: Tree, path: str) -> None:
     alpha = alpha_of(tokens(path)[-1])
     theta = tree.store.weights(parent, SCRIPT)
     student = tree.network(theta)
-    s = State(student, sgd(student, args))
+    s = State(student, optimizer_of(student, args))
     if args.cl > 0:
         s.teacher = tree.network(theta).requires_grad_(False).eval()
     facts = {"step": args.steps, "steps": args.steps, "parent": fingerprint(theta)}
@@ -1677,8 +1703,8 @@ def initial_weights(args: Args, num_classes: int) -> tuple[dict[str, Tensor] | N
         kind = "ImageNet, normalised RGB" if args.pixels == "imagenet" else "COCO, 0 to 255"
         notes.append(f"of {args.weights}: {kind}")
     else:
-        check_cut(args, weights, net.backbone)
-    notes += checkpoints.load_matching(net.backbone, weights, args.weights)
+        check_cut(args, weights, backbones.bare(net.backbone))
+    notes += checkpoints.load_matching(backbones.bare(net.backbone), weights, args.weights)
     return net.state_dict(), notes
 
 
@@ -1698,7 +1724,7 @@ def check_pixels(args: Args, weights: dict[str, Tensor] | None) -> None:
 
 def check_cut(args: Args, weights: dict[str, Tensor], backbone: nn.Module) -> None:
     """UserError when a file has no weights for the last stage, which would stay random."""
-    last = [name for name, _ in backbone.named_children()][-1]
+    last = list(backbone.state_dict())[-1].split(".")[0]
     if not any(name.startswith(f"{last}.") for name in weights):
         raise UserError(
             f"{args.weights} has no weights of {last}, the last part of {args.backbone}; leave it "
@@ -1766,6 +1792,8 @@ def key_of(tree: Tree, without: set[str], *more: Any) -> str:
     """The name of a folder of nodes, a hash of what shapes their weights: all settings but those in
     `without`, the lists of images, and `more`."""
     without = SEARCH_ONLY | BOOKKEEPING | without
+    if not tree.args.freeze_backbone:
+        without = without | {"freeze_backbone"}  # stores from before this flag keep their names
     shaping = {name: v for name, v in vars(tree.args).items() if name not in without}
     lists = [
         splits.fingerprint(picture.name for picture in pictures)
@@ -1988,7 +2016,12 @@ def predict(args: Args) -> None:
 
 
 def settings(
-    dataset: str = "voc", eval: str = "", predict: str = "", export: str = "", report: str = ""
+    dataset: str = "voc",
+    eval: str = "",
+    predict: str = "",
+    export: str = "",
+    report: str = "",
+    **backbone: str,
 ) -> Args:
     """What the command line starts from: a preset, or the settings of a checkpoint or run that is
     looked at."""
@@ -1999,11 +2032,11 @@ def settings(
         checkpoint = f"{report}/best.pt"
     if checkpoint:
         return cli.saved_settings(Args, Path(checkpoint), SCRIPT)
-    return preset(dataset)
+    return preset(dataset, **backbone)
 
 
 # Flags that pick the defaults of the others.
-CHOOSERS = ("dataset", "eval", "predict", "export", "report")
+CHOOSERS = ("dataset", "backbone", "eval", "predict", "export", "report")
 
 
 def main(args: Args) -> Any:

@@ -28,7 +28,7 @@ moving average of the student, is the result.
     Sec. 4.1  data sets; all others are unlabeled   --dataset, --split, --unlabeled
     Sec. 4.2  ResNet-101, DeepLabv3+                Features, ASPP, Predictor
     Sec. 4.2  numbers, for VOC and Cityscapes       Args, PRESETS
-    Sec. 4.2  optimizer, poly schedule              sgd, learning_rate_factor
+    Sec. 4.2  optimizer, poly schedule              optimizer_of, learning_rate_factor
     Sec. 4.2  warm-up on labels                     warmup_step, warmup_steps (how many)
     Sec. 4.2  20 % of pseudo labels abandoned       drop_threshold, --drop
     Sec. 4.2  crops and windows in evaluation       evaluate, centre_crop, predict_logits
@@ -189,11 +189,16 @@ class Args:
 
     # network (Sec. 4.2: ResNet-101, DeepLabv3+, 512-dimensional features)
 
-    # a timm name, else a torchvision one. DEPARTS[deep-stem]
+    # a timm name, else a torchvision one; a ViT, Swin or ConvNeXt picks the numbers of UniMatch V2
+    # for --lr, --decoder-lr and --weight-decay. DEPARTS[deep-stem], DEPARTS[transformers]
     backbone: str = "resnet101s.gluon_in1k"
+    # the backbone is not trained and stays in eval mode, which takes less memory.
+    # DEPARTS[transformers]
+    freeze_backbone: bool = False
     # imagenet, none, a file of backbone weights, or shapes (learned from drawn pictures)
     weights: str = "imagenet"
-    # image pixels per cell of the deepest features. DEPARTS[open]
+    # image pixels per cell of the deepest features: dilated in CNNs, enlarged in others.
+    # DEPARTS[open], DEPARTS[transformers]
     output_stride: Literal[8, 16, 32] = 8
     # dilations of ASPP. DEPARTS[open]
     aspp_rates: tuple[Dilation, Dilation, Dilation] = (12, 24, 36)
@@ -383,29 +388,47 @@ class Features(nn.Module):
     third stage's map (B, C, h', w') for an auxiliary head.
 
     This is wider than DeepLabv3+ (Sec. 4.2): the low-level map has `width` channels, and ASPP does
-    not project its output. DEPARTS[open]"""
+    not project its output. DEPARTS[open] A ViT, Swin or ConvNeXt has adaptors in front of both. If
+    `freeze`, the backbone does not learn and stays in eval mode. DEPARTS[transformers]"""
 
     def __init__(
-        self, backbone: str, stride: int, rates: tuple[int, ...], width: int, pretrained: bool
+        self,
+        backbone: str,
+        stride: int,
+        rates: tuple[int, ...],
+        width: int,
+        pretrained: bool,
+        freeze: bool = False,
     ):
         super().__init__()
         self.backbone, reductions, channels = backbones.build(backbone, stride, pretrained)
         deeplab_resnet(self.backbone, stride)
+        self.freeze = freeze
+        if freeze:
+            self.backbone.requires_grad_(False)
         # the deepest map of stride 4 or finer; the first map when all are coarser
         self.low_map = 0
         for i, reduction in enumerate(reductions):
             if reduction <= 4:
                 self.low_map = i
+        upto = self.low_map + 1
+        self.fine = backbones.adaptor(self.backbone, reductions[:upto], channels[:upto], 4)
+        self.deep = backbones.adaptor(self.backbone, reductions, channels, stride)
         self.third_channels = channels[-2]
-        self.aspp = ASPP(channels[-1], width, rates)
+        self.aspp = ASPP(self.deep.channels, width, rates)
         self.head = nn.Sequential(*conv_bn(5 * width, width, 3), nn.Dropout2d(0.1))
-        self.low = conv_bn(channels[self.low_map], width, 1, bias=True)
+        self.low = conv_bn(self.fine.channels, width, 1, bias=True)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         maps = self.backbone(images)
-        low = self.low(maps[self.low_map])
-        deep = self.head(self.aspp(maps[-1]))
+        low = self.low(self.fine(maps[: self.low_map + 1]))
+        deep = self.head(self.aspp(self.deep(maps)))
         return torch.cat([low, upsample(deep, low.shape[-2:])], dim=1), maps[-2]
+
+    def train(self, mode: bool = True) -> Features:
+        super().train(mode)
+        self.backbone.train(mode and not self.freeze)
+        return self
 
 
 def deeplab_resnet(body: nn.Module, stride: int) -> None:
@@ -465,7 +488,12 @@ class SegNet(nn.Module):
     def __init__(self, args: Args, num_classes: int, pretrained: bool = False, bf16: bool = False):
         super().__init__()
         self.features = Features(
-            args.backbone, args.output_stride, args.aspp_rates, args.width, pretrained
+            args.backbone,
+            args.output_stride,
+            args.aspp_rates,
+            args.width,
+            pretrained,
+            args.freeze_backbone,
         )
         aux_channels = self.features.third_channels if args.aux else 0
         self.predictor = Predictor(args.width, num_classes, aux_channels)
@@ -1130,17 +1158,22 @@ def distance(s: State) -> dict[str, float]:
     return {"f_distance": metrics.distance(s.student.features, s.gta.features)}
 
 
-def sgd(net: SegNet, args: Args, world: World) -> torch.optim.SGD:
+def optimizer_of(net: SegNet, args: Args, world: World) -> torch.optim.Optimizer:
     """SGD as in Sec. 4.2; everything behind the backbone learns --decoder-lr times as fast. The
-    paper names no momentum. DEPARTS[open]"""
+    paper names no momentum. DEPARTS[open] With a ViT, Swin or ConvNeXt it is AdamW.
+    DEPARTS[transformers]"""
     f = net.features
-    groups = [{"params": list(f.backbone.parameters()), "initial_lr": args.lr}]
-    for part in (f.aspp, f.head, f.low, net.predictor):
-        rate = args.lr * args.decoder_lr
-        groups.append({"params": list(part.parameters()), "initial_lr": rate})
+    trained = [] if args.freeze_backbone else list(f.backbone.parameters())
+    groups = [{"params": trained, "initial_lr": args.lr}]
+    for part in (f.aspp, f.head, f.low, net.predictor, f.fine, f.deep):
+        params = list(part.parameters())
+        if params:  # a CNN has no adaptors
+            groups.append({"params": params, "initial_lr": args.lr * args.decoder_lr})
     for group in groups:
         group["lr"] = group["initial_lr"]
     fused = world.device.type == "cuda"
+    if backbones.is_layer_normed(args.backbone):
+        return torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=fused)
     return torch.optim.SGD(groups, momentum=0.9, weight_decay=args.weight_decay, fused=fused)
 
 
@@ -1180,7 +1213,8 @@ def build(
         bf16 = world.bf16(args.precision)
         net = SegNet(replace(args, aux=aux), num_classes, pretrained, bf16)
         if weights is not None:  # in all networks alike, and so are the notes
-            notes[:] = checkpoints.load_matching(net.features.backbone, weights, args.weights)
+            backbone = backbones.bare(net.features.backbone)
+            notes[:] = checkpoints.load_matching(backbone, weights, args.weights)
         net = norms.over_processes(net, world)
         net = net.to(world.device, memory_format=torch.channels_last)
         if args.compile:
@@ -1197,6 +1231,10 @@ def build(
             alias(gta.predictor.classifier, student.predictor.classifier)
         if args.method == "unbiased-st":  # one f, two g. DEPARTS[unbiased-st]
             alias(gta.features, student.features)
+    if args.freeze_backbone:  # all networks have the same one, so one is enough
+        for net in (teacher, gta):
+            if net is not None:
+                alias(net.features.backbone, student.features.backbone)
 
     def parallel(net: SegNet) -> nn.Module:
         return distributed.parallel(net, world) if train else net
@@ -1205,8 +1243,8 @@ def build(
         student=student,
         teacher=teacher,
         gta=gta,
-        opt_student=sgd(student, args, world),
-        opt_gta=None if gta is None else sgd(gta, args, world),
+        opt_student=optimizer_of(student, args, world),
+        opt_gta=None if gta is None else optimizer_of(gta, args, world),
         forward_student=parallel(student),
         forward_gta=None if gta is None else parallel(gta),
         warmup=args.steps if args.method == "suponly" else warmup,  # labels alone, to the end
@@ -1374,10 +1412,15 @@ RELEASED: dict[str, Any] = dict(
 )
 
 
+# What UniMatch V2 sets for DINOv2, for every ViT, Swin and ConvNeXt. DEPARTS[transformers]
+LAYER_NORMED: dict[str, Any] = dict(lr=5e-6, decoder_lr=40, weight_decay=0.01)
+
+
 def preset(
     dataset: str = "voc", recipe: str = "paper", method: str = "gta", **overrides: Any
 ) -> Args:
-    """The settings for a data set, a recipe and a method; `overrides` are settings by name."""
+    """The settings for a data set, a recipe, a method and a backbone; `overrides` are settings by
+    name."""
     values: dict[str, Any] = dict(dataset=dataset, recipe=recipe, method=method)
     values |= PRESETS[dataset]
     if method == "mt":
@@ -1386,6 +1429,8 @@ def preset(
         values |= RELEASED
         if dataset == "voc":
             values["batch_size"] = 12  # the released configuration is for VOC only
+    if backbones.is_layer_normed(overrides.get("backbone", "")):
+        values |= LAYER_NORMED
     return Args(**(values | overrides))
 
 
@@ -1396,17 +1441,18 @@ def settings(
     eval: str = "",
     predict: str = "",
     export: str = "",
+    **backbone: str,
 ) -> Args:
     """What the command line starts from: a preset, or the settings inside a checkpoint to score or
     predict with."""
     checkpoint = eval or predict or export
     if checkpoint:
         return cli.saved_settings(Args, Path(checkpoint), SCRIPT)
-    return preset(dataset, recipe, method)
+    return preset(dataset, recipe, method, **backbone)
 
 
 # Flags that pick the defaults of the others.
-CHOOSERS = ("dataset", "recipe", "method", "eval", "predict", "export")
+CHOOSERS = ("dataset", "recipe", "method", "backbone", "eval", "predict", "export")
 
 
 def main(args: Args) -> Any:

@@ -530,6 +530,7 @@ def pretrain(root: Path, backbone: str, steps: int = 1200, batch_size: int = 64)
     import torch.nn.functional as F
     from tqdm import tqdm
 
+    from common import backbones
     from common.transforms import normalize
 
     recipe = recipe_of(backbone, steps, batch_size)
@@ -556,7 +557,7 @@ def pretrain(root: Path, backbone: str, steps: int = 1200, batch_size: int = 64)
         x, y = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2), torch.tensor(targets)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            net = timm.create_model(backbone, num_classes=len(forms) + len(PATTERNS) + 12)
+            net = backbones.of_any_size(backbone, num_classes=len(forms) + len(PATTERNS) + 12)
         net = net.to(memory_format=torch.channels_last)
         optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0.05)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)

@@ -161,7 +161,7 @@ def bench_flops() -> None:
             torch.zeros(crop[0]),
         )
         s = gist_rist.State(
-            net.train(), gist_rist.sgd(net, PAPER), teacher.requires_grad_(False).eval()
+            net.train(), gist_rist.optimizer_of(net, PAPER), teacher.requires_grad_(False).eval()
         )
         stages = {}
         for cl_on in ("active", "both"):

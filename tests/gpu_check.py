@@ -169,7 +169,7 @@ def gist(args, classes: int, count: int, world: World) -> Training:
     tree = gist_rist.Tree(args, world, SimpleNamespace(classes=range(classes)), [], [], [])
     student = tree.network(None)
     teacher = tree.network(student.state_dict()).requires_grad_(False).eval()
-    s = gist_rist.State(student, gist_rist.sgd(student, args), teacher)
+    s = gist_rist.State(student, gist_rist.optimizer_of(student, args), teacher)
     return Training(s, lambda: gist_rist.refine_step(s, args, "F0.5", 0.5, s.step, labeled, pseudo))
 
 

@@ -104,7 +104,7 @@ class Small(nn.Module):
 
 def small_state(args: Args, teacher: bool = True) -> State:
     student, other = Small(), Small()
-    return State(student, gist_rist.sgd(student, args), other.eval() if teacher else None)
+    return State(student, gist_rist.optimizer_of(student, args), other.eval() if teacher else None)
 
 
 def constants(monkeypatch, **values: float) -> None:
@@ -392,7 +392,7 @@ def test_every_parameter_is_once_in_the_optimizer(frozen):
     net = SegNet(args, CLASSES)
     net.frozen = frozen
     net.train()
-    (body, head) = gist_rist.sgd(net, args).param_groups
+    (body, head) = gist_rist.optimizer_of(net, args).param_groups
     norms = {id(p) for m in net.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()}
     listed = [id(p) for group in (body, head) for p in group["params"]]
     assert norms and len(listed) == len(set(listed))
@@ -417,7 +417,7 @@ def test_frozen_batchnorm_is_bit_identical_after_training(frozen):
     net.frozen = frozen
     teacher = copy.deepcopy(net).requires_grad_(False).eval()
     net.eval()
-    s = State(net.train(), gist_rist.sgd(net, args), teacher)
+    s = State(net.train(), gist_rist.optimizer_of(net, args), teacher)
     norm = {
         f"{name}.{k}"
         for name, m in net.named_modules()
@@ -736,7 +736,7 @@ def gan_state(args: Args, critic: nn.Module, opt=torch.optim.SGD) -> State:
     student = Small()
     return State(
         student,
-        gist_rist.sgd(student, args),
+        gist_rist.optimizer_of(student, args),
         critic=critic,
         opt_critic=opt(critic.parameters(), lr=1e-4),
     )

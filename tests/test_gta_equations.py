@@ -450,7 +450,7 @@ def test_learning_rate_factor_is_the_schedule_of_section_4_2():
 def test_decoder_learns_ten_times_faster_at_every_step():
     args = gta_seg.preset("voc", weights="none", backbone="test_resnet", width=8)
     net = gta_seg.SegNet(args, CLASSES)
-    optimizer = gta_seg.sgd(net, args, WORLD)
+    optimizer = gta_seg.optimizer_of(net, args, WORLD)
     rates = {}
     for step in (0, 5, 9, 2):  # set from the first rate, not from the last one
         gta_seg.set_learning_rates(optimizer, gta_seg.learning_rate_factor(step, 10))
