@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from timm.models import register_model
 from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import gist_rist
@@ -33,8 +34,18 @@ def tiny_swin(
     )
 
 
+@register_model
+def vit_behind(
+    pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **settings
+):
+    """A tiny ViT that pools first and normalises then, as those of MAE do."""
+    return VisionTransformer(
+        embed_dim=16, depth=6, num_heads=2, global_pool="avg", fc_norm=True, **settings
+    )
+
+
 # A ViT, one whose last norm lies behind its pooling, a Swin with drop path, a ConvNeXt.
-SMALL = ["test_vit", "test_vit3", "tiny_swin", "test_convnext"]
+SMALL = ["test_vit", "vit_behind", "tiny_swin", "test_convnext"]
 each_network = pytest.mark.parametrize("name", SMALL)
 
 
@@ -106,6 +117,12 @@ def test_maps_of_a_vit_are_those_of_four_blocks_through_the_last_norm():
     assert len(maps) == 4
     for a, b in zip(maps, expected, strict=True):
         assert (a - b).abs().max() < 1e-4
+
+
+def test_maps_without_a_norm_of_their_own_get_the_adaptors():
+    normed, bare = (backbones.build(name, 8) for name in ("test_vit", "vit_behind"))
+    assert normed[0].normed and isinstance(backbones.adaptor(*normed, 8).first, nn.Identity)
+    assert not bare[0].normed and isinstance(backbones.adaptor(*bare, 8).first, nn.LayerNorm)
 
 
 def test_maps_of_a_swin_are_those_of_its_stages():
