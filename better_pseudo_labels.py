@@ -439,7 +439,8 @@ def label_statistics(
     for photo in labeled:
         images[list(singles(photo))] += 1
         for thing in photo.things:
-            objects[thing.category] += not thing.crowd
+            if not thing.crowd:
+                objects[thing.category] += 1
     if args.frequency == "file" and data.frequency:
         groups = data.frequency
     else:
@@ -1599,7 +1600,8 @@ def jittered_window(size: tuple[int, int], args: Args, g: np.random.Generator) -
     """The geometry of a view of a picture of `size` (height, width): flip; a scale u in --scale, so
     that the picture fits into u times the square; a random window, padded at the right and the
     bottom where the picture is smaller (large-scale jitter). DEPARTS[crop]"""
-    flip, u = bool(g.random() < 0.5), g.uniform(*args.scale)
+    flip = bool(g.random() < 0.5)
+    u = g.uniform(*args.scale)
     down, across = g.random(2)
     factor = u * args.image_size / max(size)
     height, width = (max(round(n * factor), 1) for n in size)
