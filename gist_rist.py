@@ -562,9 +562,12 @@ def optimizer_of(net: SegNet, args: Args) -> torch.optim.Optimizer:
     a ViT, Swin or ConvNeXt it is AdamW. DEPARTS[transformers]"""
     body, behind = [], []
     for name, parameter in net.named_parameters():
-        if parameter.requires_grad:
-            part = body if name.startswith("backbone.") else behind
-            part.append(parameter)
+        if not parameter.requires_grad:
+            continue
+        if name.startswith("backbone."):
+            body.append(parameter)
+        else:
+            behind.append(parameter)
     groups = []
     for trained, lr in ((body, args.lr), (behind, args.lr * args.head_lr)):
         groups.append({"params": trained, "lr": lr, "initial_lr": lr})

@@ -411,8 +411,8 @@ class Features(nn.Module):
         for i, reduction in enumerate(reductions):
             if reduction <= 4:
                 self.low_map = i
-        upto = self.low_map + 1
-        self.fine = backbones.adaptor(self.backbone, reductions[:upto], channels[:upto], 4)
+        up_to_low = slice(self.low_map + 1)
+        self.fine = backbones.adaptor(self.backbone, reductions[up_to_low], channels[up_to_low], 4)
         self.deep = backbones.adaptor(self.backbone, reductions, channels, stride)
         self.third_channels = channels[-2]
         self.aspp = ASPP(self.deep.channels, width, rates)

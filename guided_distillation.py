@@ -729,7 +729,8 @@ def teach(
     teacher: Mask2Former, unlabeled: Batch, args: Args
 ) -> tuple[list[Target], dict[str, Tensor]]:
     """Pseudo labels of the weak views, and what is logged of them."""
-    weak, targets, probabilities = unlabeled.weak, [], []
+    weak = unlabeled.weak
+    targets, probabilities = [], []
     for part in weak.split(math.ceil(len(weak) / args.accumulate)):
         heads = teacher(transforms.normalize(part), last_only=True)
         found, sure = pseudo_labels(heads, args.class_threshold, args.size_threshold)
@@ -1894,7 +1895,8 @@ def score_networks(s: State, data: Instances, args: Args, world: World, run: run
         draw_previews(networks, data, args, world, run.out / "previews" / f"{s.step:07d}.png")
     s.student.train()
     s.scored = s.step
-    metric, improved = METRIC[args.task], []
+    metric = METRIC[args.task]
+    improved = []
     for name, score in scores.items():
         s.last[name] = {"step": s.step, **score}
         if name not in s.best or score[metric] > s.best[name][metric]:
