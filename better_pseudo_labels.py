@@ -532,7 +532,7 @@ def class_similarities(args: Args, data: Instances, labeled: list[Photo], world:
         return torch.eye(len(data.classes))
     path = Path(args.out) / "prototypes.pt"
     key = made_of(args, PROTOTYPES_OF, data.classes)
-    if from_main(world, path.exists()):
+    if mask_ap.from_main(world, path.exists()):
         kept = kept_prototypes(path, key, len(data.classes))
         if kept is not None:
             return cosines(kept)
@@ -1727,7 +1727,7 @@ def evaluate(
             scores[name], reliability[name] = score_results(
                 results[name], confident[name], truth, data, groups, args
             )
-    scores = from_main(world, scores)
+    scores = mask_ap.from_main(world, scores)
     if any(record["ap"] is None for record in scores.values()):
         raise UserError(f"--val {args.val} of {data.root} has no object to score on.")
     return Evaluation(scores, results, reliability, rows)
@@ -1869,7 +1869,7 @@ def retrieve(
             found = retrieval.Found(cosine, rows, different, kept)
             key = made_of(args, RETRIEVED_OF, data.classes)
             retrieval.report(out, pool_store, asked, found, data.classes, key)
-    if not from_main(world, some_left):
+    if not mask_ap.from_main(world, some_left):
         raise UserError(
             f"--pool {args.pool}: all neighbours are duplicates, or labeled or scored themselves; "
             "take another pool, or a higher --duplicate."
@@ -1881,7 +1881,7 @@ def is_retrieved(args: Args, data: Instances, world: World) -> bool:
     from data import retrieval
 
     key = made_of(args, RETRIEVED_OF, data.classes)
-    return from_main(world, retrieval.done(Path(args.out), key))
+    return mask_ap.from_main(world, retrieval.done(Path(args.out), key))
 
 
 # ============================================================================= phases and training
@@ -2228,7 +2228,7 @@ def delta_of(
     if args.calibration:
         return read_delta(Path(args.calibration), data.classes, world)
     path = Path(args.out) / "calibration.json"
-    if from_main(world, path.exists()):
+    if mask_ap.from_main(world, path.exists()):
         try:
             return read_delta(path, data.classes, world)
         except UserError as error:
@@ -2421,12 +2421,6 @@ def made_of(args: Args, names: tuple[str, ...], classes: list[str]) -> str:
     file with another key is made again."""
     values = [str(getattr(args, name)) for name in names]
     return hashlib.sha256(json.dumps([values, classes]).encode()).hexdigest()[:16]
-
-
-def from_main(world: World, value: Any) -> Any:
-    """The main process's value, on every process. Each process could look at the disk itself, but
-    a network disk may show a new file later to other machines."""
-    return mask_ap.gather(world, [(world.rank, value)])[0][1]
 
 
 def create(name: str, weights: str, **options: Any) -> nn.Module:

@@ -1655,8 +1655,7 @@ def evaluate(
     for name, evaluator in street.items():
         of_coco = {"coco_ap": scores[name].get("ap"), "box_ap": scores[name].get("box_ap")}
         scores[name] = {**of_coco, **evaluator.result(world)}
-    of_main = [(0, scores)] if world.main else []
-    scores = mask_ap.gather(world, of_main)[0][1]  # all processes get those of the main one
+    scores = mask_ap.from_main(world, scores)
     for score in scores.values():
         score.pop("stats", None)
         if score["ap"] is None:

@@ -4,7 +4,7 @@ Cityscapes benchmark. Any number of processes gives the same numbers.
 All numbers are in percent, and None where there is no object to find."""
 
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -77,6 +77,12 @@ def gather(world: World, items: list) -> list:
         parts = [None] * world.size
         dist.all_gather_object(parts, items)
     return sorted(chain.from_iterable(parts), key=image_of)
+
+
+def from_main(world: World, value: Any) -> Any:
+    """The main process's value, on every process. It is also for what lies on disk: a network disk
+    may show a new file later to other machines."""
+    return gather(world, [(world.rank, value)])[0][1]
 
 
 # -------------------------------------------------------------------------------------------- truth

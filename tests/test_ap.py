@@ -710,6 +710,7 @@ def evaluate(root: Path, out: Path) -> None:
         )
     results = mask_ap.gather(world, results)
     ranks = mask_ap.gather(world, [(world.rank, "x")])
+    assert mask_ap.from_main(world, world.rank) == 0
     record = {
         "results": results,
         "coco": judge.coco_ap(data, results),
@@ -749,3 +750,4 @@ def test_gather_sorts_by_image():
     assert [i["score"] for i in mask_ap.gather(World(), items)] == [2, 1, 0]
     assert mask_ap.gather(World(), [(2, "b"), (0, "a"), (2, "a")]) == [(0, "a"), (2, "b"), (2, "a")]
     assert mask_ap.gather(World(), []) == []
+    assert mask_ap.from_main(World(), "x") == "x"
