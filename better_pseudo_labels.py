@@ -101,6 +101,7 @@ from common.boxes import (
     sample_regions,
     sided,
     suppress,
+    suppress_by_group,
 )
 from common.check import first_look, look_at_all
 from common.distributed import World, rng
@@ -119,6 +120,7 @@ from common.objects import (
     true_objects,
 )
 from common.typed_json import read_record
+from common.waits import draw_by_weight, places, those_used
 
 SCRIPT = "better_pseudo_labels.py"
 RETURNED = ("teacher", "supervised")  # the network that the method returns, or its baseline
@@ -823,10 +825,8 @@ def objects_found(boxes: Tensor, probs: Tensor, threshold: float, most: int = 10
     from torchvision.ops import nms
 
     conf = probs.amax(1)
-    confident = (conf >= threshold).nonzero().flatten()
-    kept = nms(boxes[confident].double(), conf[confident].double(), 0.5)[:most]
-    chosen = confident[kept]
-    return chosen[sided(boxes[chosen], 2)]
+    kept = nms(boxes.double(), conf.double(), 0.5)[:most]  # the most confident come first
+    return kept[(conf[kept] >= threshold) & sided(boxes[kept], 2)]
 
 
 def mask_channel(targets: Tensor, probs: Tensor) -> Tensor:
@@ -847,7 +847,7 @@ def pseudo_labels(
     the teacher's own scores, so that the rows of Table 1 differ in targets alone."""
     pyramid, regions = teacher.infer(transforms.normalize(weak), least=args.threshold)
     size = tuple(weak.shape[-2:])
-    found, confidences = [], []
+    found, confidences, are_large = [], [], []
     for i, (boxes, probs) in enumerate(regions):
         keep = objects_found(boxes, probs, args.threshold)
         boxes, probs = boxes[keep], probs[keep]
@@ -859,11 +859,12 @@ def pseudo_labels(
         named = targets > 0
         if args.pseudo != "onehot":  # also classes whose score Eq. 5 has cut to 0
             named = named | (probs > FRINGE)
-        large = (masks.sum((1, 2)) > args.size_threshold).nonzero().flatten()
-        objects = Objects(labels, boxes, masks, targets, named)
-        found.append(Objects(*(x[large] for x in objects)))
-        confidences.append(probs.amax(1)[large])
-    return found, torch.cat(confidences)
+        found.append(Objects(labels, boxes, masks, targets, named))
+        confidences.append(probs.amax(1))
+        are_large.append(masks.sum((1, 2)) > args.size_threshold)
+    large = places(are_large)
+    found = [Objects(*(x[i] for x in objects)) for objects, i in zip(found, large, strict=True)]
+    return found, torch.cat([conf[i] for conf, i in zip(confidences, large, strict=True)])
 
 
 def pseudo_log(found: list[Objects], conf: Tensor, world: World) -> dict[str, Tensor]:
@@ -1052,32 +1053,29 @@ class RPN(nn.Module):
     @torch.no_grad()
     def propose(self, objectness: Tensor, deltas: Tensor) -> list[Tensor]:
         """The proposals (n, 4) of each image, --proposals many: the best of each level (in training
-        twice as many), less those that overlap a better one by 0.7; of all these the best."""
-        from torchvision.ops import nms
-
+        twice as many), less those that overlap a better one by 0.7; of all these the best. Where
+        there are too few, boxes without an area may be among them."""
         size = self.args.image_size
         anchors, per_level = anchors_of(size, self.args.anchor_scale, objectness.device)
         most = self.args.proposals * (2 if self.training else 1)
         proposals = []
         for scores, steps in zip(objectness.float(), deltas.float(), strict=True):
-            kept_boxes, kept_scores = [], []
+            best_of_levels, levels = [], []
             start = 0
-            for number in per_level:
-                level = scores[start : start + number]
-                best = level.topk(min(most, number)).indices + start
-                boxes = decode_boxes(steps[best], anchors[best], (1.0, 1.0, 1.0, 1.0), size)
-                # What is no box becomes an empty one with the lowest score: taking it out here
-                # would wait for the device.
-                usable = sided(boxes) & torch.isfinite(scores[best])
-                boxes = boxes.where(usable[:, None], 0.0)
-                points = scores[best].where(usable, -torch.inf)
-                keep = nms(boxes, points, 0.7)
-                kept_boxes.append(boxes[keep])
-                kept_scores.append(points[keep])
+            for level, number in enumerate(per_level):
+                best = scores[start : start + number].topk(min(most, number)).indices + start
+                best_of_levels.append(best)
+                levels.append(torch.full_like(best, level))
                 start += number
-            boxes, points = torch.cat(kept_boxes), torch.cat(kept_scores)
-            points, best = points.topk(min(self.args.proposals, len(points)))
-            proposals.append(boxes[best[points > -torch.inf]])
+            best = torch.cat(best_of_levels)
+            boxes = decode_boxes(steps[best], anchors[best], (1.0, 1.0, 1.0, 1.0), size)
+            # What is no box becomes an empty one with the lowest score: taking it out here would
+            # wait for the device.
+            usable = sided(boxes) & torch.isfinite(scores[best])
+            boxes = boxes.where(usable[:, None], 0.0)
+            points = scores[best].where(usable, -torch.inf)
+            kept = suppress_by_group(boxes, points, torch.cat(levels), 0.7)
+            proposals.append(boxes[kept[: self.args.proposals]])
         return proposals
 
     def losses(
@@ -1088,15 +1086,17 @@ class RPN(nn.Module):
         args, weights = self.args, (1.0, 1.0, 1.0, 1.0)
         anchors, _ = anchors_of(args.image_size, args.anchor_scale, objectness.device)
         class_loss = box_loss = objectness.new_zeros(())
-        for scores, steps, truth, draw in zip(objectness, deltas, objects, draws, strict=True):
-            matches = match_boxes(anchors, truth.boxes, 0.3, 0.7, rescue=True)
-            taken = sample_regions(matches, args.rpn_batch, 0.5, draw)
-            is_object = matches[taken] >= 0
+        matches = [match_boxes(anchors, o.boxes, 0.3, 0.7, rescue=True) for o in objects]
+        sampled = sample_regions(matches, args.rpn_batch, 0.5, draws)
+        for scores, steps, truth, match, (foreground, background) in zip(
+            objectness, deltas, objects, matches, sampled, strict=True
+        ):
+            taken = torch.cat([foreground, background])
+            is_object = match[taken] >= 0
             class_loss = class_loss + F.binary_cross_entropy_with_logits(
                 scores[taken], is_object.float(), reduction="sum"
             )
-            foreground = taken[is_object]
-            goal = encode_boxes(truth.boxes[matches[foreground]], anchors[foreground], weights)
+            goal = encode_boxes(truth.boxes[match[foreground]], anchors[foreground], weights)
             box_loss = box_loss + (steps[foreground] - goal).abs().sum()
         number = args.rpn_batch * len(objects)
         return {"rpn": class_loss / number, "rpn_box": box_loss / number}
@@ -1111,14 +1111,13 @@ def roi_pool(pyramid: list[Tensor], boxes: list[Tensor], size: int) -> Tensor:
     rois = torch.cat([F.pad(b, (1, 0), value=float(i)) for i, b in enumerate(boxes)])
     side = (rois[:, 3:] - rois[:, 1:3]).prod(1).sqrt()
     level = (4 + torch.log2(side / 224 + 1e-8)).floor().clamp(2, 5) - 2
-    out = pyramid[0].new_zeros(len(rois), pyramid[0].shape[1], size, size)
-    # All levels are counted at once, for each count waits for the device. Boxes that are not
-    # numbers have no level; they come last and keep their zeros.
-    counts = (level == torch.arange(4, device=level.device)[:, None]).sum(1).tolist()
-    places = level.argsort(stable=True)[: sum(counts)].split(counts)
-    for i, (maps, here) in enumerate(zip(pyramid[:4], places, strict=True)):
+    out = torch.zeros((), device=rois.device)
+    for i, maps in enumerate(pyramid[:4]):
+        # Boxes of other levels become empty ones here, of which nothing is pooled: zeros. Taking
+        # them out would wait for the device. Boxes that are not numbers have no level.
+        here = rois.where((level == i)[:, None], 0.0)
         scale = 1 / 2 ** (i + 2)
-        out[here] = roi_align(maps, rois[here], size, scale, sampling_ratio=0, aligned=True)
+        out = out + roi_align(maps, here, size, scale, sampling_ratio=0, aligned=True)
     return out
 
 
@@ -1207,15 +1206,27 @@ class CascadeHeads(nn.Module):
         x1, y1, which nothing checks (x, y, width, height would go through), and are clipped to the
         padded square, not to the picture in it."""
         args, loss = self.args, {}
-        boxes = []
-        for candidates, truth, draw in zip(proposals, objects, draws, strict=True):
-            candidates = torch.cat([candidates, truth.boxes])
-            matches = match_boxes(candidates, truth.boxes, 0.5, 0.5)
-            boxes.append(candidates[sample_regions(matches, args.roi_batch, 0.25, draw)])
-        columns = known.any(0).nonzero().flatten()  # no image teaches the scores of other classes
+        candidates = [torch.cat([b, o.boxes]) for b, o in zip(proposals, objects, strict=True)]
+        matches = []
+        for of_image, truth in zip(candidates, objects, strict=True):
+            match = match_boxes(of_image, truth.boxes, 0.5, 0.5)
+            matches.append(match.where(sided(of_image), -2))  # neither an object nor background
+        sampled = sample_regions(matches, args.roi_batch, 0.25, draws)
+        found = [s.foreground for s in sampled]
+        loss["mask"] = self.mask_loss(
+            pyramid,
+            [b[i] for b, i in zip(candidates, found, strict=True)],
+            [m[i] for m, i in zip(matches, found, strict=True)],
+            objects,
+        )
+        boxes = [b[torch.cat(s)] for b, s in zip(candidates, sampled, strict=True)]
+        counts = [len(b) for b in boxes]
+        image_of_region = torch.cat(
+            [b.new_full((len(b),), i, dtype=torch.int64) for i, b in enumerate(boxes)]
+        )
+        columns = places([known.any(0)])[0]  # no image teaches the scores of other classes
+        taught = known[image_of_region][:, columns]  # (R, columns)
         for stage, (head, (overlap, weights)) in enumerate(zip(self.boxes, CASCADE, strict=True)):
-            if stage > 0:  # a decoded box may have no area left
-                boxes = [b[sided(b)] for b in boxes]
             matches, target_probs, target_boxes = [], [], []  # of each image
             for of_image, truth in zip(boxes, objects, strict=True):
                 match = match_boxes(of_image, truth.boxes, overlap, overlap)
@@ -1223,26 +1234,22 @@ class CascadeHeads(nn.Module):
                 matches.append(match)
                 target_probs.append(goal_probs)
                 target_boxes.append(goal_boxes)
-            if stage == 0:
-                loss["mask"] = self.mask_loss(pyramid, boxes, matches, objects)
+            # A decoded box may have no area left. It stays among the regions, but weighs nothing.
+            weight = region_weights([sided(b) for b in boxes])  # (R,)
 
             x = roi_pool(pyramid, boxes, 7)
             # The same values, with a third of the gradient: three heads learn from the pyramid.
             x = x / 3 + x.detach() * (2 / 3)
             logits, deltas = head(x, columns)
-            weight = region_weights(matches)  # (R,)
-            image_of_region = torch.cat([torch.full_like(m, i) for i, m in enumerate(matches)])
-            taught = known[image_of_region][:, columns]  # (R, columns)
             class_loss = sigmoid_loss(logits, torch.cat(target_probs)[:, columns], taught)
             loss[f"class{stage + 1}"] = (class_loss * weight).sum()
 
             regions = torch.cat(boxes)
-            foreground = (torch.cat(matches) >= 0).nonzero().flatten()
-            goal = encode_boxes(torch.cat(target_boxes)[foreground], regions[foreground], weights)
-            box_loss = (deltas[foreground] - goal).abs().sum(1)
-            loss[f"box{stage + 1}"] = (box_loss * weight[foreground]).sum()
-
-            counts = [len(b) for b in boxes]
+            foreground = torch.cat(matches) >= 0
+            goal = encode_boxes(torch.cat(target_boxes), regions, weights)
+            goal = goal.where(foreground[:, None], 0.0)
+            box_loss = (deltas - goal).abs().sum(1) * foreground
+            loss[f"box{stage + 1}"] = (box_loss * weight).sum()
             boxes = decode_boxes(deltas.detach(), regions, weights, args.image_size).split(counts)
         return loss
 
@@ -1253,18 +1260,16 @@ class CascadeHeads(nn.Module):
         matches: list[Tensor],
         objects: list[Objects],
     ) -> Tensor:
-        """Binary cross-entropy of the masks of the first head's objects, on 28 x 28 cells."""
-        foreground_boxes, object_of_box, labels, goal = [], [], [], []
-        for b, match, truth in zip(boxes, matches, objects, strict=True):
-            foreground = (match >= 0).nonzero().flatten()
-            b, match = b[foreground], match[foreground]
-            foreground_boxes.append(b)
-            object_of_box.append(match)
+        """Binary cross-entropy of the masks of the first head's objects, on 28 x 28 cells: of each
+        image the boxes (n, 4) that stand for an object, and which one (n,)."""
+        labels, goal = [], []
+        for of_image, match, truth in zip(boxes, matches, objects, strict=True):
             labels.append(truth.labels[match])
-            goal.append(mask_targets(truth.masks, match, b))
-        logits = self.mask(roi_pool(pyramid, foreground_boxes, 14), torch.cat(labels))
+            goal.append(mask_targets(truth.masks, match, of_image))
+        logits = self.mask(roi_pool(pyramid, boxes, 14), torch.cat(labels))
         loss = F.binary_cross_entropy_with_logits(logits, torch.cat(goal), reduction="none")
-        return (loss.mean((1, 2)) * region_weights(object_of_box)).sum()
+        weight = region_weights([torch.ones_like(m, dtype=torch.bool) for m in matches])
+        return (loss.mean((1, 2)) * weight).sum()
 
     def scores(
         self, pyramid: list[Tensor], boxes: list[Tensor], least: float = 0.0
@@ -1281,8 +1286,9 @@ class CascadeHeads(nn.Module):
                 best = (total * self.learned).amax(1)
                 # A little less is required than that, because of rounding.
                 promising = best + heads_left > len(CASCADE) * least - 1e-3
-                boxes = [b[p] for b, p in zip(boxes, promising.split(counts), strict=True)]
-                total = total[promising]
+                left = places(promising.split(counts))
+                boxes = [b[i] for b, i in zip(boxes, left, strict=True)]
+                total = torch.cat([t[i] for t, i in zip(total.split(counts), left, strict=True)])
                 counts = [len(b) for b in boxes]
             logits, deltas = head(roi_pool(pyramid, boxes, 7))
             total = total + logits.sigmoid()
@@ -1307,13 +1313,13 @@ def sigmoid_loss(logits: Tensor, probs: Tensor, taught: Tensor) -> Tensor:
     return (F.binary_cross_entropy_with_logits(logits, probs, reduction="none") * taught).sum(1)
 
 
-def region_weights(groups: list[Tensor]) -> Tensor:
+def region_weights(counted: list[Tensor]) -> Tensor:
     """The weight (R,) of each region in a mean over images of the mean over an image's regions,
-    from a tensor (n,) of each image."""
+    from a mask (n,) of each image, which says which regions count. The others weigh nothing."""
     weights = []
-    for group in groups:
-        weight = 1 / max(len(group), 1) / len(groups)
-        weights.append(group.new_full((len(group),), weight, dtype=torch.float32))
+    for counts in counted:
+        weight = 1 / counts.sum().clamp(min=1).double() / len(counted)
+        weights.append(counts * weight.float())
     return torch.cat(weights)
 
 
@@ -1322,7 +1328,7 @@ def mask_targets(masks: Tensor, matches: Tensor, boxes: Tensor, size: int = 28) 
     the object lies in the box, averaged over each cell, from a half on. DEPARTS[mask-targets]"""
     from torchvision.ops import roi_align
 
-    used, place = matches.unique(return_inverse=True)
+    used, place = those_used(matches, len(masks))
     rois = torch.cat([place[:, None].to(boxes), boxes], dim=1)
     cells = roi_align(masks[used][:, None].float(), rois, size, 1.0, 0, aligned=True)[:, 0]
     return (cells >= 0.5).float()
@@ -1341,11 +1347,8 @@ def known_classes(
     for truth, draw in zip(objects, draws, strict=True):
         known = truth.named.any(0) & has_images
         weights = image_counts.float().sqrt() * ~known
-        own, others = torch.stack([known.sum(), (weights > 0).sum()]).tolist()
-        missing = min(max(number - own, 0), others)
-        if missing > 0:
-            known[torch.multinomial(weights, missing, generator=draw)] = True
-        rows.append(known)
+        missing = number - known.sum()
+        rows.append(known | draw_by_weight(weights, missing, number, draw))
     return torch.stack(rows)
 
 
@@ -1392,6 +1395,8 @@ class Detector(nn.Module):
         pyramid = self.pyramid(images)
         with torch.autocast(images.device.type, enabled=False):
             proposals = self.rpn.propose(*self.rpn(pyramid))
+            with_area = places([sided(b) for b in proposals])
+            proposals = [b[i] for b, i in zip(proposals, with_area, strict=True)]
             return pyramid, self.heads.scores(pyramid, proposals, least)
 
     # The number of boxes is another one each time: nothing for cuDNN to try out.

@@ -3,10 +3,13 @@ torchvision. Boxes are x0, y0, x1, y1 in pixels."""
 
 import math
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from common.waits import places
 
 # torchvision's operators are imported where they are used, because they load much that --help does
 # not need.
@@ -98,17 +101,33 @@ def match_boxes(
     return torch.where(rescued, index, matched)
 
 
-def sample_regions(matches: Tensor, number: int, share: float, g: torch.Generator) -> Tensor:
-    """Indices of `number` candidates at random: up to `share` of them objects (matches >= 0), the
-    others background (-1)."""
+class Sampled(NamedTuple):
+    """Candidates drawn in one image, as indices."""
 
-    def pick(is_candidate: Tensor, most: int) -> Tensor:
-        places = is_candidate.nonzero().flatten()
-        return places[torch.randperm(len(places), generator=g, device=g.device)[:most]]
+    foreground: Tensor  # objects
+    background: Tensor
 
-    foreground = pick(matches >= 0, int(number * share))
-    background = pick(matches == -1, number - len(foreground))
-    return torch.cat([foreground, background])
+
+def sample_regions(
+    matches: list[Tensor], number: int, share: float, draws: list[torch.Generator]
+) -> list[Sampled]:
+    """Of each image `number` candidates at random, from the match of each candidate: up to `share`
+    of them objects (matches >= 0), the others background (-1)."""
+    objects = [match >= 0 for match in matches]
+    others = [match == -1 for match in matches]
+    found = places([*objects, *others])
+    sampled = []
+    for foreground, background, g in zip(
+        found[: len(matches)], found[len(matches) :], draws, strict=True
+    ):
+        foreground = shuffled(foreground, g)[: int(number * share)]
+        background = shuffled(background, g)[: number - len(foreground)]
+        sampled.append(Sampled(foreground, background))
+    return sampled
+
+
+def shuffled(values: Tensor, g: torch.Generator) -> Tensor:
+    return values[torch.randperm(len(values), generator=g, device=g.device)]
 
 
 # ---------------------------------------------------------------------------------------- results
@@ -135,6 +154,19 @@ def suppress(
         remaining = torch.where(shared > 0.6, remaining * (1 - shared), remaining)
         remaining[order] = -1
     return torch.tensor(order, dtype=torch.int64, device=boxes.device), final[order]
+
+
+def suppress_by_group(boxes: Tensor, scores: Tensor, groups: Tensor, overlap: float) -> Tensor:
+    """Indices of the boxes (n, 4) that stay, best first: none overlaps a better one of its group
+    by more than `overlap`. Groups (n,) are numbers from 0 on."""
+    from torchvision.ops import nms
+
+    if len(boxes) == 0:
+        return groups
+    # One square for each group, so that they do not meet; which takes digits: hence float64.
+    boxes = boxes.double()
+    apart = boxes + (groups * (boxes.max() + 1))[:, None]
+    return nms(apart, scores.double(), overlap)
 
 
 def paste_masks(probs: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:

@@ -355,7 +355,7 @@ BETTER_PSEUDO_LABELS = {
     "sigmoid_loss": lambda m: m.sigmoid_loss(
         torch.randn(5, 4), torch.rand(5, 4), torch.rand(5, 4) > 0.5
     ),
-    "region_weights": lambda m: m.region_weights([torch.zeros(3), torch.zeros(0), torch.zeros(2)]),
+    "region_weights": lambda m: m.region_weights([torch.ones(n) > 0 for n in (3, 0, 2)]),
     "mask_targets": lambda m: m.mask_targets(
         torch.rand(2, 32, 32) > 0.5, torch.tensor([0, 1, 1]), 32 * torch.rand(3, 4)
     ),

@@ -323,8 +323,8 @@ def test_proposals_are_torchvisions(training):
     assert not torch.equal(want[0], want[1]) and (pool == 0).any() and (pool == 128).any()
 
 
-def test_proposals_leave_out_what_is_no_box():
-    """Fewer than asked for, when boxes are clipped away, or a score or a delta is not a number."""
+def test_what_is_no_box_comes_last_among_proposals_and_is_empty():
+    """When boxes are clipped away, or a score or a delta is not a number."""
     ours, _ = rpns(small(), False)
     objectness, deltas = ours(pyramid_of(64, 8))
     deltas = deltas.detach().clone()
@@ -335,7 +335,8 @@ def test_proposals_leave_out_what_is_no_box():
     objectness[0, :20] = 1.0
     objectness[0, 6] = math.nan
     [boxes] = ours.eval().propose(objectness, deltas)
-    assert near(boxes, anchors_of(64, 8.0, CPU)[0][7:8].clamp(0, 64), 1e-5)
+    assert near(boxes[:1], anchors_of(64, 8.0, CPU)[0][7:8].clamp(0, 64), 1e-5)
+    assert len(boxes) > 1 and (boxes[1:] == 0).all()
 
 
 def test_rpn_losses_are_torchvisions(monkeypatch):
@@ -345,9 +346,13 @@ def test_rpn_losses_are_torchvisions(monkeypatch):
     ours, rpn = rpns(args, True)
     maps, drawn, draw = pyramid_of(64, 8, 3), [], sample_regions
     objects = [objects_at(some_boxes(n, 64, 8), 64) for n in (3, 0, 1)]
-    monkeypatch.setattr(
-        bpl, "sample_regions", lambda *a: drawn.append((a[0], draw(*a))) or drawn[-1][1]
-    )
+
+    def spied(matches, *more):
+        found = draw(matches, *more)
+        drawn.extend(zip(matches, found, strict=True))
+        return found
+
+    monkeypatch.setattr(bpl, "sample_regions", spied)
     got = ours.losses(*ours(maps), objects, [torch.Generator()] * 3)
 
     def fixed(labels):
@@ -355,10 +360,11 @@ def test_rpn_losses_are_torchvisions(monkeypatch):
             assert torch.equal(
                 label, torch.where(matches >= 0, 1.0, torch.where(matches == -1, 0.0, -1.0))
             )
+            taken = torch.cat(taken)
             assert len(taken) == args.rpn_batch == len(taken.unique()) and (label[taken] >= 0).all()
             assert (label[taken] == 1).sum() == min((label == 1).sum(), 16)
         chosen = [
-            torch.zeros_like(x).index_fill(0, taken, 1)
+            torch.zeros_like(x).index_fill(0, torch.cat(taken), 1)
             for x, (_, taken) in zip(labels, drawn, strict=True)
         ]
         return [(x == 1) & (c > 0) for x, c in zip(labels, chosen, strict=True)], [
@@ -520,11 +526,13 @@ def cascade(monkeypatch):
     near[1][3] = torch.tensor([512, 100, 512, 130.0])
     known = torch.rand(3, 5) < 0.6
     known[:, 3] = False
-    monkeypatch.setattr(bpl, "sample_regions", lambda *a: drawn.append(draw(*a)) or drawn[-1])
+    monkeypatch.setattr(bpl, "sample_regions", lambda *a: drawn.extend(draw(*a)) or drawn)
     make = bpl.mask_targets
     monkeypatch.setattr(bpl, "mask_targets", lambda m, i, b: make(m, i, b.float()).double())
     got = heads.losses(pyramid, near, objects, known, [torch.Generator()] * 3)
-    sampled = [torch.cat([b, o.boxes])[i] for b, o, i in zip(near, objects, drawn, strict=True)]
+    sampled = [
+        torch.cat([b, o.boxes])[torch.cat(i)] for b, o, i in zip(near, objects, drawn, strict=True)
+    ]
     assert len({len(b) for b in sampled}) == 3
     return heads, pyramid, got, cascade_by_loops(heads, pyramid, sampled, objects, known)
 
@@ -878,9 +886,9 @@ def test_mask_loss_is_torchvisions_with_our_targets(monkeypatch):
     ]
     boxes = [jittered(o.boxes.repeat(2, 1), 0.02, 96) for o in objects]
     matches = [torch.tensor([0, 1, 2, -1, 1, -1]), torch.tensor([2, 1, -1, 0, -1, 0])]
-    got = heads.mask_loss(pyramid, boxes, matches, objects)
     real = [m >= 0 for m in matches]
     boxes, matches = ([x[r] for x, r in zip(xs, real, strict=True)] for xs in (boxes, matches))
+    got = heads.mask_loss(pyramid, boxes, matches, objects)
     logits = heads.mask.masks(
         F.relu(heads.mask.up(heads.mask.convs(bpl.roi_pool(pyramid, boxes, 14))))
     )
@@ -900,7 +908,7 @@ def test_mask_loss_is_torchvisions_with_our_targets(monkeypatch):
         logits, boxes, [o.masks for o in objects], [o.labels for o in objects], matches
     )
     assert got.item() == pytest.approx(want.item(), rel=1e-4)
-    none = heads.mask_loss(pyramid, boxes, [torch.full((4,), -1)] * 2, objects)
+    none = heads.mask_loss(pyramid, *([x[:0] for x in xs] for xs in (boxes, matches)), objects)
     assert none == 0 and none.requires_grad
 
 

@@ -2389,9 +2389,8 @@ def test_nothing_mixes_devices(line, tmp_path, flags):
     for name, setup in (("near", ()), ("far", (partial(pretend.count, NAME, "train_step"),))):
         line_of = line(out=tmp_path / name, **flags)
         said = forked(line_of, tmp_path / "io", two_blocks, *setup).ok().out
-    assert 0 < max(pretend.waits(said)) <= 65 * flags.get("batch_size", 2), (
-        "waits for the GPU, for each image"
-    )
+    parts = flags.get("accumulate", 1)  # of 2 + 2 images, or less
+    assert 0 < max(pretend.waits(said)) < 20 * parts, "waits for the GPU in a step"
     if "backbone" in flags:
         # of Adam
         assert apart(*(weights(tmp_path / name / "last.pt") for name in ("far", "near"))) < 2e-3
