@@ -6,7 +6,10 @@ they are the record. Any number of processes gives the same numbers: results are
 (`mask_ap.gather`). All numbers are in percent, and None where there is no object to find."""
 
 import contextlib
+import gc
 import io
+import itertools
+from collections.abc import Iterator
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -15,13 +18,27 @@ import numpy as np
 from common.errors import UserError
 from common.mask_ap import percent, truth_of
 from common.objects import Instances
-from common.outlines import coco_mask
+from common.outlines import areas_of
 
 ALL, SMALL, MEDIUM, LARGE = range(4)  # sizes of objects, split at 32^2 and 96^2 pixels
-WITHOUT = {"segm": "bbox", "bbox": "segmentation"}  # what is not looked at
+OUTLINE = {"segm": "segmentation", "bbox": "bbox"}  # what is looked at
+
+
+@contextlib.contextmanager
+def collector_paused() -> Iterator[None]:
+    """Python does not look for garbage meanwhile. It would look through hundreds of thousands of
+    records whenever as many were made, which takes longer than judging them."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 # ---------------------------------------------------------------------------------------- precision
+@collector_paused()
 def coco_ap(
     data: Instances | dict,
     results: list[dict],
@@ -52,6 +69,7 @@ def coco_ap(
     return {**score, "stats": stats, "per_class": averages_of_classes(precision, truth)}
 
 
+@collector_paused()
 def lvis_ap(
     data: Instances | dict,
     results: list[dict],
@@ -149,16 +167,15 @@ def numbered(truth: dict, results: list[dict], kind: str) -> tuple[dict, list[di
     says to `ignore`, which COCO and LVIS do not have, is an object like any other."""
     images = by_id(truth["images"])
     categories = by_id(truth["categories"])
+    outline = OUTLINE[kind]
     image_numbers = {record["id"]: n for n, record in enumerate(images, start=1)}
     category_numbers = {record["id"]: n for n, record in enumerate(categories, start=1)}
 
-    def renamed(entry: dict, other: str) -> dict:
-        entry = dict(entry)
-        entry.pop(other, None)
-        entry.pop("ignore", None)
-        entry["image_id"] = image_numbers[entry["image_id"]]
-        entry["category_id"] = category_numbers.get(entry["category_id"], 0)  # 0 is no class
-        return entry
+    def renamed(entry: dict, *keys: str) -> dict:
+        copy = {key: entry[key] for key in keys if key in entry}
+        copy["image_id"] = image_numbers[entry["image_id"]]
+        copy["category_id"] = category_numbers.get(entry["category_id"], 0)  # 0 is no class
+        return copy
 
     def numbers_of(record: dict, key: str) -> list[int]:
         return [category_numbers[c] for c in record.get(key) or () if c in category_numbers]
@@ -176,16 +193,14 @@ def numbered(truth: dict, results: list[dict], kind: str) -> tuple[dict, list[di
         ],
         "categories": [{**record, "id": category_numbers[record["id"]]} for record in categories],
         "annotations": [
-            {"iscrowd": 0, **renamed(annotation, WITHOUT[kind]), "id": n}
+            {"iscrowd": 0, **renamed(annotation, "iscrowd", "area", outline), "id": n}
             for n, annotation in enumerate(truth["annotations"], start=1)
         ],
     }
     found = []
     for result in results:
-        other = WITHOUT[kind]
-        if kind == "bbox" and "bbox" not in result:
-            other = ""  # its box is that of its mask
-        found.append(renamed(result, other))
+        # Without a box, its box is that of its mask.
+        found.append(renamed(result, "score", outline if outline in result else "segmentation"))
     return copies, found
 
 
@@ -265,6 +280,7 @@ class Samples(NamedTuple):
     right: np.ndarray
 
 
+@collector_paused()
 def samples(
     data: Instances | dict,
     results: list[dict],
@@ -363,15 +379,17 @@ def counting(
     for ranked in of_image.values():
         ranked.sort(key=itemgetter("score"), reverse=True)  # stable
         for result in ranked[:max_dets]:
-            counts = not federated or (result["image_id"], result["category_id"]) in known
-            if counts and has_area(result, kind):
+            if not federated or (result["image_id"], result["category_id"]) in known:
                 counted.append(result)
-    return counted
+    return list(itertools.compress(counted, areas(counted, kind) > 0))
 
 
-def has_area(result: dict, kind: str) -> bool:
-    """Whether a box, or the mask if there is none or `kind` says so, is more than nothing."""
-    if kind == "bbox" and "bbox" in result:
-        _, _, width, height = result["bbox"]
-        return width * height > 0
-    return coco_mask().area(result["segmentation"]) > 0
+def areas(results: list[dict], kind: str) -> np.ndarray:
+    """The area (n,) of each box, or of the mask if there is none or `kind` says so."""
+    by_box = np.array([kind == "bbox" and "bbox" in result for result in results], bool)
+    sides = [result["bbox"][2:] for result in itertools.compress(results, by_box)]
+    masks = [result["segmentation"] for result in itertools.compress(results, ~by_box)]
+    areas = np.zeros(len(results))
+    areas[by_box] = np.prod(np.reshape(sides, (-1, 2)), axis=1)
+    areas[~by_box] = areas_of(masks)
+    return areas

@@ -227,4 +227,12 @@ def extents(polygons: Sequence[np.ndarray]) -> Extents:
 def has_pixels(polygons: list[np.ndarray], height: int, width: int) -> bool:
     """Whether an object of checked polygons has a pixel in its picture, by drawing it."""
     runs = coco_mask().frPyObjects(polygons, height, width)
-    return bool(coco_mask().area(runs).any())
+    return bool(areas_of(runs).any())
+
+
+def areas_of(runs: list[dict]) -> np.ndarray:
+    """The areas (n,) of run lengths, in pixels. With more than 255 at once, pycocotools fails."""
+    areas = [np.zeros(0, np.uint32)]
+    for start in range(0, len(runs), 255):
+        areas.append(coco_mask().area(runs[start : start + 255]))
+    return np.concatenate(areas)
