@@ -85,12 +85,14 @@ def open_run(out: Path, script: str, args, resume: bool, main: bool) -> bool:
 
 
 def check_same_run(config: Path, script: str, args) -> None:
-    """UserError when config.json is of another script, or of other settings."""
+    """UserError when config.json is of another script, or of other settings. What an older version
+    did not know has its default, which does what that version did."""
     out = config.parent
     old = read_json(config, Config, "start again with another --out")
     if old.script != script:
         raise UserError(f"{out} holds a run of {old.script}, not of {script}; name another --out.")
-    then = old.settings
+    defaults = {setting.name: setting.default for setting in dataclasses.fields(args)}
+    then = json.loads(json.dumps(defaults, default=str)) | old.settings
     now = json.loads(json.dumps(dataclasses.asdict(args), default=str))
     differences = [
         f"{name} ({then.get(name)} then, {now.get(name)} now)"

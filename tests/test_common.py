@@ -254,6 +254,7 @@ class Settings:
     device: str = ""
     workers: int = 0
     compile: bool = False
+    scale: tuple[int, int] = (1, 2)
 
 
 def hold(out, held, done) -> None:
@@ -273,6 +274,13 @@ def test_two_processes_do_not_run_in_one_folder(tmp_path):
     done.set()
     other.join()
     assert runs.open_run(tmp_path / "out", "a.py", Settings(), False, True) is False
+
+
+def test_a_run_from_before_a_flag_goes_on_with_its_default(tmp_path):
+    (tmp_path / "config.json").write_text('{"script": "a.py", "settings": {"seed": 0}}')
+    assert runs.open_run(tmp_path, "a.py", Settings(), True, False) is False
+    with pytest.raises(UserError, match="scale"):
+        runs.check_same_run(tmp_path / "config.json", "a.py", Settings(scale=(2, 3)))
 
 
 def test_checkpoints_of_another_version_are_named(tmp_path):
