@@ -105,7 +105,7 @@ from common.boxes import (
 )
 from common.check import first_look, look_at_all
 from common.distributed import World, rng
-from common.errors import UserError
+from common.errors import UserError, one_line
 from common.files import pictures, write_text
 from common.instances import Batch, Target
 from common.nodes import fingerprint
@@ -545,16 +545,23 @@ def class_similarities(args: Args, data: Instances, labeled: list[Photo], world:
     return cosines(record["prototypes"])
 
 
+class Prototypes(checkpoints.Form, kw_only=True):
+    """What prototypes.pt holds."""
+
+    prototypes: Tensor
+    key: str
+
+
 def kept_prototypes(path: Path, key: str, num_classes: int) -> Tensor | None:
     """The prototypes (C, D) in a file; None where they are of other settings, or damaged."""
     try:
-        record = checkpoints.load_checkpoint(path, PROTOTYPES)
+        record = checkpoints.load_checkpoint(path, PROTOTYPES, Prototypes)
     except UserError as error:
         print(f"{error} The prototypes are made anew.", flush=True)
         return None
-    found = record.get("prototypes")
-    is_whole = isinstance(found, Tensor) and found.dim() == 2 and len(found) == num_classes
-    return found if record.get("key") == key and is_whole else None
+    found = record["prototypes"]
+    is_whole = found.dim() == 2 and len(found) == num_classes
+    return found if record["key"] == key and is_whole else None
 
 
 def needs_prototypes(args: Args) -> bool:
@@ -655,8 +662,8 @@ def embed_crops(
     found = mask_ap.gather(world, found)
     if not found:
         raise UserError(
-            "None of the objects whose crops are to be embedded can be seen; look at the "
-            "annotations."
+            f"None of the labeled objects of {data.root} shows a pixel in its image, so that none "
+            f"can be embedded; correct the annotations, or take a larger --split."
         )
     first_examples: dict[int, Tensor] = {}
     for _, _, _, examples in found:
@@ -1734,7 +1741,9 @@ def evaluate(
             )
     scores = mask_ap.from_main(world, scores)
     if any(record["ap"] is None for record in scores.values()):
-        raise UserError(f"--val {args.val} of {data.root} has no object to score on.")
+        raise UserError(
+            f"--val {args.val} of {data.root} has no object to score on; name another --val."
+        )
     return Evaluation(scores, results, reliability, rows)
 
 
@@ -1954,8 +1963,8 @@ def hold_out(photos: list[Photo], share: float, seed: int) -> tuple[list[Photo],
     alone. DEPARTS[holdout]"""
     if len(photos) < 2:
         raise UserError(
-            f"Of {len(photos)} labeled images none can be held out; a part to tune on needs two or "
-            "more."
+            f"Of {len(photos)} labeled images none can be held out to tune on; take a larger "
+            f"--split, of two images at least."
         )
     number = min(max(round(share * len(photos)), 1), len(photos) - 1)
     by_name = sorted(range(len(photos)), key=lambda i: photos[i].name)
@@ -1996,7 +2005,7 @@ def train(args: Args) -> dict:
     resuming = runs.open_run(out, SCRIPT, args, args.resume, distributed.launched().main)
     world = distributed.start(args.device)
     distributed.warn_of_slow_bf16(args.precision, world)
-    state = checkpoints.load_checkpoint(out / "last.pt", SCRIPT) if resuming else None
+    state = checkpoints.load_checkpoint(out / "last.pt", SCRIPT, Saved) if resuming else None
     if state is None:
         check_files(args, data, world)
     material = prepare(args, data, chosen, photos, trains_student, world)
@@ -2156,24 +2165,18 @@ def begin(
         phase=phase.name,
         student=net,
         teacher=teacher,
-        optimizer=None,  # made below, when the weights are there
+        optimizer=None,  # made below
         forward=None,
         classes=classes,
         delta=delta,
         step=phase.begin,
         scored=phase.begin,
     )
-    if state is not None:
-        for name, weights in state["networks"].items():
-            checkpoints.load_exact(s.networks()[name], weights, state["path"])
     s.optimizer = adamw(net, args, world)
-    s.forward = distributed.parallel(net.train(), world)
     if state is not None:
-        s.optimizer.load_state_dict(state["optimizer"])
-        s.step, s.scored = state["step"], state["scored"]
-        s.last, s.best = state["last"], state["best"]
-        if state["delta"] is not None:
-            s.delta = state["delta"].to(world.device)
+        with checkpoints.fitting(state["path"]):
+            restore(s, state)
+    s.forward = distributed.parallel(net.train(), world)
     return s
 
 
@@ -2196,6 +2199,27 @@ def snapshot(s: State, args: Args, data: Instances, optimizer: bool = True) -> d
     if optimizer:
         state["optimizer"] = s.optimizer.state_dict()
     return state
+
+
+class Saved(checkpoints.Trained, kw_only=True):
+    """What `snapshot` gives."""
+
+    scored: checkpoints.Count
+    ids: list[int | str]
+    phase: Literal["heldout", "teacher", "student"]
+    groups: list[str]
+    delta: Tensor | None
+
+
+def restore(s: State, state: dict) -> None:
+    """A phase as `snapshot` has left it; what follows from the data is there already."""
+    s.step, s.scored = state["step"], state["scored"]
+    s.last, s.best = state["last"], state["best"]
+    for name, net in s.networks().items():
+        checkpoints.load_exact(net, state["networks"][name], state["path"])
+    s.optimizer.load_state_dict(state["optimizer"])
+    if state["delta"] is not None:
+        s.delta = state["delta"].to(next(s.student.parameters()).device)
 
 
 def score_networks(s: State, data: Instances, args: Args, world: World, run: runs.Run) -> None:
@@ -2270,7 +2294,9 @@ def read_delta(path: Path, classes: list[str], world: World) -> Tensor:
     except UserError as error:
         raise UserError(f"--calibration {error}") from None
     except (ValueError, KeyError) as error:
-        raise UserError(f"--calibration {path} is of other classes ({error}); {cure}.") from None
+        raise UserError(
+            f"--calibration {path} is of other classes ({one_line(error)}); {cure}."
+        ) from None
 
 
 def delta_in(record: dict, classes: list[str], world: World) -> Tensor:
@@ -2344,7 +2370,7 @@ def check(args: Args, world: World) -> None:
     for phase in plan(args):
         check_batch(phase.name, args, world)
     if args.scale[0] > args.scale[1]:
-        raise UserError(f"--scale {args.scale[0]} {args.scale[1]}: give the smaller one first.")
+        raise UserError(f"--scale {args.scale[0]} {args.scale[1]}: give the smaller number first.")
     if transformer and args.image_size % (16 * args.window):
         raise UserError(
             f"--image-size {args.image_size} does not divide into windows of {args.window} x "
@@ -2440,8 +2466,8 @@ def create(name: str, weights: str, **options: Any) -> nn.Module:
         return timm.create_model(name, pretrained=weights != "none", num_classes=0, **options)
     except Exception as error:  # noqa: BLE001 (hub, network, unknown name)
         raise UserError(
-            f"timm cannot give {name} with weights {weights} ({str(error)[:200]}); correct the "
-            "name, or without a network give a file of weights, or none."
+            f"timm cannot give --backbone {name} with --weights {weights} ({one_line(error)}); "
+            f"correct the name, or, without a network, give --weights FILE or none."
         ) from None
 
 
@@ -2495,10 +2521,12 @@ def network(args: Args, num_classes: int, world: World, name: str, fresh: bool =
 
 def trained(args: Args, data: Instances, path: Path, world: World) -> Detector:
     """The network of a checkpoint, in eval mode: the average of a student, or a supervised one."""
-    state = checkpoints.load_checkpoint(path, SCRIPT)
+    state = checkpoints.load_checkpoint(path, SCRIPT, checkpoints.Trained)
     net = network(args, len(data.classes), world, "teacher", fresh=False)
     if state["classes"] != data.classes:
-        raise UserError(f"{path} knows other classes than {data.root} has; they must be the same.")
+        raise UserError(
+            f"{path} knows other classes than {data.root} has; give a network of these classes."
+        )
     networks = state["networks"]
     weights = networks["teacher"] if "teacher" in networks else networks["supervised"]
     checkpoints.load_exact(net, weights, str(path))
@@ -2507,7 +2535,7 @@ def trained(args: Args, data: Instances, path: Path, world: World) -> Detector:
 
 def load(path: str, args: Args) -> tuple[dict[str, Detector], dict, World]:
     """The networks of a checkpoint, built from the settings it holds; its contents; the world."""
-    state = checkpoints.load_checkpoint(Path(path), SCRIPT)
+    state = checkpoints.load_checkpoint(Path(path), SCRIPT, Saved)
     world = distributed.start(args.device)
     networks = {}
     for name, weights in state["networks"].items():

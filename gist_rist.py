@@ -107,8 +107,8 @@ from common import (
 )
 from common.check import first_look, look_at_all
 from common.distributed import World, rng
-from common.errors import UserError
-from common.nodes import Nodes, Search, fingerprint
+from common.errors import UserError, one_line
+from common.nodes import NodeForm, Nodes, Search, fingerprint
 from common.semantic import Batch, Picture, Segmentation
 from common.typed_json import read_record
 
@@ -990,7 +990,7 @@ def train_stage0(tree: Tree) -> None:
         streams[name] = partial(tree.stream, ROOT, name, pictures)
     step_of = partial(STAGE0[args.stage0], s, args)
     seconds = fit(tree, ROOT, s, step_of, streams, args.stage0_steps)
-    best = checkpoints.load_checkpoint(tree.store.root / "best.pt", SCRIPT)
+    best = checkpoints.load_checkpoint(tree.store.root / "best.pt", SCRIPT, NodeForm)
     s.student.load_state_dict(best["networks"]["student"])
     facts = {"step": s.best_step, "steps": args.stage0_steps}
     finish_node(tree, ROOT, s.student, facts, seconds)
@@ -1035,7 +1035,7 @@ def fit(
     args, folder = tree.args, tree.store.folder(path)
     state = None
     if (folder / "last.pt").is_file():
-        state = checkpoints.load_checkpoint(folder / "last.pt", SCRIPT)
+        state = checkpoints.load_checkpoint(folder / "last.pt", SCRIPT, NodeForm)
         with checkpoints.fitting(state["path"]):
             restore(s, state)
     eval_every = args.eval_every if path == ROOT else 0
@@ -1165,7 +1165,9 @@ def label_images(tree: Tree, path: str) -> tuple[list[Picture], dict]:
                 Image.fromarray(label).save(folder / f"{picture.index}.png", compress_level=1)
         if not counts.any():
             number, first = len(tree.pool), tree.pool[0].image
-            raise errors.RankError(f"None of the {number} images can be read, such as {first}.")
+            raise errors.RankError(
+                f"None of the {number} images can be read, such as {first}; fetch them again."
+            )
         facts = label_facts(counts, len(tree.data.classes))
         (folder / "stats.json").write_text(json.dumps(facts))
 
@@ -1662,7 +1664,7 @@ def load_scores(tree: Tree, path: str, names: list[str]) -> dict[str, np.ndarray
             return {name: scores[name] for name in names}
     except Exception as error:  # noqa: BLE001 (zip, zlib and numpy have their own)
         raise UserError(
-            f"{folder / 'scores.npz'} cannot be read ({type(error).__name__}); remove the folder "
+            f"{folder / 'scores.npz'} cannot be read ({one_line(error)}); remove the folder "
             f"{folder}, and the run's command trains it again."
         ) from None
 
@@ -1720,9 +1722,11 @@ def check_pixels(args: Args, weights: dict[str, Tensor] | None) -> None:
     is_file = args.weights not in ("imagenet", "shapes")
     is_coco = args.backbone in CAFFE and is_file and not of_torchvision <= weights.keys()
     if is_coco and args.pixels == "imagenet":
-        raise UserError(f"{args.weights} holds COCO weights, which need --pixels bgr (or rgb).")
+        raise UserError(
+            f"--weights {args.weights} holds COCO weights; give --pixels bgr (or rgb) with it."
+        )
     if not is_coco and args.pixels != "imagenet":
-        raise UserError(f"--weights {args.weights} needs --pixels imagenet.")
+        raise UserError(f"--weights {args.weights} holds no COCO weights; give --pixels imagenet.")
 
 
 def check_cut(args: Args, weights: dict[str, Tensor], backbone: nn.Module) -> None:
@@ -1730,8 +1734,8 @@ def check_cut(args: Args, weights: dict[str, Tensor], backbone: nn.Module) -> No
     last = list(backbone.state_dict())[-1].split(".")[0]
     if not any(name.startswith(f"{last}.") for name in weights):
         raise UserError(
-            f"{args.weights} has no weights of {last}, the last part of {args.backbone}; leave it "
-            f"out with --cut {args.cut + 1}."
+            f"--weights {args.weights} has no tensors of {last}, the last part of {args.backbone}; "
+            f"leave it out with --cut {args.cut + 1}."
         )
 
 
@@ -1851,7 +1855,7 @@ def check(args: Args) -> None:
     """Refuse, before any work, what cannot run."""
     cli.check_ranges(args)
     if args.scale[0] > args.scale[1]:
-        raise UserError(f"--scale {args.scale[0]} {args.scale[1]} is not in order.")
+        raise UserError(f"--scale {args.scale[0]} {args.scale[1]}: give the smaller number first.")
     if "path" in args.search:
         fits = [re.fullmatch(r"([LPB]|F0?\.\d+)+", path) for path in args.path]
         if not fits or not all(fits):
@@ -1860,7 +1864,7 @@ def check(args: Args) -> None:
                 "LPPLLLPPL."
             )
     if args.stage0 not in STAGE0 and not Path(args.stage0).is_file():
-        raise UserError(f"--stage0 {args.stage0} is neither {', '.join(STAGE0)} nor a file.")
+        raise UserError(f"--stage0 {args.stage0} is no file; give one, or {', '.join(STAGE0)}.")
 
 
 def train(args: Args) -> dict:
@@ -1930,7 +1934,7 @@ def collect_results(tree: Tree, visited: dict[str, list[str]]) -> dict:
 def save_best(tree: Tree, visited: dict[str, list[str]], out: Path) -> None:
     """best.pt of the run: the best node of all searches, with the settings of this run."""
     path = tree.best([path for paths in visited.values() for path in paths])
-    state = checkpoints.load_checkpoint(tree.store.folder(path) / "weights.pt", SCRIPT)
+    state = checkpoints.load_checkpoint(tree.store.folder(path) / "weights.pt", SCRIPT, NodeForm)
     state["settings"] = json.loads(json.dumps(vars(tree.args)))
     checkpoints.save_checkpoint(out / "best.pt", SCRIPT, state)
 
@@ -1951,7 +1955,9 @@ def report_again(args: Args) -> dict:
     or its nodes are gone."""
     out = Path(args.report)
     if not (out / "results.json").is_file():
-        raise UserError(f"{out} is not a finished run of gist_rist.py: it has no results.json.")
+        raise UserError(
+            f"{out} is no finished run: it has no results.json; finish it with --resume."
+        )
     tree, _ = set_up(args)
     results = read_record(
         out / "results.json", Results, "the run's command, with --resume, writes it anew"
@@ -1980,7 +1986,7 @@ class Loaded(NamedTuple):
 
 def load(path: str, args: Args) -> Loaded:
     """The network of a checkpoint, built from the settings that it holds."""
-    state = checkpoints.load_checkpoint(Path(path), SCRIPT)
+    state = checkpoints.load_checkpoint(Path(path), SCRIPT, NodeForm)
     world = replace(distributed.start(args.device, join=False), rank=0, size=1)
     net = SegNet(args, len(state["classes"]))
     checkpoints.load_exact(net, state["networks"]["student"], path)
@@ -2068,7 +2074,8 @@ def caffe_weights(weights: dict[str, Tensor], backbone: nn.Module, file: str) ->
             lost.append(name)
     if lost:
         raise UserError(
-            f"{file} lacks {len(lost)} tensors, such as {lost[0]}; layouts: docs/gist_rist.md"
+            f"--weights {file} lacks {len(lost)} tensors, such as {lost[0]}; give a file of a "
+            f"layout in docs/gist_rist.md."
         )
     return weights
 

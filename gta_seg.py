@@ -990,7 +990,7 @@ def train(args: Args) -> dict:
     world = distributed.start(args.device)
     distributed.warn_of_slow_bf16(args.precision, world)
     s, notes = build(args, len(data.classes), world, warmup, epoch)
-    state = checkpoints.load_checkpoint(out / "last.pt", SCRIPT) if resuming else None
+    state = checkpoints.load_checkpoint(out / "last.pt", SCRIPT, Saved) if resuming else None
     if state is not None:
         with checkpoints.fitting(state["path"]):
             restore(s, state, args)
@@ -1052,7 +1052,8 @@ def finish_settings(args: Args, epoch: int, warmup: int) -> Args:
     steps = args.steps or round(args.epochs * epoch)
     if steps <= warmup:
         raise UserError(
-            f"--steps {steps} end in the warm-up ({warmup}); see also --epochs and --warmup-epochs."
+            f"--steps {steps} end within the {warmup} steps of the warm-up; give more, or fewer "
+            f"--warmup-epochs."
         )
     out = str(runs.default_out(SCRIPT, args))
     return replace(args, steps=steps, eval_every=args.eval_every or epoch, out=out)
@@ -1293,6 +1294,12 @@ def snapshot(s: State, data: Segmentation, args: Args, optimizers: bool = True) 
     return state
 
 
+class Saved(checkpoints.Trained, kw_only=True):
+    """What `snapshot` gives to a run that goes on."""
+
+    opt_student: dict
+
+
 def restore(s: State, state: dict, args: Args) -> None:
     """The reverse of `snapshot`, in place, so that shared storage stays shared."""
     s.step, s.scored = state["step"], state["scored"]
@@ -1300,13 +1307,13 @@ def restore(s: State, state: dict, args: Args) -> None:
     if args.recipe == "released" and "opt_gta" in state and s.step > s.warmup:
         # the first step of train_step_released ties the two predictors, and nothing unties them
         alias(s.gta.predictor, s.student.predictor)
-    networks = s.networks()
-    for name, weights in state["networks"].items():
-        checkpoints.load_exact(networks[name], weights, state.get("path", "the checkpoint"))
+    for name, net in s.networks().items():
+        path = state.get("path", "the checkpoint")
+        checkpoints.load_exact(net, state["networks"][name], path)
     if "opt_student" in state:
         s.opt_student.load_state_dict(state["opt_student"])
-    if "opt_gta" in state:
-        s.opt_gta.load_state_dict(state["opt_gta"])
+        if s.opt_gta is not None:
+            s.opt_gta.load_state_dict(state["opt_gta"])
 
 
 class Loaded(NamedTuple):
@@ -1320,11 +1327,12 @@ class Loaded(NamedTuple):
 def load(path: str, args: Args) -> Loaded:
     """The networks of a checkpoint, in eval mode, and what else it holds. `args` are the settings
     that were saved in it (see `settings`)."""
-    state = checkpoints.load_checkpoint(Path(path), SCRIPT)
+    state = checkpoints.load_checkpoint(Path(path), SCRIPT, checkpoints.Trained)
     world = distributed.start(args.device)
     s, _ = build(args, len(state["classes"]), world, train=False)
     without_optimizers = {k: value for k, value in state.items() if not k.startswith("opt_")}
-    restore(s, without_optimizers, args)
+    with checkpoints.fitting(path):
+        restore(s, without_optimizers, args)
     networks = {name: net.eval() for name, net in s.networks().items()}
     return Loaded(networks, state, world)
 

@@ -98,7 +98,7 @@ from common import (
 )
 from common.check import first_look, look_at_all
 from common.distributed import World, rng
-from common.errors import UserError
+from common.errors import UserError, one_line
 from common.files import pictures, write_text
 from common.instances import Batch, Target
 from common.objects import (
@@ -865,8 +865,8 @@ def timm_transformer(name: str, pretrained: bool, **settings: Any) -> nn.Module:
         return timm.create_model(name, pretrained=pretrained, num_classes=0, **settings)
     except Exception as error:  # noqa: BLE001 (hub, network, unknown name)
         raise UserError(
-            f"timm cannot give --backbone {name} ({error}); correct the name, or, without a "
-            f"network, give --weights FILE or none."
+            f"timm cannot give --backbone {name} ({one_line(error)}); correct the name, or, "
+            f"without a network, give --weights FILE or none."
         ) from None
 
 
@@ -1659,7 +1659,9 @@ def evaluate(
     for score in scores.values():
         score.pop("stats", None)
         if score["ap"] is None:
-            raise UserError(f"--val {args.val} of {data.root} has no object to score on.")
+            raise UserError(
+                f"--val {args.val} of {data.root} has no object to score on; name another --val."
+            )
     return scores, results
 
 
@@ -1727,7 +1729,7 @@ def train(args: Args) -> dict:
     resuming = runs.open_run(out, SCRIPT, args, args.resume, distributed.launched().main)
     world = distributed.start(args.device)
     distributed.warn_of_slow_bf16(args.precision, world)
-    state = checkpoints.load_checkpoint(out / "last.pt", SCRIPT) if resuming else None
+    state = checkpoints.load_checkpoint(out / "last.pt", SCRIPT, Saved) if resuming else None
 
     border = args.steps if trains_teacher(args) else 0  # the teacher's stage ends here
     total = border + (args.steps if with_student else 0)
@@ -2082,12 +2084,19 @@ def snapshot(
     return state
 
 
+class Saved(checkpoints.Trained, kw_only=True):
+    """What `snapshot` gives."""
+
+    ids: list[int | str]
+    stage: Literal["teacher", "student"]
+
+
 def restore(s: State, state: dict) -> None:
     """The reverse of `snapshot`."""
     s.step, s.scored = state["step"], state["scored"]
     s.last, s.best = state["last"], state["best"]
-    for name, weights in state["networks"].items():
-        checkpoints.load_exact(s.networks()[name], weights, state["path"])
+    for name, net in s.networks().items():
+        checkpoints.load_exact(net, state["networks"][name], state["path"])
     s.optimizer.load_state_dict(state["optimizer"])
 
 
@@ -2095,7 +2104,7 @@ def load_networks(path: str, args: Args) -> tuple[dict[str, Mask2Former], dict, 
     """The networks of a checkpoint, built from the settings it holds; and the checkpoint."""
     cli.check_ranges(args)
     check_task(args)
-    state = checkpoints.load_checkpoint(Path(path), SCRIPT)
+    state = checkpoints.load_checkpoint(Path(path), SCRIPT, Saved)
     world = distributed.start(args.device)
     task = state["settings"].get("task", "instance")
     if args.task != task:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import norms
-from common.errors import UserError
+from common.errors import UserError, one_line
 
 
 class StageEnd(NamedTuple):
@@ -86,9 +86,9 @@ def build(
         raise
     except Exception as error:  # noqa: BLE001 (hub, network and file errors have no common class)
         if not pretrained:
-            raise cannot_be_cut(name, type(error).__name__) from None
+            raise cannot_be_cut(name, one_line(error)) from None
         raise UserError(
-            f"The ImageNet weights of {name} could not be fetched ({type(error).__name__}); give a "
+            f"The ImageNet weights of {name} could not be fetched ({one_line(error)}); give a "
             f"file of them with --weights FILE, or start from random weights with --weights none."
         ) from None
     similar = ", ".join(timm.list_models(f"*{name[:6]}*")[:5])

@@ -12,6 +12,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated, TypedDict
 
 import msgspec
 import numpy as np
@@ -43,16 +44,36 @@ WRAPPERS = (
 
 
 # -------------------------------------------------------------------------------------- checkpoints
-class Form(msgspec.Struct):
-    """What every script finds in its checkpoints, where they have it."""
+Count = Annotated[int, msgspec.Meta(ge=0)]
+Setting = bool | int | float | str | list | None
+
+
+class Form(msgspec.Struct, kw_only=True):
+    """What any checkpoint holds, where it has it."""
 
     networks: dict[str, dict[str, Tensor]] = {}
-    step: int = 0
-    scored: int = 0
+    step: Count = 0
+    scored: Count = 0
     seconds: float = 0.0
-    skipped: int = 0
-    settings: dict[str, object] = {}
-    classes: list[str] = []
+    skipped: Count = 0
+
+
+class Score(TypedDict):
+    """The score of a network: its step, and the numbers of a metric."""
+
+    step: int
+
+
+class Trained(Form, kw_only=True):
+    """What a checkpoint must hold to be scored and predicted with, and the scores of its networks.
+    A script may ask for more in a form of its own."""
+
+    networks: Annotated[dict[str, dict[str, Tensor]], msgspec.Meta(min_length=1)]
+    step: Count
+    settings: dict[str, Setting]
+    classes: Annotated[list[str], msgspec.Meta(min_length=1)]
+    last: dict[str, Score] = {}
+    best: dict[str, Score] = {}
 
 
 def save_checkpoint(path: Path, script: str, state: dict) -> None:
@@ -75,10 +96,11 @@ def cause_of(error: BaseException, kind: type[BaseException]) -> BaseException:
     return error if earlier is None else earlier
 
 
-def load_checkpoint(path: Path, script: str) -> dict:
-    """Read what `save_checkpoint` wrote; UserError for a missing, broken or foreign file."""
+def load_checkpoint(path: Path, script: str, form: type[Form] = Form) -> dict:
+    """Read what `save_checkpoint` wrote, which must have this form; UserError for a missing, broken
+    or foreign file."""
     if not path.is_file():
-        raise UserError(f"There is no checkpoint {path}.")
+        raise UserError(f"There is no checkpoint {path}; name one, such as runs/x/best.pt.")
     if is_damaged(path):
         raise UserError(
             f"{path} is not readable any more: it has changed since it was written (its check sums "
@@ -96,9 +118,11 @@ def load_checkpoint(path: Path, script: str) -> dict:
             f"{path} is a file of weights, not a checkpoint of {script}; give it to --weights."
         )
     if state["script"] != script:
-        raise UserError(f"{path} is a checkpoint of {state['script']}, not of {script}.")
+        raise UserError(
+            f"{path} is a checkpoint of {state['script']}, not of {script}; give another one."
+        )
     try:
-        msgspec.convert({key: state[key] for key in state if isinstance(key, str)}, Form)
+        msgspec.convert({key: state[key] for key in state if isinstance(key, str)}, form)
     except (msgspec.ValidationError, RecursionError) as error:
         raise UserError(
             f"{path} is not a checkpoint that {script} wrote ({said(error)}); give another one."
@@ -125,9 +149,9 @@ def fitting(path: str) -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
-        first = (str(error).splitlines() or [""])[0][:90]
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else one_line(error)[:90]
         raise UserError(
-            f"{path} does not hold what this run needs ({type(error).__name__}: {first}); train "
+            f"{path} does not hold what this run needs ({reason}); give another one, or train "
             f"again with another --out."
         ) from None
 
@@ -146,11 +170,11 @@ def export(path: Path, script: str, names: tuple[str, ...]) -> None:
     settings."""
     from safetensors.torch import save
 
-    state = load_checkpoint(path, script)
+    state = load_checkpoint(path, script, Trained)
     name = returned(state["networks"], names)
     # Each tensor in memory of its own, in plain order: the format knows no others.
     weights = {key: value.clone().contiguous() for key, value in state["networks"][name].items()}
-    facts = {"script": script, "network": name, "step": state.get("step")}
+    facts = {"script": script, "network": name, "step": state["step"]}
     facts |= {"classes": state["classes"], "settings": state["settings"]}
     header = {"format": "pt", "facts": json.dumps(facts)}
     file = path.with_name(f"{path.name}.safetensors")
@@ -316,8 +340,8 @@ def load_matching(network: nn.Module, weights: dict[str, Tensor], what: str) -> 
     fits = {k: v for k, v in weights.items() if k in own and own[k].shape == v.shape}
     if not any(v.dim() > 1 for v in fits.values()):
         raise UserError(
-            f"None of the {len(weights)} tensors of {what} fits this --backbone "
-            f"(for example {next(iter(weights))})."
+            f"None of the {len(weights)} tensors of {what} fits this --backbone (for example "
+            f"{next(iter(weights))}); give the --backbone that it is of, or another file."
         )
     network.load_state_dict(fits, strict=False)
     reports = {

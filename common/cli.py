@@ -12,7 +12,7 @@ from typing import Annotated, get_args, get_origin, get_type_hints
 import msgspec
 
 from common import distributed
-from common.checkpoints import load_checkpoint
+from common.checkpoints import Trained, load_checkpoint
 from common.errors import LOST, RankError, Stopped, UserError, user_sentence
 from common.loading import end_helpers
 
@@ -145,9 +145,23 @@ def words_of(bounds: msgspec.Meta) -> str:
     return f"outside {low:g} to {high:g}"
 
 
+# Settings that a checkpoint does not decide when it is scored or predicted with.
+OF_A_COMMAND = (
+    "resume",
+    "device",
+    "workers",
+    "compile",
+    "check",
+    "eval",
+    "predict",
+    "export",
+    "report",
+)
+
+
 def saved_settings(args_type: type, path: Path, script: str):
     """The settings inside a checkpoint, for scoring or predicting with it on this machine."""
-    saved = load_checkpoint(path, script)["settings"]
+    saved = load_checkpoint(path, script, Trained)["settings"]
     default = vars(args_type())
     unknown = sorted(saved.keys() - default.keys())
     if unknown:
@@ -156,7 +170,15 @@ def saved_settings(args_type: type, path: Path, script: str):
             f"it."
         )
     for name, value in saved.items():
-        if isinstance(default[name], tuple):  # JSON made a list of it
+        if isinstance(default[name], tuple) and isinstance(value, list):  # JSON made a list of it
             saved[name] = tuple(value)
-    of_this_machine = {k: default[k] for k in ("resume", "device", "workers", "compile")}
-    return args_type(**saved | of_this_machine)
+    of_this_command = {name: default[name] for name in OF_A_COMMAND if name in default}
+    args = args_type(**saved | of_this_command)
+    try:
+        check_ranges(args)
+    except UserError as error:
+        reason = str(error).rstrip(".")
+        raise UserError(
+            f"{path} holds a setting that cannot be ({reason}); give another checkpoint."
+        ) from None
+    return args

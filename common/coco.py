@@ -94,12 +94,14 @@ def read_content(path: Path) -> Content:
 @contextlib.contextmanager
 def without_gc() -> Iterator[None]:
     """Nothing that is read here is a circle, and looking for circles among millions of records
-    takes long."""
+    takes long. What was made counts as old afterwards, so that nobody looks soon either."""
     was_on = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
+        gc.freeze()
+        gc.unfreeze()  # which puts all into the oldest generation
         if was_on:
             gc.enable()
 
@@ -109,7 +111,7 @@ def content_of(text: bytes, path: Path) -> Content:
     file = decoded(text, File, str(path), CURE)
     warn_of_misspelt(text, path)
     refuse_repeated(text, file, path)
-    classes = classes_of(file.categories, path)
+    classes = classes_of(without_roots(file, path), path)
     for picture in file.images:
         picture.id = number_of(picture.id)
     sizes = {picture.id: (picture.height, picture.width) for picture in file.images}
@@ -152,6 +154,41 @@ def ascending(ids: list[int | str], what: str, path: Path) -> list[int | str]:
         raise UserError(
             f"{path}: some ids of its {what} are numbers and others are words; {CURE}."
         ) from None
+
+
+class OfCategory(msgspec.Struct, gc=False):
+    """The part of an annotation that says which categories have objects."""
+
+    category_id: int | str
+
+
+def without_roots(file: File, path: Path) -> list[Category]:
+    """The categories without those that some programs add as a root, which has no object and the
+    name of a class below it: of several with one name those with objects stay, or else the last."""
+    by_name: dict[str, list[Category]] = {}
+    for category in file.categories:
+        by_name.setdefault(str(category.name), []).append(category)
+    if len(by_name) == len(file.categories):
+        return file.categories
+    used = set()
+    for place, text in enumerate(file.annotations):
+        try:
+            annotation = msgspec.json.decode(text, type=OfCategory, strict=False)
+        except msgspec.DecodeError as error:
+            raise UserError(f"{path}: annotations[{place}].{said(error)}; {CURE}.") from None
+        used.add(number_of(annotation.category_id))
+    kept = []
+    for same in by_name.values():
+        with_objects = [category for category in same if number_of(category.id) in used]
+        kept += with_objects or same[-1:]
+    left_out = len(file.categories) - len(kept)
+    if left_out:
+        warnings.warn(
+            f"{left_out} categories of {path} have no object and the name of another one; they are "
+            f"left out",
+            stacklevel=4,
+        )
+    return kept
 
 
 def classes_of(categories: list[Category], path: Path) -> dict[int | str, str]:

@@ -4,6 +4,7 @@ writing."""
 import contextlib
 import errno
 import json
+import math
 import os
 import struct
 import sys
@@ -104,14 +105,24 @@ def parse_line(line: str) -> dict:
         record = json.loads(line)
         if isinstance(record, dict) and isinstance(record.get("step", 0), int):
             speed = record.get("images_per_second", 0.0)
-            return record if isinstance(speed, (int, float)) else {}
+            is_speed = isinstance(speed, (int, float)) and 0 <= speed < math.inf
+            return record if is_speed else {}
     return {}
 
 
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a log that hold a record; how many others are left out is said."""
+    lines = path.read_text(errors="replace").splitlines()
+    whole = [line for line in lines if parse_line(line)]
+    damaged = len(lines) - len(whole)
+    if damaged:
+        print(f"{path}: lines that are damaged and left out: {damaged}", flush=True)
+    return whole
+
+
 def read_log(path: Path) -> list[dict]:
-    """The records of a log, without torn lines."""
-    records = [parse_line(line) for line in path.read_text(errors="replace").splitlines()]
-    return [record for record in records if record]
+    """The records of a log, without damaged lines."""
+    return [parse_line(line) for line in whole_lines(path)]
 
 
 # ------------------------------------------------------------------------------------------- images
@@ -212,8 +223,8 @@ def pictures(paths: list[str]) -> list[Path]:
         files += image_files(path) if path.is_dir() else [path]
     if not files:
         raise UserError(
-            "--predict needs a checkpoint and then images, or folders that hold some: "
-            "--predict runs/x/best.pt photos/"
+            "--predict needs a checkpoint and then images, or folders that hold some "
+            "(--predict runs/x/best.pt photos/)."
         )
     return files
 

@@ -127,7 +127,7 @@ def find_coco(
         if not any(singles(photo) for photo in photos):
             raise UserError(
                 f"{path} has no object with a mask, so there is nothing to learn from or to score "
-                f"on."
+                f"on; name another file."
             )
     with_objects = [photo for photo in train if singles(photo)]
     extra = [bare(photo) for photo in train if not singles(photo)]
@@ -244,7 +244,7 @@ def choose(
     labeled = [photo for photo in labels_read(labeled) if singles(photo)]
     if not labeled:
         raise UserError(
-            f"--split {split}: none of its images has an object, so there is nothing to learn from."
+            f"--split {split}: none of its images has an object to learn from; take another one."
         )
     if known:
         origin += f", known as {known}"
@@ -352,11 +352,15 @@ def published_draw(
     places = draws.get(str(split_seed))
     if places is None:
         raise UserError(
-            f"--split {split} is published for --split-seed {', '.join(draws)}, not {split_seed}."
+            f"--split {split} is not published for --split-seed {split_seed}; give one of "
+            f"{', '.join(draws)}."
         )
     family, _ = PUBLISHED[data.name]
     if not places or min(places) < 0 or max(places) >= len(data.train):
-        raise UserError(f"{supervision(data)} names pictures that COCO has not; fetch it again.")
+        raise UserError(
+            f"{supervision(data)} names images that {data.train_json} does not have; fetch it "
+            f"again."
+        )
     photos = [data.train[place] for place in places]
     return photos, f"the published list {family}/{split}, draw {split_seed}"
 
@@ -380,8 +384,8 @@ def listed_photos(path: Path, data: Instances, files: bool = False) -> list[Phot
     if None in found:
         raise UserError(
             f"{found.count(None)} of {len(found)} images listed in {path} are not among the "
-            f"training images of {data.root}, for example {entries[found.index(None)]}; is --root "
-            f"right?"
+            f"training images of {data.root}, for example {entries[found.index(None)]}; correct "
+            f"the list, or name another --root."
         )
     if files:
         return found
@@ -414,8 +418,8 @@ def unlabeled_photos(text: str, data: Instances, flag: str = "--unlabeled") -> l
         return listed_photos(path, data, files=True)
     images = images_below(path)
     if not images:
-        why = "no images in that folder" if path.is_dir() else "no folder or list"
-        raise UserError(f"{flag} {path}: {why}.")
+        why = "no images in that folder" if path.is_dir() else "neither a folder nor a list file"
+        raise UserError(f"{flag} {path}: {why}; name another.")
     found = [Photo(str(image.relative_to(path)), image) for image in images]
     for photo in found:
         # A name that is not UTF-8 holds surrogates.
@@ -523,7 +527,8 @@ class Views(Dataset):
                 continue
             return self.augment(image, photo, rng(self.seed, self.name, step, sample)), skipped
         raise RankError(
-            f"None of the {len(self.photos)} {self.name} images can be read, such as {photo.image}."
+            f"None of the {len(self.photos)} {self.name} images can be read, such as "
+            f"{photo.image}; fetch them again."
         )
 
 

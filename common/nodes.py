@@ -16,10 +16,11 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypedDict
 
 from torch import Tensor
 
-from common.checkpoints import load_checkpoint
+from common.checkpoints import Trained, load_checkpoint
 from common.distributed import World
 from common.errors import RankError, UserError
 from common.files import write_text
@@ -27,6 +28,16 @@ from common.typed_json import read_record
 
 
 # --------------------------------------------------------------------------------------- the store
+class NodeNetworks(TypedDict):
+    student: dict[str, Tensor]
+
+
+class NodeForm(Trained, kw_only=True):
+    """What the checkpoint of a node holds."""
+
+    networks: NodeNetworks
+
+
 @dataclass
 class Nodes:
     """The store, which is the folders in which nodes lie. A node's folder holds weights.pt, which
@@ -67,7 +78,7 @@ class Nodes:
 
     def weights(self, path: str, script: str) -> dict[str, Tensor]:
         """The weights of a node; UserError when they are not the ones that its record describes."""
-        checkpoint = load_checkpoint(self.folder(path) / "weights.pt", script)
+        checkpoint = load_checkpoint(self.folder(path) / "weights.pt", script, NodeForm)
         weights = checkpoint["networks"]["student"]
         self.records.pop(path, None)  # another process may have made the node again
         if fingerprint(weights) != self.record(path)["weights"]:
@@ -236,7 +247,8 @@ def claim(folder: Path, wait: bool = False):
             return
         except OSError as error:
             raise UserError(
-                f"{folder} lies on a file system without locks ({error.strerror}); name another."
+                f"{folder} lies on a file system without locks ({error.strerror}); name another "
+                f"--store."
             ) from None
         try:
             yield True

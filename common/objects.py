@@ -293,7 +293,7 @@ def read_ids(path: Path) -> np.ndarray:
     if mode not in ("I", "I;16", "I;16B", "L") or not 0 <= ids.min() <= ids.max() < 2**16:
         raise RankError(
             f"The label {path} (mode {mode}) is no map of instance ids, a single-channel 16-bit "
-            f"PNG."
+            f"PNG; fetch or make it again."
         )
     return ids.astype(np.int32)
 

@@ -129,7 +129,7 @@ def save_figure(figure, path: Path) -> None:
 
 def curves(records: list[dict], path: Path, title: str = "") -> None:
     """A panel for each family of keys in the log's records (what stands before an underscore), a
-    line for each key."""
+    line for each key. Of a log that has lost its records nothing is drawn."""
     plt = pyplot()
     panels: dict[str, list[str]] = {}
     for record in records:
@@ -139,6 +139,8 @@ def curves(records: list[dict], path: Path, title: str = "") -> None:
                 keys.append(key)
     panels.pop("step", None)
     panels.pop("images", None)  # images_per_second
+    if not panels:
+        return
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.2 * rows), squeeze=False)
@@ -146,7 +148,7 @@ def curves(records: list[dict], path: Path, title: str = "") -> None:
         axis.set_axis_off()
     for axis, (name, keys) in zip(axes.flat, panels.items(), strict=False):
         for key in keys:
-            with_key = [r for r in records if isinstance(r.get(key), (int, float))]
+            with_key = [r for r in records if "step" in r and isinstance(r.get(key), (int, float))]
             if with_key:
                 steps = [record["step"] for record in with_key]
                 values = [record[key] for record in with_key]

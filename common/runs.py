@@ -21,7 +21,7 @@ from torch import Tensor
 
 from common.checkpoints import save_checkpoint
 from common.errors import RankError, Stopped, UserError
-from common.files import parse_line, read_log, write_text
+from common.files import parse_line, read_log, whole_lines, write_text
 from common.typed_json import read_json
 
 FREE_TO_CHANGE = {
@@ -262,10 +262,8 @@ class Run:
         path = self.out / "log.jsonl"
         if path.exists():
             kept = []
-            for line in path.read_text(errors="replace").splitlines():
+            for line in whole_lines(path):
                 record = parse_line(line)
-                if not record:
-                    continue
                 last = step if "images_per_second" in record else scored
                 if record.get("step", last + 1) <= last:
                     kept.append(line + "\n")

@@ -104,7 +104,7 @@ def read_values(path: Path) -> np.ndarray:
     if values.ndim != 2 or mode not in LABEL_MODES:
         kind = "holds numbers with a fraction" if mode == "F" else "is a colour picture"
         raise RankError(
-            f"The label {path} {kind} (mode {mode}); labels are single-channel PNGs of class "
+            f"The label {path} {kind} (mode {mode}); save it as a single-channel PNG of class "
             f"indices."
         )
     return values
@@ -168,7 +168,7 @@ def find(name: str, root: Path, val: str = "val", classes: list[str] | None = No
         data = find_voc(root, val)
     data.name = name
     if not data.val:
-        raise UserError(f"The list '{val}' of {root} is empty, so there is nothing to score on.")
+        raise UserError(f"The list '{val}' of {root} is empty; name another one with --val.")
     check_classes(data.classes, classes, root)
     return data
 
@@ -184,7 +184,7 @@ def check_classes(found: list[str], expected: list[str] | None, root: Path) -> N
     if expected is not None and found != expected:
         raise UserError(
             f"The checkpoint knows {len(expected)} classes ({', '.join(expected[:3])} ...) and "
-            f"{root} has {len(found)} ({', '.join(found[:3])} ...); they must be the same."
+            f"{root} has {len(found)} ({', '.join(found[:3])} ...); give the data of its classes."
         )
 
 
@@ -238,7 +238,9 @@ def find_voc(root: Path, val: str) -> Segmentation:
 
     val_list = first_existing(lists / f"{val}.txt", root / "splits" / "gta_seg" / f"{val}.txt")
     if val_list is None:
-        raise UserError(f"--val {val}: there is no list {val}.txt in {lists.resolve()}.")
+        raise UserError(
+            f"--val {val}: there is no list {val}.txt in {lists.resolve()}; name another."
+        )
     val_names = read_names(val_list, images)
     train_list = first_existing(*(lists / f"{n}.txt" for n in ("train_aug", "trainaug", "train")))
     if train_list is None:
@@ -517,7 +519,8 @@ def listed_pictures(path: Path, data: Segmentation, labels: bool = True) -> list
     if lost:
         raise UserError(
             f"{len(lost)} of {len(entries)} images listed in {path} are not under {data.root}, for "
-            f"example {lost[0]}; is --root right? See data/README.md for the layout."
+            f"example {lost[0]}; correct the list, or name another --root (layout in "
+            f"data/README.md)."
         )
     return found
 
@@ -528,10 +531,10 @@ def unlabeled_pictures(text: str, data: Segmentation) -> list[Picture]:
     if path.is_dir():
         found = [Picture(image.stem, image, None) for image in images_below(path)]
         if not found:
-            raise UserError(f"--unlabeled {path}: no images in that folder.")
+            raise UserError(f"--unlabeled {path}: no images in that folder; name another.")
         return found
     if not path.is_file():
-        raise UserError(f"--unlabeled {path}: neither a folder nor a list file.")
+        raise UserError(f"--unlabeled {path}: neither a folder nor a list file; name another.")
     return listed_pictures(path, data, labels=False)
 
 
@@ -582,7 +585,7 @@ class Pictures(Dataset):
             return Batch(image, valid, label, torch.tensor(skipped))
         raise RankError(
             f"None of the {len(self.pictures)} {self.name} images can be read, such as "
-            f"{picture.image}."
+            f"{picture.image}; fetch them again."
         )
 
 

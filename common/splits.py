@@ -236,7 +236,7 @@ def read_list(path: str | Path) -> list[tuple[str, str | None]]:
         lines = read_text(Path(path)).splitlines()
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
-        raise SplitError(f"cannot read the list {path}: {reason}") from error
+        raise SplitError(f"cannot read the list {path} ({reason}); name another") from error
     entries: list[tuple[str, str | None]] = []
     seen: set[str] = set()
     for number, line in enumerate(lines, 1):
@@ -250,11 +250,13 @@ def read_list(path: str | Path) -> list[tuple[str, str | None]]:
                 f"without spaces in the names, but found {line.strip()[:60]!r}"
             )
         if columns[0] in seen:
-            raise SplitError(f"{path}, line {number}: {columns[0]} is in the list twice")
+            raise SplitError(
+                f"{path}, line {number}: {columns[0]} is in the list twice; take it out once"
+            )
         seen.add(columns[0])
         entries.append((columns[0], columns[1] if pair else None))
     if not entries:
-        raise SplitError(f"the list {path} is empty")
+        raise SplitError(f"the list {path} is empty; write one image a line")
     return entries
 
 
@@ -317,7 +319,9 @@ def count(text: str, total: int) -> int:
             f"the name of a list that exists"
         )
     if number > total:
-        raise SplitError(f"{text} asks for {number} labeled images, but there are only {total}")
+        raise SplitError(
+            f"{text} asks for {number} labeled images, but there are only {total}; ask for fewer"
+        )
     return int(number)
 
 
@@ -336,9 +340,11 @@ def draw(
     if len(set(names)) != len(names):
         raise SplitError("the images to draw from are not all different")
     if not 1 <= n <= len(names):
-        raise SplitError(f"cannot draw {n} labeled images from {len(names)}")
+        raise SplitError(
+            f"cannot draw {n} labeled images from {len(names)}; ask for another number"
+        )
     if seed < 0:
-        raise SplitError(f"the seed of a draw is 0 or more, not {seed}")
+        raise SplitError(f"the seed of a draw is {seed}; give one of 0 or more")
     stream = np.random.PCG64(seed)
     names = [names[i] for i in np.argsort(stream.random_raw(len(names)), kind="stable")]
     if classes is None:
@@ -403,16 +409,22 @@ def read_s4gan(pickle_path: str | Path, ids_path: str | Path, name: str) -> list
         with open(pickle_path, "rb") as file:
             order = _IntegerArrayUnpickler(file).load()
     except OSError as error:
-        raise SplitError(f"cannot read {pickle_path}: {error.strerror}") from error
+        raise SplitError(f"cannot read {pickle_path} ({error.strerror}); fetch it again") from error
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise SplitError(
             f"{pickle_path} is not a pickled integer array ({one_line(error)}); fetch it again"
         ) from error
     if not (isinstance(order, np.ndarray) and order.ndim == 1 and order.dtype.kind in "iu"):
-        raise SplitError(f"{pickle_path} is not a pickled list of integers")
+        raise SplitError(f"{pickle_path} is not a pickled list of integers; fetch it again")
     if not np.array_equal(np.sort(order), np.arange(len(ids))):
-        raise SplitError(f"{pickle_path} is not an order of the {len(ids)} images in {ids_path}")
+        raise SplitError(
+            f"{pickle_path} is not an order of the {len(ids)} images in {ids_path}; fetch both "
+            f"again"
+        )
     chosen = [ids[i] for i in order[: count(name, len(ids))]]
     if fingerprint(chosen) != expected[name]:
-        raise SplitError(f"{pickle_path} and {ids_path} do not give S4GAN's published list {name}")
+        raise SplitError(
+            f"{pickle_path} and {ids_path} do not give S4GAN's published list {name}; fetch both "
+            f"again"
+        )
     return chosen

@@ -20,7 +20,7 @@ import yaml
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from common.errors import UserError
+from common.errors import UserError, one_line
 from common.files import IMAGES
 
 PARTS = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
@@ -281,7 +281,9 @@ def yolo_shape(line: str, classes: dict[int, str], sheet: Sheet) -> Shape | None
     try:
         kind, *values = (float(word) for word in line.split())
     except ValueError:
-        raise UserError(f"{sheet.place}: it holds something that is no number.") from None
+        raise UserError(
+            f"{sheet.place}: it holds something that is no number; correct it."
+        ) from None
     if kind not in classes:
         raise UserError(
             f"{sheet.place}: it names class {kind:g}, but the classes are "
@@ -335,8 +337,8 @@ def yolo_lists(source: Path, settings: Settings) -> YoloSet:
         classes = dict(sorted((int(number), str(name)) for number, name in named))
     except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
-            f"{source} is no data.yaml: it needs `names`, a list or a map from numbers "
-            f"({type(error).__name__}: {error})."
+            f"{source} is no data.yaml ({one_line(error)}); give one with `names`, a list or a map "
+            f"from numbers."
         ) from None
     base = root / str(content.get("path") or "")
     listed = []
@@ -413,7 +415,9 @@ def cvat_picture(
         name = PureWindowsPath(image.attrib["name"]).as_posix()
         claimed = (int(image.attrib["width"]), int(image.attrib["height"]))
     except (KeyError, ValueError):
-        raise UserError(f"{path}: an image lacks its name, width or height.") from None
+        raise UserError(
+            f"{path}: an image lacks its name, width or height; export it again."
+        ) from None
     place = f"{path}, {name}"
     subset = image.get("subset") or "default"
     part = PARTS.get(subset.lower(), subset.lower())
@@ -437,7 +441,7 @@ def cvat_shape(element: ElementTree.Element, sheet: Sheet) -> Shape | None:
         label = values["label"]
     except (KeyError, ValueError) as error:
         raise UserError(
-            f"{sheet.place}: a {element.tag} cannot be read ({type(error).__name__}: {error})."
+            f"{sheet.place}: a {element.tag} cannot be read ({one_line(error)}); export it again."
         ) from None
     # 0 is CVAT's word for no group.
     return None if outline is None else Shape(label, outline, group or None, depth)
@@ -624,7 +628,9 @@ def voc_masks(path: Path, sheet: Sheet) -> np.ndarray | None:
     except UNREADABLE as error:
         raise UserError(f"{path} cannot be read ({error}); fetch it again.") from None
     if masks.shape != (sheet.height, sheet.width):
-        raise UserError(f"{path} is no index picture of {sheet.width}x{sheet.height} pixels.")
+        raise UserError(
+            f"{path} is no index picture of {sheet.width}x{sheet.height} pixels; fetch it again."
+        )
     return masks
 
 
@@ -649,7 +655,8 @@ def voc_shapes(
         polygons = [voc_polygon(polygon) - first for polygon in element.findall("polygon")]
     except (TypeError, ValueError):
         raise UserError(
-            f"{sheet.place}: the bndbox or a polygon of its object {number} lacks a number."
+            f"{sheet.place}: the bndbox or a polygon of its object {number} lacks a number; "
+            f"correct it."
         ) from None
     if box.min() < 0:
         sheet.note("boxes begin before the first pixel: are --corners zero or edges meant?")

@@ -34,7 +34,7 @@ def pairs(source: Path) -> Iterator[tuple[str, Path, Path]]:
         for image in sorted(images.glob("*")):
             label = labels / f"{image.stem}.png"
             if not label.is_file():
-                raise UserError(f"{image} has no label {label}.")
+                raise UserError(f"{image} has no label {label}; fetch the data again.")
             yield part, image, label
 
 

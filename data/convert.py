@@ -201,7 +201,10 @@ def write_folder(
     if rest == "background" and "background" not in classes:
         classes = ["background", *classes]
     if not 2 <= len(classes) <= 255:
-        raise UserError(f"A label PNG tells 2 to 255 classes apart; here are {len(classes)}.")
+        raise UserError(
+            f"A label PNG tells 2 to 255 classes apart, and here are {len(classes)}; convert to "
+            f"coco, which takes any number."
+        )
     fill = classes.index("background") if rest == "background" else 255
     for part, pictures in parts.items():
         names = copied(pictures, root / "images" / part, link)

@@ -422,7 +422,7 @@ def _disk_error(error: OSError, path: Path) -> DownloadError:
         return DownloadError(
             f"no disk space left while writing {path}; free some and give the same command again"
         )
-    return DownloadError(f"cannot write {path}: {error.strerror or error}")
+    return DownloadError(f"cannot write {path} ({error.strerror or error}); choose another --root")
 
 
 # ----------------------------------------------------------------------------------------- archives
@@ -492,32 +492,34 @@ def _unpack(members: list[Member], archive: Path, target: Path) -> None:
                 raise EOFError(f"{member.name!r} in it ends too early")
 
 
+def _refusal(archive: Path, name: str, why: str) -> DownloadError:
+    return DownloadError(
+        f"{archive} is refused: {name[:80]!r} in it {why}; remove it and fetch it again"
+    )
+
+
 def _refuse_name(name: str, archive: Path, target: Path) -> None:
     """DownloadError for a name that leads out of the target, or that no file can have."""
     path = PurePosixPath(name.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts or re.match(r"[A-Za-z]:", name):
-        raise DownloadError(
-            f"{archive} is refused: {name[:80]!r} in it would be written outside the target folder"
-        )
+        raise _refusal(archive, name, "would be written outside the target folder")
     if not path.parts or "\0" in name:
-        raise DownloadError(f"{archive} is refused: {name[:80]!r} in it is no name for a file")
+        raise _refusal(archive, name, "is no name for a file")
     longest_part = max(len(os.fsencode(part)) for part in path.parts)
     whole = len(os.fsencode(target.resolve() / path))
     if longest_part > os.pathconf(target, "PC_NAME_MAX") or whole >= os.pathconf(
         target, "PC_PATH_MAX"
     ):
-        raise DownloadError(
-            f"{archive} is refused: {name[:80]!r}... in it is too long a name for this disk"
-        )
+        raise _refusal(archive, name, "is too long a name for this disk")
 
 
 def _members_of_tar(file: tarfile.TarFile, archive: Path) -> list[Member]:
     members = []
     for info in file:
         if info.issym() or info.islnk():
-            raise DownloadError(f"{archive} is refused: {info.name[:80]!r} in it is a link")
+            raise _refusal(archive, info.name, "is a link")
         if not info.isfile() and not info.isdir():
-            raise DownloadError(f"{archive} is refused: {info.name[:80]!r} in it is a device")
+            raise _refusal(archive, info.name, "is a device")
         size = 0 if info.isdir() else info.size
         if size < 0:
             raise EOFError(f"{info.name[:80]!r} in it has a size below 0")
@@ -531,7 +533,7 @@ def _members_of_zip(file: zipfile.ZipFile, archive: Path) -> list[Member]:
     members = []
     for info in file.infolist():
         if stat.S_ISLNK(info.external_attr >> 16):
-            raise DownloadError(f"{archive} is refused: {info.filename[:80]!r} in it is a link")
+            raise _refusal(archive, info.filename, "is a link")
         is_folder = info.filename.endswith(("/", "\\"))
         size = 0 if is_folder else info.file_size
         members.append(Member(info.filename, size, is_folder, lambda info=info: file.open(info)))
@@ -649,7 +651,10 @@ def _read_mask(own: Path, sbd: Path) -> np.ndarray:
             f"cannot read the mask {path} ({one_line(error)}); remove it and fetch it again"
         ) from error
     if mask.ndim != 2 or not np.isin(mask, [*range(21), 255]).all():
-        raise DownloadError(f"the mask {path} does not hold class indices 0..20 and 255")
+        raise DownloadError(
+            f"the mask {path} does not hold class indices 0..20 and 255; remove it and fetch it "
+            f"again"
+        )
     return mask.astype(np.uint8)
 
 
@@ -828,7 +833,9 @@ def lite0(root: Path) -> None:
     source = Path(found.submodule_search_locations[0]) / LITE0_FILE
     problem = _wrong(source, LITE0_SHA256, None, None)
     if problem:
-        raise DownloadError(f"{source} is not the known file ({problem})")
+        raise DownloadError(
+            f"{source} is not the known file ({problem}); install the package again"
+        )
     tensors = torch.load(source, map_location="cpu", weights_only=True).values()
     # The package has names of its own, in timm's order.
     names = timm.create_model("tf_efficientnet_lite0").state_dict()

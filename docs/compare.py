@@ -41,7 +41,9 @@ def read_run(folder: Path, metric: str = "miou") -> dict:
     """Settings and results of a finished run."""
     missing = [name for name in ("config.json", "results.json") if not (folder / name).is_file()]
     if missing:
-        raise SystemExit(f"{folder} is not a finished run: no {missing[0]}.")
+        raise SystemExit(
+            f"{folder} is no finished run: it has no {missing[0]}; finish it, or leave it out."
+        )
     try:
         config, results = (
             json.loads((folder / name).read_bytes()) for name in ("config.json", "results.json")
@@ -53,8 +55,8 @@ def read_run(folder: Path, metric: str = "miou") -> dict:
             raise ValueError(f"no settings, or no number as {metric}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise SystemExit(
-            f"{folder}: its config.json or results.json is damaged ({type(error).__name__}: "
-            f"{error}); run it again, or leave it out."
+            f"{folder}: its config.json or results.json is damaged ({error}); run it again, or "
+            f"leave it out."
         ) from None
     return {
         "folder": folder,

@@ -503,7 +503,9 @@ def train(options: argparse.Namespace) -> int:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise SystemExit(f"Another queue is at work in {options.folder}.") from None
+            raise SystemExit(
+                f"Another queue is at work in {options.folder}; wait for it."
+            ) from None
         waiting = missing(options)
         say(f"{len(waiting)} runs to make")
         queue = Queue(waiting, options)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common import coco, mask_ap
+from common import coco, instances, mask_ap
 from common.errors import UserError
 from common.objects import Instances, masks_of
 
@@ -100,7 +100,9 @@ def test_training_and_scoring_agree_on_what_is_a_crowd(crowd, tmp_path):
     data = read(coco_file(tmp_path, iscrowd=crowd))
     is_crowd = crowd in (1, "1")
     assert masks_of(data.val[0], data, crowds=True).crowds.tolist() == [is_crowd]
-    assert [a["iscrowd"] for a in mask_ap.truth_of(data)["annotations"]] == [int(is_crowd)]
+    for scored in (data, instances.scored_on(data, data.train)):  # --tune scores training images
+        truth = mask_ap.truth_of(scored)
+        assert [a["iscrowd"] for a in truth["annotations"]] == [int(is_crowd)]
 
 
 @pytest.mark.parametrize(
@@ -125,6 +127,22 @@ def test_a_value_of_another_type_is_named_by_its_place(changes, said, tmp_path):
     with pytest.raises(UserError) as error:
         read(path)
     assert f"{path}: annotations[0].{said}: " in str(error.value)
+
+
+@pytest.mark.parametrize("has_object", [True, False])
+def test_root_categories_that_share_the_name_of_a_class_are_left_out(has_object, tmp_path):
+    path = coco_file(tmp_path)
+    content = json.loads(path.read_text())
+    content["categories"].insert(0, {"id": 0, "name": "dog", "supercategory": "none"})
+    if not has_object:
+        content["annotations"] = []
+    path.write_text(json.dumps(content))
+    with pytest.warns(UserWarning, match=f"1 categories of {path} have no object"):
+        assert coco.read_content(path).classes == {3: "dog"}
+    content["annotations"] = [{"image_id": 1, "category_id": i, "segmentation": []} for i in (0, 3)]
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="names that all differ"):
+        coco.read_content(path)
 
 
 def test_digits_in_texts_are_numbers(tmp_path):

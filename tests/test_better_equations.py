@@ -1086,7 +1086,12 @@ def begun(
     checkpoints.save_checkpoint(
         tmp_path / "teacher.pt",
         bpl.SCRIPT,
-        {"classes": NAMES, "networks": {"supervised": trained.state_dict()}},
+        {
+            "classes": NAMES,
+            "networks": {"supervised": trained.state_dict()},
+            "step": 10,
+            "settings": {},
+        },
     )
     data = SimpleNamespace(classes=NAMES, root=tmp_path)
     delta = STEP_DELTA if phase == "student" else None
@@ -1412,7 +1417,7 @@ REFUSED = [
     (dict(stage="student", teacher="t.pt"), "needs --calibration"),
     (dict(stage="retrieve"), "searches a --pool"),
     (dict(accumulate=2), "batch statistics"),
-    (dict(scale=(2.0, 1.0)), "smaller one first"),
+    (dict(scale=(2.0, 1.0)), "smaller number first"),
     (dict(pool="a", unlabeled="b"), "give one"),
     (dict(batch_size=1), "does not divide"),
 ]

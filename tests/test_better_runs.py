@@ -1019,6 +1019,15 @@ def test_used_folder_and_resume_with_other_settings(line, typed, finished, tmp_p
     typed(line(resume=True, workers=1, save_every=3, log_every=2)).ok()
 
 
+def test_a_checkpoint_that_lacks_its_optimizer_is_a_sentence(line, typed, finished, tmp_path):
+    out = Path(shutil.copytree(finished(), tmp_path / "out"))
+    last = torch.load(out / "last.pt", weights_only=True)
+    del last["optimizer"]
+    torch.save(last, out / "last.pt")
+    error = typed(line(resume=True)).error()
+    assert "lacks 'optimizer'" in error and str(out / "last.pt") in error and "--out" in error
+
+
 def test_folder_of_another_script(line, typed, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").write_text(

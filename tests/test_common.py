@@ -150,9 +150,13 @@ def test_what_one_process_alone_meets_it_says_itself(monkeypatch, capsys, error,
     assert f"error: {said or ''}" in capsys.readouterr().err
 
 
+TRAINED = {"networks": {"student": {}}, "step": 1, "classes": ["a"]}
+
+
 def test_settings_of_a_checkpoint_leave_out_what_belongs_to_the_machine(tmp_path):
     args = gta_seg.preset("shapes", compile=True, device="cuda", resume=True, width=8, out="there")
-    checkpoints.save_checkpoint(tmp_path / "x.pt", "gta_seg.py", {"settings": vars(args)})
+    state = TRAINED | {"settings": vars(args)}
+    checkpoints.save_checkpoint(tmp_path / "x.pt", "gta_seg.py", state)
     read = cli.saved_settings(gta_seg.Args, tmp_path / "x.pt", "gta_seg.py")
     assert (read.compile, read.device, read.resume) == (False, "auto", False)
     assert (read.width, read.out, read.scale) == (8, "there", args.scale)
@@ -284,9 +288,11 @@ def test_a_run_from_before_a_flag_goes_on_with_its_default(tmp_path):
 
 
 def test_checkpoints_of_another_version_are_named(tmp_path):
-    checkpoints.save_checkpoint(tmp_path / "x.pt", "a.py", {"settings": {"seed": 3}})
+    state = TRAINED | {"settings": {"seed": 3}}
+    checkpoints.save_checkpoint(tmp_path / "x.pt", "a.py", state)
     assert cli.saved_settings(Settings, tmp_path / "x.pt", "a.py").seed == 3
-    checkpoints.save_checkpoint(tmp_path / "y.pt", "a.py", {"settings": {"seed": 3, "old_flag": 1}})
+    state["settings"] |= {"old_flag": 1}
+    checkpoints.save_checkpoint(tmp_path / "y.pt", "a.py", state)
     with pytest.raises(UserError, match="old_flag"):
         cli.saved_settings(Settings, tmp_path / "y.pt", "a.py")
 

@@ -7,7 +7,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -18,7 +20,9 @@ from PIL import Image
 
 import better_pseudo_labels
 import gist_rist
-from common import checkpoints, files, runs
+import gta_seg
+import guided_distillation
+from common import checkpoints, cli, files, plots, runs
 from common.distributed import World
 from common.errors import UserError
 from common.nodes import Nodes
@@ -83,6 +87,11 @@ def test_a_file_without_check_sums_loads(way, tmp_path):
         {"settings": [1]},
         {"classes": "ab"},
         {"classes": [1]},
+        {"step": -1},
+        {"networks": {}},
+        {"last": 3},
+        {"best": {"student": {}}},
+        {"settings": {"lr": {}}},
     ],
     ids=str,
 )
@@ -90,7 +99,42 @@ def test_a_checkpoint_with_entries_of_another_type_is_refused(changes, tmp_path)
     path = tmp_path / "last.pt"
     checkpoints.save_checkpoint(path, "gta_seg.py", STATE | changes)
     with pytest.raises(UserError, match=rf"last.pt is not a checkpoint.*{next(iter(changes))}"):
-        checkpoints.load_checkpoint(path, "gta_seg.py")
+        checkpoints.load_checkpoint(path, "gta_seg.py", checkpoints.Trained)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        gta_seg.Saved,
+        gist_rist.NodeForm,
+        guided_distillation.Saved,
+        better_pseudo_labels.Saved,
+        better_pseudo_labels.Prototypes,
+    ],
+    ids=lambda form: f"{form.__module__}.{form.__name__}",
+)
+def test_a_checkpoint_that_lacks_an_entry_is_refused(form, tmp_path):
+    path = tmp_path / "last.pt"
+    good = STATE | {"ids": [1], "stage": "teacher", "phase": "teacher", "groups": ["r"]}
+    good |= {"delta": None, "opt_student": {}, "prototypes": torch.ones(2, 3), "key": "k"}
+    checkpoints.save_checkpoint(path, "x.py", good)
+    checkpoints.load_checkpoint(path, "x.py", form)
+    for field in msgspec.structs.fields(form):
+        if field.required:
+            lacking = {key: value for key, value in good.items() if key != field.name}
+            checkpoints.save_checkpoint(path, "x.py", lacking)
+            with pytest.raises(UserError, match=f"last.pt .*missing required field {field.name}"):
+                checkpoints.load_checkpoint(path, "x.py", form)
+
+
+def test_settings_of_a_checkpoint_that_cannot_be_are_refused(tmp_path):
+    path = tmp_path / "best.pt"
+    settings = vars(gta_seg.Args())
+    for name, value in (("steps", "x"), ("scale", 1.5), ("drop", 7.0), ("lr", None)):
+        state = STATE | {"settings": settings | {name: value}}
+        checkpoints.save_checkpoint(path, "gta_seg.py", state)
+        with pytest.raises(UserError, match=f"best.pt .*--{name}"):
+            cli.saved_settings(gta_seg.Args, path, "gta_seg.py")
 
 
 def test_what_does_not_fit_the_run_is_refused_when_it_is_restored():
@@ -154,6 +198,21 @@ def scores(folder: Path, content: bytes) -> None:
     gist_rist.load_scores(tree, "", ["temps", "confidence"])
 
 
+def stats(folder: Path, content: bytes) -> None:
+    (folder / "labels-L").mkdir(exist_ok=True)
+    (folder / "labels-L" / "stats.json").write_bytes(content)
+    gist_rist.label_images(SimpleNamespace(store=store_of(folder), pool=[]), "L")
+
+
+def results_of_a_report(folder: Path, content: bytes) -> None:
+    (folder / "results.json").write_bytes(content)
+    (folder / "report.md").touch()
+    tree = SimpleNamespace(store=store_of(folder))
+    of_a_run = {"set_up": lambda args: (tree, None), "write_report": lambda *args: None}
+    with mock.patch.multiple(gist_rist, **of_a_run):
+        gist_rist.report_again(SimpleNamespace(report=folder))
+
+
 def saved_scores(folder: Path) -> bytes:
     np.savez_compressed(folder / "good.npz", temps=np.ones(2), confidence=np.ones((2, 50)))
     return (folder / "good.npz").read_bytes()
@@ -186,6 +245,18 @@ READERS = {  # a whole file, and who reads it
         {"settings": {"method": "m", "recipe": "r", "split_seed": 0, "seed": 0}},
         lambda folder, content: finished_run(folder, content, "config.json"),
     ),
+    "stats.json": ({"kept": 0.5, "dominant": 0.5, "share": [0.5, 0.5]}, stats),
+    "results.json of a report": (
+        {
+            "stage0_folder": "a",
+            "nodes": "b",
+            "visited": {},
+            "trials": [],
+            "dev_size": 1,
+            "split_fingerprint": "c",
+        },
+        results_of_a_report,
+    ),
     "scores.npz": (saved_scores, scores),
     "a shard": (saved_shard, shard),
 }
@@ -207,12 +278,21 @@ def test_a_damaged_file_of_a_run_is_one_sentence(name, tmp_path):
         assert "; " in str(error.value), "and what to do"
 
 
-def test_damaged_lines_of_a_log_are_left_out(tmp_path):
+def test_damaged_lines_of_a_log_are_left_out_and_said(tmp_path, capsys):
     path = tmp_path / "log.jsonl"
     good = b'{"step": 1, "loss": 2.0}\n'
     torn = [b'{"step": 2, "lo\n', b"[3]\n", b"4\n", b"\xff\xfe\n", b'{"step": "x"}\n', b"\0\0\n"]
     path.write_bytes(good + b"".join(torn) + b'{"step": 5, "images_per_second": "fast"}\n' + good)
     assert files.read_log(path) == [{"step": 1, "loss": 2.0}] * 2
+    assert capsys.readouterr().out == f"{path}: lines that are damaged and left out: 7\n"
+    path.write_bytes(good)
+    assert files.read_log(path) == [{"step": 1, "loss": 2.0}] and not capsys.readouterr().out
+
+
+def test_curves_of_a_log_that_has_lost_its_records_are_not_drawn(tmp_path):
+    plots.curves([], tmp_path / "curves.png")
+    assert not (tmp_path / "curves.png").exists()
+    plots.curves([{"loss": 1.0}, {"step": 2, "loss": "x"}], tmp_path / "curves.png")
 
 
 def test_a_damaged_score_of_a_node_is_measured_anew_and_said(tmp_path, capsys):
@@ -328,7 +408,7 @@ def a_checkpoint_of_any_form_is_read_or_refused(value: tuple, folder: Path) -> N
     path = folder / "last.pt"
     checkpoints.save_checkpoint(path, "gta_seg.py", swapped(good, place, new))
     try:
-        state = checkpoints.load_checkpoint(path, "gta_seg.py")
+        state = checkpoints.load_checkpoint(path, "gta_seg.py", checkpoints.Trained)
         with checkpoints.fitting(state["path"]):
             checkpoints.load_exact(layer, state["networks"]["student"], state["path"])
             optimizer.load_state_dict(state["optimizer"])
@@ -336,10 +416,48 @@ def a_checkpoint_of_any_form_is_read_or_refused(value: tuple, folder: Path) -> N
         assert str(path) in str(error)
 
 
+def settings_of_a_checkpoint_are_taken_or_refused(value: tuple, folder: Path) -> None:
+    script, place, new = value
+    path = folder / "best.pt"
+    settings = vars(script.Args())
+    names = list(settings)
+    name = names[place % len(names)]
+    checkpoints.save_checkpoint(path, "x.py", STATE | {"settings": settings | {name: new}})
+    try:
+        args = cli.saved_settings(script.Args, path, "x.py")
+    except UserError as error:
+        assert str(path) in str(error) and "\n" not in str(error)
+        return
+    cli.check_ranges(args)
+
+
+def a_log_is_read_whatever_its_lines_hold(value: list[bytes], folder: Path) -> None:
+    path = folder / "log.jsonl"
+    good = {"step": 7, "images_per_second": 2.5}
+    path.write_bytes(b"\n".join([*value, json.dumps(good).encode(), b'{"step": 8, "lo']))
+    records = files.read_log(path)
+    assert good in records
+    for record in records:
+        assert isinstance(record.get("step", 0), int) and record.get("images_per_second", 0) >= 0
+
+
 others = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=3), st.just([1])
 )
+records = st.dictionaries(st.sampled_from(["step", "images_per_second", "loss"]), others)
+lines = st.one_of(st.binary(max_size=30), records.map(lambda record: json.dumps(record).encode()))
 MINE = {
+    "settings of a checkpoint are taken or refused": Property(
+        st.tuples(
+            st.sampled_from([gta_seg, gist_rist, guided_distillation, better_pseudo_labels]),
+            st.integers(0, 99),
+            others,
+        ),
+        settings_of_a_checkpoint_are_taken_or_refused,
+    ),
+    "a log is read whatever its lines hold": Property(
+        st.lists(lines, max_size=4), a_log_is_read_whatever_its_lines_hold
+    ),
     "a damaged file of a run is read or refused": Property(
         st.tuples(
             st.sampled_from(list(READERS)),

@@ -224,11 +224,8 @@ def test_fetch_says_when_the_disk_is_full(server, tmp_path):
     (tmp_path / "file.bin.part").symlink_to("/dev/full")
     with pytest.raises(DownloadError, match="no disk space left while writing"):
         download.fetch(server.url("/file.bin"), tmp_path / "file.bin", SHA256)
-    assert (
-        download._disk_error(OSError(errno.EACCES, "Permission denied"), tmp_path)
-        .args[0]
-        .endswith("denied")
-    )
+    said = str(download._disk_error(OSError(errno.EACCES, "Permission denied"), tmp_path))
+    assert "(Permission denied)" in said and "--root" in said
 
 
 # --------------------------------------------------------------------------- servers that misbehave

@@ -1,6 +1,7 @@
 """DESIGN section 7: whatever is wrong, the user reads one sentence, the exit code is 2, and there
 is no traceback."""
 
+import ast
 import errno
 import json
 import math
@@ -808,3 +809,38 @@ def test_nothing_of_these_tests_asks_the_network():
         environment()["HF_HUB_OFFLINE"] == os.environ["HF_HUB_OFFLINE"] == "1"
         and (REPO / "gta_seg.py").is_file()
     )
+
+
+# ------------------------------------------------------------------------------------ the sentences
+WHOLE = {"UserError", "RankError"}  # a sentence; the others are what a sentence is made of
+PARTS = {"BrokenImage", "SplitError", "DownloadError"}
+
+
+def faults_of_sentences(source: str) -> list[str]:
+    """What is wrong with the texts of the errors that are raised for the user: the name of an
+    exception in them, or whether they end as they should."""
+    faults = []
+    for node in ast.walk(ast.parse(source)):
+        kind = node.func.id if isinstance(node, ast.Call) and hasattr(node.func, "id") else ""
+        if kind not in WHOLE | PARTS or not node.args:
+            continue
+        text, end = ast.unparse(node.args[0]), node.args[0]
+        if isinstance(end, ast.JoinedStr):
+            end = end.values[-1]
+        if "__name__" in text:
+            faults.append(f"the name of an exception: {text}")
+        if isinstance(end, ast.Constant) and end.value.endswith(".") != (kind in WHOLE):
+            faults.append(f"how it ends: {text}")
+    return faults
+
+
+def test_sentences_for_the_user_are_whole_and_name_no_exception():
+    for folder in ("", "common", "data"):
+        for path in sorted((REPO / folder).glob("*.py")):
+            assert faults_of_sentences(path.read_text()) == [], path
+    for bad in (
+        "raise UserError(f'{path} cannot be read ({type(error).__name__}).')",
+        "raise RankError('half a sentence')",
+        "raise SplitError('a part.')",
+    ):
+        assert len(faults_of_sentences(bad)) == 1

@@ -733,7 +733,7 @@ def test_unbiased_teachers_lists_are_places_among_the_images_with_objects(tmp_pa
     assert len(choose(data, "random:1%", 0, "", "all", True).labeled) == 1172
     for split, seed, said in (
         ("3%", 1, "There is no split '3%'"),
-        ("5%", 10, "for --split-seed 0, 1, 2"),
+        ("5%", 10, "for --split-seed 10; give one of 0, 1, 2"),
         ("183", 1, "there: 0.01%, 0.1%, 0.5%, 1%, 2%, 5%, 10%;"),
     ):
         with pytest.raises(UserError, match=said):
@@ -919,7 +919,7 @@ def test_wrong_lists(own, tmp_path):
     (tmp_path / "f.txt").write_text("0\nsame\n")
     with pytest.raises(UserError, match="1 of 2 images .* for example same;"):
         choose(data, str(tmp_path / "f.txt"), 0, "", "all", True)
-    with pytest.raises(UserError, match="no folder or list"):
+    with pytest.raises(UserError, match="neither a folder nor a list file"):
         choose(data, "2", 0, str(tmp_path / "nowhere"), "all", True)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no images in that folder"):

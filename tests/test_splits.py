@@ -282,7 +282,7 @@ def test_bad_lists_are_named(tmp_path, content, message):
 
 
 def test_missing_list_is_named(tmp_path):
-    with pytest.raises(SplitError, match="absent.txt: No such file"):
+    with pytest.raises(SplitError, match="absent.txt .No such file"):
         splits.read_list(tmp_path / "absent.txt")
 
 
