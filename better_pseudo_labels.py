@@ -1039,7 +1039,8 @@ class RPN(nn.Module):
 
     def __init__(self, args: Args):
         super().__init__()
-        self.args, w = args, args.width
+        self.args = args
+        w = args.width
         self.convs = nn.Sequential(
             initialized(nn.Conv2d(w, w, 3, padding=1), 0.01),
             nn.ReLU(),
@@ -1212,21 +1213,8 @@ class CascadeHeads(nn.Module):
         for each image. The objects' own boxes are added to the proposals here. Boxes are x0, y0,
         x1, y1, which nothing checks (x, y, width, height would go through), and are clipped to the
         padded square, not to the picture in it."""
-        args, loss = self.args, {}
-        candidates = [torch.cat([b, o.boxes]) for b, o in zip(proposals, objects, strict=True)]
-        matches = []
-        for of_image, truth in zip(candidates, objects, strict=True):
-            match = match_boxes(of_image, truth.boxes, 0.5, 0.5)
-            matches.append(match.where(sided(of_image), -2))  # neither an object nor background
-        sampled = sample_regions(matches, args.roi_batch, 0.25, draws)
-        found = [s.foreground for s in sampled]
-        loss["mask"] = self.mask_loss(
-            pyramid,
-            [b[i] for b, i in zip(candidates, found, strict=True)],
-            [m[i] for m, i in zip(matches, found, strict=True)],
-            objects,
-        )
-        boxes = [b[torch.cat(s)] for b, s in zip(candidates, sampled, strict=True)]
+        boxes, of_objects, matches = candidates_of(proposals, objects, self.args.roi_batch, draws)
+        loss = {"mask": self.mask_loss(pyramid, of_objects, matches, objects)}
         counts = [len(b) for b in boxes]
         image_of_region = torch.cat(
             [b.new_full((len(b),), i, dtype=torch.int64) for i, b in enumerate(boxes)]
@@ -1234,13 +1222,7 @@ class CascadeHeads(nn.Module):
         columns = places([known.any(0)])[0]  # no image teaches the scores of other classes
         taught = known[image_of_region][:, columns]  # (R, columns)
         for stage, (head, (overlap, weights)) in enumerate(zip(self.boxes, CASCADE, strict=True)):
-            matches, target_probs, target_boxes = [], [], []  # of each image
-            for of_image, truth in zip(boxes, objects, strict=True):
-                match = match_boxes(of_image, truth.boxes, overlap, overlap)
-                goal_probs, goal_boxes = targets_of_regions(match, truth)
-                matches.append(match)
-                target_probs.append(goal_probs)
-                target_boxes.append(goal_boxes)
+            foreground, target_probs, target_boxes = targets_of_batch(boxes, objects, overlap)
             # A decoded box may have no area left. It stays among the regions, but weighs nothing.
             weight = region_weights([sided(b) for b in boxes])  # (R,)
 
@@ -1248,16 +1230,15 @@ class CascadeHeads(nn.Module):
             # The same values, with a third of the gradient: three heads learn from the pyramid.
             x = x / 3 + x.detach() * (2 / 3)
             logits, deltas = head(x, columns)
-            class_loss = sigmoid_loss(logits, torch.cat(target_probs)[:, columns], taught)
+            class_loss = sigmoid_loss(logits, target_probs[:, columns], taught)
             loss[f"class{stage + 1}"] = (class_loss * weight).sum()
 
             regions = torch.cat(boxes)
-            foreground = torch.cat(matches) >= 0
-            goal = encode_boxes(torch.cat(target_boxes), regions, weights)
-            goal = goal.where(foreground[:, None], 0.0)
+            goal = encode_boxes(target_boxes, regions, weights).where(foreground[:, None], 0.0)
             box_loss = (deltas - goal).abs().sum(1) * foreground
             loss[f"box{stage + 1}"] = (box_loss * weight).sum()
-            boxes = decode_boxes(deltas.detach(), regions, weights, args.image_size).split(counts)
+            boxes = decode_boxes(deltas.detach(), regions, weights, self.args.image_size)
+            boxes = boxes.split(counts)
         return loss
 
     def mask_loss(
@@ -1306,6 +1287,54 @@ class CascadeHeads(nn.Module):
 
 
 # ========================================================================================== losses
+class Candidates(NamedTuple):
+    """The regions of each image that the heads learn from."""
+
+    boxes: list[Tensor]  # (n, 4): those that stand for an object, then background
+    of_objects: list[Tensor]  # (m, 4): the former alone
+    matches: list[Tensor]  # (m,): the object that each of these stands for
+
+
+def candidates_of(
+    proposals: list[Tensor], objects: list[Objects], number: int, draws: list[torch.Generator]
+) -> Candidates:
+    """Draw `number` of the proposals (n, 4) and of the objects' own boxes in each image, of which
+    up to a quarter overlap an object by half."""
+    boxes, of_objects, all_boxes, all_matches, matches = [], [], [], [], []
+    for of_image, truth in zip(proposals, objects, strict=True):
+        of_image = torch.cat([of_image, truth.boxes])
+        match = match_boxes(of_image, truth.boxes, 0.5, 0.5)
+        all_boxes.append(of_image)
+        all_matches.append(match.where(sided(of_image), -2))  # neither an object nor background
+    sampled = sample_regions(all_matches, number, 0.25, draws)
+    for of_image, match, indices in zip(all_boxes, all_matches, sampled, strict=True):
+        boxes.append(of_image[torch.cat(indices)])
+        of_objects.append(of_image[indices.foreground])
+        matches.append(match[indices.foreground])
+    return Candidates(boxes, of_objects, matches)
+
+
+class Targets(NamedTuple):
+    """What the regions of all images learn, one image after the other."""
+
+    foreground: Tensor  # (R,) bool: whether a region stands for an object
+    probs: Tensor  # (R, C) class scores, and
+    boxes: Tensor  # (R, 4), both zero on background
+
+
+def targets_of_batch(boxes: list[Tensor], objects: list[Objects], overlap: float) -> Targets:
+    """A region, of each image (n, 4), stands for the object that it overlaps most, by `overlap` at
+    least."""
+    foreground, target_probs, target_boxes = [], [], []
+    for of_image, truth in zip(boxes, objects, strict=True):
+        match = match_boxes(of_image, truth.boxes, overlap, overlap)
+        goal_probs, goal_boxes = targets_of_regions(match, truth)
+        foreground.append(match >= 0)
+        target_probs.append(goal_probs)
+        target_boxes.append(goal_boxes)
+    return Targets(torch.cat(foreground), torch.cat(target_probs), torch.cat(target_boxes))
+
+
 def targets_of_regions(matches: Tensor, objects: Objects) -> tuple[Tensor, Tensor]:
     """What the regions of an image learn, by the object that each is matched to (R,), below 0 for
     background: class scores (R, C) and boxes (R, 4), both zero on background."""
