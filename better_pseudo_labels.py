@@ -2204,7 +2204,7 @@ def begin(
     s.optimizer = adamw(net, args, world)
     if state is not None:
         with checkpoints.fitting(state["path"]):
-            restore(s, state)
+            restore(s, state, world)
     s.forward = distributed.parallel(net.train(), world)
     return s
 
@@ -2240,7 +2240,7 @@ class Saved(checkpoints.Trained, kw_only=True):
     delta: Tensor | None
 
 
-def restore(s: State, state: dict) -> None:
+def restore(s: State, state: dict, world: World) -> None:
     """A phase as `snapshot` has left it; what follows from the data is there already."""
     s.step, s.scored = state["step"], state["scored"]
     s.last, s.best = state["last"], state["best"]
@@ -2248,7 +2248,7 @@ def restore(s: State, state: dict) -> None:
         checkpoints.load_exact(net, state["networks"][name], state["path"])
     s.optimizer.load_state_dict(state["optimizer"])
     if state["delta"] is not None:
-        s.delta = state["delta"].to(next(s.student.parameters()).device)
+        s.delta = state["delta"].to(world.device)
 
 
 def score_networks(s: State, data: Instances, args: Args, world: World, run: runs.Run) -> None:

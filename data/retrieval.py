@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 
 from common import plots
 from common.distributed import World, rng
-from common.errors import RankError, UserError
+from common.errors import RankError, UserError, one_line
 from common.files import BrokenImage, read_image, write_bytes, write_text
 from common.loading import helpers
 from common.typed_json import read_record
@@ -66,9 +66,10 @@ class Store:
         """(n_s, D) float16, a memory map."""
         try:
             return np.load(self.shards[s], mmap_mode="r")
-        except (OSError, ValueError, SyntaxError, EOFError, TypeError, OverflowError) as error:
+        except Exception as error:  # noqa: BLE001 (the head of the file is parsed as Python is)
             raise UserError(
-                f"{self.shards[s]} cannot be read ({error}); delete it, and it is made again."
+                f"{self.shards[s]} cannot be read ({one_line(error)}); delete it, and it is made "
+                f"again."
             ) from None
 
     def note(self, s: int) -> dict:

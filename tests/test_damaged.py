@@ -40,6 +40,8 @@ STATE = {
     "seconds": 1.5,
     "settings": {"lr": 0.1},
     "classes": ["a", "b"],
+    "last": {"student": {"step": 2, "miou": 40.0}},
+    "best": {"student": {"step": 1, "miou": 50.0}},
     "optimizer": {},
 }
 
@@ -159,6 +161,12 @@ def store_of(folder: Path, content: bytes | None = None) -> Nodes:
     return Nodes(folder, folder, lambda path: path[:-1], gist_rist.NodeRecord)
 
 
+def node(folder: Path, content: bytes) -> None:
+    record = store_of(folder, content).record("")
+    assert isinstance(record["weights"], str)
+    assert all(isinstance(score, (int, float)) for score in record["dev"].values())
+
+
 def calibration(folder: Path, content: bytes) -> None:
     (folder / "calibration.json").write_bytes(content)
     better_pseudo_labels.read_delta(folder / "calibration.json", ["a", "b"], World())
@@ -231,7 +239,7 @@ class SettingsOfRun:
 
 READERS = {  # a whole file, and who reads it
     "config.json": ({"script": "x.py", "settings": {"lr": 0.1, "out": "a"}}, config),
-    "node.json": (NODE, lambda folder, content: store_of(folder, content).record("")),
+    "node.json": (NODE, node),
     "calibration.json": ({"classes": ["b", "a"], "delta": [0.1, 0.2]}, calibration),
     "the note of a shard": (
         {"key": "k", "size": 3, "paths": ["a"], "sha256": ["b"], "broken": []},
@@ -381,9 +389,12 @@ def damage(content: bytes, changes: list[tuple[int, int]]) -> bytes:
 
 
 def a_damaged_file_of_a_run_is_read_or_refused(value: tuple, folder: Path) -> None:
-    name, changes = value
+    name, changes, place, new = value
+    content = damage(whole(name, folder), changes)
+    if not changes and not callable(READERS[name][0]):
+        content = json.dumps(swapped(READERS[name][0], place, new)).encode()
     try:
-        READERS[name][1](folder, damage(whole(name, folder), changes))
+        READERS[name][1](folder, content)
     except UserError as error:
         assert str(folder) in str(error) and "\n" not in str(error)
 
@@ -414,6 +425,11 @@ def a_checkpoint_of_any_form_is_read_or_refused(value: tuple, folder: Path) -> N
             optimizer.load_state_dict(state["optimizer"])
     except UserError as error:
         assert str(path) in str(error)
+        return
+    assert state["step"] >= 0 and state.get("scored", 0) >= 0
+    assert all(isinstance(name, str) for name in [*state["classes"], *state["settings"]])
+    for score in [*state.get("last", {}).values(), *state.get("best", {}).values()]:
+        assert isinstance(score["step"], int)
 
 
 def settings_of_a_checkpoint_are_taken_or_refused(value: tuple, folder: Path) -> None:
@@ -461,7 +477,9 @@ MINE = {
     "a damaged file of a run is read or refused": Property(
         st.tuples(
             st.sampled_from(list(READERS)),
-            st.lists(st.tuples(st.integers(0, 999), st.integers(0, 256)), min_size=1, max_size=4),
+            st.lists(st.tuples(st.integers(0, 999), st.integers(0, 256)), max_size=4),
+            st.lists(st.integers(0, 9), min_size=1, max_size=3),
+            others,
         ),
         a_damaged_file_of_a_run_is_read_or_refused,
     ),
