@@ -188,7 +188,7 @@ BETTER_VARIANTS = {
 # three are there it is the first. What is not listed has the rate of its script's baseline.
 RATES = {
     "gta_seg.py": ("0.01", "0.003", "0.03"),
-    "gist_rist.py": ("0.001", "0.003", "0.0003"),
+    "gist_rist.py": ("0.0001", "0.0003", "0.00003"),
     "guided_distillation.py": ("0.001", "0.003", "0.0003"),
     "better_pseudo_labels.py": ("0.001", "0.003", "0.0003"),
 }
@@ -196,7 +196,7 @@ BEST_RATE = {
     ("gta_seg.py", "suponly"): "0.01",
     ("gta_seg.py", "mt"): "0.01",
     ("gta_seg.py", "gta"): "0.01",
-    ("gist_rist.py", "labels only"): "0.001",
+    ("gist_rist.py", "labels only"): "0.0001",
     ("guided_distillation.py", "supervised"): "0.001",
     ("better_pseudo_labels.py", "supervised"): "0.001",
 }
@@ -684,6 +684,39 @@ def mean_and_spread(values: list[float]) -> str:
     return f"{statistics.mean(values):+.2f} ± {statistics.stdev(values):.2f}"
 
 
+def table_of_classes(script: str, logs: dict[str, Log]) -> str:
+    """The IoU of each class on the scored pictures, for the network that a method returns, as a
+    mean over the draws of group A that all methods have."""
+    found: dict[str, dict[int, dict[str, float]]] = {}  # by method and draw
+    for row in rows_of("A", script):
+        of_draw = {
+            draw: class_scores(logs[folder_name(row, draw)])
+            for draw in row.draws
+            if folder_name(row, draw) in logs
+        }
+        if of_draw:
+            found[row.method] = of_draw
+    shared = set.intersection(*(set(of_draw) for of_draw in found.values())) if found else set()
+    if not shared:
+        return markdown([], [])
+    classes = next(iter(next(iter(found.values())).values()))
+    lines = []
+    for name in classes:
+        means = [
+            statistics.mean(of_draw[draw][name] for draw in shared) for of_draw in found.values()
+        ]
+        lines.append([name, *(f"{mean:.1f}" for mean in means)])
+    return markdown(["class", *found], lines)
+
+
+def class_scores(log: Log) -> dict[str, float]:
+    """The IoU of each class of the network that a finished run returns, on the scored pictures."""
+    script = json.loads(log["config.json"])["script"]
+    results = json.loads(log["last.pt.results.json"])
+    network = next(name for name in RETURNED[script] if name in results)
+    return results[network]["last"]["iou"]
+
+
 def table_of_curves(group: str, script: str, logs: dict[str, Log]) -> str:
     """The scores of the baselines and of what chooses settings, as training goes on: columns are
     shares of the run."""
@@ -822,6 +855,7 @@ for each in SCRIPTS:
         f"{each.stem} claims": partial(table_of_claims, each.name),
         f"{each.stem} curves": partial(table_of_curves, "A", each.name),
     }
+TABLES["gta_seg classes"] = partial(table_of_classes, "gta_seg.py")
 TABLES["gta_seg pseudo labels"] = partial(table_of_pseudo_labels, "gta_seg.py")
 
 
