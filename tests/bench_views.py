@@ -1,9 +1,12 @@
 """What strong views of the instance scripts cost, against torchvision's colours and Pillow's blur,
-and how many of their unlabeled views a loader makes in a second: `make bench`.
+and how many pairs of a labeled and an unlabeled view a loader makes in a second: `make bench`.
 
 Processor seconds in one thread, the two sides in turn, and the median of the ratios of pairs."""
 
+import statistics
+import tempfile
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,8 +17,9 @@ from torchvision.transforms.v2 import functional as tv
 import better_pseudo_labels
 import guided_distillation
 from common import colour
-from common.objects import Photo
-from tests.measure import pair
+from common.instances import Views, load
+from common.objects import Instances, Photo, Thing
+from tests.measure import pair, seconds
 
 SIDE = 1024
 CORES, GPUS = 16, 8  # of the machine that the number of pairs is scaled to
@@ -88,8 +92,51 @@ def bench_unlabeled(samples: int = 20) -> None:
         )
 
 
+def labeled_photo(folder: Path, objects: int = 7) -> Photo:
+    """A JPEG of 640 x 480 with noise, of a photograph's size on disk, and polygons of 24 points."""
+    g = np.random.default_rng(1)
+    pixels = scene(480, 640).permute(1, 2, 0).numpy() + g.normal(0, 12, (480, 640, 3))
+    path = folder / "a.jpg"
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=92)
+    turn = np.linspace(0, 2 * np.pi, 25)[:-1]
+    things = []
+    for _ in range(objects):
+        radius = np.exp(g.uniform(2, 5)) * g.uniform(0.7, 1, 24)
+        points = radius[:, None] * np.stack([np.cos(turn), np.sin(turn)], axis=1)
+        points = (points + g.uniform(0, (640, 480))).clip(0, (640, 480))
+        things.append(Thing(int(g.integers(80)), [points.ravel()], False, 1.0))
+    return Photo("a", path, 1, 480, 640, tuple(things))
+
+
+def bench_pairs(samples: int = 40) -> None:
+    """What a worker does for a labeled and an unlabeled view, decoding included, but for putting
+    views into one batch."""
+    data = Instances("coco", Path(), [str(i) for i in range(80)], [*range(80)], [], [], [])
+    with tempfile.TemporaryDirectory() as folder:
+        photo = labeled_photo(Path(folder))
+        kilobytes = photo.image.stat().st_size / 1e3
+        decoding = seconds(lambda: [load(photo) for _ in range(samples)]) / samples
+        for script in SCRIPTS:
+            args = script.preset("coco")
+            labeled = Views([photo], partial(script.labeled_view, args, data), 0, "labeled")
+            unlabeled = Views([photo], partial(script.unlabeled_view, args), 0, "unlabeled")
+
+            def views(of: Views) -> None:
+                for sample in range(samples):
+                    of[0, 0, sample]
+
+            times = [[seconds(partial(views, x)) for x in (labeled, unlabeled)] for _ in range(3)]
+            a, b = (statistics.median(x) / samples for x in zip(*times, strict=True))
+            print(
+                f"{script.__name__}, views of {SIDE} of a JPEG of {kilobytes:.0f} kB with "
+                f"{len(photo.things)} objects: labeled {a * 1e3:.0f} ms, unlabeled {b * 1e3:.0f} "
+                f"ms, of which {decoding * 1e3:.0f} ms each are decoding; {CORES} cores such as "
+                f"this one make {CORES / GPUS / (a + b):.0f} pairs a second for each of {GPUS} GPUs"
+            )
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, one thread")
-    for bench in (bench_colours, bench_unlabeled):
+    for bench in (bench_colours, bench_unlabeled, bench_pairs):
         bench()

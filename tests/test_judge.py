@@ -3,6 +3,7 @@ bit, on golden, real, drawn and random results, and against values by hand; and 
 calibration error against plain loops."""
 
 import copy
+import gc
 import json
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from common.distributed import World
 from common.errors import UserError
 from common.judge import Samples, coco_ap, lvis_ap, samples
 from common.objects import Instances
+from common.outlines import areas_of, has_pixels
 from data import shapes
 
 GOLDEN = TEST_DATA / "coco_eval_golden"
@@ -311,6 +313,30 @@ def test_coco_without_results_or_objects():
             score = coco_ap(content, given, "bbox")
             assert score == by_the_record(coco_ap, content, given, "bbox")
             assert (score["ap"] is None) == (objects is not truth["annotations"])
+
+
+def test_areas_of_more_masks_than_pycocotools_counts():
+    """It counts up to 255 of a call. An object may have as many polygons."""
+    g = np.random.default_rng(0)
+    masks = (g.random((300, 9, 7)) < 0.3).astype(np.uint8)
+    runs = [coco_mask.encode(np.asfortranarray(mask)) for mask in masks]
+    for number in (0, 1, 255, 256, 300):
+        assert areas_of(runs[:number]).tolist() == masks[:number].sum((1, 2)).tolist()
+    specks = [np.tile([x, x, x + 0.1], 2).reshape(3, 2).ravel() for x in np.linspace(0, 9, 300)]
+    assert not has_pixels(specks, 10, 10)
+    assert has_pixels([*specks, np.array([1.0, 1, 6, 1, 6, 6, 1, 6])], 10, 10)
+
+
+def test_the_collector_of_garbage_is_as_it_was():
+    truth, results = random_rectangles("bbox", np.random.default_rng(0))
+    for was_enabled in (False, True):
+        (gc.enable if was_enabled else gc.disable)()
+        for score in (coco_ap, samples):
+            score(truth, results, "bbox")
+            assert gc.isenabled() == was_enabled
+            with pytest.raises(KeyError):
+                score({**truth, "annotations": [{"area": 1}]}, results, "bbox")
+            assert gc.isenabled() == was_enabled
 
 
 def test_who_judges():
