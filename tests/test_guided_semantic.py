@@ -582,8 +582,9 @@ def test_nothing_mixes_devices(line, shapes_root, tmp_path):
     assert len(near) == 2
     for a, b in zip(near, far, strict=True):
         assert a["targets_l"] == b["targets_l"]
-        # A near tie in the matching of a fresh network may fall the other way.
-        assert a["loss_l"] == pytest.approx(b["loss_l"], rel=0.3)
+    # The first network that a process makes on the pretended device begins with other weights, so
+    # the student's losses are compared. A near tie in its matching may fall the other way.
+    assert near[1]["loss_l"] == pytest.approx(far[1]["loss_l"], rel=0.05)
 
 
 def test_two_processes_share_a_batch(line, tmp_path):
