@@ -171,12 +171,6 @@ def numbered(truth: dict, results: list[dict], kind: str) -> tuple[dict, list[di
     image_numbers = {record["id"]: n for n, record in enumerate(images, start=1)}
     category_numbers = {record["id"]: n for n, record in enumerate(categories, start=1)}
 
-    def renamed(entry: dict, *keys: str) -> dict:
-        copy = {key: entry[key] for key in keys if key in entry}
-        copy["image_id"] = image_numbers[entry["image_id"]]
-        copy["category_id"] = category_numbers.get(entry["category_id"], 0)  # 0 is no class
-        return copy
-
     def numbers_of(record: dict, key: str) -> list[int]:
         return [category_numbers[c] for c in record.get(key) or () if c in category_numbers]
 
@@ -193,14 +187,27 @@ def numbered(truth: dict, results: list[dict], kind: str) -> tuple[dict, list[di
         ],
         "categories": [{**record, "id": category_numbers[record["id"]]} for record in categories],
         "annotations": [
-            {"iscrowd": 0, **renamed(annotation, "iscrowd", "area", outline), "id": n}
+            {
+                "id": n,
+                "image_id": image_numbers[annotation["image_id"]],
+                "category_id": category_numbers.get(annotation["category_id"], 0),  # 0 is no class
+                "iscrowd": annotation.get("iscrowd", 0),
+                **{key: annotation[key] for key in ("area", outline) if key in annotation},
+            }
             for n, annotation in enumerate(truth["annotations"], start=1)
         ],
     }
     found = []
     for result in results:
-        # Without a box, its box is that of its mask.
-        found.append(renamed(result, "score", outline if outline in result else "segmentation"))
+        key = outline if outline in result else "segmentation"  # its box is that of its mask
+        found.append(
+            {
+                "image_id": image_numbers[result["image_id"]],
+                "category_id": category_numbers.get(result["category_id"], 0),
+                "score": result["score"],
+                key: result[key],
+            }
+        )
     return copies, found
 
 
@@ -386,10 +393,9 @@ def counting(
 
 def areas(results: list[dict], kind: str) -> np.ndarray:
     """The area (n,) of each box, or of the mask if there is none or `kind` says so."""
-    by_box = np.array([kind == "bbox" and "bbox" in result for result in results], bool)
-    sides = [result["bbox"][2:] for result in itertools.compress(results, by_box)]
-    masks = [result["segmentation"] for result in itertools.compress(results, ~by_box)]
-    areas = np.zeros(len(results))
-    areas[by_box] = np.prod(np.reshape(sides, (-1, 2)), axis=1)
-    areas[~by_box] = areas_of(masks)
+    boxes = [result.get("bbox", (0, 0, 0, 0)) for result in results]
+    areas = np.array([width * height for _, _, width, height in boxes], float)
+    by_mask = np.array([kind == "segm" or "bbox" not in result for result in results], bool)
+    masks = [result["segmentation"] for result in itertools.compress(results, by_mask)]
+    areas[by_mask] = areas_of(masks)
     return areas
