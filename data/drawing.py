@@ -51,6 +51,28 @@ class Difficulty:
     clutter: float = 0.25  # contrast of the background
 
 
+@dataclass(frozen=True)
+class Domain:
+    """How scenes look in another place: same objects, other ground, surfaces, light and camera."""
+
+    tiles: float  # contrast of the tiles that the ground is laid with
+    grain: float  # standard deviation of the grain of an object's surface
+    light: tuple[float, float]  # how bright the brighter side is, of daylight
+    fall: tuple[float, float]  # how much of that is left at the other side
+    tint: tuple[float, float, float]  # colour of the light, red, green and blue
+    pixel_noise: float  # standard deviation of the camera's noise, of full range
+
+
+DUSK = Domain(
+    tiles=0.12,
+    grain=0.04,
+    light=(0.8, 1.0),
+    fall=(0.55, 0.8),
+    tint=(0.85, 0.92, 1.1),
+    pixel_noise=0.04,
+)
+
+
 # ------------------------------------------------------------------------------------------ drawing
 def signed_distance(form: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Rough signed distance to the outline of `form` in a unit frame: negative inside, about 1 =
@@ -159,10 +181,36 @@ def smooth(rng: np.random.Generator, size: int, cells: int) -> np.ndarray:
     )
 
 
+def tiles(rng: np.random.Generator, size: int) -> np.ndarray:
+    """(size, size, 1) values in [-1, 1]: a turned grid of tiles, each of its own brightness, with
+    dark joints."""
+    side, turn = rng.uniform(0.12, 0.25) * size, rng.uniform(0, np.pi)
+    ys, xs = np.mgrid[0:size, 0:size]
+    u = (np.cos(turn) * xs + np.sin(turn) * ys) / side + 100  # so that no place is negative
+    v = (-np.sin(turn) * xs + np.cos(turn) * ys) / side + 100
+    bright = rng.uniform(-0.6, 1, (200, 200))[u.astype(int), v.astype(int)]
+    joint = (u % 1 < 0.14) | (v % 1 < 0.14)
+    return np.where(joint, -1, bright)[..., None]
+
+
+def lit(rng: np.random.Generator, picture: np.ndarray, domain: Domain) -> np.ndarray:
+    """The picture in the domain's light, which comes from one side and falls off."""
+    size = len(picture)
+    bright, fall, turn = rng.uniform(*domain.light), rng.uniform(*domain.fall), rng.uniform(0, 7)
+    ys, xs = np.mgrid[0:size, 0:size] / size - 0.5
+    along = np.clip(0.5 + (np.cos(turn) * xs + np.sin(turn) * ys), 0, 1)[..., None]
+    return picture * np.array(domain.tint) * bright * (1 - (1 - fall) * along)
+
+
 def draw(
-    rng: np.random.Generator, kinds: list[tuple[str, str, float]], ids: list[int], d: Difficulty
+    rng: np.random.Generator,
+    kinds: list[tuple[str, str, float]],
+    ids: list[int],
+    d: Difficulty,
+    domain: Domain | None = None,
 ) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """A scene with one object per entry of `kinds` (form, pattern, hue), later ones in front.
+    """A scene with one object per entry of `kinds` (form, pattern, hue), later ones in front, as it
+    looks in a `domain`.
 
     Returns the picture (S, S, 3) uint8, the instance map (S, S) uint8 (0 background, i the i-th
     object) and `ids`."""
@@ -173,6 +221,8 @@ def draw(
         + d.clutter * smooth(rng, s, int(rng.integers(3, 7))).mean(-1, keepdims=True)
         + 0.25 * d.clutter * smooth(rng, s, 5)
     )
+    if domain is not None:
+        picture = picture + domain.tiles * tiles(rng, s)
     instances = np.zeros((s, s), np.uint8)
     ys, xs = np.mgrid[0:s, 0:s] + 0.5
     for number, (form, pattern, hue) in enumerate(kinds, start=1):
@@ -199,9 +249,14 @@ def draw(
             * rng.uniform(*d.pattern)
         )
         body = colour + values + d.texture * smooth(rng, s, 4)
+        if domain is not None:
+            body = body + domain.grain * rng.standard_normal((s, s, 1))
         picture = picture * (1 - cover) + body * cover
         instances[cover[..., 0] > 0.5] = number
-    picture = picture + d.pixel_noise * rng.standard_normal(picture.shape)
+    noise = d.pixel_noise
+    if domain is not None:
+        picture, noise = lit(rng, picture, domain), domain.pixel_noise
+    picture = picture + noise * rng.standard_normal(picture.shape)
     return (np.clip(picture, 0, 1) * 255).round().astype(np.uint8), instances, ids
 
 

@@ -11,9 +11,11 @@ forms and patterns go together.
     make_coco        COCO and LVIS JSON of one long-tailed set              instance segmentation
     make_things      COCO JSON of a few evenly frequent classes             the same, in minutes
     make_tail        LVIS JSON of a few long-tailed classes                 the same, in minutes
+    make_dusk        classes of the first, fourth and fifth, elsewhere     a shift between domains
     pretrain         a tiny backbone's weights from other classes     what ImageNet is to the papers
 
     python -m data.shapes [--root datasets/shapes]      draws all (each is drawn on first use, too)
+    python -m data.shapes --domain dusk                 draws root/dusk/{semantic,things,tail}
     python -m data.shapes --pretrain test_resnet        makes the weights file beside this program
 
 Every picture depends on (variant, part, index) alone. No randomness is taken from or left in global
@@ -35,10 +37,12 @@ from PIL import Image
 
 from common.errors import UserError
 from data.drawing import (
+    DUSK,
     FORMS,
     PATTERNS,
     THINGS,
     Difficulty,
+    Domain,
     draw,
     generator,
     polygons,
@@ -179,16 +183,23 @@ def save_palette(index: np.ndarray, path: Path) -> None:
     save_index_png(torch.from_numpy(index), path)
 
 
-def semantic_scene(part: str, index: int) -> tuple[np.ndarray, np.ndarray]:
+def kind_of(name: str, domain: Domain | None) -> str:
+    """The name of a variant in a domain. It begins the scenes, so no domain shows another's."""
+    return name if domain is None else f"{name} {domain}"
+
+
+def semantic_scene(
+    part: str, index: int, domain: Domain | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Scene `index` of a part: picture (S, S, 3) uint8 and label (S, S) uint8, 0 background, 1..
     the classes."""
-    rng = generator("semantic", part, index)
+    rng = generator(kind_of("semantic", domain), part, index)
     names = list(SEMANTIC_CLASSES)
     chosen = rng.integers(
         0, len(names), int(rng.integers(SEMANTIC.objects[0], SEMANTIC.objects[1] + 1))
     )
     picture, instances, _ = draw(
-        rng, [SEMANTIC_CLASSES[names[c]] for c in chosen], list(chosen), SEMANTIC
+        rng, [SEMANTIC_CLASSES[names[c]] for c in chosen], list(chosen), SEMANTIC, domain
     )
     return picture, np.concatenate([[0], chosen + 1]).astype(np.uint8)[instances]
 
@@ -411,19 +422,24 @@ def frequency_of(category: int, pairs: list[tuple[int, int]]) -> dict:
     }
 
 
-def make_things(root: Path, train: int = 400, tune: int = 200, val: int = 200) -> Path:
+def make_things(
+    root: Path, train: int = 400, tune: int = 200, val: int = 200, domain: Domain | None = None
+) -> Path:
     """COCO folders of a few evenly frequent classes: images/{train,tune,val},
     annotations/instances_*.json."""
+    kind = kind_of("things", domain)
 
     def make(folder: Path) -> None:
         for part, number in (("train", train), ("tune", tune), ("val", val)):
-            data = annotated(folder, "things", part, number, FEW, THING_CLASSES, None)
+            data = annotated(folder, kind, part, number, FEW, THING_CLASSES, None, domain)
             (folder / "annotations" / f"instances_{part}.json").write_text(json.dumps(data))
 
-    return once(root, f"things {FEW} {THING_CLASSES} {train} {tune} {val}", make)
+    return once(root, f"{kind} {FEW} {THING_CLASSES} {train} {tune} {val}", make)
 
 
-def make_tail(root: Path, train: int = 600, tune: int = 200, val: int = 200) -> Path:
+def make_tail(
+    root: Path, train: int = 600, tune: int = 200, val: int = 200, domain: Domain | None = None
+) -> Path:
     """LVIS folders of a short long tail: images/{train,tune,val}, annotations/lvis_*.json,
     federated, with frequencies of the training pictures. The others are drawn half by the same law,
     half evenly, or rare classes went unscored."""
@@ -435,12 +451,13 @@ def make_tail(root: Path, train: int = 600, tune: int = 200, val: int = 200) -> 
         for part, number in (("train", train), ("tune", tune), ("val", val)):
             files[part] = annotated(
                 folder,
-                "tail",
+                kind_of("tail", domain),
                 part,
                 number,
                 TAIL,
                 TAIL_CLASSES,
                 law if part == "train" else (law + 1 / len(law)) / 2,
+                domain,
             )
         pairs = [(a["category_id"], a["image_id"]) for a in files["train"]["annotations"]]
         for kind in files["train"]["categories"]:
@@ -457,7 +474,41 @@ def make_tail(root: Path, train: int = 600, tune: int = 200, val: int = 200) -> 
                 image.update(neg_category_ids=sorted(few.tolist()), not_exhaustive_category_ids=[])
             (folder / "annotations" / f"lvis_{part}.json").write_text(json.dumps(data))
 
-    return once(root, f"tail {TAIL} {TAIL_CLASSES} {train} {tune} {val}", make)
+    return once(root, f"{kind_of('tail', domain)} {TAIL} {TAIL_CLASSES} {train} {tune} {val}", make)
+
+
+def make_dusk(root: Path) -> dict[str, Path]:
+    """What `--dataset shapes` draws for the scripts, with the same classes, forms and numbers of
+    pictures, in another domain: by name, the folder of each set. The semantic one has the layout of
+    `--dataset folder`."""
+    return {
+        "semantic": make_folder(root / "semantic", DUSK),
+        "things": make_things(root / "things", domain=DUSK),
+        "tail": make_tail(root / "tail", domain=DUSK),
+    }
+
+
+def make_folder(
+    root: Path, domain: Domain, train: int = 1000, tune: int = 200, val: int = 300
+) -> Path:
+    """The semantic variant in a domain: images/{train,tune,val}, labels/{train,tune,val},
+    classes.txt."""
+
+    def make(folder: Path) -> None:
+        for part, number in (("train", train), ("tune", tune), ("val", val)):
+            images, labels = folder / "images" / part, folder / "labels" / part
+            images.mkdir(parents=True)
+            labels.mkdir(parents=True)
+            for index in range(number):
+                picture, label = semantic_scene(part, index, domain)
+                file = images / f"{index:06d}.jpg"
+                Image.fromarray(picture).save(file, quality=95, subsampling=0)
+                save_palette(label, labels / f"{index:06d}.png")
+        lines = "".join(f"{name}\n" for name in ["background", *SEMANTIC_CLASSES])
+        (folder / "classes.txt").write_text(lines)
+
+    version = f"{kind_of('semantic', domain)} {SEMANTIC} {SEMANTIC_CLASSES} {train} {tune} {val}"
+    return once(root, version, make)
 
 
 def annotated(
@@ -468,9 +519,10 @@ def annotated(
     d: Difficulty,
     classes: dict,
     law: np.ndarray | None,
+    domain: Domain | None,
 ) -> dict:
     """Draws scenes of a part into folder/images/<part>; what a COCO file says of them. `law`: share
-    of each class."""
+    of each class. `name` begins the scenes."""
     data = {
         "info": {"description": "drawn shapes"},
         "images": [],
@@ -487,7 +539,8 @@ def annotated(
         chosen = rng.choice(
             len(classes), int(rng.integers(d.objects[0], d.objects[1] + 1)), p=law
         ).tolist()
-        picture, instances, _ = draw(rng, [list(classes.values())[c] for c in chosen], chosen, d)
+        kinds = [list(classes.values())[c] for c in chosen]
+        picture, instances, _ = draw(rng, kinds, chosen, d, domain)
         image = {
             "id": index + 1,
             "height": d.size,
@@ -628,10 +681,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--pretrain", metavar="BACKBONE", help="pre-train this network of timm, and draw nothing"
     )
+    parser.add_argument(
+        "--domain",
+        choices=["dusk"],
+        help="draw other scenes of the same classes, on other ground and in other light, into a "
+        "folder of this name below --root",
+    )
     args = parser.parse_args(argv)
     root = args.root
     if args.pretrain:
         print(pretrain(root, args.pretrain))
+        return 0
+    if args.domain:
+        for folder in make_dusk(root / args.domain).values():
+            print(folder)
         return 0
     kinds = {
         "voc": make_voc,
