@@ -267,7 +267,7 @@ def difference(values: dict[int, float], base: dict[int, float], is_base: bool) 
 
 
 # ===================================================================================== the pictures
-def draw_pictures(options: argparse.Namespace, count: int = 8) -> None:
+def draw_pictures(options: argparse.Namespace, count: int = 6) -> None:
     """A row for each set of each domain: its first scenes."""
     from PIL import Image
 
@@ -281,7 +281,7 @@ def draw_pictures(options: argparse.Namespace, count: int = 8) -> None:
         for x, file in enumerate(row):
             with Image.open(file) as picture:
                 sheet.paste(picture.resize((side, side)), (x * side, y * side))
-    sheet.quantize(64).save(HOUSE / "docs" / "figures" / "domains.png", optimize=True)
+    sheet.quantize(256).save(HOUSE / "docs" / "figures" / "domains.png", optimize=True)
 
 
 def main() -> None:
