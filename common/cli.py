@@ -13,7 +13,7 @@ import msgspec
 
 from common import distributed
 from common.checkpoints import Trained, load_checkpoint
-from common.errors import LOST, RankError, Stopped, UserError, user_sentence
+from common.errors import LOST, RankError, Stopped, UserError, one_line, user_sentence
 from common.loading import end_helpers
 
 
@@ -177,7 +177,7 @@ def saved_settings(args_type: type, path: Path, script: str):
     try:
         check_ranges(args)
     except UserError as error:
-        reason = str(error).rstrip(".")
+        reason = one_line(error).rstrip(".")
         raise UserError(
             f"{path} holds a setting that cannot be ({reason}); give another checkpoint."
         ) from None

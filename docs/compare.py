@@ -49,10 +49,11 @@ def read_run(folder: Path, metric: str = "miou") -> dict:
             json.loads((folder / name).read_bytes()) for name in ("config.json", "results.json")
         )
         network = "teacher" if "teacher" in results else "student"
-        known = {"method", "recipe", "split_seed", "seed"} <= config["settings"].keys()
+        settings = [config["settings"][name] for name in ("method", "recipe", "split_seed", "seed")]
+        known = [type(value) for value in settings] == [str, str, int, int]
         number = [results[network][which][metric] for which in ("last", "best")]
         if not known or not all(isinstance(value, (int, float)) for value in number):
-            raise ValueError(f"no settings, or no number as {metric}")
+            raise ValueError(f"no method, recipe or seed, or no number as {metric}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise SystemExit(
             f"{folder}: its config.json or results.json is damaged ({error}); run it again, or "

@@ -7,8 +7,10 @@ FILES, and runs each of them a few times with `few`. `make fuzz` runs all of the
 FUZZ_MINUTES (60), and prints how many inputs each has seen, and the smallest input that broke it.
 """
 
+import contextlib
 import faulthandler
 import importlib
+import io
 import os
 import sys
 import tempfile
@@ -60,12 +62,25 @@ def run(prop: Property, folder: Path, examples: int, **options) -> int:
     @given(prop.inputs)
     def attempt(value):
         seen.append(None)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             prop.holds(value, folder)
 
     attempt()
     return len(seen)
+
+
+def changed(value: Any, place: list[int], new: Any) -> Any:
+    """A nest of dictionaries and lists with one of its parts replaced, found by the places on the
+    way to it."""
+    if not isinstance(value, (dict, list)) or not value or not place:
+        return new
+    keys = list(value) if isinstance(value, dict) else list(range(len(value)))
+    key = keys[place[0] % len(keys)]
+    inner = changed(value[key], place[1:], new)
+    if isinstance(value, dict):
+        return value | {key: inner}
+    return [*value[:key], inner, *value[key + 1 :]]
 
 
 def in_time(holds: Callable[[Any, Path], None]) -> Callable[[Any, Path], None]:

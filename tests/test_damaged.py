@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from fuzz import PROPERTIES, Property, few
+from fuzz import PROPERTIES, Property, changed, few
 from helpers import REPO
 from hypothesis import strategies as st
 from PIL import Image
@@ -392,20 +392,11 @@ def a_damaged_file_of_a_run_is_read_or_refused(value: tuple, folder: Path) -> No
     name, changes, place, new = value
     content = damage(whole(name, folder), changes)
     if not changes and not callable(READERS[name][0]):
-        content = json.dumps(swapped(READERS[name][0], place, new)).encode()
+        content = json.dumps(changed(READERS[name][0], place, new)).encode()
     try:
         READERS[name][1](folder, content)
     except UserError as error:
         assert str(folder) in str(error) and "\n" not in str(error)
-
-
-def swapped(value, place: list[int], new):
-    """The value with one of its parts replaced, found by the places on the way to it."""
-    if not isinstance(value, dict) or not value or not place:
-        return new
-    keys = list(value)
-    key = keys[place[0] % len(keys)]
-    return value | {key: swapped(value[key], place[1:], new)}
 
 
 def a_checkpoint_of_any_form_is_read_or_refused(value: tuple, folder: Path) -> None:
@@ -417,7 +408,7 @@ def a_checkpoint_of_any_form_is_read_or_refused(value: tuple, folder: Path) -> N
     good = STATE | {"networks": {"student": layer.state_dict()}}
     good |= {"optimizer": optimizer.state_dict()}
     path = folder / "last.pt"
-    checkpoints.save_checkpoint(path, "gta_seg.py", swapped(good, place, new))
+    checkpoints.save_checkpoint(path, "gta_seg.py", changed(good, place, new))
     try:
         state = checkpoints.load_checkpoint(path, "gta_seg.py", checkpoints.Trained)
         with checkpoints.fitting(state["path"]):
