@@ -296,7 +296,9 @@ NOW: dict[str, str] = {}
 # Runs that the newer version cannot make any more, and why.
 GONE: dict[str, str] = {}
 # Runs whose results are meant to differ, and why. A name may be a pattern, such as "guided *".
-EXPECTED: dict[str, str] = {}
+EXPECTED: dict[str, str] = {
+    "better federated": "the draw of an image's classes takes numbers also where it is empty",
+}
 # Tensors, now -> then: (pattern, replacement) on "<run>/<file>: <network>: <tensor>".
 TENSORS: list[tuple[str, str]] = []
 # Tensors and networks that only one version has, which is right: patterns, found in the same text.
