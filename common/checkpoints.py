@@ -75,6 +75,10 @@ class Trained(Form, kw_only=True):
     last: dict[str, Score] = {}
     best: dict[str, Score] = {}
 
+    def __post_init__(self):
+        if self.last.keys() != self.best.keys():
+            raise ValueError("`last` and `best` are scores of different networks")
+
 
 def save_checkpoint(path: Path, script: str, state: dict) -> None:
     """torch.save, atomically, and tensor by tensor: no copy of the whole lies in memory. `state`

@@ -93,6 +93,7 @@ def test_a_file_without_check_sums_loads(way, tmp_path):
         {"networks": {}},
         {"last": 3},
         {"best": {"student": {}}},
+        {"last": {"student": {"step": 1, "miou": 1.0}}, "best": {}},
         {"settings": {"lr": {}}},
     ],
     ids=str,
