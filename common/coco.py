@@ -54,6 +54,8 @@ class Annotation(msgspec.Struct, gc=False):
     iscrowd: Annotated[int, msgspec.Meta(ge=0, le=1)] | bool | None = None
     area: float | None = None
     bbox: list[float] | None = None
+    isCrowd: Any = None  # noqa: N815 (two wrong spellings of iscrowd)
+    is_crowd: Any = None
 
 
 class Category(msgspec.Struct, gc=False):
@@ -109,7 +111,6 @@ def without_gc() -> Iterator[None]:
 def content_of(text: bytes, path: Path) -> Content:
     """`read_content` of a file that is read."""
     file = decoded(text, File, str(path), CURE)
-    warn_of_misspelt(text, path)
     refuse_repeated(text, file, path)
     classes = classes_of(without_roots(file, path), path)
     for picture in file.images:
@@ -203,24 +204,33 @@ def classes_of(categories: list[Category], path: Path) -> dict[int | str, str]:
     return {category: names[category] for category in ascending(list(names), "categories", path)}
 
 
-def warn_of_misspelt(text: bytes, path: Path) -> None:
-    for key in ("isCrowd", "is_crowd"):
-        if f'"{key}"'.encode() in text:
-            warnings.warn(
-                f"{path}: {key} is not looked at, because COCO calls it iscrowd", stacklevel=3
-            )
-
-
 def refuse_repeated(text: bytes, file: File, path: Path) -> None:
     """UserError when a key stands twice in one object, of which the last would be taken without a
-    word. It is looked for only if a key stands in the text more often than there are records."""
-    once = ("images", "categories", "annotations")
-    of_annotations = ("image_id", "category_id", "segmentation", "iscrowd")
-    most = dict.fromkeys(once, 1) | dict.fromkeys(of_annotations, len(file.annotations))
-    if any(text.count(f'"{key}"'.encode()) > number for key, number in most.items()):
+    word."""
+    if may_repeat_a_key(text, file.annotations):
         key = repeated_key(text)
         if key is not None:
             raise UserError(f"{path}: the key {key} stands twice in one of its objects; {CURE}.")
+
+
+def may_repeat_a_key(text: bytes, annotations: list[msgspec.Raw]) -> bool:
+    """Whether a key stands in the text more often than there are records, which is quickly known
+    when the annotations are views of the text, and not of another one into which it was
+    rewritten."""
+    if not annotations:
+        return True
+    first, last = (np.frombuffer(part, np.uint8) for part in (annotations[0], annotations[-1]))
+    origin = np.frombuffer(text, np.uint8).ctypes.data
+    start, end = first.ctypes.data - origin, last.ctypes.data + len(last) - origin
+    if not 0 <= start < end <= len(text):
+        return True
+    outside = text[:start] + text[end:]
+    return any(
+        outside.count(f'"{key}"'.encode()) > 1 for key in ("images", "categories", "annotations")
+    ) or any(
+        text.count(f'"{key}"'.encode()) > len(annotations)
+        for key in ("image_id", "category_id", "segmentation", "iscrowd")
+    )
 
 
 # ----------------------------------------------------------------------------------------- objects
@@ -232,6 +242,12 @@ class Tally:
         self.dropped = 0
         self.empty = 0
         self.first_empty = ""
+        self.misspelt: set[str] = set()
+
+    def note_misspelt(self, annotation: Annotation) -> None:
+        for key in ("isCrowd", "is_crowd"):
+            if getattr(annotation, key) is not None:
+                self.misspelt.add(key)
 
     def note_empty(self, place: str) -> None:
         self.first_empty = self.first_empty or place
@@ -269,6 +285,8 @@ def things_of(
         check_polygons(outlines, batch_sizes, start, path, tally)
         for place, (annotation, outline) in enumerate(zip(batch, outlines, strict=True), start):
             tally.dropped += outline.dropped
+            if annotation.isCrowd is not None or annotation.is_crowd is not None:
+                tally.note_misspelt(annotation)
             if not outline.polygons and not outline.runs:
                 tally.without_outline += 1
                 continue
@@ -377,6 +395,10 @@ def say(tally: Tally, number: int, path: Path) -> None:
         raise UserError(
             f"{path}: none of its {number} objects has a pixel in its picture; their coordinates "
             f"must be pixels of the picture on disk, not shares of its width and height; {CURE}."
+        )
+    for key in sorted(tally.misspelt):
+        warnings.warn(
+            f"{path}: {key} is not looked at, because COCO calls it iscrowd", stacklevel=4
         )
     if tally.without_outline:
         warnings.warn(

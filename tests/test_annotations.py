@@ -175,9 +175,15 @@ def test_a_key_that_stands_twice_is_refused(tmp_path):
     for twice in (
         text.replace('"iscrowd": 0', '"iscrowd": 1, "iscrowd": 0'),
         text[:-1] + ', "annotations": []}',
+        '{"annotations": [], ' + text[1:],
+        '{"images": [], ' + text[1:],
     ):
         with pytest.raises(UserError, match="stands twice"):
             read(coco_file(tmp_path, text=twice))
+        again = coco_file(tmp_path, text=twice)
+        again.write_bytes(twice.encode("utf-16"))
+        with pytest.raises(UserError, match="stands twice"):
+            read(again)
     read(coco_file(tmp_path, text=text.replace("a.png", "annotations")))
 
 
