@@ -1052,8 +1052,8 @@ def finish_settings(args: Args, epoch: int, warmup: int) -> Args:
     steps = args.steps or round(args.epochs * epoch)
     if steps <= warmup:
         raise UserError(
-            f"--steps {steps} end within the {warmup} steps of the warm-up; give more, or fewer "
-            f"--warmup-epochs."
+            f"{steps} steps end within the {warmup} of the warm-up; give more --steps or --epochs, "
+            f"or fewer --warmup-epochs."
         )
     out = str(runs.default_out(SCRIPT, args))
     return replace(args, steps=steps, eval_every=args.eval_every or epoch, out=out)

@@ -145,7 +145,8 @@ def is_layer_normed(name: str) -> bool:
 
     if not timm.is_model(name):
         return False
-    with torch.device("meta"):  # layers without numbers, for they are only looked at
+    # Layers without numbers, for they are only looked at; nothing is drawn for them either.
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
         layers = list(timm.create_model(name).modules())
     if any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in layers):
         return False
