@@ -36,15 +36,7 @@ PACK = HOUSE / "docs" / "logs" / "photographs.tar.xz"
 # What is packed of a run, never its weights.
 PACKED = ("config.json", "log.jsonl", "results.json", "last.pt.results.json", "report.md")
 GROUPS = ("study", "A", "B", "C")
-SCRIPTS = tuple(
-    Path(name)
-    for name in (
-        "gta_seg.py",
-        "gist_rist.py",
-        "guided_distillation.py",
-        "better_pseudo_labels.py",
-    )
-)
+SCRIPTS = ("gta_seg.py", "gist_rist.py", "guided_distillation.py", "better_pseudo_labels.py")
 
 
 # ==================================================================================== list of runs
@@ -204,7 +196,12 @@ BEST_RATE = {
 
 def rows() -> list[Row]:
     """All rows of the page."""
-    return [*rows_of_gta(), *rows_of_gist(), *rows_of_guided(), *rows_of_better()]
+    return [
+        *rows_of_gta(),
+        *rows_of_gist(),
+        *rows_of_objects("guided_distillation.py", GUIDED_METHODS, GUIDED_VARIANTS),
+        *rows_of_objects("better_pseudo_labels.py", BETTER_METHODS, BETTER_VARIANTS),
+    ]
 
 
 def rows_of_gta() -> list[Row]:
@@ -247,16 +244,6 @@ def rows_of_gist() -> list[Row]:
     for method in ("FIST, batch-wise", "searches from ClassMix"):
         found.append(Row("C", script, method, best, GIST_METHODS[method]))
     return found
-
-
-def rows_of_guided() -> list[Row]:
-    script = "guided_distillation.py"
-    return rows_of_objects(script, GUIDED_METHODS, GUIDED_VARIANTS)
-
-
-def rows_of_better() -> list[Row]:
-    script = "better_pseudo_labels.py"
-    return rows_of_objects(script, BETTER_METHODS, BETTER_VARIANTS)
 
 
 def rows_of_objects(script: str, methods: dict[str, str], variants: dict[str, str]) -> list[Row]:
@@ -445,9 +432,10 @@ class Queue:
             self.running[process] = Working(run, line)
 
     def is_taught(self, run: Planned) -> bool:
-        """Whether the teacher of a run is there, if it has one."""
+        """Whether the teacher of a run is trained to its end, if the run has one. (teacher.pt is
+        there from its first score on.)"""
         teacher = teacher_of(run)
-        return not teacher or (self.options.folder / teacher / "teacher.pt").is_file()
+        return not teacher or (self.options.folder / teacher / "results.json").is_file()
 
     def give_up(self) -> None:
         """The runs that still wait have no teacher, because the run that trains it has failed."""
@@ -848,12 +836,13 @@ TABLES: dict[str, Callable[[dict[str, Log]], str]] = {
     "machines": table_of_machines,
     "rates": table_of_rates,
 }
-for each in SCRIPTS:
+for script in SCRIPTS:
+    stem = Path(script).stem
     TABLES |= {
-        f"{each.stem} study": partial(table_of_curves, "study", each.name),
-        f"{each.stem} scores": partial(table_of_scores, each.name),
-        f"{each.stem} claims": partial(table_of_claims, each.name),
-        f"{each.stem} curves": partial(table_of_curves, "A", each.name),
+        f"{stem} study": partial(table_of_curves, "study", script),
+        f"{stem} scores": partial(table_of_scores, script),
+        f"{stem} claims": partial(table_of_claims, script),
+        f"{stem} curves": partial(table_of_curves, "A", script),
     }
 TABLES["gta_seg classes"] = partial(table_of_classes, "gta_seg.py")
 TABLES["gta_seg pseudo labels"] = partial(table_of_pseudo_labels, "gta_seg.py")

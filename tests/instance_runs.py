@@ -24,6 +24,26 @@ from PIL import Image
 
 from common import cli, colour, instances, runs
 
+# Of guided_distillation.py: four steps of the teacher, four of the student.
+TINY_GUIDED = dict(
+    backbone="test_resnet",
+    weights="none",
+    encoder_layers=1,
+    decoder_layers=2,
+    queries=8,
+    points=64,
+    crop_size=(64, 64),
+    scale=(0.7, 1.4),
+    lr=1e-3,
+    batch_size=2,
+    steps=4,
+    eval_every=2,
+    log_every=1,
+    workers=0,
+    device="cpu",
+    burn_in_steps=2,
+    ema=0.9,
+)
 HERE = ["--workers", "0", "--device", "cpu"]  # beside a checkpoint, which does not settle these
 
 

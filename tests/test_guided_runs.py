@@ -31,7 +31,18 @@ from helpers import (
     tensors,
     torchrun,
 )
-from instance_runs import HERE, as_line, kill, networks, results, steps_of, truncate, weights, words
+from instance_runs import (
+    HERE,
+    TINY_GUIDED,
+    as_line,
+    kill,
+    networks,
+    results,
+    steps_of,
+    truncate,
+    weights,
+    words,
+)
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -45,31 +56,8 @@ from data import shapes
 NAME = "guided_distillation"
 
 
-# four steps of the teacher, four of the student; a threshold that the class probabilities of a
-# fresh network pass
-TINY = dict(
-    split="random:4",
-    backbone="test_resnet",
-    weights="none",
-    width=64,
-    encoder_layers=1,
-    decoder_layers=2,
-    queries=8,
-    points=64,
-    crop_size=(64, 64),
-    test_size=(96, 96),
-    scale=(0.7, 1.4),
-    lr=1e-3,
-    batch_size=2,
-    steps=4,
-    eval_every=2,
-    log_every=1,
-    workers=0,
-    device="cpu",
-    burn_in_steps=2,
-    ema=0.9,
-    class_threshold=0.2,
-)
+# A threshold that the class probabilities of a fresh network pass.
+TINY = TINY_GUIDED | dict(split="random:4", width=64, test_size=(96, 96), class_threshold=0.2)
 
 
 # -------------------------------------------------------------------------------------------- tools

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import differences, log_of, state
-from instance_runs import HERE, as_line
+from instance_runs import HERE, TINY_GUIDED, as_line
 from PIL import Image
 from torch import Tensor
 
@@ -30,30 +30,8 @@ pytestmark = pytest.mark.usefixtures("seeded", "one_thread")
 
 NAME = "guided_distillation"
 
-# four steps of the teacher, four of the student; a threshold that a fresh network passes
-TINY = dict(
-    backbone="test_resnet",
-    weights="none",
-    norm="frozen",
-    width=32,
-    encoder_layers=1,
-    decoder_layers=2,
-    queries=8,
-    points=64,
-    crop_size=(64, 64),
-    test_size=(64, 64),
-    scale=(0.7, 1.4),
-    lr=1e-3,
-    batch_size=2,
-    steps=4,
-    eval_every=2,
-    log_every=1,
-    workers=0,
-    device="cpu",
-    burn_in_steps=2,
-    ema=0.9,
-    class_threshold=0.15,
-)
+# A threshold that a fresh network passes.
+TINY = TINY_GUIDED | dict(norm="frozen", width=32, test_size=(64, 64), class_threshold=0.15)
 
 
 def quick(*more, put=setattr) -> None:
