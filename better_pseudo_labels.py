@@ -106,7 +106,7 @@ from common.boxes import (
 from common.check import first_look, look_at_all
 from common.distributed import World, rng
 from common.errors import UserError, one_line
-from common.files import pictures, write_text
+from common.files import write_text
 from common.instances import Batch, Target
 from common.nodes import fingerprint
 from common.objects import (
@@ -300,6 +300,8 @@ class Args:
     eval: str = ""  # evaluate this checkpoint, train nothing
     # a checkpoint, then images or folders: write predictions
     predict: list[str] = field(default_factory=list)
+    # side of the windows in which --predict sees larger pictures; 0: it sees them whole
+    predict_tile: Annotated[int, msgspec.Meta(ge=0)] = 0
     # write the network of this checkpoint as a .safetensors file, train nothing
     export: str = ""
 
@@ -1751,7 +1753,7 @@ def evaluate(
         if shown:
             rows.append([image.permute(1, 2, 0).numpy(), draw_labels(image, photo, data)])
         for name, net in networks.items():
-            regions = find_regions(net.eval(), image, args)
+            [regions] = find_regions(net.eval(), [image], args)
             found = detect(net, image, regions, args, known)
             results[name] += mask_ap.results_of(photo.id, data.ids, *found)
             confident[name] += confident_results(
@@ -1793,16 +1795,24 @@ def draw_labels(image: Tensor, photo: Photo, data: Instances) -> np.ndarray:
 
 @torch.no_grad()
 @torch.backends.cudnn.flags(enabled=True, benchmark=False)
-def find_regions(net: Detector, image: Tensor, args: Args) -> Regions:
-    """The regions and scores of `net` in an image (3, H, W) uint8."""
-    x, factors = test_view(image.to(next(net.parameters()).device), args)
+def find_regions(net: Detector, images: list[Tensor], args: Args) -> list[Regions]:
+    """The regions and scores of `net` in images (3, H, W) uint8 of any sizes."""
+    device = next(net.parameters()).device
+    views = [test_view(image.to(device), args) for image in images]
+    x = torch.cat([view for view, _ in views])
     if args.compile:
         with torch.compiler.set_stance("force_eager"):
-            pyramid, [(boxes, probs)] = net.infer(x)
+            pyramid, found = net.infer(x)
     else:
-        pyramid, [(boxes, probs)] = net.infer(x)
-    ends = factors * factors.new_tensor([image.shape[2], image.shape[1]] * 2)
-    return Regions(factors, pyramid, torch.minimum(boxes, ends), probs)
+        pyramid, found = net.infer(x)
+    regions = []
+    for b, (image, (_, factors), (boxes, probs)) in enumerate(
+        zip(images, views, found, strict=True)
+    ):
+        ends = factors * factors.new_tensor([image.shape[2], image.shape[1]] * 2)
+        maps = [level[b : b + 1] for level in pyramid]
+        regions.append(Regions(factors, maps, torch.minimum(boxes, ends), probs))
+    return regions
 
 
 @torch.no_grad()
@@ -2600,14 +2610,15 @@ def predict(args: Args) -> None:
     path, *images = args.predict
     networks, state, world = load(path, args)
     net = networks[checkpoints.returned(networks, RETURNED)]
-    predictions.predict_objects(
-        pictures(images),
-        Path(f"{path}.predictions"),
-        lambda image: detect(net, image, find_regions(net, image, args), args),
-        state["ids"],
-        state["classes"],
-        world,
-    )
+
+    def detect_batch(batch: list[Tensor]) -> list[Detections]:
+        regions = find_regions(net, batch, args)
+        return [detect(net, image, r, args) for image, r in zip(batch, regions, strict=True)]
+
+    how = (world, args.workers, args.predict_tile, args.image_size)
+    classes = (state["ids"], state["classes"])
+    out = Path(f"{path}.predictions")
+    predictions.predict_objects(images, out, detect_batch, *classes, *how)
 
 
 def settings(dataset: str = "lvis", eval: str = "", predict: str = "", export: str = "") -> Args:

@@ -2014,14 +2014,13 @@ def predict(args: Args) -> None:
     checkpoint, *images = args.predict
     loaded = load(checkpoint, args)
 
-    def logits_of(image: Tensor) -> Tensor:
-        small, _ = resized(image[0], None, args.resize)
-        return upsample(loaded.net(small[None])[0], image.shape[-2:])
+    def logits_of(batch: Tensor) -> Tensor:
+        small = torch.stack([resized(image, None, args.resize)[0] for image in batch])
+        return upsample(loaded.net(small)[0], batch.shape[-2:])
 
     out = Path(f"{checkpoint}.predictions")
-    predictions.predict_labels(
-        images, out, loaded.classes, logits_of, loaded.world, args.predict_tile
-    )
+    how = (logits_of, loaded.world, args.workers, args.predict_tile)
+    predictions.predict_labels(images, out, loaded.classes, *how)
 
 
 def settings(

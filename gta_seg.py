@@ -943,7 +943,7 @@ def centre_crop(image: Tensor, label: Tensor, size: int) -> tuple[Tensor, Tensor
 
 
 def predict_logits(net: SegNet, images: Tensor, window: int = 0) -> Tensor:
-    """Normalised images (1, 3, H, W) -> logits (1, K, H, W). With a `window`, an image larger than
+    """Normalised images (B, 3, H, W) -> logits (B, K, H, W). With a `window`, an image larger than
     that is cut into square windows, two thirds of a side apart, and logits are averaged where they
     overlap; otherwise the network sees the whole image."""
     height, width = images.shape[-2:]
@@ -1367,11 +1367,12 @@ def predict(args: Args) -> None:
     networks, state, world = load(checkpoint, args)
     net = networks[checkpoints.returned(networks, RETURNED)]
 
-    def logits_of(image: Tensor) -> Tensor:
-        return predict_logits(net, transforms.normalize(image), args.window)
+    def logits_of(batch: Tensor) -> Tensor:
+        return predict_logits(net, transforms.normalize(batch), args.window)
 
     out = Path(f"{checkpoint}.predictions")
-    predictions.predict_labels(images, out, state["classes"], logits_of, world, args.predict_tile)
+    how = (logits_of, world, args.workers, args.predict_tile)
+    predictions.predict_labels(images, out, state["classes"], *how)
 
 
 # ================================================================================ presets, command

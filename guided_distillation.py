@@ -99,7 +99,7 @@ from common import (
 from common.check import first_look, look_at_all
 from common.distributed import World, rng
 from common.errors import UserError, one_line
-from common.files import pictures, write_text
+from common.files import write_text
 from common.instances import Batch, Target
 from common.objects import (
     Instances,
@@ -242,6 +242,8 @@ class Args:
     eval: str = ""  # evaluate this checkpoint, train nothing
     # A checkpoint, then images or folders: write what it finds in them, train nothing.
     predict: list[str] = field(default_factory=list)
+    # side of the windows in which --predict sees larger pictures; 0: it sees them whole
+    predict_tile: Annotated[int, msgspec.Meta(ge=0)] = 0
     # Write the network of this checkpoint as a .safetensors file, train nothing.
     export: str = ""
 
@@ -1520,23 +1522,32 @@ def repeat_factors(photos: list[Photo], num_classes: int, threshold: float) -> n
 class Seen(NamedTuple):
     """What the network predicts of one picture, and at which sizes (height, width)."""
 
-    heads: Heads  # the last one alone
+    heads: Heads  # the last one alone, of this picture alone
     padded: tuple[int, int]  # of what the network sees
     resized: tuple[int, int]  # of the picture in it, which is padded at the right and the bottom
     size: tuple[int, int]  # of the picture itself
 
 
-def see(net: Mask2Former, image: Tensor, test_size: tuple[int, int]) -> Seen:
-    """The prediction for an image (3, H, W) uint8, which the network sees with its shorter side at
-    test_size[0], unless the longer one would then exceed test_size[1]."""
-    size = tuple(image.shape[-2:])
+@torch.no_grad()
+@torch.backends.cudnn.flags(enabled=True, benchmark=False)  # sizes differ: no search for each
+def see(net: Mask2Former, images: Tensor, test_size: tuple[int, int]) -> list[Seen]:
+    """The predictions for images (B, 3, H, W) uint8, which the network sees with their shorter side
+    at test_size[0], unless the longer one would then exceed test_size[1]."""
+    size = tuple(images.shape[-2:])
     new = scaled(size, min(test_size[0] / min(size), test_size[1] / max(size)))
-    x = image[None].float()
+    x = images.float()
     if new != size:
         x = F.interpolate(x, size=new, mode="bilinear", antialias=True)
     # Padding after normalising pads with the mean colour.
     x = F.pad(transforms.normalize(x), (0, -new[1] % 32, 0, -new[0] % 32))
-    return Seen(net.forward(x, last_only=True), tuple(x.shape[-2:]), new, size)
+    heads = net.forward(x, last_only=True)
+    seen = []
+    for b in range(len(images)):
+        alone = slice(b, b + 1)
+        logits, embed = heads.class_logits[:, alone], heads.mask_embed[:, alone]
+        of_image = Heads(logits, embed, heads.mask_features[alone])
+        seen.append(Seen(of_image, tuple(x.shape[-2:]), new, size))
+    return seen
 
 
 TOGETHER = 20  # of so many queries masks are made at a time, to save memory
@@ -1563,17 +1574,20 @@ class Detections(NamedTuple):
     masks: Tensor  # (n, H, W) bool
 
 
-@torch.no_grad()
-@torch.backends.cudnn.flags(enabled=True, benchmark=False)  # sizes differ: no search for each
 def detect(
     net: Mask2Former, image: Tensor, test_size: tuple[int, int], top: int = 100
 ) -> Detections:
-    """The objects of an image (3, H, W) uint8: its `top` pairs of query and class with the highest
-    class probability, of which one query may give several.
+    """The objects of an image (3, H, W) uint8, see `objects_of`."""
+    [seen] = see(net, image[None], test_size)
+    return objects_of(seen, top)
+
+
+def objects_of(seen: Seen, top: int = 100) -> Detections:
+    """The objects of an image: its `top` pairs of query and class with the highest class
+    probability, of which one query may give several.
 
     An object's score is its class probability times the mean probability of its mask's own pixels.
     Nothing is thresholded, and no duplicates are suppressed."""
-    seen = see(net, image, test_size)
     probabilities = seen.heads.class_logits[-1, 0].softmax(-1)[:, :-1]  # (Q, K)
     scores, place = probabilities.flatten().topk(min(top, probabilities.numel()))
     # Each query's mask is made once, however many of the pairs have it.
@@ -1588,16 +1602,20 @@ def detect(
     return Detections(labels, scores, torch.cat(masks)[query_of_pair])
 
 
-@torch.no_grad()
-@torch.backends.cudnn.flags(enabled=True, benchmark=False)
 def segment(net: Mask2Former, image: Tensor, test_size: tuple[int, int]) -> Tensor:
-    """The scores (K, H, W) of all classes in the pixels of an image (3, H, W) uint8, as in
-    Mask2Former: the sum over queries of class probability, which is not renormalised without "no
-    object", times mask probability. Queries of one class add up, so that scores may exceed 1."""
-    seen = see(net, image, test_size)
+    """The scores (K, H, W) of all classes in the pixels of an image (3, H, W) uint8, see
+    `scores_of`."""
+    [seen] = see(net, image[None], test_size)
+    return scores_of(seen)
+
+
+def scores_of(seen: Seen) -> Tensor:
+    """The scores (K, H, W) of all classes in the pixels of an image, as in Mask2Former: the sum
+    over queries of class probability, which is not renormalised without "no object", times mask
+    probability. Queries of one class add up, so that scores may exceed 1."""
     classes = seen.heads.class_logits[-1, 0].softmax(-1)[:, :-1]  # (Q, K)
-    queries = torch.arange(len(classes), device=image.device)
-    scores = torch.zeros(classes.shape[1], *seen.size, device=image.device)
+    queries = torch.arange(len(classes), device=classes.device)
+    scores = torch.zeros(classes.shape[1], *seen.size, device=classes.device)
     parts = zip(classes.split(TOGETHER), masks_of_queries(seen, queries), strict=True)
     for classes_of_some, logits in parts:
         scores += torch.einsum("qk,qhw->khw", classes_of_some, logits.sigmoid())
@@ -2145,21 +2163,21 @@ def predict(args: Args) -> None:
     net = networks[checkpoints.returned(networks, RETURNED)]
     out = Path(f"{path}.predictions")
 
-    def logits_of(image: Tensor) -> Tensor:
+    def logits_of(batch: Tensor) -> Tensor:
         """The logarithm of scores, whose softmax is the share of a score in the sum of all."""
-        return segment(net, image[0], args.test_size).clamp(min=1e-30).log()[None]
+        scores = torch.stack([scores_of(seen) for seen in see(net, batch, args.test_size)])
+        return scores.clamp(min=1e-30).log()
 
+    def objects_of_batch(batch: list[Tensor]) -> list[Detections]:
+        seen_images = see(net, torch.stack(batch).to(world.device), args.test_size)
+        return [objects_of(seen) for seen in seen_images]
+
+    how = (world, args.workers, args.predict_tile)
     if args.task == "semantic":
-        predictions.predict_labels(images, out, state["classes"], logits_of, world)
-        return
-    predictions.predict_objects(
-        pictures(images),
-        out,
-        lambda image: detect(net, image.to(world.device), args.test_size),
-        state["ids"],
-        state["classes"],
-        world,
-    )
+        predictions.predict_labels(images, out, state["classes"], logits_of, *how)
+    else:
+        classes = (state["ids"], state["classes"])
+        predictions.predict_objects(images, out, objects_of_batch, *classes, *how)
 
 
 def settings(

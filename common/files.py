@@ -7,11 +7,8 @@ import json
 import math
 import os
 import struct
-import sys
 import zlib
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,8 +18,6 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from common.errors import RankError, UserError
-
-READERS = 4  # threads that decode images which are to be predicted
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
@@ -227,22 +222,3 @@ def pictures(paths: list[str]) -> list[Path]:
             "(--predict runs/x/best.pt photos/)."
         )
     return files
-
-
-def readable(files: list[Path], world, upright: bool = False) -> Iterator[tuple[int, Path, Tensor]]:
-    """Place, file and image of those that this process shall predict; some are decoded ahead. A
-    file that is no image is named and passed over, unless it is the only one, which is an error."""
-    waiting = list(range(world.rank, len(files), world.size))
-    ahead = deque()
-    with ThreadPoolExecutor(READERS) as pool:
-        while waiting or ahead:
-            while waiting and len(ahead) < 2 * READERS:
-                place = waiting.pop(0)
-                ahead.append((place, pool.submit(read_image, files[place], upright)))
-            place, image = ahead.popleft()
-            try:
-                yield place, files[place], image.result()
-            except BrokenImage as error:
-                if len(files) == 1:
-                    raise
-                print(f"passed over: {error}", file=sys.stderr, flush=True)

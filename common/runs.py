@@ -35,6 +35,7 @@ FREE_TO_CHANGE = {
     "check",
     "eval",
     "predict",
+    "predict_tile",
 }  # settings that a resumed run may have otherwise
 
 

@@ -459,6 +459,18 @@ def assert_predicts(run: Callable, out: Path, picture: Path, io: Path) -> None:
         assert label.size == image.size and label.mode == "P"
 
 
+def assert_same_objects(ours: list[dict], theirs: list[dict]) -> None:
+    """Two lists of COCO results hold the same objects but for rounding, which may put objects of
+    equal scores into another order."""
+
+    def by_score(results: list[dict]) -> list[tuple]:
+        return sorted((r["image_id"], r["category_id"], round(r["score"], 4)) for r in results)
+
+    assert len(ours) == len(theirs)
+    for a, b in zip(by_score(ours), by_score(theirs), strict=True):
+        assert a[:2] == b[:2] and abs(a[2] - b[2]) < 3e-4
+
+
 def probabilities(logits: torch.Tensor) -> np.ndarray:
     """(B, K, H, W) -> the same, float64: softmax of one pixel after the other."""
     z, p = logits.detach().double().numpy(), np.zeros(logits.shape)

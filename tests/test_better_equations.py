@@ -1678,7 +1678,7 @@ def test_regions_end_with_the_picture():
     """Boxes on the padded square are cut at the picture's own border."""
     net = Finder([[1.0, 2, 90, 80], [90, 60, 96, 96], [5, 70, 96, 72]])
     args, image = small(image_size=96), torch.zeros(3, 48, 64, dtype=torch.uint8)
-    regions = bpl.find_regions(net, image, args)
+    [regions] = bpl.find_regions(net, [image], args)
     assert regions.boxes.tolist() == [[1, 2, 90, 72], [90, 60, 96, 72], [5, 70, 96, 72]]
     assert regions.factors.tolist() == [1.5] * 4
     assert torch.equal(net.seen[0], bpl.test_view(image, args)[0])

@@ -691,7 +691,7 @@ def test_boxes_end_with_the_image():
     net = SimpleNamespace(
         parameters=lambda: iter([found]), infer=lambda x: ([], [(found, torch.rand(2, 3))])
     )
-    seen = bpl.find_regions(net, image, small(image_size=128))
+    [seen] = bpl.find_regions(net, [image], small(image_size=128))
     assert seen.factors.tolist() == pytest.approx([128 / 50, 84 / 33] * 2)  # 84.48 pixels are 84
     assert seen.boxes.tolist() == [[3, 5, 128, 84], [10, 84, 20, 84]]
 

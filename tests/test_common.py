@@ -31,7 +31,7 @@ from common import (
 )
 from common.distributed import World
 from common.errors import UserError
-from common.files import read_image, read_log, readable
+from common.files import read_image, read_log
 
 TWO_GPUS = World(0, 2, 0, torch.device("cuda"))
 
@@ -215,21 +215,6 @@ def test_an_image_that_a_voc_list_names_must_be_there(shapes_root, tmp_path):
         found("train_000000\ntrain_000009\n", "val_000000\n")
     with pytest.raises(UserError, match="val_000009.jpg is missing"):
         found("train_000000\n", "val_000009\n")
-
-
-def test_predicting_passes_over_what_is_no_image(tmp_path, capsys):
-    for name in ("a.png", "c.png"):
-        Image.new("RGB", (5, 3)).save(tmp_path / name)
-    (tmp_path / "b.jpg").write_bytes(b"no image")
-    files = sorted(tmp_path.iterdir())
-    found = [
-        [(i, file.name, tuple(image.shape)) for i, file, image in readable(files, World(rank, 2))]
-        for rank in range(2)
-    ]
-    assert found == [[(0, "a.png", (3, 3, 5)), (2, "c.png", (3, 3, 5))], []]
-    assert "b.jpg cannot be read as an image" in capsys.readouterr().err
-    with pytest.raises(UserError, match="b.jpg"):
-        list(readable(files[1:2], World()))
 
 
 def test_pictures_of_sixteen_bits_keep_their_greys(tmp_path):
