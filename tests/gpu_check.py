@@ -61,6 +61,7 @@ SCRIPTS = {
     "guided": "guided_distillation",
     "better": "better_pseudo_labels",
 }
+TASKS = SCRIPTS | {"guided semantic": "guided_distillation"}  # with the other task of a script
 CLASSES = 5  # of random labels, where a part does not ask for more
 OBJECTS = 7  # of a random image
 REACHES = 1e-4  # how far losses may be apart, relative to the larger of their size and 1
@@ -136,6 +137,17 @@ def instance_batch(count: int, size: int, classes: int, g: torch.Generator) -> i
     return instances.Batch(images, images.clone(), targets, torch.zeros(count, dtype=torch.long))
 
 
+def pixel_batch(count: int, size: int, classes: int, g: torch.Generator) -> instances.Batch:
+    """Images whose targets are a mask for each class of a label map, which leaves pixels out."""
+    from guided_distillation import class_masks
+
+    images = pictures(count, size, g).byte()
+    labels = blocks(0, classes + 1, count, size, g)
+    labels[labels == classes] = semantic.IGNORE
+    targets = [class_masks(label.byte().numpy()) for label in labels]
+    return instances.Batch(images, images.clone(), targets, torch.zeros(count, dtype=torch.long))
+
+
 def side(args) -> int:
     """Of a random image; the random batches are square."""
     size = getattr(args, "crop_size", None) or args.image_size
@@ -177,10 +189,9 @@ def guided(args, classes: int, count: int, world: World) -> Training:
     import guided_distillation
 
     g = torch.Generator().manual_seed(0)
-    labeled, unlabeled = (
-        instances.to_device(instance_batch(count, side(args), classes, g), world.device)
-        for _ in range(2)
-    )
+    batch_of = pixel_batch if args.task == "semantic" else instance_batch
+    batches = [batch_of(count, side(args), classes, g) for _ in range(2)]
+    labeled, unlabeled = (instances.to_device(batch, world.device) for batch in batches)
     data = SimpleNamespace(classes=range(classes))
     s, _ = guided_distillation.begin("student", args, data, world, 0)
     return Training(s, lambda: guided_distillation.train_step(s, labeled, unlabeled, args, world))
@@ -215,7 +226,7 @@ def better(args, classes: int, count: int, world: World) -> Training:
     return Training(s, lambda: better_script.train_step(s, labeled, unlabeled, args, world))
 
 
-MAKE = {"gta": gta, "gist": gist, "guided": guided, "better": better}
+MAKE = {"gta": gta, "gist": gist, "guided": guided, "better": better, "guided semantic": guided}
 
 APART = ("objectness.weight", "classes.weight")  # layers of better_pseudo_labels.py
 
@@ -227,11 +238,12 @@ TINY = {
     "guided": dict(burn_in="none", class_threshold=0.3, size_threshold=2, crop_size=(64, 64)),
     "better": dict(threshold=0.02, federated=0, image_size=64, drop_path=0.0),
 }
+TINY["guided semantic"] = TINY["guided"] | dict(task="semantic", class_threshold=0.15)
 
 
 def tiny(name: str, **overrides):
     """The settings of a script for one small step."""
-    script = importlib.import_module(SCRIPTS[name])
+    script = importlib.import_module(TASKS[name])
     given = dict(weights="none", precision="fp32") | TINY[name] | overrides
     return script.preset("shapes", **given)
 
@@ -255,7 +267,7 @@ def make_comparable(networks: dict[str, nn.Module]) -> None:
 def draw_on_cpu(name: str) -> None:
     """Let a script draw points and regions on the CPU, from the same seeds, wherever it computes.
     It is not undone: the process ends with its part."""
-    script = importlib.import_module(SCRIPTS[name])
+    script = importlib.import_module(TASKS[name])
     if not hasattr(script, "generator"):
         return
     generator, rand = script.generator, torch.rand
@@ -459,7 +471,7 @@ def rank_step(setup: Setup, rank: int, size: int, port: int) -> None:
 # ------------------------------------------------------------------------------------------- runs
 def run_settings(name: str, setup: Setup, out: Path, steps: int, save_every: int):
     """The settings of a short run on drawn shapes, of which fewer are drawn than usual."""
-    script = importlib.import_module(SCRIPTS[name])
+    script = importlib.import_module(TASKS[name])
     counts = dict(train=40, tune=2, val=5) if setup.small else dict(train=240, tune=2, val=60)
     for make in ("make_voc", "make_things", "make_tail"):
         plain = getattr(shapes, make)
@@ -473,6 +485,7 @@ def run_settings(name: str, setup: Setup, out: Path, steps: int, save_every: int
         "gta": dict(warmup_epochs=min(1, steps / 100)),
         "gist": dict(stage0_steps=steps, **path),
         "guided": dict(split="random:20"),
+        "guided semantic": dict(task="semantic", split="random:20"),
         "better": dict(split="30", teacher_steps=steps),
     }[name]
     if setup.small:
@@ -490,9 +503,12 @@ SMALL_RUN = {
 }
 
 
+SMALL_RUN["guided semantic"] = SMALL_RUN["guided"]
+
+
 def trained(facts: dict, setup: Setup, name: str) -> None:
     """A short run, and its scores, of which the last one is what matters."""
-    script = importlib.import_module(SCRIPTS[name])
+    script = importlib.import_module(TASKS[name])
     if setup.small:
         torch.set_num_threads(1)
     args = run_settings(
@@ -697,7 +713,7 @@ def all_parts() -> dict[str, Part]:
     """In this order. What tells most in the least time comes first."""
     parts = {"device": Part(device, 10)}
     named = functools.partial
-    for name in SCRIPTS:
+    for name in TASKS:
         parts[f"equal {name}"] = Part(named(equal, name=name), 10)
     parts["ranks"] = Part(ranks, 15)
     for name in SCRIPTS:
@@ -710,7 +726,7 @@ def all_parts() -> dict[str, Part]:
         )
     for name in SCRIPTS:
         parts[f"bf16 {name}"] = Part(named(bf16, name=name), 10)
-    for name in SCRIPTS:
+    for name in TASKS:
         parts[f"train {name}"] = Part(named(trained, name=name), 25)
     for name in ("gist", "guided", "better"):
         parts[f"resume {name}"] = Part(named(resumed, name=name), 25, small=False)
