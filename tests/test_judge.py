@@ -340,7 +340,9 @@ def test_the_collector_of_garbage_is_as_it_was():
 
 
 def test_who_judges():
-    given = judge.numbered(*random_rectangles("bbox", np.random.default_rng(0)), "bbox")
+    truth, results = random_rectangles("bbox", np.random.default_rng(0))
+    found = judge.measured(judge.columns(results, truth), "bbox")
+    given = judge.numbered(truth, "bbox"), found
     for evaluator, limit in ((judge.coco_evaluator, [300]), (judge.lvis_evaluator, 300)):
         assert isinstance(evaluator(*given, "bbox", limit), hotcoco.COCOeval)
         record = by_the_record(evaluator, *given, "bbox", limit)
@@ -447,6 +449,14 @@ def test_the_cut_is_per_image_and_before_the_filter():
         == lvis_ap(truth, tied[::-1], max_dets=1)["ar1"] - 50
         == 50
     )
+
+
+def test_more_detections_of_one_class_than_lvis_takes_by_default():
+    truth = toy(([1], [], []))
+    truth["annotations"][0]["id"] = 1
+    many = found(*((10, 1, 0.9, 90) for _ in range(300)), (10, 1, 0.5, 0))
+    assert same(truth, many, "segm", 300)["ar300"] == 0
+    assert same(truth, many, "segm", 301)["ar301"] == 100
 
 
 def test_equal_scores_rank_by_image_and_then_as_given():
