@@ -1684,6 +1684,25 @@ def test_regions_end_with_the_picture():
     assert torch.equal(net.seen[0], bpl.test_view(image, args)[0])
 
 
+def test_regions_of_a_batch_are_of_their_own_picture():
+    """Pictures of any sizes pass together; each has its maps, boxes, scores and factors."""
+    found = [(torch.full((1, 4), 90.0 + b), torch.rand(1, 4)) for b in range(3)]
+    net = nn.Linear(1, 1)
+    net.infer = lambda x: ([x, x[:, :, ::2]], found)
+    sizes = [(48, 64), (96, 40), (60, 60)]
+    images = [torch.randint(0, 256, (3, *size)).byte() for size in sizes]
+    args = small(image_size=96)
+    for b, regions in enumerate(bpl.find_regions(net, images, args)):
+        view, factors = bpl.test_view(images[b], args)
+        assert torch.equal(regions.pyramid[0], view)
+        assert torch.equal(regions.pyramid[1], view[:, :, ::2])
+        assert torch.equal(regions.factors, factors)
+        assert torch.equal(regions.probs, found[b][1])
+        right, bottom = [(96, 72), (40, 96), (96, 96)][b]  # where the picture ends in its view
+        x, y = min(90 + b, right), min(90 + b, bottom)
+        assert regions.boxes.tolist() == [[x, y, x, y]]
+
+
 @pytest.mark.parametrize("kappa", [20.0, 0.0])
 def test_delta_is_measured_on_weak_views(kappa, monkeypatch):
     """On a view as the teacher has it for pseudo labels, drawn by the seed, against what the window

@@ -31,8 +31,8 @@ def by_colour(part: torch.Tensor) -> torch.Tensor:
     return (part.float() / 40).softmax(0)
 
 
-def noise(*size: int) -> torch.Tensor:
-    return torch.randint(0, 256, (3, *size), generator=torch.Generator().manual_seed(0)).byte()
+def noise(*size: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 256, (3, *size), generator=torch.Generator().manual_seed(seed)).byte()
 
 
 # ------------------------------------------------------------------------------------------- tiles
@@ -147,8 +147,16 @@ def test_pictures_of_one_size_are_together(monkeypatch):
 
 
 def test_few_pictures_wait_for_others_of_their_size():
-    endless = predictions.batches(loaded(*((1, n) for n in range(1, 1000))))
-    assert [[p.place for p in batch] for batch in itertools.islice(endless, 3)] == [[0], [1], [2]]
+    read = []
+
+    def endless():
+        for picture in loaded(*((1, n) for n in range(1, 1000))):
+            read.append(picture)
+            yield picture
+
+    first = itertools.islice(predictions.batches(endless()), 3)
+    assert places_of(first) == [[0], [1], [2]]
+    assert len(read) == predictions.HELD + 3
 
 
 def test_a_folder_of_many_sizes_is_predicted_whole(tmp_path):
@@ -156,7 +164,7 @@ def test_a_folder_of_many_sizes_is_predicted_whole(tmp_path):
     folder.mkdir()
     expected = {}
     for place in range(40):
-        image = noise(8 + place % 3, 9)
+        image = noise(8 + place % 3, 9, seed=place)
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{place}.png")
         expected[f"{place}.png"] = by_colour(image).argmax(0).numpy()
     for workers in (0, 1):
@@ -502,7 +510,7 @@ def predicted(request, tmp_path_factory):
     path, _ = save_networks(of_script, folder / "best.pt", **task)
     (folder / "photos").mkdir()
     for place, size in enumerate([(48, 64), (48, 64), (96, 40), (48, 64), (96, 40), (130, 90)]):
-        pixels = noise(size[0] // 8, size[1] // 8).permute(1, 2, 0).numpy()
+        pixels = noise(size[0] // 8, size[1] // 8, seed=place).permute(1, 2, 0).numpy()
         picture = Image.fromarray(pixels).resize((size[1], size[0]), Image.Resampling.BICUBIC)
         picture.save(folder / "photos" / f"{place}.png")
     script = importlib.import_module(of_script)
