@@ -1,26 +1,34 @@
 """COCO's and LVIS's average precision of masks and boxes, and the samples of a calibration error.
 
-The judge is hotcoco, whose matches and means are those of pycocotools and of the `lvis` package
-(0.5.3) to the bit. Where it is not installed, those two judge, which takes longer; in the tests
-they are the record. Any number of processes gives the same numbers: results are gathered first
-(`mask_ap.gather`). All numbers are in percent, and None where there is no object to find."""
+What is compared with what, and which means are taken, is said here; hotcoco, or a package that is
+its record, compares (`common/evaluators.py`). Any number of processes gives the same numbers:
+results are gathered first (`mask_ap.gather`). All numbers are in percent, and None where there is
+no object to find."""
 
 import contextlib
 import gc
 import io
-from collections.abc import Callable, Iterator
-from itertools import chain
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
-from common.errors import UserError
+from common.evaluators import (
+    Detections,
+    by_id,
+    chosen,
+    coco_evaluator,
+    columns,
+    judged,
+    lvis_evaluator,
+    measured,
+    numbered,
+    numbers_of,
+)
 from common.mask_ap import percent, truth_of
 from common.objects import Instances
-from common.outlines import areas_of, coco_mask
 
 ALL, SMALL, MEDIUM, LARGE = range(4)  # sizes of objects, split at 32^2 and 96^2 pixels
-OUTLINE = {"segm": "segmentation", "bbox": "bbox"}  # what is looked at
 
 
 @contextlib.contextmanager
@@ -59,7 +67,7 @@ def coco_ap(
     found = columns(results, held)
     found = measured(chosen(found, found.classes > 0), kind)
     limits = [1, min(10, max_dets), max_dets]
-    table = judged(coco_evaluator, numbered(held, kind), found, kind, limits).eval
+    table = judged(coco_evaluator, numbered(held, kind), found, kind, limits)
     precision = table["precision"][..., 2]  # (10 thresholds, 101 recalls, K held classes, 4 sizes)
     recall = table["recall"]  # (10, K, 4, 3), the last axis being the limits of detections
     score = averages(precision)
@@ -95,7 +103,7 @@ def lvis_ap(
     is_held = are_held(truth)
     held = with_classes(truth, is_held)
     found = counting(results, held, kind, max_dets, federated=True)
-    table = judged(lvis_evaluator, numbered(held, kind), found, kind, max_dets).eval
+    table = judged(lvis_evaluator, numbered(held, kind), found, kind, max_dets)
     precision = table["precision"]
     precision = precision.reshape(precision.shape[:4])  # hotcoco's has an axis of limits
     recall = table["recall"].reshape(table["recall"].shape[:3])
@@ -155,11 +163,6 @@ def frequencies(data: Instances | dict) -> list[str | None] | None:
     return [category.get("frequency") for category in by_id(data["categories"])]
 
 
-def by_id(records: list[dict]) -> list[dict]:
-    return sorted(records, key=lambda record: record["id"])
-
-
-# ---------------------------------------------------------------------------------------- the judge
 def are_held(truth: dict) -> np.ndarray:
     """(C,) bool: whether there is an object of each class, by ascending id."""
     held = {annotation["category_id"] for annotation in truth["annotations"]}
@@ -171,201 +174,6 @@ def with_classes(truth: dict, is_held: np.ndarray) -> dict:
     each of them, of which LVIS has many, would cost the judge as much as another."""
     categories = [c for c, held in zip(by_id(truth["categories"]), is_held, strict=True) if held]
     return {**truth, "categories": categories}
-
-
-def judged(evaluator: Callable, *given):
-    """The evaluator of a package, made by `evaluator` of what is given, after its work. It prints
-    nothing."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        judge = evaluator(*given)
-        judge.evaluate()
-        judge.accumulate()
-    return judge
-
-
-def numbers_of(records: list[dict]) -> dict[Any, int]:
-    """Id -> number of images or classes, from 1 in the order of the ids. They are numbered anew for
-    the judge, because to hotcoco an id is a whole number from 0."""
-    return {record["id"]: number for number, record in enumerate(by_id(records), start=1)}
-
-
-def numbered(truth: dict, kind: str) -> dict:
-    """A copy for the judge, which writes into what it is given, with new numbers, and without what
-    the `kind` does not look at.
-
-    Annotations are numbered anew, too: to pycocotools an object of id 0 is no match. What a file
-    says to `ignore`, which COCO and LVIS do not have, is an object like any other."""
-    image_numbers = numbers_of(truth["images"])
-    class_numbers = numbers_of(truth["categories"])
-
-    def numbers_in(record: dict, key: str) -> list[int]:
-        return [class_numbers[c] for c in record.get(key) or () if c in class_numbers]
-
-    return {
-        "images": [
-            {
-                "id": image_numbers[record["id"]],
-                "height": record["height"],
-                "width": record["width"],
-                "neg_category_ids": numbers_in(record, "neg_category_ids"),
-                "not_exhaustive_category_ids": numbers_in(record, "not_exhaustive_category_ids"),
-            }
-            for record in by_id(truth["images"])
-        ],
-        "categories": [
-            {**record, "id": class_numbers[record["id"]]} for record in by_id(truth["categories"])
-        ],
-        "annotations": [
-            {
-                "id": n,
-                "image_id": image_numbers[annotation["image_id"]],
-                "category_id": class_numbers.get(annotation["category_id"], 0),  # 0 is no class
-                "iscrowd": annotation.get("iscrowd", 0),
-                **{key: annotation[key] for key in ("area", OUTLINE[kind]) if key in annotation},
-            }
-            for n, annotation in enumerate(truth["annotations"], start=1)
-        ],
-    }
-
-
-class Detections(NamedTuple):
-    """The entries of a results file in columns, which hotcoco reads three times as fast."""
-
-    images: np.ndarray  # (N,) int64, their numbers
-    classes: np.ndarray  # (N,) int64; 0 is a class that the file of the truth does not list
-    scores: np.ndarray  # (N,) float64
-    areas: np.ndarray  # (N,) float64, in pixels; NaN before they are `measured`
-    entries: np.ndarray  # (N,) of dictionaries
-
-
-def columns(results: list[dict], truth: dict) -> Detections:
-    image_numbers = numbers_of(truth["images"])
-    class_numbers = numbers_of(truth["categories"])
-    length = len(results)
-    images = np.fromiter((image_numbers.get(r["image_id"], 0) for r in results), np.int64, length)
-    assert images.all(), "a detection is of an image that is not scored"
-    classes = (class_numbers.get(r["category_id"], 0) for r in results)
-    return Detections(
-        images,
-        np.fromiter(classes, np.int64, length),
-        np.fromiter((r["score"] for r in results), np.float64, length),
-        np.full(length, np.nan),
-        np.array(results, object),
-    )
-
-
-def chosen(found: Detections, which: np.ndarray) -> Detections:
-    """Those at the indices, or those for which an array (N,) is True."""
-    return Detections(*(column[which] for column in found))
-
-
-def measured(found: Detections, kind: str) -> Detections:
-    return found._replace(areas=areas(found.entries, kind))
-
-
-def coco_evaluator(truth: dict, found: Detections, kind: str, max_dets: list[int]):
-    """A COCOeval, of hotcoco or else of pycocotools."""
-    try:
-        from hotcoco import COCO, COCOeval
-    except ImportError:
-        return coco_evaluator_of_package(truth, found, kind, max_dets)
-    scored = COCO(truth)
-    judge = COCOeval(scored, read_by_hotcoco(scored, found, kind), kind)
-    judge.params.maxDets = max_dets
-    return judge
-
-
-def lvis_evaluator(truth: dict, found: Detections, kind: str, max_dets: int):
-    """An LVISEval, of hotcoco or else of the `lvis` package."""
-    try:
-        from hotcoco import LVIS, LVISEval
-    except ImportError:
-        return lvis_evaluator_of_package(truth, found, kind, max_dets)
-    scored = LVIS(truth)
-    # In two places it takes no more than 300, of an image and of a class in it, unless it is told.
-    read = read_by_hotcoco(scored, found, kind).cap_detections_per_image(max_dets)
-    judge = LVISEval(scored, read, kind)
-    judge.params.maxDets = [max_dets]
-    return judge
-
-
-def read_by_hotcoco(scored, found: Detections, kind: str):
-    """The detections as an object of hotcoco, `scored` being its truth."""
-    table = np.zeros((len(found.entries), 7))  # image, x, y, width, height, score, class
-    table[:, 0] = found.images
-    table[:, 5] = found.scores
-    table[:, 6] = found.classes
-    masks = None
-    if kind == "bbox":
-        table[:, 1:5] = boxes(found.entries)
-    else:
-        masks = [entry["segmentation"] for entry in found.entries]
-    read = scored.load_res(table, segmentation=masks)
-    # It took the areas of the boxes, which are not those of the masks.
-    read.update_anns(ids=np.arange(1, len(table) + 1), area=found.areas)
-    return read
-
-
-def coco_evaluator_of_package(truth: dict, found: Detections, kind: str, max_dets: list[int]):
-    """A COCOeval of pycocotools, which looks at the first result."""
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
-    def loaded(content: dict) -> COCO:
-        coco = COCO()
-        coco.dataset = content
-        coco.createIndex()
-        return coco
-
-    scored = loaded(truth)
-    results = results_for_packages(found, kind)
-    read = scored.loadRes(results) if results else loaded({**truth, "annotations": []})
-    judge = COCOeval(scored, read, kind)
-    judge.params.maxDets = max_dets
-    return judge
-
-
-def lvis_evaluator_of_package(truth: dict, found: Detections, kind: str, max_dets: int):
-    """An LVISEval of the `lvis` package, which reads files, needs a frequency of each class, looks
-    at the first result, and uses the np.float of numpy 1."""
-    try:
-        from lvis import LVIS, LVISEval, LVISResults
-    except ImportError:
-        raise UserError(
-            "LVIS's average precision needs the package hotcoco; install it with `pip install "
-            "hotcoco` and go on from the checkpoint with --resume."
-        ) from None
-
-    class Loaded(LVIS):
-        def _load_json(self, content: dict) -> dict:
-            return content
-
-    class Evaluator(LVISEval):
-        def accumulate(self) -> None:
-            np.float = float
-            try:
-                super().accumulate()
-            finally:
-                del np.float
-
-    categories = [{"frequency": "f", **category} for category in truth["categories"]]
-    results = results_for_packages(found, kind)
-    if not results:
-        nothing = {"image_id": 1, "category_id": 1, "score": 0.0, "bbox": [0, 0, 0, 0]}
-        results = [nothing]  # without area it is left out
-    scored = Loaded({**truth, "categories": categories})
-    return Evaluator(scored, LVISResults(scored, results, max_dets), kind)
-
-
-def results_for_packages(found: Detections, kind: str) -> list[dict]:
-    """The detections as the entries of a results file with new numbers, without what the `kind`
-    does not look at: a bbox beside a mask would give the detection its area."""
-    results = []
-    for image, number, score, _, entry in zip(*found, strict=True):
-        key = OUTLINE[kind] if OUTLINE[kind] in entry else "segmentation"  # its box is its mask's
-        numbers = {"image_id": int(image), "category_id": int(number)}
-        results.append({**numbers, "score": float(score), key: entry[key]})
-    return results
 
 
 # ---------------------------------------------------------------------------------------- samples
@@ -490,22 +298,3 @@ def best_of_images(found: Detections, max_dets: int) -> Detections:
     found = chosen(found, np.lexsort((-found.scores, found.images)))  # stable
     place_in_image = np.arange(len(found.images)) - np.searchsorted(found.images, found.images)
     return chosen(found, place_in_image < max_dets)
-
-
-def areas(entries: np.ndarray, kind: str) -> np.ndarray:
-    """The area (n,) of each box, or of the mask if there is none or `kind` says so."""
-    if kind == "segm":
-        return areas_of([entry["segmentation"] for entry in entries]).astype(float)
-    by_mask = np.array(["bbox" not in entry for entry in entries], bool)
-    areas = boxes(entries)[:, 2:].prod(axis=1)
-    areas[by_mask] = areas_of([entry["segmentation"] for entry in entries[by_mask]])
-    return areas
-
-
-def boxes(entries: np.ndarray) -> np.ndarray:
-    """The box (n, 4) of each entry, x, y, width, height, or that of its mask if it has none."""
-    boxes = (
-        entry["bbox"] if "bbox" in entry else coco_mask().toBbox(entry["segmentation"])
-        for entry in entries
-    )
-    return np.fromiter(chain.from_iterable(boxes), float).reshape(-1, 4)

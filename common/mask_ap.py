@@ -14,7 +14,7 @@ from torch import Tensor
 from common.distributed import World
 from common.errors import RankError
 from common.objects import CITYSCAPES_THINGS, Instances, Photo, Thing, with_things
-from common.outlines import coco_mask
+from common.outlines import coco_mask, packed
 
 THRESHOLDS = np.arange(0.5, 1.0, 0.05)  # of the overlap, written as in cityscapesScripts
 MIN_PIXELS = 100  # smaller objects of Cityscapes need not be found
@@ -102,9 +102,13 @@ def truth_of_labels(data: Instances) -> dict:
     annotations = []
     for photo in data.val:
         photo, ids = with_things(photo)
-        size = [photo.height, photo.width]
         images.append(
-            {"id": photo.id, "file_name": photo.image.name, "height": size[0], "width": size[1]}
+            {
+                "id": photo.id,
+                "file_name": photo.image.name,
+                "height": photo.height,
+                "width": photo.width,
+            }
         )
         flat = ids.ravel(order="F")  # down the columns, as COCO's run lengths go
         starts = np.flatnonzero(np.diff(flat, prepend=flat[0] - 1))  # of runs of equal values
@@ -112,8 +116,8 @@ def truth_of_labels(data: Instances) -> dict:
         for thing in photo.things:
             is_thing = flat[starts] == thing.segmentation
             edges = np.stack([starts[is_thing], ends[is_thing]], axis=1).ravel()
-            counts = np.diff(edges, prepend=0, append=flat.size).tolist()
-            runs = coco_mask().frPyObjects({"size": size, "counts": counts}, *size)
+            counts = np.diff(edges, prepend=0, append=flat.size)
+            runs = packed(counts, photo.height, photo.width)
             annotations.append(
                 {
                     "image_id": photo.id,
@@ -135,8 +139,12 @@ def truth_of_things(data: Instances) -> dict:
     annotations = []
     for photo in data.val:
         assert photo.things is not None, f"{photo.name} has no labels"
-        image = {"id": photo.id, "file_name": photo.name}
-        image |= {"height": photo.height, "width": photo.width}
+        image = {
+            "id": photo.id,
+            "file_name": photo.name,
+            "height": photo.height,
+            "width": photo.width,
+        }
         if data.lvis:
             image["neg_category_ids"] = [data.ids[c] for c in photo.negative]
             image["not_exhaustive_category_ids"] = [data.ids[c] for c in photo.partial]
@@ -231,9 +239,10 @@ class CityscapesAP:
         # (10, P, V). Regions do not overlap, so a detection passes on one of them at most.
         passes = (ious > THRESHOLDS[:, None, None]) & of_class & is_object
         on_void = (overlap * np.isin(values, VOID)).sum(axis=1)
-        # As in the benchmark, a small group counts twice.
-        on_others = (overlap * of_class * (1 * is_group + is_small)).sum(axis=1)
-        ignored = (on_void + on_others) / area
+        # As in the benchmark, pixels of a small group count twice.
+        on_groups = (overlap * (of_class & is_group)).sum(axis=1)
+        on_small = (overlap * (of_class & is_small)).sum(axis=1)
+        ignored = (on_void + on_groups + on_small) / area
         outcome = np.where(ignored > THRESHOLDS[:, None], -1, 0)  # (10, P)
         outcome[passes.any(axis=2)] = 0  # wrong, unless it is the best on its object
         if len(labels):
@@ -257,7 +266,7 @@ class CityscapesAP:
             np.zeros(classes, np.int64),
         )
         # The order of images makes no difference here, so all of them go by the number 0.
-        items = gather(world or World(), [(0, tuple(record)) for record in self.records])
+        items = gather(world or World(), [(0, record) for record in self.records])
         records = [empty, *(record for _, record in items)]
         found = Found(*(np.concatenate(values) for values in zip(*records, strict=True)))
         objects = found.objects.reshape(-1, classes).sum(axis=0)

@@ -21,7 +21,7 @@ from lvis import LVISEval
 from pycocotools import mask as coco_mask
 from pycocotools.cocoeval import COCOeval
 
-from common import instances, judge, mask_ap
+from common import evaluators, instances, mask_ap
 from common.distributed import World
 from common.errors import UserError
 from common.judge import Samples, coco_ap, lvis_ap, samples
@@ -341,9 +341,9 @@ def test_the_collector_of_garbage_is_as_it_was():
 
 def test_who_judges():
     truth, results = random_rectangles("bbox", np.random.default_rng(0))
-    found = judge.measured(judge.columns(results, truth), "bbox")
-    given = judge.numbered(truth, "bbox"), found
-    for evaluator, limit in ((judge.coco_evaluator, [300]), (judge.lvis_evaluator, 300)):
+    found = evaluators.measured(evaluators.columns(results, truth), "bbox")
+    given = evaluators.numbered(truth, "bbox"), found
+    for evaluator, limit in ((evaluators.coco_evaluator, [300]), (evaluators.lvis_evaluator, 300)):
         assert isinstance(evaluator(*given, "bbox", limit), hotcoco.COCOeval)
         record = by_the_record(evaluator, *given, "bbox", limit)
         assert isinstance(record, (COCOeval, LVISEval))
