@@ -36,7 +36,7 @@ The weights of a stage follow from its path alone, so each is trained once, by a
                                                               common/metrics.py
     Sec. IV                     network, its COCO weights     SegNet, caffe_style, initial_weights
     Sec. IV                     schedule, optimizer           learning_rate_factor, optimizer_of
-    Sec. IV                     augmentation                  augment, random_scale, resized
+    Sec. IV                     augmentation                  augment, random_size, resized
     Sec. IV                     search cost of two            --beam, --trials
     Sec. IV-A                   degenerate paths              longest_run, rejected_share, --max-run
     Table I                     three kinds of stage 0        --dataset, --split, --stage0,
@@ -589,9 +589,10 @@ def resized(image: Tensor, label: Tensor | None, times: float) -> tuple[Tensor, 
     if times == 1:
         return image, label
     size = tuple(round(side * times) for side in image.shape[-2:])
-    small = F.interpolate(image[None].float(), size=size, mode="bilinear", antialias=True)[0]
+    image = image.to(torch.float32, memory_format=torch.contiguous_format)
+    small = F.interpolate(image[None], size=size, mode="bilinear", antialias=True)[0]
     if label is not None:
-        _, label = transforms.resize(image, label, size)
+        label = transforms.resize_label(label, size)
     return small.round().clamp(0, 255).byte(), label
 
 
@@ -601,24 +602,23 @@ def augment(
     """Sec. IV: random resizing, flip, crop -> image, label and what is not padding. Padding carries
     no label. DEPARTS[padding]"""
     image, label = resized(image, label, args.resize)
-    image, label = random_scale(image, label, *args.scale, generator)
-    image, label = transforms.random_flip(image, label, generator)
-    return transforms.random_crop(image, label, args.crop_size, generator)
+    size = random_size(image.shape[-2:], *args.scale, generator)
+    view = transforms.random_view(size, args.crop_size, generator)
+    return transforms.cut_out(image, label, view)
 
 
-# SAME AS gta_seg.py:random_scale
-def random_scale(
-    image: Tensor, label: Tensor | None, low: float, high: float, generator: np.random.Generator
-) -> tuple[Tensor, Tensor | None]:
+# SAME AS gta_seg.py:random_size
+def random_size(
+    size: tuple[int, int], low: float, high: float, generator: np.random.Generator
+) -> tuple[int, int]:
     """Scale both sides by one factor. When the range holds 1, factors below and above 1 are equally
     likely: half of the time the factor is uniform in [low, 1], else in [1, high]."""
     if low < 1 < high:
         shrink = generator.random() < 0.5
         low, high = (low, 1) if shrink else (1, high)
     factor = generator.uniform(low, high)
-    height, width = image.shape[-2:]
-    size = (max(int(height * factor), 2), max(int(width * factor), 2))
-    return transforms.resize(image, label, size)
+    height, width = size
+    return max(int(height * factor), 2), max(int(width * factor), 2)
 
 
 # ------------------------------------------------------------------------------- stage 0 (Table I)

@@ -794,24 +794,23 @@ def augment(
 
     `valid` is False in padding, which has no label; in the released recipe it has class 0.
     DEPARTS[padding]"""
-    image, label = random_scale(image, label, *args.scale, generator)
-    image, label = transforms.random_flip(image, label, generator)
+    size = random_size(image.shape[-2:], *args.scale, generator)
+    view = transforms.random_view(size, args.crop_size, generator)
     pad_label = IGNORE if args.recipe == "paper" else 0
-    return transforms.random_crop(image, label, args.crop_size, generator, pad_label)
+    return transforms.cut_out(image, label, view, pad_label)
 
 
-def random_scale(
-    image: Tensor, label: Tensor | None, low: float, high: float, generator: np.random.Generator
-) -> tuple[Tensor, Tensor | None]:
+def random_size(
+    size: tuple[int, int], low: float, high: float, generator: np.random.Generator
+) -> tuple[int, int]:
     """Scale both sides by one factor. When the range holds 1, factors below and above 1 are equally
     likely: half of the time the factor is uniform in [low, 1], else in [1, high]."""
     if low < 1 < high:
         shrink = generator.random() < 0.5
         low, high = (low, 1) if shrink else (1, high)
     factor = generator.uniform(low, high)
-    height, width = image.shape[-2:]
-    size = (max(int(height * factor), 2), max(int(width * factor), 2))
-    return transforms.resize(image, label, size)
+    height, width = size
+    return max(int(height * factor), 2), max(int(width * factor), 2)
 
 
 def prepare(batch: Batch, world: World) -> Batch:

@@ -838,10 +838,10 @@ def note_reads(file: Path) -> None:
     from common.nodes import Nodes
 
     def noting(real, name):
-        def noted(*args):
+        def noted(*args, **kwargs):
             with open(file, "a") as out:
                 out.write(f"{name} {args[1] or 'stage0' if name == 'node' else args[0]}\n")
-            return real(*args)
+            return real(*args, **kwargs)
 
         return noted
 

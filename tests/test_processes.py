@@ -409,10 +409,10 @@ def no_more_files() -> None:
 
     read_image = semantic.read_image
 
-    def limited(path):
+    def limited(path, **kwargs):
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
-        return read_image(path)
+        return read_image(path, **kwargs)
 
     semantic.read_image = limited
 
