@@ -4,6 +4,7 @@ in training or in scoring, sees the Thing that was made of it here and checked."
 import contextlib
 import functools
 import gc
+import itertools
 import math
 import os
 import warnings
@@ -18,7 +19,7 @@ from common.errors import UserError
 from common.objects import Photo, Thing
 from common.outlines import (
     FAR,
-    Outline,
+    RunLengths,
     extents,
     has_pixels,
     merged_runs,
@@ -47,15 +48,22 @@ class Picture(msgspec.Struct, gc=False):
         return self.file_name or "/".join((self.coco_url or "").split("/")[-2:])
 
 
-class Annotation(msgspec.Struct, gc=False):
+class Annotation(msgspec.Struct, gc=False, kw_only=True):
     image_id: int | str
     category_id: int | str
-    segmentation: msgspec.Raw  # read after the size of the picture is known
+    segmentation: msgspec.Raw  # of any form
     iscrowd: Annotated[int, msgspec.Meta(ge=0, le=1)] | bool | None = None
     area: float | None = None
     bbox: list[float] | None = None
     isCrowd: Any = None  # noqa: N815 (two wrong spellings of iscrowd)
     is_crowd: Any = None
+
+
+class PlainAnnotation(Annotation, gc=False, kw_only=True):
+    """What nearly all annotations are."""
+
+    segmentation: list[list[float]] | RunLengths
+    bbox: tuple[float, float, float, float] | None = None
 
 
 class Category(msgspec.Struct, gc=False):
@@ -70,7 +78,7 @@ class File(msgspec.Struct, gc=False):
     annotations: list[msgspec.Raw]  # decoded a few at a time, since they would fill much memory
 
 
-PLAIN_ANNOTATION = msgspec.json.Decoder(Annotation)
+PLAIN_ANNOTATION = msgspec.json.Decoder(PlainAnnotation)
 ANNOTATION = msgspec.json.Decoder(Annotation, strict=False)
 
 
@@ -225,23 +233,25 @@ def may_repeat_a_key(text: bytes, annotations: list[msgspec.Raw]) -> bool:
     if not 0 <= start < end <= len(text):
         return True
     outside = text[:start] + text[end:]
-    return any(
-        outside.count(f'"{key}"'.encode()) > 1 for key in ("images", "categories", "annotations")
-    ) or any(
-        text.count(f'"{key}"'.encode()) > len(annotations)
-        for key in ("image_id", "category_id", "segmentation", "iscrowd")
+    if any(outside.count(key) > 1 for key in (b'"images"', b'"categories"', b'"annotations"')):
+        return True
+    number = len(annotations)
+    if any(text.count(key) > number for key in (b'"segmentation"', b'"iscrowd"')):
+        return True
+    # One count for both, unless the annotations have ids of other things, too.
+    return text.count(b'_id"') > 2 * number and any(
+        text.count(key) > number for key in (b'"image_id"', b'"category_id"')
     )
 
 
 # ----------------------------------------------------------------------------------------- objects
 class Tally:
-    """What is dropped or odd in the annotations of a file: how many, and the first of them."""
+    """What is dropped or odd in the annotations of a file."""
 
     def __init__(self):
         self.without_outline = 0
-        self.dropped = 0
-        self.empty = 0
-        self.first_empty = ""
+        self.dropped = 0  # polygons
+        self.empty: list[int] = []  # the places of annotations without a pixel
         self.misspelt: set[str] = set()
 
     def note_misspelt(self, annotation: Annotation) -> None:
@@ -249,9 +259,32 @@ class Tally:
             if getattr(annotation, key) is not None:
                 self.misspelt.add(key)
 
-    def note_empty(self, place: str) -> None:
-        self.first_empty = self.first_empty or place
-        self.empty += 1
+
+class Polygons(NamedTuple):
+    """The polygons of some annotations: a list for each, with the place of the annotation in its
+    file, and height and width of its picture."""
+
+    arrays: list[list[np.ndarray]]
+    places: list[int]
+    sizes: list[tuple[int, int]]
+
+    def check(self, path: Path, tally: Tally) -> None:
+        """UserError when a polygon cannot be drawn; annotations without a pixel are counted."""
+        if not self.arrays:
+            return
+        numbers = [len(polygons) for polygons in self.arrays]
+        owners = np.repeat(np.arange(len(numbers)), numbers)
+        found = extents(list(itertools.chain.from_iterable(self.arrays)))
+        wild = found.wild()
+        if wild is not None:
+            what = f"a coordinate is not finite or over {FAR:g} pixels, or its outline is too long"
+            raise at(path, self.places[owners[wild]], "segmentation", what)
+        heights, widths = np.array(self.sizes)[owners].T
+        is_sure = np.zeros(len(numbers), bool)
+        is_sure[owners[found.surely_have_pixels(heights, widths)]] = True
+        for owner in np.flatnonzero(~is_sure).tolist():
+            if not has_pixels(self.arrays[owner], *self.sizes[owner]):
+                tally.empty.append(self.places[owner])
 
 
 def things_of(
@@ -266,60 +299,58 @@ def things_of(
     things: dict[int | str, list[Thing]] = {image: [] for image in sizes}
     tally = Tally()
     for start in range(0, len(annotations), BATCH):
-        batch = decoded_batch(annotations[start : start + BATCH], start, path)
-        annotations[start : start + BATCH] = [None] * len(batch)
-        outlines = []
-        for place, annotation in enumerate(batch, start):
-            image, category = annotation.image_id, annotation.category_id
-            if image not in sizes or category not in index:
-                unknown = f"image {image}" if image not in sizes else f"category {category}"
-                raise UserError(
-                    f"{path}: annotations[{place}] is of {unknown}, which the file does not list; "
-                    f"{CURE}."
-                )
-            try:
-                outlines.append(read_outline(annotation.segmentation))
-            except ValueError as error:
-                raise at(path, place, "segmentation", error) from None
-        batch_sizes = [sizes[annotation.image_id] for annotation in batch]
-        check_polygons(outlines, batch_sizes, start, path, tally)
-        for place, (annotation, outline) in enumerate(zip(batch, outlines, strict=True), start):
-            tally.dropped += outline.dropped
+        polygons = Polygons([], [], [])
+        for place, text in enumerate(annotations[start : start + BATCH], start):
+            annotations[place] = None
+            annotation = decoded_annotation(text, place, path)
+            size = sizes.get(annotation.image_id)
+            category = index.get(annotation.category_id)
+            if size is None or category is None:
+                raise unlisted(annotation, size is None, place, path)
             if annotation.isCrowd is not None or annotation.is_crowd is not None:
                 tally.note_misspelt(annotation)
-            if not outline.polygons and not outline.runs:
+            try:
+                outline = read_outline(annotation.segmentation)
+                if outline.runs:
+                    segmentation, pixels = merged_runs(outline.runs, *size)
+            except ValueError as error:
+                raise at(path, place, "segmentation", error) from None
+            tally.dropped += outline.dropped
+            if outline.polygons:
+                segmentation = outline.polygons
+                polygons.arrays.append(segmentation)
+                polygons.places.append(place)
+                polygons.sizes.append(size)
+            elif not outline.runs:
                 tally.without_outline += 1
                 continue
-            segmentation = outline.polygons
-            if outline.runs:
-                try:
-                    segmentation, pixels = merged_runs(outline.runs, *sizes[annotation.image_id])
-                except ValueError as error:
-                    raise at(path, place, "segmentation", error) from None
-                if not pixels:
-                    tally.note_empty(f"annotations[{place}]")
-            things[annotation.image_id].append(
-                thing_of(annotation, index[annotation.category_id], segmentation)
-            )
+            elif not pixels:
+                tally.empty.append(place)
+            things[annotation.image_id].append(thing_of(annotation, category, segmentation))
+        polygons.check(path, tally)
     say(tally, sum(map(len, things.values())), path)
     return things
 
 
-def decoded_batch(texts: list[msgspec.Raw], start: int, path: Path) -> list[Annotation]:
-    """Some annotations; UserError, which names the one and its value, where they are of another
-    form."""
-    annotations = []
-    for place, text in enumerate(texts, start):
-        try:
-            annotation = PLAIN_ANNOTATION.decode(text)
-        except msgspec.DecodeError:
-            annotation = with_numbers_as_text(text, place, path)
-        if isinstance(annotation.image_id, str):
-            annotation.image_id = number_of(annotation.image_id)
-        if isinstance(annotation.category_id, str):
-            annotation.category_id = number_of(annotation.category_id)
-        annotations.append(annotation)
-    return annotations
+def unlisted(annotation: Annotation, is_image: bool, place: int, path: Path) -> UserError:
+    """An annotation is of an image or of a category that its file does not list."""
+    of = f"image {annotation.image_id}" if is_image else f"category {annotation.category_id}"
+    return UserError(
+        f"{path}: annotations[{place}] is of {of}, which the file does not list; {CURE}."
+    )
+
+
+def decoded_annotation(text: msgspec.Raw, place: int, path: Path) -> Annotation:
+    """An annotation; UserError, which names its value, where it is of another form."""
+    try:
+        annotation = PLAIN_ANNOTATION.decode(text)
+    except msgspec.DecodeError:
+        annotation = with_numbers_as_text(text, place, path)
+    if isinstance(annotation.image_id, str):
+        annotation.image_id = number_of(annotation.image_id)
+    if isinstance(annotation.category_id, str):
+        annotation.category_id = number_of(annotation.category_id)
+    return annotation
 
 
 def with_numbers_as_text(text: msgspec.Raw, place: int, path: Path) -> Annotation:
@@ -359,39 +390,9 @@ def check_numbers(annotation: Annotation, place: int, path: Path) -> None:
         raise at(path, place, "bbox", f"it is no box ({annotation.bbox})")
 
 
-def check_polygons(
-    outlines: list[Outline],
-    sizes: list[tuple[int, int]],
-    start: int,
-    path: Path,
-    tally: Tally,
-) -> None:
-    """UserError when a polygon of a batch of annotations cannot be drawn; those that have no pixel
-    in their picture, of `sizes` (height, width), are counted."""
-    polygons = []
-    owners = []  # the place in the batch of each polygon
-    for owner, outline in enumerate(outlines):
-        polygons += outline.polygons
-        owners += [owner] * len(outline.polygons)
-    if not polygons:
-        return
-    found = extents(polygons)
-    wild = found.wild()
-    if wild is not None:
-        what = f"a coordinate is not finite or over {FAR:g} pixels, or its outline is too long"
-        raise at(path, start + owners[wild], "segmentation", what)
-    owners = np.array(owners)
-    heights, widths = np.array(sizes)[owners].T
-    is_sure = np.zeros(len(outlines), bool)
-    is_sure[owners[found.surely_have_pixels(heights, widths)]] = True
-    for owner in np.unique(owners[~is_sure[owners]]).tolist():
-        if not has_pixels(outlines[owner].polygons, *sizes[owner]):
-            tally.note_empty(f"annotations[{start + owner}]")
-
-
 def say(tally: Tally, number: int, path: Path) -> None:
     """Warn of what a file's annotations have lost; UserError when no object has a pixel."""
-    if tally.empty and tally.empty == number:
+    if tally.empty and len(tally.empty) == number:
         raise UserError(
             f"{path}: none of its {number} objects has a pixel in its picture; their coordinates "
             f"must be pixels of the picture on disk, not shares of its width and height; {CURE}."
@@ -414,8 +415,9 @@ def say(tally: Tally, number: int, path: Path) -> None:
         )
     if tally.empty:
         warnings.warn(
-            f"{tally.empty} of {number} objects of {path} have no pixel in their picture (first: "
-            f"{tally.first_empty}); nothing is learned from them, and no detection can find them",
+            f"{len(tally.empty)} of {number} objects of {path} have no pixel in their picture "
+            f"(first: annotations[{min(tally.empty)}]); nothing is learned from them, and no "
+            f"detection can find them",
             stacklevel=4,
         )
 

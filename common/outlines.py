@@ -35,7 +35,6 @@ class Outline(NamedTuple):
     dropped: int  # polygons of fewer than three points or an odd count of numbers, left out
 
 
-PLAIN_POLYGONS = msgspec.json.Decoder(list[list[float]])
 POLYGONS = msgspec.json.Decoder(list[list[float]], strict=False)
 ANYTHING = msgspec.json.Decoder()
 
@@ -48,25 +47,30 @@ def coco_mask():
 
 
 # ------------------------------------------------------------------------------------------ reading
-def read_outline(text: msgspec.Raw | bytes) -> Outline:
-    """The outline that a piece of JSON stands for; ValueError, which says what is wrong, when there
-    is none. As in Detectron2, a polygon of an odd count or of fewer than six numbers is left out.
-    """
+def read_outline(found: msgspec.Raw | list[list[float]] | RunLengths) -> Outline:
+    """The outline that a piece of JSON stands for, decoded or not; ValueError, which says what is
+    wrong, when there is none."""
+    if isinstance(found, list):
+        return of_lists(found)
+    if isinstance(found, RunLengths):
+        return Outline([], [found], 0)
     try:
-        polygons = PLAIN_POLYGONS.decode(text)
-    except (msgspec.DecodeError, RecursionError):
-        try:
-            polygons = POLYGONS.decode(text)
-        except (msgspec.DecodeError, RecursionError) as error:
-            return read_other_form(text, error)
+        return of_lists(POLYGONS.decode(found))
+    except (msgspec.DecodeError, RecursionError) as error:
+        return read_other_form(found, error)
+
+
+def of_lists(polygons: list[list[float]]) -> Outline:
+    """The outline of lists of numbers: polygons, or the points of one."""
     if len(polygons) == 1 and len(polygons[0]) >= 6 and len(polygons[0]) % 2 == 0:
         return Outline([np.array(polygons[0], np.float64)], [], 0)  # of nearly all objects
     if len(polygons) >= 3 and all(len(point) == 2 for point in polygons):
-        polygons = [list(chain.from_iterable(polygons))]  # points of one polygon
+        polygons = [list(chain.from_iterable(polygons))]
     return of_polygons(polygons)
 
 
 def of_polygons(polygons: list[list[float]]) -> Outline:
+    """As in Detectron2, a polygon of an odd count or of fewer than six numbers is left out."""
     kept = [p for p in polygons if len(p) >= 6 and len(p) % 2 == 0]
     arrays = [np.array(numbers, np.float64) for numbers in kept]
     return Outline(arrays, [], len(polygons) - len(kept))
