@@ -99,8 +99,8 @@ GTA_METHODS = {
     "mt": f"{BOTH} --method mt",
     "gta": f"{BOTH} --method gta",
 }
-# What the study changes in the baseline: a text of its flags -> another. Methods can show their gain
-# only with a network that is clearly better with many labels than with few.
+# What the study changes in the baseline: a text of its flags -> another. Methods can show their
+# gain only with a network that is clearly better with many labels than with few.
 STRIDE_16 = "--output-stride 16 --aspp-rates 2 4 6"
 STRIDE_8 = "--output-stride 8 --aspp-rates 4 8 12"
 SUPONLY_VARIANTS = {
