@@ -44,7 +44,7 @@ https://arxiv.org/abs/2112.01527), which is complete in this file.
     Fig. 6    strong views compared           unlabeled_view, strong_view, erase_boxes, --strong-aug
     Fig. 1    AP over the share of labels     docs/guided_distillation.md
     Figs. 2, 5  pictures of results           draw_previews, predict
-    (Mask2Former) masked attention            blocked, Attention
+    (Mask2Former) masked attention            visible, Attention
     (Mask2Former) deformable attention        DeformableAttention, WeightedSamples
     (Mask2Former) sine positions              sine_positions
     (Mask2Former) classes of pixels           segment, evaluate_pixels, class_masks, --task
@@ -390,7 +390,8 @@ def batch_average(losses: Tensor, weights: Tensor, norm: Tensor) -> Tensor:
 def sample_points(maps: Tensor, points: Tensor) -> Tensor:
     """maps (n, c, h, w) at points (n, P, 2), x and y in 0..1 -> (n, c, P); bilinear, zero
     outside."""
-    return F.grid_sample(maps, 2 * points[:, :, None] - 1, align_corners=False)[..., 0]
+    grid = (2 * points).sub_(1)[:, :, None]
+    return F.grid_sample(maps, grid, align_corners=False).squeeze(3)
 
 
 def random_points(
@@ -503,7 +504,7 @@ def mask_losses(
         points_of_target = chosen.unflatten(0, (n, heads)).flatten(1, 2)  # (N, L P, 2)
         binary = (masks != 0)[:, None].to(logits.dtype)
         truth = sample_points(binary, points_of_target)[:, 0].unflatten(1, (heads, -1))  # (N, L, P)
-    x = sample_points(logits, chosen)[:, 0].unflatten(0, (n, heads))
+    x = sample_points(logits, chosen).squeeze(1).unflatten(0, (n, heads))
     l_ce = F.binary_cross_entropy_with_logits(x, truth, reduction="none").mean(-1)
     p = x.sigmoid()
     l_d = 1 - (2 * (p * truth).sum(-1) + 1) / (p.sum(-1) + truth.sum(-1) + 1)
@@ -553,11 +554,8 @@ def criterion(
     number_of_heads, _, num_queries, columns = heads.class_logits.shape
     device, none = heads.class_logits.device, columns - 1
     matches, bad_costs = match(heads, targets, generators, weights, num_points)
-    # These sums start at zero, but with a gradient: DDP waits for one of every parameter, even
-    # where a batch has no target.
-    l_ce = l_d = 0 * (heads.mask_embed.sum() + heads.mask_features.sum())
     head = torch.arange(number_of_heads, device=device)[:, None]
-    wanted = []
+    wanted, of_masks = [], []
     features = heads.mask_features.unbind(0)
     for i, (query, target) in enumerate(zip(matches, targets, strict=True)):
         query = query.to(device, non_blocking=True)  # (L, N)
@@ -572,10 +570,15 @@ def criterion(
             draw = partial(random_points, device=device, valid=target.valid)
             points = draw((*shape, 3 * num_points), generators[i])
             more = draw((*shape, number_more), generators[i])
-            l_ce_of_pair, l_d_of_pair = mask_losses(logits, masks, points, more)  # (n, L)
             has_query = (some >= 0).T
-            l_ce = l_ce + batch_average(l_ce_of_pair, has_query, norms.masks)
-            l_d = l_d + batch_average(l_d_of_pair, has_query, norms.masks)
+            of_masks.append((*mask_losses(logits, masks, points, more), has_query))  # each (n, L)
+    if of_masks:
+        l_ce, l_d, has_query = (torch.cat(parts) for parts in zip(*of_masks, strict=True))
+        l_ce = batch_average(l_ce, has_query, norms.masks)
+        l_d = batch_average(l_d, has_query, norms.masks)
+    else:
+        # Zero, but with a gradient: DDP waits for one of every parameter.
+        l_ce = l_d = 0 * (heads.mask_embed.sum() + heads.mask_features.sum())
     wanted = torch.stack(wanted, dim=1).flatten()  # of (L, B, Q)
     l_c = F.cross_entropy(heads.class_logits.flatten(0, 2), wanted, reduction="none")
     l_c = batch_average(l_c, torch.where(wanted == none, NO_OBJECT, 1.0), norms.classes)
@@ -1073,45 +1076,61 @@ class DeformableAttention(nn.Module):
         offsets = self.sampling_offsets(query).view(b, s, HEADS, self.levels, self.points, 2)
         offsets = offsets.permute(3, 0, 2, 4, 1, 5).flatten(1, 2).contiguous()
         places = torch.addcmul(centres, offsets, cells)  # (levels, n, points, S, 2) in -1..1
-        weights = self.attention_weights(query).view(b, s, HEADS, -1).softmax(-1)
-        weights = weights.unflatten(3, (self.levels, self.points))
-        weights = weights.permute(3, 0, 2, 4, 1).flatten(1, 2).contiguous()
-        values = value.split([h * w for h, w in sizes], dim=2)
-        seen = []
-        levels = zip(values, places.unbind(0), weights.unbind(0), sizes, strict=True)
-        for value, place, weight, size in levels:
-            seen.append(WeightedSamples.apply(value.unflatten(2, size), place, weight))
-        total = sum(seen[1:], seen[0])
-        return self.output_proj(total.unflatten(0, (b, HEADS)).flatten(1, 2).transpose(1, 2))
+        weights = self.attention_weights(query).view(b, s, HEADS, -1)
+        weights = weights.permute(0, 2, 3, 1).flatten(0, 1).contiguous().softmax(1)
+        weights = weights.unflatten(1, (self.levels, self.points))  # (n, levels, points, S)
+        seen = WeightedSamples.apply(value, places, weights, sizes)
+        seen = seen.unflatten(0, (b, HEADS)).flatten(1, 2).transpose(1, 2).contiguous()
+        return self.output_proj(seen)
 
 
 class WeightedSamples(torch.autograd.Function):
-    """One level of deformable attention: value (n, c, h, w), grid (n, points, S, 2) in -1..1,
-    weight (n, points, S) -> (n, c, S), which is
+    """What deformable attention sees: value (n, c, S) of levels of these sizes, places (levels, n,
+    points, S, 2) in -1..1, weights (n, levels, points, S) -> (n, c, S), the sum over levels of
 
-        (F.grid_sample(value, grid, align_corners=False) * weight[:, None]).sum(2)
+        (F.grid_sample(value_of_level, place, align_corners=False) * weight[:, None]).sum(2)
 
-    The samples (n, c, points, S) are the largest tensor of the network, so they are not kept: the
-    backward pass makes them anew."""
-
-    @staticmethod
-    def forward(ctx, value: Tensor, grid: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(value, grid, weight)
-        samples = F.grid_sample(value, grid, align_corners=False)  # (n, c, points, S)
-        return samples.mul_(weight[:, None]).sum(2)
+    The samples (n, c, points, S) of a level are the largest tensor of the network, so they are not
+    kept: the backward pass makes them anew."""
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        value, grid, weight = ctx.saved_tensors
+    def forward(
+        ctx, value: Tensor, places: Tensor, weights: Tensor, sizes: tuple[tuple[int, int], ...]
+    ) -> Tensor:
+        ctx.save_for_backward(value, places, weights)
+        ctx.sizes = sizes
+        seen = []
+        for of_level, place, weight in WeightedSamples.levels(value, places, weights, sizes):
+            samples = F.grid_sample(of_level, place, align_corners=False)  # (n, c, points, S)
+            seen.append(samples.mul_(weight[:, None]).sum(2))
+        return sum(seen[1:], seen[0])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad = grad.contiguous()
-        inputs = value.detach().requires_grad_(), grid.detach().requires_grad_()
-        with torch.enable_grad():
-            samples = F.grid_sample(*inputs, align_corners=False)
-        # The samples may be written over, for grid_sample's backward pass needs its inputs only.
-        grad_weight = samples.detach().mul_(grad[:, :, None]).sum(1)
-        grad_samples = torch.mul(grad[:, :, None], weight[:, None], out=samples.detach())
-        grad_value, grad_grid = torch.autograd.grad(samples, inputs, grad_samples)
-        return grad_value, grad_grid, grad_weight
+        grads = []
+        for of_level, place, weight in WeightedSamples.levels(*ctx.saved_tensors, ctx.sizes):
+            inputs = of_level.detach().requires_grad_(), place.detach().requires_grad_()
+            with torch.enable_grad():
+                samples = F.grid_sample(*inputs, align_corners=False)
+            # The samples may be written over: grid_sample's backward pass needs its inputs only.
+            grad_weight = samples.detach().mul_(grad[:, :, None]).sum(1)
+            grad_samples = torch.mul(grad[:, :, None], weight[:, None], out=samples.detach())
+            grad_value, grad_place = torch.autograd.grad(samples, inputs, grad_samples)
+            grads.append((grad_value.flatten(2), grad_place, grad_weight))
+        values, places, weights = zip(*grads, strict=True)
+        return torch.cat(values, 2), torch.stack(places), torch.stack(weights, 1), None
+
+    @staticmethod
+    def levels(
+        value: Tensor, places: Tensor, weights: Tensor, sizes: tuple[tuple[int, int], ...]
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The map (n, c, h, w) of each level, its places and its weights."""
+        values = value.split([h * w for h, w in sizes], dim=2)
+        for of_level, size, place, weight in zip(
+            values, sizes, places, weights.unbind(1), strict=True
+        ):
+            yield of_level.unflatten(2, size), place, weight
 
 
 class EncoderLayer(nn.Module):
@@ -1129,7 +1148,7 @@ class EncoderLayer(nn.Module):
 
     def forward(self, x: Tensor, position: Tensor, sizes: tuple[tuple[int, int], ...]) -> Tensor:
         x = self.norm1(x + self.self_attn(x + position, x, sizes))
-        return self.norm2(x + self.linear2(self.linear1(x).relu_()))
+        return self.norm2(x + self.linear2(self.linear1(x).relu()))
 
 
 class PixelDecoder(nn.Module):
@@ -1167,7 +1186,7 @@ class PixelDecoder(nn.Module):
         maps = [m.float() for m in maps]
         levels = [proj(m) for proj, m in zip(self.input_proj, maps[:0:-1], strict=True)]
         sizes = tuple(tuple(level.shape[-2:]) for level in levels)
-        x = torch.cat([level.flatten(2) for level in levels], dim=2).transpose(1, 2)  # (B, S, C)
+        x = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1)  # (B, S, C)
         positions = []
         for size, embed in zip(sizes, self.level_embed, strict=True):
             positions.append(sine_positions(size, x.shape[2], x.device) + embed)
@@ -1206,11 +1225,17 @@ class Attention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
     ) -> Tensor:
         """`mask` (B, Q, S), True where a query may look, the same in all heads."""
-        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
-        projected = []
-        for x, weight, bias in zip((query, key, value), weights, biases, strict=True):
-            x = F.linear(x, weight, bias).unflatten(2, (HEADS, -1)).transpose(1, 2)
-            projected.append(x)  # (B, heads, Q or S, C / heads)
+        width = query.shape[2]
+        if key is query:  # one product makes both
+            parts, inputs = (2 * width, width), (query, value)
+        else:
+            parts, inputs = (width, width, width), (query, key, value)
+        weights, biases = self.in_proj_weight.split(parts), self.in_proj_bias.split(parts)
+        projected = [F.linear(*part) for part in zip(inputs, weights, biases, strict=True)]
+        if key is query:
+            projected = [*projected[0].chunk(2, dim=2), projected[1]]
+        # Each is (B, heads, Q or S, C / heads).
+        projected = [x.unflatten(2, (HEADS, -1)).transpose(1, 2) for x in projected]
         mask = None if mask is None else mask[:, None]
         x = F.scaled_dot_product_attention(*projected, attn_mask=mask)
         return self.out_proj(x.transpose(1, 2).flatten(2))
@@ -1234,16 +1259,16 @@ class DecoderLayer(nn.Module):
     def forward(self, x: Tensor, place: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
         """x and its positions `place` (B, Q, C), key and value (B, S, C), mask (B, Q, S)."""
         x = self.cross_norm(x + self.cross_attn(x + place, key, value, mask))
-        x = self.self_norm(x + self.self_attn(x + place, x + place, x))
-        return self.ffn_norm(x + self.linear2(self.linear1(x).relu_()))
+        placed = x + place
+        x = self.self_norm(x + self.self_attn(placed, placed, x))
+        return self.ffn_norm(x + self.linear2(self.linear1(x).relu()))
 
 
-def blocked(mask_logits: Tensor) -> Tensor:
+def visible(mask_logits: Tensor) -> Tensor:
     """Masked attention: (B, Q, S) logits of the previous head's masks on the cells of a level ->
-    True where a query may NOT look: outside its mask, unless its mask is empty, then it looks
-    everywhere."""
-    outside = mask_logits < 0
-    return outside & ~outside.all(dim=-1, keepdim=True)
+    True where a query may look: inside its mask, or everywhere if its mask is empty."""
+    inside = mask_logits >= 0
+    return inside | ~inside.any(dim=-1, keepdim=True)
 
 
 class Decoder(nn.Module):
@@ -1283,21 +1308,18 @@ class Decoder(nn.Module):
                 features_of_level.append(resize_bilinear(mask_features, size).flatten(2))
         x = self.query_feat.weight.expand(b, -1, -1)
         place = self.query_embed.weight.expand(b, -1, -1)
-        heads = []
+        queries = [x]  # before the first layer and after each
         for i, layer in enumerate(self.layers):
             level = i % 3
-            y = self.decoder_norm(x)
-            embed = self.mask_embed(y)  # (B, Q, C)
-            heads.append((y, embed))
+            # No gradient goes through these masks. The heads that learn follow for all layers at
+            # once, which is cheaper than to keep each of them here.
             with torch.no_grad(), torch.autocast(autocast_type(x), enabled=False):
-                may_look = ~blocked(embed.float() @ features_of_level[level])
+                embed = self.mask_embed(self.decoder_norm(x.float()))  # (B, Q, C)
+                may_look = visible(embed @ features_of_level[level])
             x = layer(x, place, keys[level], values[level], may_look)
-        y = self.decoder_norm(x)
-        heads.append((y, self.mask_embed(y)))
-        chosen = heads[-1:] if last_only else heads
-        class_logits = self.class_embed(torch.stack([y for y, _ in chosen]))
-        mask_embed = torch.stack([embed for _, embed in chosen])
-        return Heads(class_logits.float(), mask_embed.float(), mask_features)
+            queries.append(x)
+        y = self.decoder_norm(torch.stack(queries[-1:] if last_only else queries))  # (L, B, Q, C)
+        return Heads(self.class_embed(y).float(), self.mask_embed(y).float(), mask_features)
 
 
 class Mask2Former(nn.Module):

@@ -109,11 +109,12 @@ class FrozenBatchNorm(nn.Module):
         self.eps = norm.eps
         for name in ("weight", "bias", "running_mean", "running_var"):
             self.register_buffer(name, getattr(norm, name).detach())
+        self.register_buffer("zeros", torch.zeros_like(self.bias), persistent=False)
         self.drop = getattr(norm, "drop", nn.Identity())
         self.act = getattr(norm, "act", nn.Identity())
 
     def forward(self, x: Tensor) -> Tensor:
-        buffers = self.running_mean, self.running_var, self.weight, self.bias
+        buffers = self.running_mean, self.running_var, self.weight, self.bias, self.zeros
         return self.act(self.drop(ConstantNorm.apply(x, *buffers, self.eps)))
 
     def _load_from_state_dict(self, weights: dict, prefix: str, *args) -> None:
@@ -123,18 +124,26 @@ class FrozenBatchNorm(nn.Module):
 
 class ConstantNorm(torch.autograd.Function):
     """F.batch_norm of x (B, C, H, W) by constants. Its gradient is the same map without a shift, so
-    that, other than by F.batch_norm, nothing of the size of x is kept for it."""
+    that, other than by F.batch_norm, nothing of the size of x is kept for it; `zeros` are its mean.
+    """
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float
+        ctx,
+        x: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        zeros: Tensor,
+        eps: float,
     ) -> Tensor:
-        ctx.save_for_backward(var, weight)
+        ctx.save_for_backward(zeros, var, weight)
         ctx.eps = eps
         return F.batch_norm(x, mean, var, weight, bias, eps=eps)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        var, weight = ctx.saved_tensors
-        grad = F.batch_norm(grad, torch.zeros_like(var), var, weight, None, eps=ctx.eps)
-        return grad, None, None, None, None, None
+        zeros, var, weight = ctx.saved_tensors
+        grad = F.batch_norm(grad, zeros, var, weight, None, eps=ctx.eps)
+        return grad, None, None, None, None, None, None

@@ -71,7 +71,7 @@ def build(batch: int, size: int):
     targets = [
         gd.Target(label, mask) for label, mask in zip(labels, masks.split(OBJECTS), strict=True)
     ]
-    sgd = [torch.optim.SGD(net.parameters(), 1e-6) for net in (theirs, ours)]
+    sgd = [torch.optim.SGD(net.parameters(), 1e-6, foreach=True) for net in (theirs, ours)]
 
     def update(optimizer, loss) -> None:
         loss.backward()
@@ -129,6 +129,33 @@ def bench_kernels(batch: int = 2, size: int = 64) -> None:
     print(
         f"kernels of a training step, R50, {batch} images: transformers {kernels[1]}, ours "
         f"{kernels[0]}, ratio {kernels[0] / kernels[1]:.2f}"
+    )
+
+
+def bench_student(batch: int = 2, size: int = 64) -> None:
+    """Kernels of a student's step of as many labeled and unlabeled images: `train_step`, but that
+    the student learns from OBJECTS pseudo labels an image, whatever the teacher finds."""
+    _, _, student, _, targets, args = build(batch, size)
+    teacher = gd.Mask2Former(args, CLASSES).to(DEVICE).eval()
+    optimizer = gd.adamw(student, args.lr, args.backbone_lr, fused=True)
+    s = gd.State("student", student, teacher, optimizer, student, gd.Plan(0, 0), 0, 1)
+    images = torch.randint(256, (batch, 3, size, size), dtype=torch.uint8, device=DEVICE)
+    unlabeled = gd.Batch(images, images, [], torch.zeros(batch))
+    learn = partial(gd.learn, s, images, targets, args=args, world=gd.World())
+    parts = {
+        "average": lambda: gd.ema_update(teacher, student, args.ema),
+        "labeled images": lambda: learn(1.0, "l", exchange=False),
+        "teacher": lambda: gd.teach(teacher, unlabeled, args),
+        "unlabeled images": lambda: learn(args.lambda_u, "u", exchange=True),
+        "AdamW and the norm of gradients": lambda: gd.update(s),
+    }
+    for part in parts.values():  # AdamW makes its state in the first step
+        part()
+    optimizer.zero_grad(set_to_none=True)
+    kernels = {name: count(part).kernels.total() for name, part in parts.items()}
+    print(
+        f"kernels of a student's step, R50, {batch} + {batch} images: {sum(kernels.values())}; "
+        + ", ".join(f"{name} {number}" for name, number in kernels.items())
     )
 
 
@@ -241,5 +268,5 @@ if __name__ == "__main__":
         print_peak(*sys.argv[2:])
         sys.exit()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {DEVICE}")
-    for bench in (bench_step, bench_kernels, bench_parts, bench_memory, bench_ema):
+    for bench in (bench_step, bench_kernels, bench_student, bench_parts, bench_memory, bench_ema):
         bench()

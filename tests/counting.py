@@ -10,7 +10,19 @@ from pretend import INDEXED, WAITING
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-NO_KERNEL = {"detach", "empty", "empty_like", "empty_strided", "new_empty", "lift_fresh", "resize_"}
+NO_KERNEL = {
+    "_record_function_enter_new",
+    "_record_function_exit",
+    "_unsafe_view",
+    "detach",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "lift_fresh",
+    "new_empty",
+    "new_empty_strided",
+    "resize_",
+}
 
 
 class Calls(NamedTuple):

@@ -288,7 +288,7 @@ GUIDED_DISTILLATION = {
     "pseudo_labels": lambda m: m.pseudo_labels(heads(m), 0.2, 1.0),
     "total_loss": lambda m: m.total_loss(torch.tensor(1.0), torch.tensor(2.0), 2.0),
     "ema_update": lambda m: averaged(m, "ema_update"),
-    "blocked": lambda m: m.blocked(torch.randn(2, 5, 64)),
+    "visible": lambda m: m.visible(torch.randn(2, 5, 64)),
     "sine_positions": lambda m: m.sine_positions((4, 6), 16, torch.device("cpu")),
     "teaching_plan": lambda m: m.teaching_plan("guided", 30_000),
     "learning_rate_factor": lambda m: m.learning_rate_factor(3, 10, "poly"),

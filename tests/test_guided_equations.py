@@ -182,15 +182,19 @@ def test_deformable_attention_by_loops():
 
 def test_weighted_samples_are_the_plain_sum():
     """What saves memory has the value and the gradients of the plain version."""
-    value, weight = torch.randn(3, 2, 4, 5), torch.rand(3, 4, 6)
-    grid = 1.2 * (2 * torch.rand(3, 4, 6, 2) - 1)
-    inputs = [x.double().requires_grad_() for x in (value, grid, weight)]
-    got = gd.WeightedSamples.apply(*inputs)
-    plain = F.grid_sample(*inputs[:2], align_corners=False) * inputs[2][:, None]
-    want, direction = plain.sum(2), torch.randn_like(got)
+    cells = [h * w for h, w in LEVELS]
+    value, weights = torch.randn(3, 2, sum(cells)), torch.rand(3, 3, 4, 6)
+    places = 1.2 * (2 * torch.rand(3, 3, 4, 6, 2) - 1)
+    inputs = [x.double().requires_grad_() for x in (value, places, weights)]
+    got, want = gd.WeightedSamples.apply(*inputs, LEVELS), 0
+    for level, of_level in enumerate(inputs[0].split(cells, dim=2)):
+        maps = of_level.unflatten(2, LEVELS[level])
+        samples = F.grid_sample(maps, inputs[1][level], align_corners=False)
+        want = want + (samples * inputs[2][:, level, None]).sum(2)
+    direction = torch.randn_like(got)
     assert torch.allclose(got, want)
     gradients_ = [torch.autograd.grad(out, inputs, direction) for out in (got, want)]
-    assert all(torch.allclose(a, b) for a, b in zip(*gradients_, strict=True))
+    assert all(torch.allclose(a, b) and b.any() for a, b in zip(*gradients_, strict=True))
 
 
 @pytest.mark.parametrize("backbone", ["test_resnet", "swin_tiny_patch4_window7_224"])
@@ -245,15 +249,15 @@ def test_checkpointing_makes_activations_again_and_gradients_are_equal(backbone)
 # -------------------------------------------------------------------------------------- the decoder
 
 
-def test_blocked_by_loops():
+def test_visible_by_loops():
     logits = torch.randn(2, 5, 6).round(decimals=1)
     # an empty mask, a full one, a half
     logits[0, 1], logits[1, 3], logits[1, 4, 2] = -1.0, 1.0, 0.0
-    got = gd.blocked(logits)
+    got = gd.visible(logits)
     for b, q in np.ndindex(2, 5):
-        want = [1 / (1 + math.exp(-z)) < 0.5 for z in logits[b, q].tolist()]
-        assert got[b, q].tolist() == ([False] * 6 if all(want) else want)
-    assert not got[0, 1].any() and got.any()
+        want = [1 / (1 + math.exp(-z)) >= 0.5 for z in logits[b, q].tolist()]
+        assert got[b, q].tolist() == (want if any(want) else [True] * 6)
+    assert got[0, 1].all() and not got.all()
 
 
 def test_attention_is_torchs():
@@ -265,6 +269,9 @@ def test_attention_is_torchs():
     assert torch.allclose(ours(query, key, value), theirs(query, key, value)[0], atol=1e-5)
     want = theirs(query, key, value, attn_mask=closed.repeat_interleave(8, 0))[0]
     assert torch.allclose(ours(query, key, value, ~closed), want, atol=1e-5)
+    # Queries that are also the keys have one product for both.
+    assert torch.allclose(ours(key, key, value), theirs(key, key, value)[0], atol=1e-5)
+    assert torch.allclose(ours(key, key, value), ours(key, key.clone(), value), atol=1e-5)
 
 
 def attend(
@@ -338,6 +345,48 @@ def test_decoder_by_loops():
     assert len(last.class_logits) == len(last.mask_embed) == 1
     assert torch.equal(last.class_logits[0], heads.class_logits[-1])
     assert torch.equal(last.mask_embed[0], heads.mask_embed[-1])
+
+
+def heads_one_by_one(d: gd.Decoder, levels: list[Tensor], features: Tensor) -> list[Tensor]:
+    """What Decoder.forward computes, each head where its masks are needed."""
+    x, place = (e.weight.expand(len(features), -1, -1) for e in (d.query_feat, d.query_embed))
+    class_logits, mask_embed = [], []
+    for i, layer in enumerate([*d.layers, None]):
+        y = d.decoder_norm(x)
+        class_logits.append(d.class_embed(y))
+        mask_embed.append(d.mask_embed(y))
+        if layer is None:
+            return [torch.stack(class_logits), torch.stack(mask_embed)]
+        size = levels[i % 3].shape[2:]
+        value = levels[i % 3].flatten(2).transpose(1, 2) + d.level_embed.weight[i % 3]
+        key = value + gd.sine_positions(size, value.shape[2], CPU)
+        masks = torch.einsum("bqc,bchw->bqhw", mask_embed[-1], gd.resize_bilinear(features, size))
+        x = layer(x, place, key, value, gd.visible(masks.flatten(2)))
+
+
+def test_heads_of_all_layers_at_once_are_those_one_by_one():
+    """Values, and the gradients of all weights and inputs."""
+    decoder = shaken(gd.Decoder(3, 32, 7, 4), 0.1)
+    inputs = [torch.randn(2, 32, *size).requires_grad_() for size in (*LEVELS, (8, 12))]
+    got, want = decoder(inputs[:3], inputs[3])[:2], heads_one_by_one(decoder, inputs[:3], inputs[3])
+    directions = [torch.randn_like(x) for x in want]
+    leaves = [*decoder.parameters(), *inputs[:3]]
+    found = [torch.autograd.grad(outputs, leaves, directions) for outputs in (got, want)]
+    for a, b in zip([*got, *found[0]], [*want, *found[1]], strict=True):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-4) and b.any()
+
+
+def test_weights_of_the_heads_learn_in_bf16():
+    """Autocast keeps weights that it has rounded: those of the masks for attention, which have no
+    gradient, may not serve the heads."""
+    decoder = shaken(gd.Decoder(3, 32, 7, 4), 0.1)
+    inputs = [torch.randn(2, 32, *size) for size in (*LEVELS, (8, 12))]
+    with torch.autocast("cpu", torch.bfloat16):
+        heads = decoder(inputs[:3], inputs[3])
+    assert heads.mask_embed.dtype == heads.class_logits.dtype == torch.float32
+    (heads.mask_embed.square().sum() + heads.class_logits.square().sum()).backward()
+    for name, parameter in decoder.named_parameters():
+        assert parameter.grad is not None and parameter.grad.any(), name
 
 
 def test_initial_weights():
